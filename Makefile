@@ -1,0 +1,41 @@
+# Everything runs in .venv, which `make setup` builds with the exact versions of constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+RUN := OMP_NUM_THREADS=1 $(VENV)/bin/python
+SEEDS ?= 2
+OUT ?= runs/demo
+
+.PHONY: setup demo test lint bench gpu-check demo-models clean-demo
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+# OPD against IW-OPD on a tiny Qwen3-MoE pair, two Megatron processes; SEEDS runs an arm.
+demo: setup
+	rm -rf $(OUT)
+	$(RUN) -m iwopd_megatron compare recipes/demo_tiny_moe.yaml --seeds $(SEEDS) --out $(OUT)
+
+# Train the demo's teacher and student again, from random weights to recipes/demo/{teacher,student}.
+demo-models: setup
+	$(RUN) bench/demo_models.py
+
+test: setup
+	$(RUN) -m pytest
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+# Tables for bench/RESULTS.md: a demo round by phase, and the training step against plain PyTorch.
+bench: setup
+	$(RUN) bench/step.py
+	$(RUN) bench/round.py
+
+# For a machine with one GPU and torch already there: needs no virtual environment.
+gpu-check:
+	$(PYTHON) bench/gpu_check.py

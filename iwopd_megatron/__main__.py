@@ -1,0 +1,3 @@
+from iwopd_megatron.cli import main
+
+main()

@@ -1,0 +1,91 @@
+"""Resume points: Megatron dist_checkpointing of weights and optimiser, plus what else a round depends on.
+
+checkpoints/round_000010/ appears by one rename when it is complete. Any layout can load it
+(`fully_reshardable`; Megatron's default optimiser format is refused by its own writer in 0.16.1).
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from iwopd_megatron.parallel import Parallel
+
+from megatron.core import dist_checkpointing  # isort: skip
+from megatron.core.dist_checkpointing.mapping import ShardedObject  # isort: skip
+from megatron.core.utils import unwrap_model  # isort: skip
+
+METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "singleton_local_shards": False,
+    "chained_optim_avoid_prefix": True,
+}
+
+
+def newest(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run folder."""
+    found = [
+        p for p in (run / "checkpoints").glob("round_*") if re.fullmatch(r"round_\d{6}", p.name)
+    ]
+    return max(found, default=None)
+
+
+def save(
+    run: Path, round_number: int, chunks: list, optimizer: Any, scheduler: Any, extra: dict[str, Any],
+    parallel: Parallel, keep: int,
+) -> None:  # fmt: skip
+    """Write one checkpoint and remove all but the newest `keep`. Collective; atomic."""
+    final = run / "checkpoints" / f"round_{round_number:06d}"
+    partial = final.with_suffix(".partial")
+    if parallel.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    state = _state(chunks, optimizer, parallel, is_loading=False)
+    state |= {"scheduler": scheduler.state_dict(), "extra": extra | {"round": round_number}}
+    dist_checkpointing.save(state, str(partial), content_metadata=METADATA)
+    dist.barrier()
+    if parallel.is_main:
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        for old in sorted(final.parent.glob("round_??????"))[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def load(
+    folder: Path, chunks: list, optimizer: Any, scheduler: Any, parallel: Parallel
+) -> dict[str, Any]:
+    """Restore a checkpoint into this layout; returns what was saved as `extra` with its "round"."""
+    state = _state(chunks, optimizer, parallel, is_loading=True)
+    saved_world = dist_checkpointing.load_common_state_dict(str(folder))["extra"]["world"]
+    if saved_world != parallel.world:
+        del state["rng"]  # sampling is keyed by (seed, round, prompt); nothing else draws numbers
+    loaded = dist_checkpointing.load(state, str(folder))
+    for i, chunk in enumerate(unwrap_model(chunks)):
+        chunk.load_state_dict(loaded[f"model{i}"])
+    with torch.no_grad():
+        optimizer.load_state_dict(loaded["optimizer"])
+    scheduler.load_state_dict(loaded["scheduler"])
+    if "rng" in loaded:
+        torch.set_rng_state(loaded["rng"])
+    return loaded["extra"]
+
+
+def _state(chunks: list, optimizer: Any, parallel: Parallel, is_loading: bool) -> dict[str, Any]:
+    metadata = METADATA | {"dp_cp_group": parallel.dp_cp.group}
+    state: dict[str, Any] = {
+        f"model{i}": chunk.sharded_state_dict(metadata=metadata)
+        for i, chunk in enumerate(unwrap_model(chunks))
+    }
+    state["optimizer"] = optimizer.sharded_state_dict(
+        dict(state), is_loading=is_loading, metadata=metadata
+    )
+    state["rng"] = ShardedObject("rng", torch.get_rng_state(), (parallel.world,), (parallel.rank,))
+    return state

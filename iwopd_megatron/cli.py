@@ -1,0 +1,158 @@
+"""The `iwopd` command. Heavy imports wait until a recipe has been accepted."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from iwopd_megatron.config import Layout, Recipe, RecipeError, load_recipe
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    help="On-policy distillation with discrepancy-weighted tokens on Megatron-Core.",
+)  # fmt: skip
+RecipePath = Annotated[Path, typer.Argument(help="recipe YAML")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.lr=3e-4")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="go on from the newest checkpoint of the run folder")
+]
+
+
+def main() -> None:
+    """Entry point: a wrong recipe is one sentence and exit code 2."""
+    try:
+        app()
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command()
+def train(recipe: RecipePath, overrides: Overrides = None, resume: Resume = False) -> None:
+    """Distil a student on-policy from a teacher."""
+    loaded = load_recipe(recipe, overrides or [])
+    if loaded.teacher is None:
+        raise RecipeError(
+            f"{recipe} has no teacher; add teacher.hf, or use 'iwopd sft' to fine-tune on responses."
+        )
+    _train(loaded, resume)
+
+
+@app.command()
+def sft(recipe: RecipePath, overrides: Overrides = None, resume: Resume = False) -> None:
+    """Fine-tune a model on given responses, through the same trainer."""
+    loaded = load_recipe(recipe, overrides or [])
+    if loaded.teacher is not None:
+        raise RecipeError(
+            f"{recipe} has a teacher; use 'iwopd train', or remove the teacher section."
+        )
+    _train(loaded, resume)
+
+
+def _train(recipe: Recipe, resume: bool) -> None:
+    if not resume and (recipe.out / "metrics.jsonl").exists():
+        raise RecipeError(
+            f"{recipe.out} already holds a run; add --resume, or choose another folder with out=FOLDER."
+        )
+    worker = _workers()
+    sys.exit(worker.execute(recipe.world, worker.train, (recipe, resume)))
+
+
+@app.command()
+def compare(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    vary: Annotated[
+        str, typer.Option(help="KEY=VALUE,VALUE: one arm a value")
+    ] = "loss.weighting.rule=uniform,iw",
+    seeds: Annotated[int, typer.Option(min=1, help="runs an arm")] = 2,
+    out: Annotated[
+        Path, typer.Option(help="folder for all runs, summary.json and report.html")
+    ] = Path("runs/compare"),
+    resume: Resume = False,
+) -> None:
+    """Run several arms from the same start, with the same data and seeds, and compare them."""
+    from iwopd_megatron.compare import plan_arms
+
+    arms = plan_arms(recipe, overrides or [], vary, seeds, out)
+    if not resume and any((arm.recipe.out / "metrics.jsonl").exists() for arm in arms):
+        raise RecipeError(
+            f"{out} already holds runs; add --resume, or choose another folder with --out."
+        )
+    worker = _workers()
+    code = worker.execute(arms[0].recipe.world, worker.run_arms, (arms, resume))
+    if code == 0 and os.environ.get("RANK", "0") == "0":
+        from iwopd_megatron.compare import write_summary
+        from iwopd_megatron.report import find_runs, print_table, summarise, write_report
+
+        summary = summarise(find_runs(out))
+        write_summary(out, summary)
+        print_table(summary)
+        print(f"{write_report(out)}")
+    sys.exit(code)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="run folder, or a folder of compared runs")],
+) -> None:
+    """Draw report.html of a run or a comparison."""
+    from iwopd_megatron.report import write_report
+
+    print(write_report(folder))
+
+
+@app.command()
+def parity(
+    folder: Annotated[Path, typer.Argument(help="Hugging Face folder")],
+    tp: int = 1, pp: int = 1, vpp: int = 1, ep: int = 1, etp: int = 1, cp: int = 1,
+    packed: Annotated[bool, typer.Option("--packed", help="several sequences of unequal length a micro-batch")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="compare a bf16 layout with bf16's own error")] = False,
+) -> None:  # fmt: skip
+    """Compare a layout with Hugging Face: logits, loss, gradients and an optimiser step, on every rank."""
+    from iwopd_megatron.config import check_layout, read_hf_config
+
+    layout = Layout(tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, cp=cp)
+    hf = read_hf_config(folder)
+    check_layout(layout, hf, "parity")
+    worker = _workers()
+    from torch.multiprocessing import get_context
+
+    from iwopd_megatron import parity as check
+
+    lengths = [24, 16, 32, 20, 28, 12, 24, 32] if packed else [32] * 8
+    dtype = "bf16" if bf16 else "fp32"
+    reference = check.reference(folder, check.make_samples(hf["vocab_size"], lengths), bf16)
+    queue = get_context("fork").SimpleQueue()
+    budget = 96 if packed else 32
+    code = worker.execute(
+        layout.unit, worker.check_parity, (folder, reference, layout, budget, dtype, queue)
+    )
+    if code == 0:
+        result = queue.get()
+        problems = check.failures(result, reference, dtype)
+        print(json.dumps(result))
+        for problem in problems:
+            print(f"error: {problem}", file=sys.stderr)
+        code = 1 if problems else 0
+    sys.exit(code)
+
+
+def _workers():
+    """Import torch, Megatron and transformers, quietly, with one thread a process."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore", module=r"megatron|torch|transformers")
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+    for name in ("megatron", "torch.multiprocessing.spawn"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from iwopd_megatron import worker
+
+    return worker

@@ -1,0 +1,52 @@
+"""Arms x seeds of one recipe in one world: the same start, data order and random numbers, one summary and report."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from iwopd_megatron.config import Recipe, RecipeError, load_recipe
+
+ARM_NAMES = {"uniform": "opd"}  # uniform token weights are plain OPD
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run of a comparison."""
+
+    name: str
+    seed: int
+    recipe: Recipe
+
+
+def plan_arms(recipe: Path, overrides: list[str], vary: str, seeds: int, out: Path) -> list[Arm]:
+    """`vary` is KEY=VALUE,VALUE,...: one arm a value, `seeds` runs each (train.seed = 1, 2, ...), seeds outermost."""
+    key, equals, values = vary.partition("=")
+    if not equals or not values:
+        raise RecipeError(
+            f"--vary '{vary}' is not KEY=VALUE,VALUE; write e.g. loss.weighting.rule=uniform,iw."
+        )
+    arms = []
+    for seed, value in itertools.product(range(1, seeds + 1), values.split(",")):
+        name = ARM_NAMES.get(value, value)
+        own = [f"{key}={value}", f"train.seed={seed}", f"out={out / name / f'seed_{seed}'}"]
+        arms.append(Arm(name, seed, load_recipe(recipe, [*overrides, *own])))
+    return arms
+
+
+def write_summary(out: Path, summary: dict[str, Any]) -> Path:
+    """out/summary.json, atomically."""
+    path = out / "summary.json"
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    os.replace(partial, path)
+    return path
+
+
+def is_finished(arm: Arm) -> bool:
+    """A run is finished when its final weights are written, which is its last act."""
+    return (arm.recipe.out / "hf" / "config.json").is_file()

@@ -1,0 +1,93 @@
+"""Problems from JSONL, prompts as token ids, and an order that is a function of the seed and one cursor."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from iwopd_megatron.config import RecipeError
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One line of a data file; `response` only where a model is fine-tuned on it."""
+
+    question: str
+    answer: str
+    difficulty: float
+    source: str
+    response: str | None = None
+
+
+def read_problems(path: Path, need_response: bool = False) -> list[Problem]:
+    """All lines of a JSONL file; the first bad one is a sentence with file and line."""
+    problems = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"{path} is not UTF-8: byte {error.start}; re-save it as UTF-8."
+        ) from None
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise RecipeError(
+                f"{path} line {number} is not JSON; each line holds one object."
+            ) from None
+        wanted = ["question", "answer", "difficulty", "source"] + ["response"] * need_response
+        missing = [key for key in wanted if not isinstance(row, dict) or key not in row]
+        if missing:
+            raise RecipeError(
+                f"{path} line {number} lacks '{missing[0]}'; a line needs {', '.join(wanted)}."
+            )
+        problems.append(
+            Problem(
+                row["question"],
+                str(row["answer"]),
+                float(row["difficulty"]),
+                row["source"],
+                row.get("response"),
+            )
+        )
+    if not problems:
+        raise RecipeError(f"{path} is empty; it needs one JSON object a line.")
+    return problems
+
+
+def encode_prompt(tokenizer: Any, question: str) -> list[int]:
+    """Chat template (thinking disabled) where the tokenizer has one, the plain question otherwise."""
+    if tokenizer.chat_template:
+        return tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}],
+            add_generation_prompt=True,
+            enable_thinking=False,
+            return_dict=False,
+        )
+    return tokenizer.encode(question, add_special_tokens=False)
+
+
+class PromptOrder:
+    """An endless order: every epoch a new permutation of the problems. `cursor` is all there is to save."""
+
+    def __init__(self, count: int, seed: int):
+        self.count, self.seed = count, seed
+        self.cursor = 0
+        self._epoch: tuple[int, list[int]] = (-1, [])
+
+    def take(self, number: int) -> list[int]:
+        """The next `number` problem indices."""
+        taken = [self._at(self.cursor + i) for i in range(number)]
+        self.cursor += number
+        return taken
+
+    def _at(self, position: int) -> int:
+        epoch, place = divmod(position, self.count)
+        if self._epoch[0] != epoch:
+            order = list(range(self.count))
+            random.Random(f"{self.seed}-{epoch}").shuffle(order)
+            self._epoch = (epoch, order)
+        return self._epoch[1][place]

@@ -1,0 +1,94 @@
+"""Truth gates: what must hold before a round may train. Each raises GateError with one sentence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from iwopd_megatron.trajectory import Trajectory
+
+
+class GateError(RuntimeError):
+    """The run would train on something untrue; the message says what and what to do."""
+
+
+def same_vocabulary(
+    student: Path, teacher: Path, student_tokenizer: Any, teacher_tokenizer: Any
+) -> None:
+    """Teacher and student must give every id the same meaning, EOS included."""
+    if student_tokenizer.get_vocab() != teacher_tokenizer.get_vocab():
+        ours, theirs = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
+        token = min(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
+        raise GateError(
+            f"tokenizers of {student} and {teacher} differ: {token!r} is {ours.get(token)} against "
+            f"{theirs.get(token)}; distil between models of one vocabulary."
+        )
+    if student_tokenizer.eos_token_id != teacher_tokenizer.eos_token_id:
+        raise GateError(
+            f"EOS is {student_tokenizer.eos_token_id} for {student} but {teacher_tokenizer.eos_token_id} for "
+            f"{teacher}; set the same eos_token in both tokenizer_config.json files."
+        )
+
+
+def rollouts(samples: list[Trajectory], version: int, vocab_size: int) -> None:
+    """Every answer was written by the believed weights, is not empty and stays inside the vocabulary."""
+    for sample in samples:
+        if sample.weight_version != version:
+            raise GateError(
+                f"sample {sample.index} was written by weight version {sample.weight_version}, not {version}; "
+                "the engine did not take the last update."
+            )
+        if not sample.response_ids or len(sample.rollout_logp) != len(sample.response_ids):
+            raise GateError(
+                f"sample {sample.index} has {len(sample.response_ids)} tokens but {len(sample.rollout_logp)} "
+                "engine log-probs; each token needs one."
+            )
+        if not 0 <= min(sample.response_ids) <= max(sample.response_ids) < vocab_size:
+            raise GateError(
+                f"sample {sample.index} holds a token id outside the vocabulary of {vocab_size}."
+            )
+
+
+def teacher_scores(samples: list[Trajectory], vocab_size: int) -> None:
+    """Teacher log-probs are finite, not positive, and not one constant such as -log V."""
+    values = [value for sample in samples for value in sample.teacher_logp]
+    for sample in samples:
+        bad = [v for v in sample.teacher_logp if not math.isfinite(v) or v > 1e-4]
+        if bad:
+            raise GateError(
+                f"sample {sample.index}: teacher log-prob {bad[0]} is not a finite number <= 0; "
+                "check the teacher's weights and dtype."
+            )
+    if len(values) > 1 and max(values) - min(values) < 1e-6:
+        uniform = (
+            " (= -log V: its head or weights were not loaded)"
+            if abs(values[0] + math.log(vocab_size)) < 1e-3
+            else ""
+        )
+        raise GateError(
+            f"all {len(values)} teacher log-probs are {values[0]:.4f}{uniform}; the teacher scores nothing."
+        )
+
+
+def first_weights(streamed: Iterable[tuple[str, torch.Tensor]], sources: dict[str, Any]) -> None:
+    """The first published weights are the student's own tensors, bit for bit in the published dtype."""
+    for name, tensor in streamed:
+        source = sources[name]
+        expected = source if isinstance(source, torch.Tensor) else source[:]
+        if not torch.equal(tensor.cpu(), expected.to(tensor.dtype)):
+            raise GateError(
+                f"published tensor {name} is not the student's; the layout's weight mapping is wrong."
+            )
+
+
+def drift(mean_drift: float, limit: float) -> None:
+    """Trainer and engine agree on the log-probs of the sampled tokens."""
+    if not mean_drift <= limit:
+        raise GateError(
+            f"engine and trainer log-probs differ by {mean_drift:.3g} nats on average, limit gates.max_drift={limit}; "
+            "engine and trainer do not hold the same weights, temperature or dtype."
+        )

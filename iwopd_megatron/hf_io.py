@@ -1,0 +1,153 @@
+"""Hugging Face folders: lazy slices of safetensors in, complete folders out, and views of in-memory models."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from iwopd_megatron.mapping import entries
+from iwopd_megatron.parallel import Parallel
+
+SHARD_BYTES = 5 * 10**9
+
+
+class HfTensors(Mapping):
+    """Tensors of a folder by name, as lazy slices: only the bytes that are indexed are read."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            files = json.loads(index.read_text())["weight_map"]
+        elif (folder / "model.safetensors").is_file():
+            files = dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
+        else:
+            raise ValueError(
+                f"{folder} has neither model.safetensors nor model.safetensors.index.json."
+            )
+        self._files = files
+        self._handles: dict[str, Any] = {}
+
+    def _open(self, file: str) -> Any:
+        try:
+            return safe_open(self.folder / file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{self.folder / file} cannot be read as safetensors: {error}."
+            ) from None
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._files:
+            raise ValueError(
+                f"{self.folder} has no tensor '{name}' although its config.json implies it."
+            )
+        file = self._files[name]
+        if file not in self._handles:
+            self._handles[file] = self._open(file)
+        return self._handles[file].get_slice(name)
+
+    def __iter__(self):
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+@torch.no_grad()
+def load_shards(
+    chunks: list[torch.nn.Module], sources: Mapping, hf: dict[str, Any], parallel: Parallel
+) -> None:
+    """Fill this rank's parameters, reading only its own slices of `sources` (tensors or lazy slices by name)."""
+    for chunk in chunks:
+        for entry in entries(chunk, hf):
+            axis = parallel.etp if entry.is_expert else parallel.tp
+            shard = entry.cut.shard(
+                [sources[name] for name in entry.hf_names], axis.rank, axis.size, hf
+            )
+            if shard.shape != entry.parameter.shape:
+                raise ValueError(
+                    f"{entry.hf_names[0]} has the wrong shape: its shard for {entry.name} is "
+                    f"{tuple(shard.shape)}, config.json implies {tuple(entry.parameter.shape)}."
+                )
+            entry.parameter.copy_(shard)
+
+
+def named_views(model: torch.nn.Module, gradients: bool = False) -> dict[str, torch.Tensor]:
+    """Parameters (or their gradients) of a transformers model under on-disk names, as views.
+
+    transformers 5 fuses the experts of a layer in memory: gate_up_proj [E, 2F, D] and down_proj [E, D, F].
+    """
+    views = {}
+    for name, parameter in model.named_parameters():
+        tensor = parameter.grad if gradients else parameter.data
+        fused = re.fullmatch(r"(.*\.experts\.)(gate_up_proj|down_proj)", name)
+        if fused is None:
+            views[name] = tensor
+        elif fused[2] == "down_proj":
+            views.update({f"{fused[1]}{e}.down_proj.weight": x for e, x in enumerate(tensor)})
+        else:
+            for e, x in enumerate(tensor):
+                views[f"{fused[1]}{e}.gate_proj.weight"], views[f"{fused[1]}{e}.up_proj.weight"] = (
+                    x.chunk(2)
+                )
+    return views
+
+
+def random_weights(folder: Path, seed: int) -> dict[str, torch.Tensor]:
+    """Freshly initialised fp32 weights for the config of a folder, as transformers initialises them."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = AutoConfig.from_pretrained(folder)
+        return named_views(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+
+
+def save_folder(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], template: Path) -> None:
+    """Write a complete Hugging Face folder: sharded safetensors, index, and the template's config and tokenizer.
+
+    It appears only when complete; an existing folder is replaced as the last act.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    weight_map: dict[str, int] = {}
+    shard: dict[str, torch.Tensor] = {}
+    count = size = total = 0
+    for name, tensor in tensors:
+        if size and size + tensor.nbytes > SHARD_BYTES:
+            save_file(shard, partial / f"shard-{count}", metadata={"format": "pt"})
+            shard, count, size = {}, count + 1, 0
+        shard[name] = tensor.detach().cpu().contiguous().clone()
+        weight_map[name] = count
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    save_file(shard, partial / f"shard-{count}", metadata={"format": "pt"})
+    _name_shards(partial, weight_map, count + 1, total)
+    for file in template.iterdir():
+        if file.suffix in (".json", ".jinja", ".txt") and not file.name.endswith(".index.json"):
+            shutil.copy2(file, partial / file.name)
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+
+
+def _name_shards(partial: Path, weight_map: dict[str, int], count: int, total: int) -> None:
+    if count == 1:
+        (partial / "shard-0").rename(partial / "model.safetensors")
+        return
+    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    for i, name in enumerate(names):
+        (partial / f"shard-{i}").rename(partial / name)
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {k: names[i] for k, i in weight_map.items()},
+    }
+    (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

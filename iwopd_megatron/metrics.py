@@ -1,0 +1,57 @@
+"""Sums on the device and one reduction a round: every reported mean is a global sum over a global count."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from iwopd_megatron import device
+from iwopd_megatron.parallel import Parallel
+
+POLICY_SUMS = {
+    "tokens": 1, "loss": 1, "gap": 1, "abs_gap": 1, "weight": 1, "entropy": 1, "drift": 1, "tis_capped": 1,
+    "decile_tokens": 10, "gap_deciles": 10, "weight_deciles": 10,
+}  # fmt: skip
+NLL_SUMS = {"tokens": 1, "loss": 1, "entropy": 1}
+
+
+def reduce_sums(
+    kept: list[dict[str, torch.Tensor]], parallel: Parallel, sizes: dict[str, int]
+) -> dict[str, torch.Tensor]:
+    """Sums over micro-batches and ranks, fp64 on the CPU. One all-reduce of sum(sizes) doubles over the world.
+
+    Tensor-parallel ranks hold the same statistics and earlier pipeline stages none: one rank of each speaks.
+    """
+    total = torch.zeros(sum(sizes.values()), dtype=torch.float64, device=device.current_device())
+    if parallel.is_last_stage and parallel.tp.rank == 0:
+        for sums in kept:
+            total += torch.cat([sums[name].double().view(-1) for name in sizes])
+    dist.all_reduce(total)
+    return dict(zip(sizes, total.cpu().split(list(sizes.values())), strict=True))
+
+
+def policy_means(sums: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The per-token means a round reports; deciles without a token are null."""
+    tokens = sums["tokens"].item()
+    names = ("gap", "abs_gap", "weight", "entropy", "drift", "tis_capped")
+    means = {name: sums[name].item() / max(tokens, 1) for name in names}
+    deciles = {
+        name: [
+            _ratio(s, n)
+            for s, n in zip(sums[name].tolist(), sums["decile_tokens"].tolist(), strict=True)
+        ]
+        for name in ("gap_deciles", "weight_deciles")
+    }
+    return {
+        "loss": sums["loss"].item(),
+        **means,
+        "reverse_kl": -means["gap"],
+        "response_tokens": int(tokens),
+        **deciles,
+    }
+
+
+def _ratio(total: float, count: float) -> float | None:
+    return total / count if count else None

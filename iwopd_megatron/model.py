@@ -1,0 +1,156 @@
+"""Hugging Face config -> Megatron TransformerConfig -> GPTModel chunks of this rank.
+
+The model returns hidden states, never logits: `logprobs.linear_logprobs` turns them into log-probs
+without a `[tokens, vocab]` tensor. Qwen3 and Qwen3-MoE, tied or untied.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from iwopd_megatron import backend, device
+from iwopd_megatron.config import Layout, num_experts
+from iwopd_megatron.parallel import Parallel, mpu
+
+from megatron.core.models.gpt import GPTModel  # isort: skip
+from megatron.core.transformer import TransformerConfig  # isort: skip
+from megatron.core.transformer.module import Float16Module  # isort: skip
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class HiddenStateModel(GPTModel):
+    """GPTModel whose last stage returns the final hidden states `[s / tp, b, D]` in place of logits."""
+
+    def _postprocess(self, hidden_states, *args, **kwargs):
+        return hidden_states
+
+    def head_weight(self) -> torch.Tensor:
+        """This rank's `[V / tp, D]` rows of the LM head: the embedding's where the two are tied."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def rope_theta(hf: dict[str, Any]) -> float:
+    """transformers 5 keeps it in rope_parameters, 4 at the top. Scaled RoPE is refused."""
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise ValueError(
+            f"rope_type '{rope.get('rope_type', rope.get('type'))}' is not supported; use 'default'."
+        )
+    return hf.get("rope_theta") or rope["rope_theta"]
+
+
+def transformer_config(
+    hf: dict[str, Any], layout: Layout, dtype: str = "fp32", recompute: str = "none"
+) -> TransformerConfig:
+    """Translate config.json. Sources: transformers' modeling_qwen3(_moe).py, Megatron's transformer_config.py."""
+    torch_dtype = DTYPES[dtype]
+    settings = dict(
+        num_layers=hf["num_hidden_layers"],
+        hidden_size=hf["hidden_size"],
+        num_attention_heads=hf["num_attention_heads"],
+        num_query_groups=hf["num_key_value_heads"],
+        kv_channels=hf["head_dim"],
+        ffn_hidden_size=hf["intermediate_size"],
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        normalization="RMSNorm",
+        qk_layernorm=True,
+        layernorm_epsilon=hf["rms_norm_eps"],
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=layout.tp,
+        sequence_parallel=layout.tp > 1,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        bf16=dtype == "bf16",
+        params_dtype=torch_dtype,
+        pipeline_dtype=torch_dtype,
+        autocast_dtype=torch_dtype,
+        # Loading overwrites every weight, but only initialisation sets the tensor-parallel attribute that
+        # the gradient norm needs to count a shard once.
+        perform_initialization=True,
+        use_cpu_initialization=not device.has_gpu(),
+        calculate_per_token_loss=True,  # gradients are summed over ranks, the loss brings its own denominator
+        # Over gloo two neighbours that are the same process swap their messages when sent as one batch.
+        batch_p2p_comm=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=backend.has_transformer_engine(),
+        gradient_accumulation_fusion=False,
+    )
+    if num_experts(hf):
+        settings.update(
+            num_moe_experts=num_experts(hf),
+            moe_ffn_hidden_size=hf["moe_intermediate_size"],
+            moe_router_topk=hf["num_experts_per_tok"],
+            moe_router_pre_softmax=not hf["norm_topk_prob"],
+            moe_router_score_function="softmax",
+            moe_router_dtype="fp32",
+            moe_router_load_balancing_type="none",
+            moe_aux_loss_coeff=0.0,
+            moe_token_dispatcher_type="alltoall",
+            moe_grouped_gemm=backend.has_transformer_engine(),
+        )
+    if recompute == "full":
+        settings.update(
+            recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
+        )
+    elif recompute == "selective":
+        modules = ["core_attn", "moe"] if num_experts(hf) else ["core_attn", "mlp"]
+        settings.update(recompute_granularity="selective", recompute_modules=modules)
+    return TransformerConfig(**settings)
+
+
+def build_model(
+    hf: dict[str, Any], parallel: Parallel, dtype: str = "fp32", recompute: str = "none"
+) -> list[HiddenStateModel]:
+    """This rank's chunks (vpp of them) with initial weights; bf16 chunks are cast. Load weights afterwards."""
+    layout = parallel.layout
+    config = transformer_config(hf, layout, dtype, recompute)
+    chunks = []
+    for stage in range(layout.vpp):
+        vp_stage = stage if layout.vpp > 1 else None
+        chunk = HiddenStateModel(
+            config,
+            backend.block_spec(config, vp_stage),
+            vocab_size=hf["vocab_size"],  # never padded: padding columns would enter the normaliser
+            max_sequence_length=hf["max_position_embeddings"],
+            pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            position_embedding_type="rope",
+            rotary_base=rope_theta(hf),
+            share_embeddings_and_output_weights=hf.get("tie_word_embeddings", False),
+            vp_stage=vp_stage,
+        ).to(device.current_device())
+        mark_expert_parameters(chunk)
+        chunks.append(chunk)
+    return chunks
+
+
+def mark_expert_parameters(chunk: torch.nn.Module) -> None:
+    """Reduce expert gradients over the expert-data group in every layout.
+
+    Megatron marks them only when ep > 1; with ep = 1 and etp != tp it would reduce them over the wrong
+    ranks, and optimiser states would not load across a change of ep.
+    """
+    for name, parameter in chunk.named_parameters():
+        if ".experts." in name:
+            parameter.allreduce = False
+
+
+def wrap_precision(chunks: list[HiddenStateModel]) -> list[torch.nn.Module]:
+    """Cast bf16 chunks and their pipeline inputs as Megatron does; fp32 chunks pass through."""
+    config = chunks[0].config
+    return [Float16Module(config, chunk) for chunk in chunks] if config.bf16 else chunks

@@ -1,0 +1,173 @@
+"""Process groups of a run, the zigzag context-parallel layout, and local process launch.
+
+Axes: tp tensor, pp pipeline, vpp virtual pipeline, ep expert, etp expert-tensor, cp context, dp data.
+`initialise()` is the only place that builds Megatron's process groups; the rest of the package reads
+them from the `Parallel` it returns.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from iwopd_megatron import device
+from iwopd_megatron.config import Layout
+
+device.install()
+
+from megatron.core import parallel_state as mpu  # noqa: E402
+from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
+
+Group = dist.ProcessGroup
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One mesh axis: its process group, this rank's place and the number of places."""
+
+    group: Group
+    rank: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """The mesh as this rank sees it. `dp_cp` and `model` are products of axes."""
+
+    layout: Layout
+    tp: Axis
+    pp: Axis
+    cp: Axis
+    dp: Axis
+    ep: Axis
+    etp: Axis
+    dp_cp: Axis
+    expert_model: Axis
+    is_last_stage: bool
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def world(self) -> int:
+        return dist.get_world_size()
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def initialise(layout: Layout, seed: int = 0, timeout_minutes: float = 30) -> Parallel:
+    """Join the world described by torchrun's variables and cut it along the axes of `layout`."""
+    if not dist.is_initialized():
+        device.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(device.dist_backend(), timeout=timedelta(minutes=timeout_minutes))
+    mpu.destroy_model_parallel()
+    mpu.initialize_model_parallel(
+        layout.tp,
+        layout.pp,
+        layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        create_gloo_process_groups=True,
+    )
+    model_parallel_cuda_manual_seed(seed)
+    return Parallel(
+        layout=layout,
+        tp=_axis(mpu.get_tensor_model_parallel_group()),
+        pp=_axis(mpu.get_pipeline_model_parallel_group()),
+        cp=_axis(mpu.get_context_parallel_group()),
+        dp=_axis(mpu.get_data_parallel_group()),
+        ep=_axis(mpu.get_expert_model_parallel_group()),
+        etp=_axis(mpu.get_expert_tensor_parallel_group()),
+        dp_cp=_axis(mpu.get_data_parallel_group(with_context_parallel=True)),
+        expert_model=_axis(mpu.get_expert_tensor_and_model_parallel_group()),
+        is_last_stage=mpu.is_pipeline_last_stage(ignore_virtual=True),
+    )
+
+
+def _axis(group: Group) -> Axis:
+    return Axis(group, group.rank(), group.size())
+
+
+def shutdown() -> None:
+    """Leave the world; every rank calls it."""
+    mpu.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` is set on any rank of the world. One all-reduce of one number."""
+    tensor = torch.tensor([int(flag)], device=device.current_device())
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return bool(tensor.item())
+
+
+def zigzag_index(lengths: list[int], size: int, rank: int) -> torch.Tensor:
+    """Positions in the packed stream that context rank `rank` of `size` holds, int64 on the CPU.
+
+    Every sequence (length a multiple of 2*size) is cut into 2*size chunks; a rank holds chunks `rank`
+    and `2*size-1-rank`, which balances causal attention. Megatron cuts THD batches the same way.
+    """
+    if size == 1:
+        return torch.arange(sum(lengths))
+    parts, start = [], 0
+    for length in lengths:
+        chunk = length // (2 * size)
+        for position in (rank, 2 * size - 1 - rank):
+            parts.append(torch.arange(chunk) + start + position * chunk)
+        start += length
+    return torch.cat(parts)
+
+
+def packed_seq_params(lengths: list[int]) -> PackedSeqParams:
+    """Megatron's description of sequences of these lengths packed back to back (whole, before the CP cut)."""
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(device.current_device(), torch.int32)
+    params = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
+    )
+    params.lengths = lengths
+    return params
+
+
+def free_port() -> int:
+    """A TCP port of this machine nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _enter(rank: int, world: int, port: int, function: Callable[..., Any], args: tuple) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+    )  # fmt: skip
+    if not device.has_gpu():
+        torch.set_num_threads(1)
+    function(*args)
+
+
+def start_local(world: int, function: Callable[..., Any], args: tuple = ()) -> mp.ProcessContext:
+    """Start `function(*args)` on `world` processes of this machine, with torchrun's variables set.
+
+    On a CPU they are forked, so that imports are paid once; a process with a GPU context cannot be.
+    """
+    method = "spawn" if device.has_gpu() else "fork"
+    return mp.start_processes(
+        _enter, (world, free_port(), function, args), world, join=False, start_method=method
+    )

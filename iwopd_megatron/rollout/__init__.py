@@ -1,0 +1,41 @@
+"""Rollout engines: who writes the answers. Interchangeable behind one Protocol of two methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from iwopd_megatron.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What to continue; `index` is its place in the round."""
+
+    index: int
+    ids: list[int]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to continue. `seed` and `stream` fix the random numbers of every prompt whatever rank draws them."""
+
+    max_tokens: int
+    temperature: float = 1.0  # 0 is greedy
+    seed: int = 0
+    stream: int = 0  # e.g. the round
+
+
+class RolloutEngine(Protocol):
+    """Collective: every rank of the trainer's world calls both methods with the same arguments."""
+
+    def generate(self, prompts: list[Prompt], sampling: Sampling) -> list[Trajectory]:
+        """One answer a prompt, in the order of the prompts, with the engine's log-probs of its tokens (nats)."""
+        ...
+
+    def update(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Replace the weights by these HF-named whole tensors; answers carry `version` from now on."""
+        ...

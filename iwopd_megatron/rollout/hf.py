@@ -1,0 +1,137 @@
+"""The embedded engine: a transformers model in every rank's process, prompts split over the ranks.
+
+Keys and values live in a preallocated cache. A token is drawn by inverting the cumulative distribution at
+one uniform number per (seed, stream, prompt, position), so the answer to a prompt depends neither on the
+number of ranks nor on its neighbours in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy
+import torch
+import torch.distributed as dist
+
+from iwopd_megatron import device
+from iwopd_megatron.hf_io import named_views
+from iwopd_megatron.rollout import Prompt, Sampling
+from iwopd_megatron.trajectory import Trajectory
+
+
+class HfEngine:
+    """`RolloutEngine` on transformers; weights come only through `update`."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype, eos_ids: set[int], batch_size: int):
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.from_pretrained(folder)
+        self.model = (
+            AutoModelForCausalLM.from_config(config, dtype=dtype).to(device.current_device()).eval()
+        )
+        self.weights = named_views(self.model)
+        self.eos_ids = torch.tensor(sorted(eos_ids), device=device.current_device())
+        self.batch_size = batch_size
+        self.version = -1
+
+    @torch.no_grad()
+    def update(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        missing = set(self.weights)
+        for name, tensor in weights:
+            self.weights[name].copy_(tensor)
+            missing.discard(name)
+        if missing:
+            raise RuntimeError(
+                f"weight version {version} lacks {len(missing)} tensors, e.g. {min(missing)}."
+            )
+        self.version = version
+
+    def generate(self, prompts: list[Prompt], sampling: Sampling) -> list[Trajectory]:
+        mine = prompts[dist.get_rank() :: dist.get_world_size()]
+        own: list[Trajectory] = []
+        for start in range(0, len(mine), self.batch_size):
+            own += self._generate_batch(mine[start : start + self.batch_size], sampling)
+        parts: list[list[Trajectory]] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, own)
+        by_index = {sample.index: sample for part in parts for sample in part}
+        return [by_index[prompt.index] for prompt in prompts]
+
+    @torch.inference_mode()
+    def _generate_batch(self, prompts: list[Prompt], sampling: Sampling) -> list[Trajectory]:
+        on = device.current_device()
+        width = max(len(prompt.ids) for prompt in prompts)
+        total = width + sampling.max_tokens
+        ids = torch.zeros(len(prompts), width, dtype=torch.long)
+        visible = torch.ones(
+            len(prompts), total, dtype=torch.bool
+        )  # left padding is never attended to
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt.ids) :] = torch.tensor(prompt.ids)
+            visible[row, : width - len(prompt.ids)] = False
+        uniform = torch.from_numpy(
+            numpy.stack([_uniform(sampling, prompt.index) for prompt in prompts])
+        ).to(on)
+        tokens, logps = self._decode(ids.to(on), visible.to(on), uniform, sampling)
+        return [
+            self._trajectory(*row)
+            for row in zip(prompts, tokens.tolist(), logps.tolist(), strict=True)
+        ]
+
+    def _decode(self, ids, visible, uniform, sampling) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and log-probs `[B, max_tokens]`; columns after the last row's EOS stay zero."""
+        from transformers import StaticCache
+
+        rows, width = ids.shape
+        cache = StaticCache(config=self.model.config, max_cache_len=visible.shape[1])
+        tokens = ids.new_zeros(rows, sampling.max_tokens)
+        logps = torch.zeros(rows, sampling.max_tokens, device=ids.device)
+        done = torch.zeros(rows, dtype=torch.bool, device=ids.device)
+        positions = (visible[:, :width].cumsum(1) - 1).clamp(min=0)
+        for step in range(sampling.max_tokens):
+            out = self.model(
+                ids,
+                attention_mask=visible[:, : width + step],
+                position_ids=positions,
+                past_key_values=cache,
+                logits_to_keep=1,
+            )
+            token, logp = _sample(out.logits[:, -1].float(), uniform[:, step], sampling.temperature)
+            tokens[:, step], logps[:, step] = token, logp
+            done |= torch.isin(token, self.eos_ids)
+            if done.all():
+                break
+            ids, positions = token[:, None], positions[:, -1:] + 1
+        return tokens, logps
+
+    def _trajectory(self, prompt: Prompt, tokens: list[int], logps: list[float]) -> Trajectory:
+        eos = set(self.eos_ids.tolist())
+        length = next((i + 1 for i, token in enumerate(tokens) if token in eos), len(tokens))
+        return Trajectory(
+            index=prompt.index,
+            prompt_ids=prompt.ids,
+            response_ids=tokens[:length],
+            rollout_logp=logps[:length],
+            truncated=tokens[length - 1] not in eos,
+            weight_version=self.version,
+        )
+
+
+def _uniform(sampling: Sampling, index: int) -> numpy.ndarray:
+    """`[max_tokens]` uniform numbers in [0, 1), a function of (seed, stream, index) alone."""
+    key = numpy.random.SeedSequence([sampling.seed, sampling.stream, index])
+    return numpy.random.Generator(numpy.random.Philox(key)).random(sampling.max_tokens)
+
+
+def _sample(
+    logits: torch.Tensor, uniform: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token a row of `[B, V]` and its log-prob at the temperature (greedy: at temperature 1)."""
+    logp = (logits / (temperature or 1.0)).log_softmax(-1)
+    if temperature == 0:
+        token = logp.argmax(-1)
+    else:
+        cdf = logp.double().exp().cumsum(-1)
+        token = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True).squeeze(1)
+        token = token.clamp(max=logp.shape[-1] - 1)
+    return token, logp.gather(-1, token[:, None]).squeeze(1)

@@ -1,0 +1,63 @@
+"""A run folder's metrics.jsonl and TensorBoard files: written by rank 0, read by reports."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """One record a line, NaN as None; an unfinished last line (a crash mid-write) is ignored."""
+    lines = [line for line in path.read_text(errors="replace").split("\n") if line.strip()]
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line, parse_constant=lambda _: None))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}: record {number} is not JSON; remove it.") from error
+    return records
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The records of `run/metrics.jsonl`."""
+    return read_jsonl(run / "metrics.jsonl")
+
+
+class MetricsLog:
+    """metrics.jsonl (one object a line) and TensorBoard scalars of one run folder."""
+
+    def __init__(self, run: Path, resumed_round: int | None = None):
+        """Starts empty, or with the lines up to `resumed_round`: a resumed run writes later ones again."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        run.mkdir(parents=True, exist_ok=True)
+        self.path = run / "metrics.jsonl"
+        kept = []
+        if resumed_round is not None and self.path.is_file():
+            kept = [line for line in read_metrics(run) if line["round"] <= resumed_round]
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial.replace(self.path)
+        self._board = SummaryWriter(run / "tensorboard", purge_step=(resumed_round or 0) + 1)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append one line; numbers that are not finite become null."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(_finite(line)) + "\n")
+        for key, value in line.items():
+            if isinstance(value, int | float) and key != "round":
+                self._board.add_scalar(f"{line['kind']}/{key}", value, line["round"])
+
+    def close(self) -> None:
+        self._board.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,106 @@
+"""What each process of a world runs, and how the command line starts a world on this machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+
+from iwopd_megatron import parity
+from iwopd_megatron.compare import Arm, is_finished
+from iwopd_megatron.config import Layout, Recipe, RecipeError
+from iwopd_megatron.parallel import initialise, shutdown, start_local
+from iwopd_megatron.progress import Progress
+from iwopd_megatron.stop import EXIT_STOPPED, watch_signals
+from iwopd_megatron.trainer import Trainer
+
+USER_ERRORS = ("GateError", "RecipeError", "ValueError")
+
+
+def train(recipe: Recipe, resume: bool) -> None:
+    """One run on every rank; exits with EXIT_STOPPED if stopped and saved."""
+    run_arms([Arm(recipe.out.name, recipe.train.seed, recipe)], resume)
+
+
+def run_arms(arms: list[Arm], resume: bool) -> None:
+    """Runs one after the other in this world. With `resume`, finished ones are skipped."""
+    watch_signals()
+    parallel = initialise(arms[0].recipe.student.parallel, arms[0].recipe.train.seed)
+    with Progress(sum(arm.recipe.train.rounds for arm in arms), parallel.is_main) as progress:
+        for arm in arms:
+            name = f"{arm.name} seed {arm.seed}"
+            if resume and is_finished(arm):
+                progress.start(name, arm.recipe.train.rounds)
+                progress.say(f"{name} is already finished in {arm.recipe.out}")
+                continue
+            trainer = Trainer(arm.recipe, parallel, progress, resume)
+            progress.start(name, trainer.round)
+            if not trainer.run():
+                progress.say(
+                    f"stopped after round {trainer.round}; saved in {arm.recipe.out}, go on with --resume"
+                )
+                sys.exit(EXIT_STOPPED)
+    shutdown()
+
+
+def check_parity(
+    folder: Path, reference: Any, layout: Layout, budget: int, dtype: str, queue: Any
+) -> None:
+    """Compare one layout with the reference; rank 0 puts the figures into `queue`."""
+    result = parity.compare(folder, reference, layout, budget, dtype)
+    if os.environ["RANK"] == "0":
+        queue.put(result)
+    shutdown()
+
+
+def execute(world: int, function: Callable[..., Any], args: tuple) -> int:
+    """Run `function(*args)` on every process of the world and return the exit code of the command.
+
+    Under torchrun (RANK is set) this process is one rank; otherwise `world` local processes are started.
+    """
+    if "RANK" in os.environ:
+        given = int(os.environ["WORLD_SIZE"])
+        if given != world:
+            raise RecipeError(
+                f"torchrun started {given} processes, the recipe needs {world}; use that number."
+            )
+        function(*args)
+        return 0
+    context = start_local(world, function, args)
+    pids = context.pids()
+    handlers = {
+        n: signal.signal(n, lambda *_: _forward(pids)) for n in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        while not context.join():
+            pass
+    except ProcessRaisedException as error:
+        return _explain(str(error))
+    except ProcessExitedException as error:
+        return error.exit_code if error.exit_code > 0 else 128 - error.exit_code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return 0
+
+
+def _forward(pids: list[int]) -> None:
+    for pid in pids:
+        os.kill(pid, signal.SIGTERM)
+
+
+def _explain(report: str) -> int:
+    """A user's mistake is one sentence; anything else keeps its traceback."""
+    last = report.strip().splitlines()[-1]
+    match = re.match(r"(?:[\w.]*\.)?(\w+): (.*)", last)
+    if match and match[1] in USER_ERRORS:
+        print(f"error: {match[2]}", file=sys.stderr)
+        return 2 if match[1] == "RecipeError" else 1
+    print(report, file=sys.stderr)
+    return 1

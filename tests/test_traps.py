@@ -1,0 +1,101 @@
+"""Four ways in which Megatron-Core 0.16.1 trains wrongly without a word; each fix, removed, must be missed.
+
+`parity` finds the first three: the test fails if it no longer does. The fourth refuses to save.
+"""
+
+import os
+from multiprocessing import get_context
+
+import pytest
+from worlds import run_world
+
+from iwopd_megatron import checkpoint, model, parity
+from iwopd_megatron.config import Layout, Train
+from iwopd_megatron.hf_io import HfTensors, load_shards
+from iwopd_megatron.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+from iwopd_megatron.parallel import initialise, shutdown
+
+LENGTHS = [24, 16, 32, 20, 28, 12, 24, 32]
+
+
+def without_setting(**settings):
+    """The project's TransformerConfig with some of its settings changed back."""
+    original = model.transformer_config
+
+    def changed(*args):
+        config = original(*args)
+        for name, value in settings.items():
+            setattr(config, name, value)
+        return config
+
+    model.transformer_config = changed
+
+
+def expert_gradients_reduced_over_the_wrong_ranks():
+    model.mark_expert_parameters = lambda chunk: None
+
+
+def shards_not_marked_as_shards():
+    without_setting(perform_initialization=False)
+
+
+def neighbours_swap_messages():
+    without_setting(batch_p2p_comm=True)
+
+
+# (what removes the fix, a layout it matters in, the figure that must be far off)
+TRAPS = {
+    "expert gradients": (expert_gradients_reduced_over_the_wrong_ranks, {"tp": 2}, "grads", 1e-3),
+    "gradient norm": (shards_not_marked_as_shards, {"tp": 2}, "weights", 1e-5),
+    "interleaved pipeline": (neighbours_swap_messages, {"pp": 2, "vpp": 2}, "grads", 1e-3),
+}
+
+
+def remove_fix_and_compare(remove, folder, reference, axes, queue):
+    remove()
+    result = parity.compare(folder, reference, Layout(**axes), 40)
+    if os.environ["RANK"] == "0":
+        queue.put((result, parity.failures(result, reference, "fp32")))
+    shutdown()
+
+
+@pytest.mark.parametrize("name", TRAPS)
+def test_parity_notices_a_missing_fix(name, moe_folder):
+    remove, axes, figure, at_least = TRAPS[name]
+    reference = parity.reference(moe_folder, parity.make_samples(512, LENGTHS))
+    queue = get_context("fork").SimpleQueue()
+    run_world(2, remove_fix_and_compare, remove, moe_folder, reference, axes, queue)
+    result, problems = queue.get()
+    assert result[figure] > at_least
+    assert problems
+
+
+def save_and_load(folder, run, metadata, queue):
+    parallel = initialise(Layout(ep=2))
+    hf = parity.read_hf_config(folder)
+    chunks = model.build_model(hf, parallel)
+    load_shards(chunks, HfTensors(folder), hf, parallel)
+    train = Train(rounds=4)
+    wrapped = wrap_data_parallel(chunks, train)
+    optimizer = build_optimizer(wrapped, train)
+    scheduler = build_scheduler(optimizer, train)
+    optimizer.step()
+    checkpoint.METADATA.update(metadata)
+    problem = ""
+    try:
+        extra = {"world": 2}
+        checkpoint.save(run, 1, wrapped, optimizer, scheduler, extra, parallel, keep=1)
+        checkpoint.load(checkpoint.newest(run), wrapped, optimizer, scheduler, parallel)
+    except Exception as error:
+        problem = str(error)
+    if parallel.is_main:
+        queue.put(problem)
+
+
+@pytest.mark.parametrize("is_fixed", [True, False])
+def test_megatrons_default_optimizer_format_cannot_be_saved(is_fixed, moe_folder, tmp_path):
+    metadata = {} if is_fixed else {"distrib_optim_sharding_type": "fully_sharded_model_space"}
+    queue = get_context("fork").SimpleQueue()
+    run_world(2, save_and_load, moe_folder, tmp_path, metadata, queue)
+    problem = queue.get()
+    assert (problem == "") if is_fixed else ("flattened_range" in problem), problem
