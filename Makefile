@@ -1,7 +1,7 @@
 # Everything runs in .venv, which `make setup` builds with the exact versions of constraints.txt.
 PYTHON ?= python3
 VENV := .venv
-RUN := OMP_NUM_THREADS=1 $(VENV)/bin/python
+RUN := OMP_NUM_THREADS=1 $(VENV)/bin/python -W ignore
 SEEDS ?= 2
 OUT ?= runs/demo
 

@@ -61,21 +61,24 @@ class _CudaToCpu(TorchFunctionMode):
     """Rewrites literal CUDA arguments: device="cuda", pin_memory=True, Tensor.to("cuda"), Tensor.type()."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if _names_cuda(kwargs.get("device")):
-            kwargs["device"] = _CPU
-        if kwargs.get("pin_memory"):
-            kwargs["pin_memory"] = False
-        if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
-            args = (args[0], _CPU, *args[2:])
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+        if kwargs:
+            if _names_cuda(kwargs.get("device")):
+                kwargs = kwargs | {"device": _CPU}
+            if kwargs.get("pin_memory"):
+                kwargs = kwargs | {"pin_memory": False}
+            return func(*args, **kwargs)
+        if func is torch.Tensor.to and _names_cuda(args[1]):  # Tensor.to("cuda", ...)
+            return func(args[0], _CPU, *args[2:])
+        if func is torch.Tensor.type and len(args) == 1:
             # Megatron's DDP sorts parameters by type string, e.g. "torch.cuda.FloatTensor".
             return func(*args).replace("torch.", "torch.cuda.", 1)
-        return func(*args, **kwargs)
+        return func(*args)
 
 
 def _names_cuda(device: object) -> bool:
-    return isinstance(device, str | torch.device) and str(device).startswith("cuda")
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
 
 
 class _Event:

@@ -66,12 +66,12 @@ def make_samples(vocab: int, lengths: list[int], seed: int = 0) -> list[Trajecto
 def reference(folder: Path, samples: list[Trajectory], bf16: bool = False) -> Reference:
     """Run transformers on the folder, one sample at a time, with the plain padded formulas."""
     hf = read_hf_config(folder)
-    model = _hf_model(folder, torch.float32)
+    model = hf_model(folder, torch.float32)
     logits, loss = _hf_backward(model, samples)
     out = Reference(hf, samples, logits, loss.item(), 0.0, {}, {})
     if bf16:
         out.grads = {k: v.clone() for k, v in named_views(model, gradients=True).items()}
-        rough = _hf_model(folder, torch.bfloat16)
+        rough = hf_model(folder, torch.bfloat16)
         rough_logits, _ = _hf_backward(rough, samples)
         out.bf16_logits = _mean_error(zip(rough_logits, logits, strict=True))
         rough_grads = named_views(rough, gradients=True)
@@ -91,12 +91,15 @@ def reference(folder: Path, samples: list[Trajectory], bf16: bool = False) -> Re
     return out
 
 
-def _hf_model(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+def hf_model(
+    folder: Path, dtype: torch.dtype, attention: str = "eager", experts: str = "eager"
+) -> torch.nn.Module:
+    """transformers' own model of a folder, with its plain implementations by default."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
     if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")
+        model.set_experts_implementation(experts)
     return model
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
+import numpy
 import torch
 
 from iwopd_megatron import device
@@ -132,44 +134,30 @@ def _build(
     responses: int,
     tokens: int,
 ) -> MicroBatch:
-    lengths, columns, floats = [], [], []
-    for segment, sample in enumerate(samples):
-        length = round_up(sample.inputs, layout.token_multiple)
-        prompt, response = len(sample.prompt_ids), len(sample.response_ids)
-        ids = torch.tensor(sample.prompt_ids + sample.response_ids)
-        column = torch.zeros(
-            7, length, dtype=torch.long
-        )  # token, position, segment, is loss, target, t, owner
-        column[0, : sample.inputs] = ids[:-1]
-        column[1] = torch.arange(length)
-        column[2] = segment
-        loss = slice(prompt - 1, prompt - 1 + response)
-        column[3, loss] = 1
-        column[4, loss] = ids[prompt:]
-        column[5, loss] = torch.arange(response)
-        column[6] = sample.index
-        value = torch.zeros(
-            4, length
-        )  # rollout log-prob, teacher log-prob, denominator, response length
-        if sample.rollout_logp:
-            value[0, loss] = torch.tensor(sample.rollout_logp)
-        if sample.teacher_logp:
-            value[1, loss] = torch.tensor(sample.teacher_logp)
-        value[2] = token_denominator(aggregation, response, responses, tokens)
-        value[3] = response
-        lengths.append(length)
-        columns.append(column)
-        floats.append(value)
+    lengths = [round_up(sample.inputs, layout.token_multiple) for sample in samples]
     if sum(lengths) < total:
-        padding = total - sum(lengths)
-        column = torch.zeros(7, padding, dtype=torch.long)
-        column[1] = torch.arange(padding)
-        column[2] = len(lengths)
-        columns.append(column)
-        floats.append(torch.ones(4, padding))
-        lengths.append(padding)
+        lengths.append(total - sum(lengths))  # padding: a last segment that no loss reads
+    ids = numpy.zeros((7, total), dtype=numpy.int64)
+    token, position, segment, is_loss, target, offset, owner = ids
+    values = numpy.zeros((4, total), dtype=numpy.float32)
+    rollout_logp, teacher_logp, denominator, response_length = values
+    segment[:] = numpy.repeat(numpy.arange(len(lengths)), lengths)
+    position[:] = numpy.concatenate([numpy.arange(length) for length in lengths])
+    starts = [0, *accumulate(lengths)]
+    for start, sample in zip(starts, samples, strict=False):
+        prompt, response = len(sample.prompt_ids), len(sample.response_ids)
+        loss = slice(start + prompt - 1, start + sample.inputs)
+        token[start : start + sample.inputs] = (sample.prompt_ids + sample.response_ids)[:-1]
+        is_loss[loss] = 1
+        target[loss] = sample.response_ids
+        offset[loss] = numpy.arange(response)
+        owner[loss] = sample.index
+        rollout_logp[loss] = sample.rollout_logp or 0
+        teacher_logp[loss] = sample.teacher_logp or 0
+        denominator[loss] = token_denominator(aggregation, response, responses, tokens)
+        response_length[loss] = response
     index = zigzag_index(lengths, layout.cp, cp_rank)
-    column, value = torch.cat(columns, 1)[:, index], torch.cat(floats, 1)[:, index]
+    column, value = torch.from_numpy(ids)[:, index], torch.from_numpy(values)[:, index]
     rows = column[3].nonzero().squeeze(1)
     on = device.current_device()
     column, kept, value = column.to(on), column[:, rows].to(on), value[:, rows].to(on)
@@ -181,7 +169,7 @@ def _build(
         num_segments=len(lengths),
         rows=rows.to(on),
         targets=kept[4],
-        place=(kept[5] * 10 / value[3]).long(),
+        place=kept[5] * 10 // value[3].long(),
         owner=kept[6],
         offset=kept[5],
         denominator=value[2],

@@ -1,0 +1,131 @@
+"""Time one training step of the demo's student on the same 64 samples: plain PyTorch (transformers, padded batch,
+materialised log-softmax, AdamW) on one thread, the Megatron trainer on one process, and on two (tp2 ep2).
+
+Ratios compare runs that alternate within this one command; each process has one thread.
+"""
+
+import json
+import os
+import statistics
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+
+from iwopd_megatron import parity
+from iwopd_megatron.actor import Schedule
+from iwopd_megatron.config import Layout, Train, read_hf_config
+from iwopd_megatron.hf_io import HfTensors, load_shards
+from iwopd_megatron.model import build_model
+from iwopd_megatron.objective import PolicyObjective
+from iwopd_megatron.optimizer import build_optimizer, wrap_data_parallel
+from iwopd_megatron.parallel import initialise, start_local
+from iwopd_megatron.trajectory import pack
+from iwopd_megatron.weighting import token_weights
+
+FOLDER = Path("recipes/demo/student")
+TRAIN = Train(rounds=1000, lr=1e-5)
+SAMPLES = parity.make_samples(read_hf_config(FOLDER)["vocab_size"], [30 + i % 16 for i in range(64)])
+STEPS, WARM_UP = 30, 5
+
+
+def plain_step():
+    """A closure that trains transformers' own model one step on the padded batch."""
+    model = parity.hf_model(FOLDER, torch.float32, attention="sdpa", experts="grouped_mm")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=TRAIN.lr)
+    width = max(sample.inputs for sample in SAMPLES)
+    ids = torch.zeros(len(SAMPLES), width + 1, dtype=torch.long)
+    mask = torch.zeros(len(SAMPLES), width, dtype=torch.bool)
+    teacher = torch.zeros(len(SAMPLES), width)
+    for i, s in enumerate(SAMPLES):
+        ids[i, : s.inputs + 1] = torch.tensor(s.prompt_ids + s.response_ids)
+        mask[i, len(s.prompt_ids) - 1 : s.inputs] = True
+        teacher[i, len(s.prompt_ids) - 1 : s.inputs] = torch.tensor(s.teacher_logp)
+    lengths = mask.sum(1, keepdim=True)
+
+    def step():
+        optimizer.zero_grad()
+        logits = model(ids[:, :-1], use_cache=False).logits
+        logp = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        gap = teacher - logp.detach()
+        weight = token_weights(gap, mask)
+        loss = -(weight * gap * (logp - logp.detach()).exp() / lengths)[mask].sum() / len(SAMPLES)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def trainer_step(layout):
+    """The same step through Megatron's schedule, DDP and distributed optimiser; packing included."""
+    parallel = initialise(layout)
+    hf = read_hf_config(FOLDER)
+    chunks = build_model(hf, parallel)
+    load_shards(chunks, HfTensors(FOLDER), hf, parallel)
+    wrapped = wrap_data_parallel(chunks, TRAIN)
+    optimizer = build_optimizer(wrapped, TRAIN)
+    schedule = Schedule(wrapped, parallel)
+    objective = PolicyObjective(parity.LOSS, parallel.cp.group)
+
+    def step():
+        batches, length = pack(SAMPLES, parallel, 4096, "seq_mean_token_mean")
+        for chunk in wrapped:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        schedule.run(
+            batches, length, lambda h, m, b: objective(schedule.logprobs(h, m, b), b)
+        )
+        optimizer.step()
+
+    return step
+
+
+def seconds(step):
+    times = []
+    for _ in range(WARM_UP + STEPS):
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[WARM_UP:])
+
+
+def measure(layout, with_plain, queue):
+    step = trainer_step(layout)
+    plain = plain_step() if with_plain else None
+    rows = {}
+    for repeat in range(3):  # alternate, so that a slow minute of the machine hits both
+        if plain is not None:
+            rows.setdefault("plain", []).append(seconds(plain))
+        rows.setdefault("trainer", []).append(seconds(step))
+    if os.environ["RANK"] == "0":
+        queue.put({name: min(values) for name, values in rows.items()})
+
+
+def run(world, layout, with_plain):
+    queue = get_context("fork").SimpleQueue()
+    context = start_local(world, measure, (layout, with_plain, queue))
+    while not context.join():
+        pass
+    return queue.get()
+
+
+def main():
+    torch.set_num_threads(1)
+    one = run(1, Layout(), True)
+    two = run(2, Layout(tp=2, ep=2), False)
+    tokens = sum(s.inputs for s in SAMPLES)
+    print(f"one training step, {len(SAMPLES)} samples, {tokens} tokens, fp32 CPU, 1 thread a process")
+    print("| step | processes | ms | tokens/s | over plain PyTorch |")
+    print("| --- | --- | --- | --- | --- |")
+    rows = [("plain PyTorch", 1, one["plain"]), ("trainer", 1, one["trainer"]), ("trainer tp2 ep2", 2, two["trainer"])]
+    for name, processes, value in rows:
+        print(f"| {name} | {processes} | {value * 1e3:.0f} | {tokens / value:,.0f} | {value / one['plain']:.2f} |")
+    print(json.dumps({"step_over_plain": round(one["trainer"] / one["plain"], 3)}))
+
+
+if __name__ == "__main__":
+    main()
