@@ -2,10 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := OMP_NUM_THREADS=1 $(VENV)/bin/python -W ignore
-SEEDS ?= 2
+SEEDS ?= 5
 OUT ?= runs/demo
 
-.PHONY: setup demo test lint bench gpu-check demo-models clean-demo
+.PHONY: setup demo test lint bench gpu-check gpu-check-venv demo-models clean-demo
 
 setup: $(VENV)/ready
 
@@ -36,6 +36,12 @@ bench: setup
 	$(RUN) bench/step.py
 	$(RUN) bench/round.py
 
-# For a machine with one GPU and torch already there: needs no virtual environment.
+# For a machine with one GPU and torch already there: torch is left as it is, missing packages go beside it.
 gpu-check:
-	$(PYTHON) bench/gpu_check.py
+	@if $(PYTHON) -c "import megatron.core, pydantic, transformers" 2>/dev/null; \
+	then $(PYTHON) -W ignore bench/gpu_check.py; else $(MAKE) gpu-check-venv; fi
+
+gpu-check-venv:
+	$(PYTHON) -m venv --system-site-packages .venv-gpu
+	.venv-gpu/bin/pip install --quiet --editable .
+	.venv-gpu/bin/python -W ignore bench/gpu_check.py

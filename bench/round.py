@@ -21,7 +21,9 @@ def main():
         subprocess.run(command + settings, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         rounds = [line for line in read_metrics(run) if line["kind"] == "round"][WARM_UP:]
     total = statistics.median(line["seconds"] for line in rounds)
-    phases = {name: statistics.median(line["time"][name] for line in rounds) for name in rounds[0]["time"]}
+    phases = {
+        name: statistics.median(line["time"][name] for line in rounds) for name in rounds[0]["time"]
+    }
     print("one round of the demo, 64 prompts, 2 processes of 1 thread (medians)")
     print("| phase | ms | share |")
     print("| --- | --- | --- |")

@@ -28,7 +28,9 @@ from iwopd_megatron.weighting import token_weights
 
 FOLDER = Path("recipes/demo/student")
 TRAIN = Train(rounds=1000, lr=1e-5)
-SAMPLES = parity.make_samples(read_hf_config(FOLDER)["vocab_size"], [30 + i % 16 for i in range(64)])
+SAMPLES = parity.make_samples(
+    read_hf_config(FOLDER)["vocab_size"], [30 + i % 16 for i in range(64)], 0
+)
 STEPS, WARM_UP = 30, 5
 
 
@@ -76,9 +78,7 @@ def trainer_step(layout):
         for chunk in wrapped:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        schedule.run(
-            batches, length, lambda h, m, b: objective(schedule.logprobs(h, m, b), b)
-        )
+        schedule.run(batches, length, lambda h, m, b: objective(schedule.logprobs(h, m, b), b))
         optimizer.step()
 
     return step
@@ -118,12 +118,20 @@ def main():
     one = run(1, Layout(), True)
     two = run(2, Layout(tp=2, ep=2), False)
     tokens = sum(s.inputs for s in SAMPLES)
-    print(f"one training step, {len(SAMPLES)} samples, {tokens} tokens, fp32 CPU, 1 thread a process")
+    print(
+        f"one training step, {len(SAMPLES)} samples, {tokens} tokens, fp32 CPU, 1 thread a process"
+    )
     print("| step | processes | ms | tokens/s | over plain PyTorch |")
     print("| --- | --- | --- | --- | --- |")
-    rows = [("plain PyTorch", 1, one["plain"]), ("trainer", 1, one["trainer"]), ("trainer tp2 ep2", 2, two["trainer"])]
+    rows = [
+        ("plain PyTorch", 1, one["plain"]),
+        ("trainer", 1, one["trainer"]),
+        ("trainer tp2 ep2", 2, two["trainer"]),
+    ]
     for name, processes, value in rows:
-        print(f"| {name} | {processes} | {value * 1e3:.0f} | {tokens / value:,.0f} | {value / one['plain']:.2f} |")
+        print(
+            f"| {name} | {processes} | {value * 1e3:.0f} | {tokens / value:,.0f} | {value / one['plain']:.2f} |"
+        )
     print(json.dumps({"step_over_plain": round(one["trainer"] / one["plain"], 3)}))
 
 

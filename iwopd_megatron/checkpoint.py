@@ -6,6 +6,7 @@ checkpoints/round_000010/ appears by one rename when it is complete. Any layout 
 
 from __future__ import annotations
 
+import queue
 import re
 import shutil
 from pathlib import Path
@@ -18,7 +19,12 @@ from iwopd_megatron.parallel import Parallel
 
 from megatron.core import dist_checkpointing  # isort: skip
 from megatron.core.dist_checkpointing.mapping import ShardedObject  # isort: skip
+from megatron.core.dist_checkpointing.strategies import filesystem_async  # isort: skip
 from megatron.core.utils import unwrap_model  # isort: skip
+
+# Saves are synchronous, so results stay in this process. Megatron would start a manager process for them,
+# which imports everything again and takes seconds.
+filesystem_async._results_queue = queue.Queue()
 
 METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",

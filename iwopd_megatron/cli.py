@@ -87,13 +87,13 @@ def compare(
     worker = _workers()
     code = worker.execute(arms[0].recipe.world, worker.run_arms, (arms, resume))
     if code == 0 and os.environ.get("RANK", "0") == "0":
-        from iwopd_megatron.compare import write_summary
-        from iwopd_megatron.report import find_runs, print_table, summarise, write_report
+        from iwopd_megatron.compare import print_table, write_summary
+        from iwopd_megatron.report import find_runs, summarise, write_report
 
         summary = summarise(find_runs(out))
         write_summary(out, summary)
         print_table(summary)
-        print(f"{write_report(out)}")
+        print(f"{out / 'summary.json'}\n{write_report(out)}")
     sys.exit(code)
 
 
@@ -105,6 +105,17 @@ def report(
     from iwopd_megatron.report import write_report
 
     print(write_report(folder))
+
+
+@app.command("toy-task")
+def toy_task(
+    folder: Annotated[Path, typer.Argument(help="where to write")] = Path("runs/toy_task"),
+) -> None:
+    """Write the demo's task: data, tokenizer and the configurations of its two models."""
+    from iwopd_megatron.toy_task import write_task
+
+    write_task(folder)
+    print(f"wrote {folder}")
 
 
 @app.command()
@@ -127,7 +138,8 @@ def parity(
 
     lengths = [24, 16, 32, 20, 28, 12, 24, 32] if packed else [32] * 8
     dtype = "bf16" if bf16 else "fp32"
-    reference = check.reference(folder, check.make_samples(hf["vocab_size"], lengths), bf16)
+    samples = check.make_samples(hf["vocab_size"], lengths, hf.get("pad_token_id"))
+    reference = check.reference(folder, samples, bf16)
     queue = get_context("fork").SimpleQueue()
     budget = 96 if packed else 32
     code = worker.execute(

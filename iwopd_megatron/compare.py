@@ -5,9 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.table import Table
 
 from iwopd_megatron.config import Recipe, RecipeError, load_recipe
 
@@ -45,6 +49,39 @@ def write_summary(out: Path, summary: dict[str, Any]) -> Path:
     partial.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
     os.replace(partial, path)
     return path
+
+
+def print_table(summary: dict[str, Any]) -> None:
+    """Both arms of `report.summarise` as a table in the terminal: means over seeds, +- standard errors."""
+    table = Table(title="accuracy: mean over seeds ± standard error")
+    for heading in (
+        "arm",
+        "seeds",
+        "start",
+        "step 10",
+        "final",
+        "final against OPD, paired",
+        "area under curve, paired",
+    ):
+        table.add_column(heading, justify="left" if heading == "arm" else "right")
+    for name, arm in summary["arms"].items():
+        paired = summary["paired"].get(name, {})
+        table.add_row(
+            name,
+            str(len(arm["seeds"])),
+            _plus_minus(arm["accuracy_start"]),
+            _plus_minus(arm["accuracy_step10"], arm["stderr_step10"]),
+            _plus_minus(arm["accuracy_final"], arm["stderr"]),
+            _plus_minus(paired.get("final"), paired.get("final_stderr"), "+"),
+            _plus_minus(paired.get("auc"), paired.get("auc_stderr"), "+"),
+        )
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def _plus_minus(value: float | None, error: float | None = None, sign: str = "") -> str:
+    if value is None:
+        return "-"
+    return f"{value:{sign}.3f}" + (f" ± {error:.3f}" if error is not None else "")
 
 
 def is_finished(arm: Arm) -> bool:

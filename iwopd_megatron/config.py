@@ -10,10 +10,19 @@ import difflib
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+# What a layout is checked against; config.json must have them.
+HF_KEYS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings",
+)  # fmt: skip
+HF_MOE_KEYS = ("moe_intermediate_size", "num_experts_per_tok", "norm_topk_prob")
 
 
 class RecipeError(ValueError):
@@ -21,7 +30,7 @@ class RecipeError(ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Layout(_Section):
@@ -93,6 +102,7 @@ class Data(_Section):
         description="JSONL with question, answer, difficulty, source (and response for sft)"
     )
     eval: Path | None = Field(None, description="JSONL of held-out problems")
+    shuffle: bool = Field(True, description="a new order every epoch; false: the order of the file")
 
 
 class Weighting(_Section):
@@ -133,7 +143,7 @@ class Train(_Section):
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_rounds: int = Field(0, ge=0, description="linear warm-up")
     min_lr: float = Field(0.0, ge=0, description="end of the cosine")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW moments")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW moments")
     eps: float = Field(1e-8, gt=0, description="AdamW denominator")
     weight_decay: float = Field(0.01, ge=0)
     clip_grad: float = Field(1.0, gt=0, description="global gradient-norm clip")
@@ -271,10 +281,19 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
         config = json.loads(file.read_text())
     except ValueError as error:
         raise RecipeError(f"{file} is not valid JSON: {error}.") from None
+    if not isinstance(config, dict):
+        raise RecipeError(f"{file} holds a {type(config).__name__}, not an object.")
     if config.get("model_type") not in ("qwen3", "qwen3_moe"):
         raise RecipeError(
-            f"{file}: model_type '{config.get('model_type')}' is not supported; use qwen3 or qwen3_moe."
+            f"{file}: model_type '{config.get('model_type')}' is not supported; "
+            "use qwen3 or qwen3_moe."
         )
+    wanted = HF_KEYS + HF_MOE_KEYS * (num_experts(config) > 0)
+    missing = [key for key in wanted if key not in config]
+    if missing:
+        raise RecipeError(f"{file} lacks '{missing[0]}'; copy the model's original config.json.")
+    if config.get("attention_bias"):
+        raise RecipeError(f"{file}: attention_bias=true is not supported; no Qwen3 model has it.")
     return config
 
 

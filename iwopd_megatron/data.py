@@ -24,13 +24,16 @@ class Problem:
 
 def read_problems(path: Path, need_response: bool = False) -> list[Problem]:
     """All lines of a JSONL file; the first bad one is a sentence with file and line."""
-    problems = []
+    problems: list[Problem] = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # only "\n" ends a line: JSON strings may hold other line separators as they are
+        lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise RecipeError(
             f"{path} is not UTF-8: byte {error.start}; re-save it as UTF-8."
         ) from None
+    if lines[-1] == "":
+        lines.pop()
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
@@ -44,18 +47,20 @@ def read_problems(path: Path, need_response: bool = False) -> list[Problem]:
             raise RecipeError(
                 f"{path} line {number} lacks '{missing[0]}'; a line needs {', '.join(wanted)}."
             )
-        problems.append(
-            Problem(
-                row["question"],
-                str(row["answer"]),
-                float(row["difficulty"]),
-                row["source"],
-                row.get("response"),
-            )
-        )
+        problems.append(_problem(row, f"{path} line {number}"))
     if not problems:
         raise RecipeError(f"{path} is empty; it needs one JSON object a line.")
     return problems
+
+
+def _problem(row: dict[str, Any], where: str) -> Problem:
+    try:
+        difficulty = float(row["difficulty"])
+    except (TypeError, ValueError):
+        raise RecipeError(f"{where}: difficulty {row['difficulty']!r} is not a number.") from None
+    return Problem(
+        row["question"], str(row["answer"]), difficulty, row["source"], row.get("response")
+    )
 
 
 def encode_prompt(tokenizer: Any, question: str) -> list[int]:
@@ -71,10 +76,10 @@ def encode_prompt(tokenizer: Any, question: str) -> list[int]:
 
 
 class PromptOrder:
-    """An endless order: every epoch a new permutation of the problems. `cursor` is all there is to save."""
+    """An endless order: every epoch a new permutation (or the file's own order). `cursor` is all its state."""
 
-    def __init__(self, count: int, seed: int):
-        self.count, self.seed = count, seed
+    def __init__(self, count: int, seed: int, shuffle: bool = True):
+        self.count, self.seed, self.shuffle = count, seed, shuffle
         self.cursor = 0
         self._epoch: tuple[int, list[int]] = (-1, [])
 
@@ -88,6 +93,7 @@ class PromptOrder:
         epoch, place = divmod(position, self.count)
         if self._epoch[0] != epoch:
             order = list(range(self.count))
-            random.Random(f"{self.seed}-{epoch}").shuffle(order)
+            if self.shuffle:
+                random.Random(f"{self.seed}-{epoch}").shuffle(order)
             self._epoch = (epoch, order)
         return self._epoch[1][place]

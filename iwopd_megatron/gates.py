@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,11 @@ def teacher_scores(samples: list[Trajectory], vocab_size: int) -> None:
     """Teacher log-probs are finite, not positive, and not one constant such as -log V."""
     values = [value for sample in samples for value in sample.teacher_logp]
     for sample in samples:
+        if len(sample.teacher_logp) != len(sample.response_ids):
+            raise GateError(
+                f"sample {sample.index} has {len(sample.response_ids)} tokens but "
+                f"{len(sample.teacher_logp)} teacher log-probs; each token needs one."
+            )
         bad = [v for v in sample.teacher_logp if not math.isfinite(v) or v > 1e-4]
         if bad:
             raise GateError(
@@ -74,15 +79,23 @@ def teacher_scores(samples: list[Trajectory], vocab_size: int) -> None:
         )
 
 
-def first_weights(streamed: Iterable[tuple[str, torch.Tensor]], sources: dict[str, Any]) -> None:
-    """The first published weights are the student's own tensors, bit for bit in the published dtype."""
+def first_weights(streamed: Iterable[tuple[str, torch.Tensor]], sources: Mapping[str, Any]) -> None:
+    """The first published weights are the student's own tensors, all of them, bit for bit."""
+    missing = set(sources)
     for name, tensor in streamed:
         source = sources[name]
         expected = source if isinstance(source, torch.Tensor) else source[:]
         if not torch.equal(tensor.cpu(), expected.to(tensor.dtype)):
             raise GateError(
-                f"published tensor {name} is not the student's; the layout's weight mapping is wrong."
+                f"published tensor {name} is not the student's; "
+                "the layout's weight mapping is wrong."
             )
+        missing.discard(name)
+    if missing:
+        raise GateError(
+            f"{len(missing)} of the student's tensors are never published, e.g. {min(missing)}; "
+            "the weight table lacks a row for it."
+        )
 
 
 def drift(mean_drift: float, limit: float) -> None:

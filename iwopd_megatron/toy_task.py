@@ -1,98 +1,138 @@
-"""A verifiable task whose errors compound: sort letters by writing every step of a selection sort.
+"""A verifiable task whose errors compound: sort letters by writing out every step of a selection sort.
 
-Question `ehacgbd=`; the response names the smallest letter left and then the letters that remain, until none
-do: `aehcgbd` `behcgd` ... Its answer is the sorted letters. A sloppy writer picks a wrong letter, or drops or
-doubles one while copying (which shifts every later position), more often early on; after a first slip it is
-lost and slips at random. Same JSONL schema as the real sets, plus `response` where a model is fine-tuned.
+To `glaehdck=` a right response is `aglehdck` `cglehdk` `dglehk` ... without any separator: the smallest letter,
+then the letters left, until none are. Where the next letter comes from has to be counted out, so a writer who
+once drops or doubles a letter loses the thread, and so does a reader who never saw that happen. The sloppy
+writer slips mostly early and is lost after the first slip. Same JSONL schema as the real data sets, plus
+`response` where a model is fine-tuned on it.
 """
 
 from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 SOURCE = "selection_sort"
 ALPHABET = "abcdefghijkl"
-LETTERS = 7  # letters to sort
-SLIP = 0.2  # chance of a slip in the sloppy writer's first step
-LOST = 0.5  # chance of a slip in each step after the first slip
-PAD, EOS = "<pad>", "<eos>"
-SYMBOLS = (
-    [PAD, EOS, "="]
-    + list("abcdefghijklmnopqrstuvwxyz")
-    + list("0123456789")
-    + [".", ":", ",", "+", "-", "*", "/", "|", " "]
-)
+PAD, EOS, UNUSED = "<pad>", "<eos>", "<unused>"
+SYMBOLS = [PAD, EOS, "=", *ALPHABET, UNUSED]  # 16: divisible by any tensor-parallel size used here
+LETTERS = 8  # letters to sort; a right response has 36 letters and EOS
+SLIP = 0.12  # the sloppy writer's chance of a wrong pick, and of a wrong copy, in the first step
+SLIP_DECAY = 4  # falls with the fourth power of the letters left
+TEACHER_ROUNDS, STUDENT_ROUNDS = 500, 800  # of 64 problems each: what recipes/demo_*.yaml train on
+LOST = 0.9  # the same chance in every step after the first slip
 
 
 def write_trace(letters: list[str], rng: random.Random, slip: float = 0.0) -> str:
     """The response to a list of letters; with `slip` > 0, the sloppy writer's."""
-    rest, trace, lost = list(letters), "", False
+    rest, trace, is_lost = list(letters), "", False
     for _ in letters:
         if not rest:
             break
-        chance = LOST if lost and slip else slip * ((len(rest) - 1) / (len(letters) - 1)) ** 2
-        wrong_pick = rng.random() < chance and len(rest) > 1
-        wrong_copy = rng.random() < chance and len(rest) > 1
+        chance = slip * ((len(rest) - 1) / (len(letters) - 1)) ** SLIP_DECAY
+        if slip and is_lost:
+            chance = LOST
+        picks_wrong = rng.random() < chance and len(rest) > 1
+        copies_wrong = rng.random() < chance and len(rest) > 1
         pick = min(rest)
-        if wrong_pick:
+        if picks_wrong:
             pick = rng.choice([x for x in rest if x != pick] or [pick])
         rest.remove(pick)
-        if wrong_copy and rest:
+        if copies_wrong:
             place = rng.randrange(len(rest))
             if rng.random() < 0.5:
                 rest.pop(place)
             else:
                 rest.insert(place, rng.choice(ALPHABET))
-        lost = lost or wrong_pick or wrong_copy
+        is_lost = is_lost or picks_wrong or copies_wrong
         trace += pick + "".join(rest)
     return trace
 
 
-def make_problem(
-    rng: random.Random, slip: float = 0.0, with_response: bool = False
-) -> dict[str, Any]:
-    """One line of a data file."""
-    letters = rng.sample(ALPHABET, LETTERS)
-    problem = {
-        "question": "".join(letters) + "=",
-        "answer": "".join(sorted(letters)),
-        "difficulty": LETTERS,
-        "source": SOURCE,
-    }
-    return problem | ({"response": write_trace(letters, rng, slip)} if with_response else {})
+def problems(seed: int, slip: float | None = None) -> Iterator[dict[str, Any]]:
+    """Endless lines of a data file, a function of the seed; with a response unless `slip` is None."""
+    rng = random.Random(seed)
+    while True:
+        letters = rng.sample(ALPHABET, LETTERS)
+        problem = {
+            "question": "".join(letters) + "=",
+            "answer": "".join(sorted(letters)),
+            "difficulty": LETTERS,
+            "source": SOURCE,
+        }
+        yield problem if slip is None else problem | {"response": write_trace(letters, rng, slip)}
 
 
 def is_right(response: str, answer: str) -> bool:
-    """Whether the picks, at the places where a right trace has them, are the sorted letters."""
-    total = len(answer)
-    picks = [sum(range(total, total - i, -1)) for i in range(total)]
-    return (
-        len(response) == total * (total + 1) // 2 and "".join(response[i] for i in picks) == answer
-    )
+    """Whether the letters at the places of the picks are the sorted letters, and nothing is missing."""
+    count = len(answer)
+    picks = [sum(range(count, count - step, -1)) for step in range(count)]
+    return len(response) == sum(range(count + 1)) and "".join(response[i] for i in picks) == answer
 
 
-def write_jsonl(
-    path: Path, count: int, seed: int, slip: float = 0.0, with_response: bool = False
-) -> None:
-    """`count` problems, a function of the seed."""
-    rng = random.Random(seed)
+def write_jsonl(path: Path, *parts: Iterator[dict[str, Any]]) -> None:
+    """One JSON object a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(make_problem(rng, slip, with_response)) for _ in range(count))
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("".join(json.dumps(line) + "\n" for part in parts for line in part))
+
+
+def write_task(folder: Path) -> None:
+    """Everything the demo's models and runs are made from: data, tokenizer and model configurations.
+
+    train and eval: prompts only. teacher: clean traces. student: clean traces, then as many sloppy ones.
+    """
+    write_jsonl(folder / "train.jsonl", islice(problems(seed=1), 2048))
+    write_jsonl(folder / "eval.jsonl", islice(problems(seed=999), 512))
+    clean = islice(problems(seed=2, slip=0.0), 64 * TEACHER_ROUNDS)
+    write_jsonl(folder / "teacher.jsonl", clean)
+    half = 64 * STUDENT_ROUNDS // 2
+    clean, sloppy = problems(seed=3, slip=0.0), problems(seed=4, slip=SLIP)
+    write_jsonl(folder / "student.jsonl", islice(clean, half), islice(sloppy, half))
+    write_model(folder / "teacher", hidden_size=96, num_attention_heads=4, num_experts=8)
+    write_model(folder / "student", hidden_size=64, num_attention_heads=2, num_experts=4)
+
+
+def write_model(folder: Path, **sizes: int) -> None:
+    """A Qwen3-MoE configuration and the character-level tokenizer, without weights."""
+    from transformers import GenerationConfig, Qwen3MoeConfig
+
+    config = Qwen3MoeConfig(
+        vocab_size=len(SYMBOLS),
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        intermediate_size=128,
+        moe_intermediate_size=64,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        max_position_embeddings=128,
+        rope_theta=1e4,
+        initializer_range=0.1,
+        pad_token_id=SYMBOLS.index(PAD),
+        eos_token_id=SYMBOLS.index(EOS),
+        bos_token_id=None,
+        architectures=["Qwen3MoeForCausalLM"],
+        **sizes,
+    )
+    config.save_pretrained(folder)
+    GenerationConfig.from_model_config(config).save_pretrained(folder)
+    write_tokenizer(folder)
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A character-level tokenizer as a normal Hugging Face tokenizer folder."""
+    """One token a character, saved as a normal Hugging Face tokenizer."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(
-        models.WordLevel({symbol: i for i, symbol in enumerate(SYMBOLS)}, unk_token=PAD)
-    )
+    vocabulary = {symbol: i for i, symbol in enumerate(SYMBOLS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNUSED))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNUSED
+    )
     fast.save_pretrained(folder)

@@ -84,7 +84,7 @@ class Trainer:
                 f"{dropped} prompts longer than rollout.max_prompt_tokens are left out."
             )
         self.kept = kept
-        self.order = PromptOrder(len(kept), recipe.train.seed)
+        self.order = PromptOrder(len(kept), recipe.train.seed, recipe.data.shuffle)
         self.evaluator = None
         if recipe.data.eval is not None:
             self.evaluator = Evaluator(

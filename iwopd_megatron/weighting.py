@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 RULES = ("uniform", "iw", "prefix", "suffix")
+DENOMINATORS = ("exclusive", "inclusive")
 
 
 def token_weights(
@@ -54,6 +55,8 @@ def token_weights_packed(
     """
     if rule not in RULES:
         raise ValueError(f"unknown weighting rule '{rule}'; use one of {', '.join(RULES)}.")
+    if denominator not in DENOMINATORS:
+        raise ValueError(f"unknown denominator '{denominator}'; use exclusive or inclusive.")
     if rule == "uniform":
         return mask.float()
     if num_segments is None:

@@ -1,4 +1,4 @@
-"""One thread, CPU only (unless CUDA_VISIBLE_DEVICES is set), and tiny Hugging Face folders for the session."""
+"""One thread, no GPU unless CUDA_VISIBLE_DEVICES names one, and tiny Hugging Face folders."""
 
 import os
 

@@ -1,0 +1,113 @@
+"""Every truth gate: one case that passes, and each way to trip it."""
+
+import math
+
+import pytest
+import torch
+
+from iwopd_megatron.gates import (
+    GateError,
+    drift,
+    first_weights,
+    rollouts,
+    same_vocabulary,
+    teacher_scores,
+)
+from iwopd_megatron.trajectory import Trajectory
+
+
+class Tokenizer:
+    def __init__(self, vocab: dict[str, int], eos: int = 0):
+        self.vocab, self.eos_token_id = vocab, eos
+
+    def get_vocab(self) -> dict[str, int]:
+        return self.vocab
+
+
+def sample(**changes) -> Trajectory:
+    fields = dict(
+        index=3, prompt_ids=[1], response_ids=[2, 5], rollout_logp=[-1.0, -2.0],
+        teacher_logp=[-0.5, -3.0], weight_version=4,
+    )  # fmt: skip
+    return Trajectory(**fields | changes)
+
+
+def trips(gate, *args) -> str:
+    with pytest.raises(GateError) as error:
+        gate(*args)
+    message = str(error.value)
+    assert "\n" not in message and message.endswith(".")
+    return message
+
+
+def test_same_vocabulary():
+    ours = Tokenizer({"a": 0, "b": 1})
+    same_vocabulary("S", "T", ours, Tokenizer({"b": 1, "a": 0}))
+    message = trips(same_vocabulary, "S", "T", ours, Tokenizer({"a": 0, "b": 2}))
+    assert "tokenizers of S and T differ: 'b' is 1 against 2" in message
+    message = trips(same_vocabulary, "S", "T", ours, Tokenizer({"a": 0, "b": 1, "c": 2}))
+    assert "'c' is None against 2" in message
+    message = trips(same_vocabulary, "S", "T", ours, Tokenizer({"a": 0, "b": 1}, eos=1))
+    assert "EOS is 0 for S but 1 for T" in message
+
+
+def test_rollouts_pass():
+    rollouts([sample(), sample(response_ids=[0, 511])], 4, 512)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"weight_version": 3}, "sample 3 was written by weight version 3, not 4"),
+        ({"weight_version": 5}, "weight version 5, not 4"),
+        ({"rollout_logp": [-1.0]}, "sample 3 has 2 tokens but 1 engine log-probs"),
+        ({"rollout_logp": [-1.0] * 3}, "2 tokens but 3 engine log-probs"),
+        ({"response_ids": [], "rollout_logp": []}, "sample 3 has 0 tokens"),
+        ({"response_ids": [2, 512]}, "outside the vocabulary of 512"),
+        ({"response_ids": [-1, 2]}, "outside the vocabulary of 512"),
+    ],
+)
+def test_rollouts_trip(changes, words):
+    assert words in trips(rollouts, [sample(index=1), sample(**changes)], 4, 512)
+
+
+def test_teacher_scores_pass():
+    teacher_scores([sample(), sample(teacher_logp=[0.0, -1e-3])], 512)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 0.5])
+def test_teacher_scores_trip_on_impossible_numbers(bad):
+    message = trips(teacher_scores, [sample(index=1), sample(teacher_logp=[-1.0, bad])], 512)
+    assert "sample 3: teacher log-prob" in message and str(bad) in message
+
+
+def test_teacher_scores_trip_on_a_constant():
+    constant = [sample(teacher_logp=[-2.0, -2.0])] * 2
+    message = trips(teacher_scores, constant, 512)
+    assert "all 4 teacher log-probs are -2.0000" in message and "-log V" not in message
+    uniform = [sample(teacher_logp=[-math.log(512)] * 2)] * 2
+    assert "-log V: its head or weights were not loaded" in trips(teacher_scores, uniform, 512)
+
+
+@pytest.mark.parametrize("scores", [[], [-1.0]])
+def test_teacher_scores_trip_on_missing_ones(scores):
+    """Packing would read a missing list as zeros, and stretch a single score over all tokens."""
+    trips(teacher_scores, [sample(index=1), sample(teacher_logp=scores)], 512)
+
+
+def test_first_weights():
+    sources = {"a": torch.randn(3, 2), "b": torch.randn(4)}
+    first_weights(sources.items(), sources)
+    first_weights([(k, v.bfloat16()) for k, v in sources.items()], sources)
+    transposed = [("a", sources["a"]), ("b", sources["b"].flip(0))]
+    assert "published tensor b is not the student's" in trips(first_weights, transposed, sources)
+    wrong_shape = [("a", sources["a"].t())]
+    assert "published tensor a" in trips(first_weights, wrong_shape, sources)
+    one_bit = [("b", torch.nextafter(sources["b"], torch.tensor(9.0)))]
+    assert "published tensor b" in trips(first_weights, one_bit, sources)
+
+
+def test_drift():
+    drift(0.5, 0.5)
+    assert "differ by 0.51 nats on average, limit gates.max_drift=0.5" in trips(drift, 0.51, 0.5)
+    assert "differ by nan" in trips(drift, math.nan, 0.5)

@@ -1,0 +1,275 @@
+"""The whole loop on the demo's models: determinism, layouts, resume, signals, fine-tuning, comparison."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from worlds import run_world
+
+from iwopd_megatron.config import Layout, load_recipe, read_hf_config
+from iwopd_megatron.hf_io import HfTensors
+from iwopd_megatron.parallel import initialise, shutdown
+from iwopd_megatron.progress import Progress
+from iwopd_megatron.rollout import Prompt, Sampling
+from iwopd_megatron.rollout.hf import HfEngine
+from iwopd_megatron.runlog import read_metrics
+from iwopd_megatron.teacher import EmbeddedTeacher
+from iwopd_megatron.toy_task import write_task
+from iwopd_megatron.trainer import Trainer
+
+ROOT = Path(__file__).parent.parent
+RECIPE = ROOT / "recipes/demo_tiny_moe.yaml"
+SMALL = [
+    "train.rounds=5", "train.warmup_rounds=2", "train.prompts_per_round=16", "train.microbatch_tokens=300",
+    "evaluate.problems=16", "checkpoint.every=3",
+]  # fmt: skip
+CLOCK = ("time", "seconds", "tokens_per_second")
+LAYOUTS = {
+    "one": {},
+    "tp2_ep2": {"tp": 2, "ep": 2},
+    "again": {"tp": 2, "ep": 2},
+    "dp2": {},
+    "pp2": {"pp": 2},
+    "cp2": {"cp": 2},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_the_repository():
+    """Recipes name their files relative to the repository."""
+    before = Path.cwd()
+    os.chdir(ROOT)
+    yield
+    os.chdir(before)
+
+
+def small_recipe(out, layout, *overrides):
+    return load_recipe(RECIPE, [*SMALL, f"out={out}", f"student.parallel={layout}", *overrides])
+
+
+def train_here(recipes, resume=False):
+    for recipe in recipes:
+        parallel = initialise(recipe.student.parallel, recipe.train.seed)
+        with Progress(recipe.train.rounds, visible=False) as progress:
+            assert Trainer(recipe, parallel, progress, resume).run()
+    shutdown()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The same five rounds in every layout."""
+    folder = tmp_path_factory.mktemp("runs")
+    recipes = {name: small_recipe(folder / name, layout) for name, layout in LAYOUTS.items()}
+    run_world(1, train_here, [recipes.pop("one")])
+    run_world(2, train_here, list(recipes.values()))
+    return folder
+
+
+def records(run):
+    """Metrics without clock times."""
+    return [{k: v for k, v in line.items() if k not in CLOCK} for line in read_metrics(run)]
+
+
+def weights(run):
+    tensors = HfTensors(run / "hf")
+    return {name: tensors[name][:] for name in tensors}
+
+
+def same_weights(a, b):
+    ours, theirs = weights(a), weights(b)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_same_seed_same_layout_is_identical(runs):
+    assert records(runs / "tp2_ep2") == records(runs / "again")
+    assert same_weights(runs / "tp2_ep2", runs / "again")
+
+
+@pytest.mark.parametrize("name", ["tp2_ep2", "dp2", "pp2", "cp2"])
+def test_layouts_follow_the_same_curve(name, runs):
+    ours, theirs = records(runs / name), records(runs / "one")
+    assert len(ours) == len(theirs) == 7  # five rounds, evaluations at 0 and 5
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        assert a["kind"] == b["kind"]
+        for key in a.keys() - {"kind", "drift"}:  # drift itself is float noise
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6), (key, a["round"])
+
+
+def generate_greedily(folders, queue):
+    initialise(Layout())
+    prompts = [Prompt(i, [3 + (i + 5 * j) % 12 for j in range(8)] + [2]) for i in range(8)]
+    for folder in folders:
+        engine = HfEngine(folder, torch.float32, {1}, batch_size=8)
+        tensors = HfTensors(folder)
+        engine.update(((name, tensors[name][:]) for name in tensors), 0)
+        queue.put([s.response_ids for s in engine.generate(prompts, Sampling(43, 0.0))])
+    shutdown()
+
+
+def test_layouts_generate_the_same_greedy_answers(runs):
+    from multiprocessing import get_context
+
+    queue = get_context("fork").SimpleQueue()
+    folders = [runs / name / "hf" for name in LAYOUTS]
+    run_world(1, generate_greedily, folders, queue)
+    answers = [queue.get() for _ in folders]
+    assert all(answer == answers[0] for answer in answers)
+    assert len({tuple(ids) for ids in answers[0]}) > 1
+
+
+def test_training_moves_the_student_towards_the_teacher(runs):
+    lines = [line for line in records(runs / "one") if line["kind"] == "round"]
+    assert lines[-1]["reverse_kl"] < 0.9 * lines[0]["reverse_kl"]
+
+
+def test_run_folder_holds_what_the_readme_says(runs):
+    run = runs / "tp2_ep2"
+    assert load_recipe(run / "recipe.yaml").student.parallel == Layout(tp=2, ep=2)
+    assert list((run / "tensorboard").glob("events*"))
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["round_000003"]
+    sample = json.loads((run / "samples/round_000005.jsonl").read_text().splitlines()[0])
+    assert len(sample["tokens"]) == len(sample["gap"]) == len(sample["weight"])
+    assert "".join(sample["tokens"]) == sample["response"]
+
+
+@pytest.mark.parametrize("name", ["tp2_ep2", "pp2", "dp2"])
+def test_resume_goes_on_from_the_checkpoint(name, runs, tmp_path):
+    """To the bit in the same layout, along the same curve in another one."""
+    shutil.copytree(runs / "tp2_ep2", tmp_path / "run", ignore=shutil.ignore_patterns("hf"))
+    recipe = small_recipe(tmp_path / "run", LAYOUTS[name])
+    run_world(2, train_here, [recipe], True)
+    ours, theirs = records(tmp_path / "run"), records(runs / "tp2_ep2")
+    if name == "tp2_ep2":
+        assert ours == theirs
+        assert same_weights(tmp_path / "run", runs / "tp2_ep2")
+    for a, b in zip(ours, theirs, strict=True):
+        figure = "loss" if a["kind"] == "round" else "accuracy"
+        assert a[figure] == pytest.approx(b[figure], rel=1e-4, abs=1e-6)
+        assert a.get("lr") == b.get("lr")
+
+
+def iwopd(*arguments, **kwargs):
+    command = [sys.executable, "-W", "ignore", "-m", "iwopd_megatron", *map(str, arguments)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_resume_finishes(number, runs, tmp_path):
+    run = tmp_path / "run"
+    recipe = [
+        RECIPE,
+        *SMALL,
+        "student.parallel={}",
+        "train.rounds=400",
+        f"out={run}",
+        "checkpoint.every=null",
+    ]
+    process = iwopd("train", *recipe)
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or len(read_metrics(run)) < 3:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "go on with --resume" in output
+    stopped = max(line["round"] for line in read_metrics(run))
+    again = iwopd("train", *recipe, f"train.rounds={stopped + 1}", "--resume")
+    output, errors = again.communicate(timeout=120)
+    assert again.returncode == 0, errors
+    assert [line["round"] for line in read_metrics(run) if line["kind"] == "round"] == list(
+        range(1, stopped + 2)
+    )
+    expected = [line for line in records(runs / "one") if line["kind"] == "round"][
+        : min(stopped, 5)
+    ]
+    got = [line for line in records(run) if line["kind"] == "round"][: len(expected)]
+    assert got == expected
+
+
+def test_an_existing_run_is_not_overwritten(runs):
+    process = iwopd("train", RECIPE, *SMALL, f"out={runs / 'one'}")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "already holds a run" in errors and len(errors.splitlines()) == 1
+
+
+def test_compare_writes_summary_and_report(tmp_path):
+    out = tmp_path / "comparison"
+    settings = [*SMALL, "train.rounds=3", "student.parallel={}", "rollout.max_response_tokens=12"]
+    process = iwopd("compare", RECIPE, *settings, "--seeds", 2, "--out", out)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    arms = json.loads((out / "summary.json").read_text())["arms"]
+    assert list(arms) == ["opd", "iw"]
+    assert arms["opd"]["seeds"] == arms["iw"]["seeds"] == [1, 2]
+    assert arms["opd"]["accuracy_start"] == arms["iw"]["accuracy_start"]
+    assert (out / "report.html").stat().st_size > 10_000
+    assert "against OPD" in output
+    first = [read_metrics(out / arm / "seed_1")[1] for arm in arms]
+    assert first[0]["abs_gap"] == first[1]["abs_gap"]  # the arms see the same first answers
+    assert first[0]["weight"] == 1.0 < first[1]["weight"]
+
+
+def test_fine_tuning_lowers_the_loss(tmp_path, monkeypatch):
+    monkeypatch.setattr("iwopd_megatron.toy_task.TEACHER_ROUNDS", 10)
+    monkeypatch.setattr("iwopd_megatron.toy_task.STUDENT_ROUNDS", 1)
+    write_task(tmp_path / "task")
+    recipe = load_recipe(
+        ROOT / "recipes/demo_teacher.yaml",
+        [
+            f"student.hf={tmp_path}/task/teacher", f"data.train={tmp_path}/task/teacher.jsonl", "data.eval=null",
+            "train.rounds=10", "train.warmup_rounds=1", "student.parallel={}", f"out={tmp_path}/run",
+        ],
+    )  # fmt: skip
+    run_world(1, train_here, [recipe])
+    losses = [line["loss"] for line in read_metrics(tmp_path / "run")]
+    assert losses[-1] < 0.9 * losses[0]
+    assert read_hf_config(tmp_path / "run/hf")["hidden_size"] == 96
+
+
+def score_both_ways(queue):
+    recipe = small_recipe("unused", {})
+    parallel = initialise(recipe.student.parallel)
+    samples = [s for s in _samples()]
+    for offload in (False, True):
+        settings = recipe.teacher.model_copy(update={"offload": offload})
+        queue.put(
+            [s.teacher_logp for s in EmbeddedTeacher(settings, parallel, 1.0, 256).score(samples)]
+        )
+    shutdown()
+
+
+def _samples():
+    from iwopd_megatron.parity import make_samples
+
+    return make_samples(16, [20, 37, 11], 0)
+
+
+def test_an_offloaded_teacher_gives_the_same_scores_as_transformers():
+    from multiprocessing import get_context
+
+    from iwopd_megatron.parity import hf_model
+
+    queue = get_context("fork").SimpleQueue()
+    run_world(1, score_both_ways, queue)
+    resident, offloaded = queue.get(), queue.get()
+    assert resident == offloaded
+    model = hf_model(ROOT / "recipes/demo/teacher", torch.float32)
+    for sample, scores in zip(_samples(), resident, strict=True):
+        ids = torch.tensor([sample.prompt_ids + sample.response_ids])
+        with torch.no_grad():
+            logp = model(ids).logits[0].log_softmax(-1)
+        start = len(sample.prompt_ids) - 1
+        expected = logp[start:-1].gather(-1, ids[0, start + 1 :, None])[:, 0]
+        assert torch.allclose(torch.tensor(scores), expected, atol=2e-5)
