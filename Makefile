@@ -20,9 +20,17 @@ demo: setup
 	rm -rf $(OUT)
 	$(RUN) -m iwopd_megatron compare recipes/demo_tiny_moe.yaml --seeds $(SEEDS) --out $(OUT)
 
-# Train the demo's teacher and student again, from random weights to recipes/demo/{teacher,student}.
+# The demo's task, teacher and student again, from random weights into recipes/demo (about 3 minutes).
 demo-models: setup
-	$(RUN) bench/demo_models.py
+	rm -rf runs/toy_task runs/demo_teacher runs/demo_student
+	$(RUN) -m iwopd_megatron toy-task runs/toy_task
+	$(RUN) -m iwopd_megatron sft recipes/demo_teacher.yaml
+	$(RUN) -m iwopd_megatron sft recipes/demo_student.yaml
+	rm -rf recipes/demo
+	mkdir recipes/demo
+	cp runs/toy_task/train.jsonl runs/toy_task/eval.jsonl recipes/demo/
+	cp -r runs/demo_teacher/hf recipes/demo/teacher
+	cp -r runs/demo_student/hf recipes/demo/student
 
 test: setup
 	$(RUN) -m pytest

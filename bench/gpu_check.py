@@ -1,7 +1,7 @@
-"""One GPU, real kernels: parity with Hugging Face in fp32 and bf16, five rounds of the demo, step time and memory.
+"""One GPU, real kernels: Hugging Face parity (fp32, bf16), five demo rounds, step time, memory.
 
-Prints Markdown for bench/RESULTS.md and ends with one JSON line; exits non-zero if parity fails. Needs only
-torch with CUDA and the project's dependencies.
+Prints Markdown for bench/RESULTS.md and ends with one JSON line; exits non-zero if parity fails.
+Needs only torch with CUDA and the project's dependencies.
 """
 
 import json
@@ -21,24 +21,25 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.chdir(ROOT)
 
-import torch
+import torch  # noqa: E402
 
-from iwopd_megatron import backend, device, parity
-from iwopd_megatron.actor import Schedule
-from iwopd_megatron.config import Layout, Train, load_recipe, read_hf_config
-from iwopd_megatron.model import build_model, wrap_precision
-from iwopd_megatron.objective import PolicyObjective
-from iwopd_megatron.optimizer import build_optimizer, wrap_data_parallel
-from iwopd_megatron.parallel import initialise, shutdown, start_local
-from iwopd_megatron.progress import Progress
-from iwopd_megatron.runlog import read_metrics
-from iwopd_megatron.trainer import Trainer
-from iwopd_megatron.trajectory import pack
+from iwopd_megatron import backend, device, parity  # noqa: E402
+from iwopd_megatron.actor import Schedule  # noqa: E402
+from iwopd_megatron.config import Layout, Train, load_recipe, read_hf_config  # noqa: E402
+from iwopd_megatron.model import build_model, wrap_precision  # noqa: E402
+from iwopd_megatron.objective import PolicyObjective  # noqa: E402
+from iwopd_megatron.optimizer import build_optimizer, wrap_data_parallel  # noqa: E402
+from iwopd_megatron.parallel import initialise, shutdown, start_local  # noqa: E402
+from iwopd_megatron.progress import Progress  # noqa: E402
+from iwopd_megatron.runlog import read_metrics  # noqa: E402
+from iwopd_megatron.trainer import Trainer  # noqa: E402
+from iwopd_megatron.trajectory import pack  # noqa: E402
 
 STEPS, WARM_UP = 8, 3
 QWEN = dict(
-    model_type="qwen3_moe", num_attention_heads=32, num_key_value_heads=4, head_dim=128, vocab_size=151936,
-    rms_norm_eps=1e-6, rope_theta=1e6, max_position_embeddings=40960, intermediate_size=6144,
+    model_type="qwen3_moe", num_attention_heads=32, num_key_value_heads=4, head_dim=128,
+    vocab_size=151936, rms_norm_eps=1e-6, rope_theta=1e6, max_position_embeddings=40960,
+    intermediate_size=6144,
 )  # fmt: skip
 # Slices of real models: their layer shapes, vocabulary and head, few layers; random weights.
 SLICES = {
@@ -142,7 +143,8 @@ def in_world(function, *args):
 def main():
     if not torch.cuda.is_available():
         sys.exit(
-            "error: gpu-check needs a CUDA GPU and a torch built for it; `make demo` runs without one."
+            "error: gpu-check needs a CUDA GPU and a torch built for it; "
+            "`make demo` runs without one."
         )
     name = torch.cuda.get_device_name()
     te = "TransformerEngine" if backend.has_transformer_engine() else "torch-native modules"
@@ -152,12 +154,14 @@ def main():
     references = {d: parity.reference(folder, samples, d == "bf16") for d in ("fp32", "bf16")}
     failed = False
     print(
-        "| parity with Hugging Face | logits | gradients | loss | verdict |\n| --- | --- | --- | --- | --- |"
+        "| parity with Hugging Face | logits | gradients | loss | verdict |\n"
+        "| --- | --- | --- | --- | --- |"
     )
     for dtype, result, problems in in_world(check_parity, references):
         failed |= bool(problems)
         print(f"| {dtype} ({'max' if dtype == 'fp32' else 'mean'}) | {result['logits']:.2g} | "
-              f"{result['grads']:.2g} | {result['loss']:.2g} | {'; '.join(problems) or 'agrees'} |", flush=True)  # fmt: skip
+              f"{result['grads']:.2g} | {result['loss']:.2g} | "
+              f"{'; '.join(problems) or 'agrees'} |", flush=True)  # fmt: skip
     print(
         "\n| demo, round 5, one GPU | seconds | generate | score | train | drift (nats) |\n"
         + "| --- " * 6
@@ -168,8 +172,9 @@ def main():
             last = in_world(five_rounds, run + "/run", dtype)[0][-1]
         phases = " | ".join(f"{last['time'][k]:.3f}" for k in ("generate", "score", "train"))
         print(f"| {dtype} | {last['seconds']:.3f} | {phases} | {last['drift']:.2g} |", flush=True)
-    print("\n| bf16 step, one micro-batch | packed as | recompute | forward + backward ms | forward ms | optimiser ms "
-          "| tokens/s | model TFLOP/s | peak GiB |\n" + "| --- " * 9 + "|")  # fmt: skip
+    print("\n| bf16 step, one micro-batch | packed as | recompute | forward + backward ms "
+          "| forward ms | optimiser ms | tokens/s | model TFLOP/s | peak GiB |\n"
+          + "| --- " * 9 + "|")  # fmt: skip
     results = {}
     for model, hf in SLICES.items():
         for packed, lengths in LENGTHS.items():
@@ -178,8 +183,9 @@ def main():
                 train_ms, ms = r["ms"]["forward + backward"], r["ms"]
                 tflops = 6 * r["active"] * r["tokens"] / train_ms / 1e9
                 speed = r["tokens"] / (train_ms + ms["optimiser"]) * 1e3
-                print(f"| {model} | {packed} | {recompute} | {train_ms:.1f} | {ms['forward only']:.1f} | "
-                      f"{ms['optimiser']:.1f} | {speed:,.0f} | {tflops:.0f} | {r['peak_gib']:.1f} |", flush=True)  # fmt: skip
+                print(f"| {model} | {packed} | {recompute} | {train_ms:.1f} "
+                      f"| {ms['forward only']:.1f} | {ms['optimiser']:.1f} | {speed:,.0f} "
+                      f"| {tflops:.0f} | {r['peak_gib']:.1f} |", flush=True)  # fmt: skip
                 results[f"{model}, {packed}, {recompute}"] = round(train_ms, 2)
     print(json.dumps({"gpu": name, "parity": not failed, "forward_backward_ms": results}))
     sys.exit(1 if failed else 0)

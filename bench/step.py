@@ -1,7 +1,8 @@
-"""Time one training step of the demo's student on the same 64 samples: plain PyTorch (transformers, padded batch,
-materialised log-softmax, AdamW) on one thread, the Megatron trainer on one process, and on two (tp2 ep2).
+"""Time one training step of the demo's student: plain PyTorch against the Megatron trainer.
 
-Ratios compare runs that alternate within this one command; each process has one thread.
+On the same 64 samples: plain PyTorch (transformers, padded batch, materialised log-softmax, AdamW)
+on one thread, the Megatron trainer on one process, and on two (tp2 ep2). Ratios compare runs that
+alternate within this one command; each process has one thread.
 """
 
 import json
@@ -63,7 +64,7 @@ def plain_step():
 
 
 def trainer_step(layout):
-    """The same step through Megatron's schedule, DDP and distributed optimiser; packing included."""
+    """The same step by Megatron's schedule, DDP and distributed optimiser; packing included."""
     parallel = initialise(layout)
     hf = read_hf_config(FOLDER)
     chunks = build_model(hf, parallel)
@@ -97,7 +98,7 @@ def measure(layout, with_plain, queue):
     step = trainer_step(layout)
     plain = plain_step() if with_plain else None
     rows = {}
-    for repeat in range(3):  # alternate, so that a slow minute of the machine hits both
+    for _ in range(3):  # alternate, so that a slow minute of the machine hits both
         if plain is not None:
             rows.setdefault("plain", []).append(seconds(plain))
         rows.setdefault("trainer", []).append(seconds(step))
@@ -130,7 +131,8 @@ def main():
     ]
     for name, processes, value in rows:
         print(
-            f"| {name} | {processes} | {value * 1e3:.0f} | {tokens / value:,.0f} | {value / one['plain']:.2f} |"
+            f"| {name} | {processes} | {value * 1e3:.0f} | {tokens / value:,.0f} "
+            f"| {value / one['plain']:.2f} |"
         )
     print(json.dumps({"step_over_plain": round(one["trainer"] / one["plain"], 3)}))
 

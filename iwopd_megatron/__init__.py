@@ -1,3 +1,3 @@
-"""On-policy distillation of large MoE language models with discrepancy-weighted tokens, on Megatron-Core."""
+"""On-policy distillation of large MoE models with discrepancy-weighted tokens, on Megatron-Core."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Run micro-batches through Megatron's pipeline schedule, and turn the last stage's hidden states into log-probs."""
+"""Run micro-batches through Megatron's pipeline schedule; turn hidden states into log-probs."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ class Schedule:
         on_output: OnOutput,
         forward_only: bool = False,
     ) -> list[Any]:
-        """What `on_output` kept of every micro-batch on last-stage ranks, [] elsewhere; gradients unless `forward_only`.
+        """What `on_output` kept of every micro-batch on last-stage ranks, [] elsewhere.
 
-        length: tokens of a micro-batch before the context-parallel cut (`trajectory.pack` returns it).
+        Computes gradients unless `forward_only`. length: tokens of a micro-batch before the
+        context-parallel cut (`trajectory.pack` returns it).
         """
 
         def step(iterator, chunk):
@@ -69,7 +70,7 @@ class Schedule:
     def logprobs(
         self, hidden: torch.Tensor, model: HiddenStateModel, batch: MicroBatch
     ) -> LogProbs:
-        """Log-probs of `batch.targets` (`[N]`, nats) from the last stage's hidden states `[T / tp, 1, D]`."""
+        """Log-probs (`[N]`, nats) of the targets from last-stage hidden states `[T / tp, 1, D]`."""
         return linear_logprobs(
             hidden.squeeze(1),
             model.head_weight(),

@@ -1,8 +1,8 @@
-"""Megatron layer specs: TransformerEngine modules where installed with a GPU, torch-native ones otherwise.
+"""Megatron layer specs: TransformerEngine where installed with a GPU, torch-native otherwise.
 
-Megatron's own local modules lack RMSNorm under sequence parallelism, attention with context parallelism
-or packed sequences, and a grouped GEMM without extra libraries; this file adds those three and nothing
-else. Shapes: s tokens of this rank, b batch, h heads, d head size, E local experts.
+Megatron's local modules lack RMSNorm under sequence parallelism, attention with context parallelism
+or packed sequences, and a grouped GEMM without extra libraries; only these three are added here.
+Shapes: s tokens of this rank, b batch, h heads, d head size, E local experts.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ def has_transformer_engine() -> bool:
 
 
 def _fill_gaps_without_transformer_engine() -> None:
-    """Names Megatron-Core 0.16.1 reads without TransformerEngine or grouped_gemm although it never defines them."""
+    """Names Megatron-Core 0.16.1 reads, undefined without TransformerEngine or grouped_gemm."""
     if not hasattr(megatron_moe_utils, "te_general_gemm"):
         megatron_moe_utils.te_general_gemm = None
     if not hasattr(megatron_random, "FP8GlobalStateManager"):
@@ -101,9 +101,9 @@ class _GatherTokens(torch.autograd.Function):
 class SdpaAttention(MegatronModule):
     """Causal attention with grouped queries over packed `[s, h, d]` inputs.
 
-    Context parallelism follows Megatron's zigzag: of every sequence's 2R chunks, rank r holds chunks r
-    and 2R-1-r. Keys and values are gathered once (one all-gather forward, one reduce-scatter backward);
-    each local chunk then sees a prefix of them.
+    Context parallelism follows Megatron's zigzag: of every sequence's 2R chunks, rank r holds
+    chunks r and 2R-1-r. Keys and values are gathered once (one all-gather forward, one
+    reduce-scatter backward); each local chunk then sees a prefix of them.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class SdpaAttention(MegatronModule):
         return F.scaled_dot_product_attention(q, k, v, scale=self.scale, **bias).permute(2, 0, 1, 3)
 
     def _batched(self, query, key, value, lengths):
-        """Packed sequences as one right-padded batch: under a causal mask padding never reaches a real token."""
+        """Packed sequences as a right-padded batch; causal masks keep padding from real tokens."""
         longest = max(lengths)
         if (
             longest * len(lengths) > 2 * query.shape[0]
@@ -201,7 +201,7 @@ def grouped_mm(
 
 
 class GroupedExperts(megatron_experts.GroupedMLP):
-    """Megatron's grouped-GEMM experts (parameters, sharding, checkpoints) on torch's own grouped GEMM, any dtype."""
+    """Megatron's experts (parameters, sharding, checkpoints) on torch's grouped GEMM, any dtype."""
 
     def forward(self, hidden, tokens_per_expert, probs):
         weight1 = self.weight1.view(self.num_local_experts, self.config.hidden_size, -1)
@@ -226,7 +226,7 @@ class NativeSpecProvider(LocalSpecProvider):
 
 
 def block_spec(config, vp_stage: int | None = None):
-    """The layers of this pipeline stage for a Qwen3-like model (QK-norm, RMSNorm, SwiGLU or MoE)."""
+    """This pipeline stage's layers for a Qwen3-like model (QK-norm, RMSNorm, SwiGLU or MoE)."""
     if has_transformer_engine():
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
     _fill_gaps_without_transformer_engine()

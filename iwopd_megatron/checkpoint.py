@@ -1,4 +1,4 @@
-"""Resume points: Megatron dist_checkpointing of weights and optimiser, plus what else a round depends on.
+"""Resume points: weights and optimiser by Megatron dist_checkpointing, and a round's other state.
 
 checkpoints/round_000010/ appears by one rename when it is complete. Any layout can load it
 (`fully_reshardable`; Megatron's default optimiser format is refused by its own writer in 0.16.1).
@@ -22,8 +22,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject  # isort: ski
 from megatron.core.dist_checkpointing.strategies import filesystem_async  # isort: skip
 from megatron.core.utils import unwrap_model  # isort: skip
 
-# Saves are synchronous, so results stay in this process. Megatron would start a manager process for them,
-# which imports everything again and takes seconds.
+# Saves are synchronous, so results stay in this process. Megatron would start a manager process for
+# them, which imports everything again and takes seconds.
 filesystem_async._results_queue = queue.Queue()
 
 METADATA = {
@@ -42,8 +42,8 @@ def newest(run: Path) -> Path | None:
 
 
 def save(
-    run: Path, round_number: int, chunks: list, optimizer: Any, scheduler: Any, extra: dict[str, Any],
-    parallel: Parallel, keep: int,
+    run: Path, round_number: int, chunks: list, optimizer: Any, scheduler: Any,
+    extra: dict[str, Any], parallel: Parallel, keep: int,
 ) -> None:  # fmt: skip
     """Write one checkpoint and remove all but the newest `keep`. Collective; atomic."""
     final = run / "checkpoints" / f"round_{round_number:06d}"

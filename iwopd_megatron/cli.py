@@ -38,7 +38,8 @@ def train(recipe: RecipePath, overrides: Overrides = None, resume: Resume = Fals
     loaded = load_recipe(recipe, overrides or [])
     if loaded.teacher is None:
         raise RecipeError(
-            f"{recipe} has no teacher; add teacher.hf, or use 'iwopd sft' to fine-tune on responses."
+            f"{recipe} has no teacher; "
+            "add teacher.hf, or use 'iwopd sft' to fine-tune on responses."
         )
     _train(loaded, resume)
 
@@ -57,7 +58,8 @@ def sft(recipe: RecipePath, overrides: Overrides = None, resume: Resume = False)
 def _train(recipe: Recipe, resume: bool) -> None:
     if not resume and (recipe.out / "metrics.jsonl").exists():
         raise RecipeError(
-            f"{recipe.out} already holds a run; add --resume, or choose another folder with out=FOLDER."
+            f"{recipe.out} already holds a run; "
+            "add --resume, or choose another folder with out=FOLDER."
         )
     worker = _workers()
     sys.exit(worker.execute(recipe.world, worker.train, (recipe, resume)))
@@ -122,10 +124,14 @@ def toy_task(
 def parity(
     folder: Annotated[Path, typer.Argument(help="Hugging Face folder")],
     tp: int = 1, pp: int = 1, vpp: int = 1, ep: int = 1, etp: int = 1, cp: int = 1,
-    packed: Annotated[bool, typer.Option("--packed", help="several sequences of unequal length a micro-batch")] = False,
-    bf16: Annotated[bool, typer.Option("--bf16", help="compare a bf16 layout with bf16's own error")] = False,
+    packed: Annotated[
+        bool, typer.Option("--packed", help="several sequences of unequal length a micro-batch")
+    ] = False,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="compare a bf16 layout with bf16's own error")
+    ] = False,
 ) -> None:  # fmt: skip
-    """Compare a layout with Hugging Face: logits, loss, gradients and an optimiser step, on every rank."""
+    """Compare a layout with Hugging Face on every rank: logits, loss, gradients, optimiser step."""
     from iwopd_megatron.config import check_layout, read_hf_config
 
     layout = Layout(tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, cp=cp)

@@ -1,4 +1,4 @@
-"""Arms x seeds of one recipe in one world: the same start, data order and random numbers, one summary and report."""
+"""Arms x seeds of one recipe in one world: same start, data order, random numbers; one report."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Arm:
 
 
 def plan_arms(recipe: Path, overrides: list[str], vary: str, seeds: int, out: Path) -> list[Arm]:
-    """`vary` is KEY=VALUE,VALUE,...: one arm a value, `seeds` runs each (train.seed = 1, 2, ...), seeds outermost."""
+    """An arm per value of `vary` (KEY=VALUE,...), runs for train.seed 1..`seeds`, outermost."""
     key, equals, values = vary.partition("=")
     if not equals or not values:
         raise RecipeError(
@@ -52,7 +52,7 @@ def write_summary(out: Path, summary: dict[str, Any]) -> Path:
 
 
 def print_table(summary: dict[str, Any]) -> None:
-    """Both arms of `report.summarise` as a table in the terminal: means over seeds, +- standard errors."""
+    """Print both arms of `report.summarise` as a table: means over seeds, +- standard errors."""
     table = Table(title="accuracy: mean over seeds ± standard error")
     for heading in (
         "arm",

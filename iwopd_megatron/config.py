@@ -1,7 +1,7 @@
-"""The typed recipe: frozen pydantic models, read from YAML plus dotted overrides, checked before anything starts.
+"""The typed recipe: frozen pydantic models from YAML plus dotted overrides, checked up front.
 
-Imports no torch, so that a wrong recipe is refused at once. Every problem is one `RecipeError` sentence
-that names the key and says what to write instead. Paths are relative to the current directory.
+Imports no torch, so a wrong recipe is refused at once. A problem is one `RecipeError` sentence that
+names the key and says what to write instead. Paths are relative to the current directory.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError
-
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 # What a layout is checked against; config.json must have them.
@@ -115,7 +114,8 @@ class Weighting(_Section):
     )
     denominator: Literal["exclusive", "inclusive"] = Field(
         "exclusive",
-        description="iw: total of the gaps without the last token (Eq. 16) or with it (authors' code)",
+        description="iw: total of the gaps without the last token (Eq. 16) "
+        "or with it (authors' code)",
     )
 
 
@@ -197,10 +197,11 @@ class Recipe(_Section):
 
 
 def load_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
-    """Read YAML, apply `a.b=value` overrides (values in YAML syntax), and check everything checkable."""
+    """Read YAML, apply `a.b=value` overrides (YAML syntax), and check everything checkable."""
     if not path.is_file():
         raise RecipeError(
-            f"recipe {path} does not exist; recipes ship in recipes/, e.g. recipes/demo_tiny_moe.yaml."
+            f"recipe {path} does not exist; "
+            "recipes ship in recipes/, e.g. recipes/demo_tiny_moe.yaml."
         )
     try:
         tree = yaml.safe_load(path.read_text()) or {}
@@ -298,7 +299,7 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
 
 
 def num_experts(hf: dict[str, Any]) -> int:
-    """Experts per layer; 0 for a dense model. transformers 5 writes num_local_experts, 4 num_experts."""
+    """Experts per layer, 0 if dense: num_local_experts in transformers 5, num_experts in 4."""
     return hf.get("num_local_experts") or hf.get("num_experts") or 0
 
 
@@ -327,7 +328,8 @@ def check(recipe: Recipe) -> None:
             raise RecipeError(f"data.{name}: file {file} does not exist.")
     if recipe.train.warmup_rounds >= recipe.train.rounds:
         raise RecipeError(
-            f"train.warmup_rounds={recipe.train.warmup_rounds} must be smaller than train.rounds={recipe.train.rounds}."
+            f"train.warmup_rounds={recipe.train.warmup_rounds} must be smaller than "
+            f"train.rounds={recipe.train.rounds}."
         )
 
 
@@ -360,7 +362,8 @@ def check_layout(layout: Layout, hf: dict[str, Any], role: str) -> None:
             )
     if not experts and layout.ep * layout.etp > 1:
         raise RecipeError(
-            f"{role} is a dense model: ep={layout.ep} etp={layout.etp} need experts; write ep=1 etp=1."
+            f"{role} is a dense model: ep={layout.ep} etp={layout.etp} need experts; "
+            "write ep=1 etp=1."
         )
     if layout.vpp > 1 and layout.pp == 1:
         raise RecipeError(f"{role}: vpp={layout.vpp} needs pp >= 2; write vpp=1 or pp=2.")

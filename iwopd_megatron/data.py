@@ -1,4 +1,4 @@
-"""Problems from JSONL, prompts as token ids, and an order that is a function of the seed and one cursor."""
+"""Problems from JSONL, prompts as token ids, an order that is a function of seed and cursor."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _problem(row: dict[str, Any], where: str) -> Problem:
 
 
 def encode_prompt(tokenizer: Any, question: str) -> list[int]:
-    """Chat template (thinking disabled) where the tokenizer has one, the plain question otherwise."""
+    """Chat template (no thinking) where the tokenizer has one, the plain question otherwise."""
     if tokenizer.chat_template:
         return tokenizer.apply_chat_template(
             [{"role": "user", "content": question}],
@@ -76,7 +76,7 @@ def encode_prompt(tokenizer: Any, question: str) -> list[int]:
 
 
 class PromptOrder:
-    """An endless order: every epoch a new permutation (or the file's own order). `cursor` is all its state."""
+    """An endless order: every epoch permuted anew (or in file order). `cursor` is all its state."""
 
     def __init__(self, count: int, seed: int, shuffle: bool = True):
         self.count, self.seed, self.shuffle = count, seed, shuffle

@@ -1,8 +1,8 @@
 """The only file that knows CUDA from CPU.
 
-Megatron-Core 0.16.1 speaks to `torch.cuda` directly. On a machine without a GPU `install()` gives it
-CPU stand-ins so that the same model, schedules and optimiser run on gloo; with a GPU it does nothing.
-It must run before `megatron` is imported: `torch.compile` is bound during that import.
+Megatron-Core 0.16.1 speaks to `torch.cuda` directly. On a machine without a GPU `install()` gives
+it CPU stand-ins so that the same model, schedules and optimiser run on gloo; with a GPU it does
+nothing. It must run before `megatron` is imported: `torch.compile` is bound during that import.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ def set_device(local_rank: int) -> None:
 
 
 def dist_backend() -> str:
-    """The torch.distributed backend: NCCL for GPU tensors beside gloo for CPU ones, or gloo alone."""
+    """The torch.distributed backend: NCCL for GPU and gloo for CPU tensors, or gloo alone."""
     return "cpu:gloo,cuda:nccl" if has_gpu() else "gloo"
 
 
@@ -58,7 +58,7 @@ def peak_memory_bytes() -> int:
 
 
 class _CudaToCpu(TorchFunctionMode):
-    """Rewrites literal CUDA arguments: device="cuda", pin_memory=True, Tensor.to("cuda"), Tensor.type()."""
+    """Rewrites CUDA arguments: device="cuda", pin_memory=True, Tensor.to("cuda"), Tensor.type()."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if kwargs:
@@ -129,7 +129,7 @@ def _constant(value=None):
 
 
 def install() -> None:
-    """Give Megatron-Core CPU stand-ins for `torch.cuda`; a no-op where a GPU is present or when repeated."""
+    """Give Megatron-Core CPU stand-ins for `torch.cuda`; a no-op with a GPU or when repeated."""
     global _installed
     if _installed or torch.cuda.is_available():
         return

@@ -29,23 +29,24 @@ def same_vocabulary(
         )
     if student_tokenizer.eos_token_id != teacher_tokenizer.eos_token_id:
         raise GateError(
-            f"EOS is {student_tokenizer.eos_token_id} for {student} but {teacher_tokenizer.eos_token_id} for "
-            f"{teacher}; set the same eos_token in both tokenizer_config.json files."
+            f"EOS is {student_tokenizer.eos_token_id} for {student} but "
+            f"{teacher_tokenizer.eos_token_id} for {teacher}; "
+            "set the same eos_token in both tokenizer_config.json files."
         )
 
 
 def rollouts(samples: list[Trajectory], version: int, vocab_size: int) -> None:
-    """Every answer was written by the believed weights, is not empty and stays inside the vocabulary."""
+    """Every answer is by the believed weights, not empty and inside the vocabulary."""
     for sample in samples:
         if sample.weight_version != version:
             raise GateError(
-                f"sample {sample.index} was written by weight version {sample.weight_version}, not {version}; "
-                "the engine did not take the last update."
+                f"sample {sample.index} was written by weight version {sample.weight_version}, "
+                f"not {version}; the engine did not take the last update."
             )
         if not sample.response_ids or len(sample.rollout_logp) != len(sample.response_ids):
             raise GateError(
-                f"sample {sample.index} has {len(sample.response_ids)} tokens but {len(sample.rollout_logp)} "
-                "engine log-probs; each token needs one."
+                f"sample {sample.index} has {len(sample.response_ids)} tokens but "
+                f"{len(sample.rollout_logp)} engine log-probs; each token needs one."
             )
         if not 0 <= min(sample.response_ids) <= max(sample.response_ids) < vocab_size:
             raise GateError(
@@ -75,7 +76,8 @@ def teacher_scores(samples: list[Trajectory], vocab_size: int) -> None:
             else ""
         )
         raise GateError(
-            f"all {len(values)} teacher log-probs are {values[0]:.4f}{uniform}; the teacher scores nothing."
+            f"all {len(values)} teacher log-probs are {values[0]:.4f}{uniform}; "
+            "the teacher scores nothing."
         )
 
 
@@ -102,6 +104,7 @@ def drift(mean_drift: float, limit: float) -> None:
     """Trainer and engine agree on the log-probs of the sampled tokens."""
     if not mean_drift <= limit:
         raise GateError(
-            f"engine and trainer log-probs differ by {mean_drift:.3g} nats on average, limit gates.max_drift={limit}; "
+            f"engine and trainer log-probs differ by {mean_drift:.3g} nats on average, "
+            f"limit gates.max_drift={limit}; "
             "engine and trainer do not hold the same weights, temperature or dtype."
         )

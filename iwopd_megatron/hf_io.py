@@ -1,4 +1,4 @@
-"""Hugging Face folders: lazy slices of safetensors in, complete folders out, and views of in-memory models."""
+"""Hugging Face folders: lazy slices in, complete folders out, and views of in-memory models."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class HfTensors(Mapping):
 def load_shards(
     chunks: list[torch.nn.Module], sources: Mapping, hf: dict[str, Any], parallel: Parallel
 ) -> None:
-    """Fill this rank's parameters, reading only its own slices of `sources` (tensors or lazy slices by name)."""
+    """Fill this rank's parameters from its own slices of `sources` (tensors or lazy, by name)."""
     for chunk in chunks:
         for entry in entries(chunk, hf):
             axis = parallel.etp if entry.is_expert else parallel.tp
@@ -83,7 +83,7 @@ def load_shards(
 def named_views(model: torch.nn.Module, gradients: bool = False) -> dict[str, torch.Tensor]:
     """Parameters (or their gradients) of a transformers model under on-disk names, as views.
 
-    transformers 5 fuses the experts of a layer in memory: gate_up_proj [E, 2F, D] and down_proj [E, D, F].
+    transformers 5 fuses a layer's experts in memory: gate_up_proj [E, 2F, D], down_proj [E, D, F].
     """
     views = {}
     for name, parameter in model.named_parameters():
@@ -102,7 +102,7 @@ def named_views(model: torch.nn.Module, gradients: bool = False) -> dict[str, to
 
 
 def random_weights(folder: Path, seed: int) -> dict[str, torch.Tensor]:
-    """Freshly initialised fp32 weights for the config of a folder, as transformers initialises them."""
+    """Fresh fp32 weights for a folder's config, initialised as transformers does."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.random.fork_rng(devices=[]):
@@ -112,7 +112,7 @@ def random_weights(folder: Path, seed: int) -> dict[str, torch.Tensor]:
 
 
 def save_folder(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], template: Path) -> None:
-    """Write a complete Hugging Face folder: sharded safetensors, index, and the template's config and tokenizer.
+    """Write a Hugging Face folder: sharded safetensors, index, template's config and tokenizer.
 
     It appears only when complete; an existing folder is replaced as the last act.
     """

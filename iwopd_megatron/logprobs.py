@@ -1,7 +1,7 @@
-"""LM head: hidden states -> token log-probs and entropy, vocab-parallel, in chunks, without full logits.
+"""LM head: hidden states -> token log-probs and entropy, vocab-parallel, chunked, no full logits.
 
-logp_t = z_t[y_t] - logsumexp(z_t),  z_t = W h_t / temperature.  Logits live one chunk of tokens at a time
-and are recomputed in the backward pass. Shapes: N tokens, D hidden, V vocabulary shard, C chunk.
+logp_t = z_t[y_t] - logsumexp(z_t),  z_t = W h_t / temperature.  Logits live one chunk at a time and
+are recomputed in the backward pass. Shapes: N tokens, D hidden, V vocabulary shard, C chunk.
 """
 
 from typing import NamedTuple
@@ -39,10 +39,11 @@ def linear_logprobs(
 ) -> LogProbs:
     """Log-probs of `targets` and entropies under the head `weight`.
 
-    hidden: `[N, D]`, or this rank's `[N / tp, D]` when `sequence_parallel`; weight: `[V, D]`, this rank's
-    rows of the vocabulary; targets: int64, one per kept row; rows: int64 indices of the tokens some loss
-    reads (default all). Matrix products run in the weight's dtype, everything else in fp32.
-    Over tp: two all-reduces forward ([N] max, [3, N] sum) and one collective backward, however many chunks.
+    hidden: `[N, D]`, or this rank's `[N / tp, D]` when `sequence_parallel`; weight: `[V, D]`, this
+    rank's rows of the vocabulary; targets: int64, one per kept row; rows: int64 indices of the
+    tokens some loss reads (default all). Matrix products run in the weight's dtype, everything else
+    in fp32. Over tp: two all-reduces forward ([N] max, [3, N] sum) and one collective backward,
+    however many chunks.
     """
     if sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, group=tp_group)
@@ -57,7 +58,7 @@ def linear_logprobs(
 
 
 class _LinearLogProbs(torch.autograd.Function):
-    """The hidden gradient it returns covers this rank's vocabulary only; the caller's region op sums it."""
+    """Its hidden gradient covers this rank's vocabulary only; the caller's region op sums it."""
 
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, target_N, inv_temperature, group, chunk):

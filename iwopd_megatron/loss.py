@@ -1,8 +1,8 @@
-"""Advantage and policy loss of on-policy distillation. Pure functions; every mean has a global denominator.
+"""Advantage and policy loss of on-policy distillation: pure functions, global denominators.
 
 A_t = teacher_logp_t - old_logp_t (Eq. 6), times w_t;  eta_t = exp(logp_t - old_logp_t);
 loss = sum_t c_t * -min(eta_t A_t, clip(eta_t, 1 - eps, 1 + eps) A_t) / denominator_t   (Eq. 67)
-with c_t = min(exp(old_logp_t - rollout_logp_t), cap), the truncated importance weight trainer / engine.
+with c_t = min(exp(old_logp_t - rollout_logp_t), cap), truncated importance weight trainer / engine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def opd_advantage(
 ) -> torch.Tensor:
     """Advantage per token (nats, no gradient), same shape as its inputs.
 
-    With `base_logp`: reward extrapolation, lambda * (teacher - base) - (old - base); lambda = 1 is OPD.
+    `base_logp`: reward extrapolation, lambda * (teacher - base) - (old - base); lambda = 1 is OPD.
     """
     if base_logp is None:
         if extrapolation != 1.0:
@@ -43,11 +43,11 @@ def policy_loss(
     tis_cap: float = 5.0,
     denominator: float | torch.Tensor,
 ) -> torch.Tensor:
-    """Scalar: the sum over this rank's masked-in tokens of the clipped objective divided by `denominator`.
+    """Scalar: this rank's masked-in sum of the clipped objective divided by `denominator`.
 
-    All tensors fp32 of one shape; `denominator` is the global count, or one per token (`token_denominator`),
-    so that sums over micro-batches and ranks give the mean over the whole optimiser step.
-    Log-ratios are clamped to +-20 before exp.
+    All tensors fp32 of one shape; `denominator` is the global count, or one per token
+    (`token_denominator`), so that sums over micro-batches and ranks give the mean over the whole
+    optimiser step. Log-ratios are clamped to +-20 before exp.
     """
     ratio = (logp - old_logp).clamp(-20, 20).exp()
     objective = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
@@ -64,10 +64,10 @@ def importance_weight(
 
 
 def token_denominator(aggregation: str, length: int, responses: int, tokens: int) -> float:
-    """What one token's loss is divided by: `length` loss tokens in its response, `responses` and `tokens`
-    in the whole optimiser step (all ranks).
+    """What one token's loss is divided by.
 
-    seq_mean_token_mean, the mean over responses of token means, is what the authors' script computes.
+    length: loss tokens in its response; responses, tokens: in the whole optimiser step (all ranks).
+    seq_mean_token_mean, the mean over responses of token means, is what the authors' script has.
     """
     return {
         "token_mean": tokens,

@@ -1,8 +1,8 @@
-"""THE weight table: one row per kind of tensor, read in both directions (Hugging Face <-> Megatron shard).
+"""THE weight table: one row per kind of tensor, read both ways (Hugging Face <-> Megatron shard).
 
-A row names a Megatron parameter, how its tensor-parallel shard is cut, and the Hugging Face tensors it is
-made of. TransformerEngine and torch-native module names are both listed. Another model family is another
-`TABLE`. Shapes: D hidden, F ffn, H heads x head size, E local experts.
+A row names a Megatron parameter, how its tensor-parallel shard is cut, and the Hugging Face tensors
+it is made of. TransformerEngine and torch-native module names are both listed. Another model family
+is another `TABLE`. Shapes: D hidden, F ffn, H heads x head size, E local experts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 Tensor = torch.Tensor
-# shard(sources, rank, size, hf): sources are tensors or lazy safetensors slices; only slicing is asked of them
+# shard(sources, rank, size, hf): sources are tensors or lazy safetensors slices, only sliced
 Shard = Callable[[list[Any], int, int, dict], Tensor]
 Unshard = Callable[[list[Tensor], dict], list[Tensor]]
 
@@ -108,18 +108,21 @@ _EXPERT = "model.layers.{layer}.mlp.experts.{expert}."
 _EXPERT_GATE_UP = [_EXPERT + "gate_proj.weight", _EXPERT + "up_proj.weight"]
 _EXPERT_DOWN = [_EXPERT + "down_proj.weight"]
 
-# (Megatron parameter, cut, Hugging Face tensors). {expert} is filled from the (?P<expert>) group, or
-# repeated over the local experts where one parameter holds them all.
+# (Megatron parameter, cut, Hugging Face tensors). {expert} is filled from the (?P<expert>) group,
+# or repeated over the local experts where one parameter holds them all.
 TABLE: list[tuple[str, Cut, list[str]]] = [
     (r"embedding\.word_embeddings\.weight", ROWS, ["model.embed_tokens.weight"]),
     (r"output_layer\.weight", ROWS, ["lm_head.weight"]),
     (r"decoder\.final_layernorm\.weight", REPLICATED, ["model.norm.weight"]),
-    (_LAYER + r"(input_layernorm\.weight|self_attention\.linear_qkv\.layer_norm_weight)", REPLICATED,
-     ["model.layers.{layer}.input_layernorm.weight"]),
+    (_LAYER + r"(input_layernorm\.weight|self_attention\.linear_qkv\.layer_norm_weight)",
+     REPLICATED, ["model.layers.{layer}.input_layernorm.weight"]),
     (_LAYER + r"self_attention\.linear_qkv\.weight", QKV, _QKV),
-    (_LAYER + r"self_attention\.q_layernorm\.weight", REPLICATED, ["model.layers.{layer}.self_attn.q_norm.weight"]),
-    (_LAYER + r"self_attention\.k_layernorm\.weight", REPLICATED, ["model.layers.{layer}.self_attn.k_norm.weight"]),
-    (_LAYER + r"self_attention\.linear_proj\.weight", COLUMNS, ["model.layers.{layer}.self_attn.o_proj.weight"]),
+    (_LAYER + r"self_attention\.q_layernorm\.weight", REPLICATED,
+     ["model.layers.{layer}.self_attn.q_norm.weight"]),
+    (_LAYER + r"self_attention\.k_layernorm\.weight", REPLICATED,
+     ["model.layers.{layer}.self_attn.k_norm.weight"]),
+    (_LAYER + r"self_attention\.linear_proj\.weight", COLUMNS,
+     ["model.layers.{layer}.self_attn.o_proj.weight"]),
     (_LAYER + r"(pre_mlp_layernorm\.weight|mlp\.linear_fc1\.layer_norm_weight)", REPLICATED,
      ["model.layers.{layer}.post_attention_layernorm.weight"]),
     (_LAYER + r"mlp\.linear_fc1\.weight", GATED, _GATE_UP),
@@ -145,7 +148,7 @@ class Entry:
 
 
 def entries(chunk: torch.nn.Module, hf: dict[str, Any]) -> Iterator[Entry]:
-    """Every parameter of one model chunk, in its own order; KeyError if the table has no row for one."""
+    """Every parameter of one model chunk, in its own order; KeyError where no row matches one."""
     tied = hf.get("tie_word_embeddings", False)
     for name, parameter in chunk.named_parameters():
         cut, templates, match = _find_row(name)

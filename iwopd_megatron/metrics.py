@@ -1,4 +1,4 @@
-"""Sums on the device and one reduction a round: every reported mean is a global sum over a global count."""
+"""Sums on the device, one reduction a round: every mean is a global sum over a global count."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from iwopd_megatron import device
 from iwopd_megatron.parallel import Parallel
 
 POLICY_SUMS = {
-    "tokens": 1, "loss": 1, "gap": 1, "abs_gap": 1, "weight": 1, "entropy": 1, "drift": 1, "tis_capped": 1,
-    "decile_tokens": 10, "gap_deciles": 10, "weight_deciles": 10,
+    "tokens": 1, "loss": 1, "gap": 1, "abs_gap": 1, "weight": 1, "entropy": 1, "drift": 1,
+    "tis_capped": 1, "decile_tokens": 10, "gap_deciles": 10, "weight_deciles": 10,
 }  # fmt: skip
 NLL_SUMS = {"tokens": 1, "loss": 1, "entropy": 1}
 
@@ -20,9 +20,10 @@ NLL_SUMS = {"tokens": 1, "loss": 1, "entropy": 1}
 def reduce_sums(
     kept: list[dict[str, torch.Tensor]], parallel: Parallel, sizes: dict[str, int]
 ) -> dict[str, torch.Tensor]:
-    """Sums over micro-batches and ranks, fp64 on the CPU. One all-reduce of sum(sizes) doubles over the world.
+    """Sums over micro-batches and ranks, fp64 on the CPU, by one all-reduce over the world.
 
-    Tensor-parallel ranks hold the same statistics and earlier pipeline stages none: one rank of each speaks.
+    The all-reduce is of sum(sizes) doubles. Tensor-parallel ranks hold the same statistics and
+    earlier pipeline stages none: one rank of each speaks.
     """
     total = torch.zeros(sum(sizes.values()), dtype=torch.float64, device=device.current_device())
     if parallel.is_last_stage and parallel.tp.rank == 0:

@@ -23,7 +23,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class HiddenStateModel(GPTModel):
-    """GPTModel whose last stage returns the final hidden states `[s / tp, b, D]` in place of logits."""
+    """GPTModel whose last stage returns final hidden states `[s / tp, b, D]` instead of logits."""
 
     def _postprocess(self, hidden_states, *args, **kwargs):
         return hidden_states
@@ -40,7 +40,8 @@ def rope_theta(hf: dict[str, Any]) -> float:
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ValueError(
-            f"rope_type '{rope.get('rope_type', rope.get('type'))}' is not supported; use 'default'."
+            f"rope_type '{rope.get('rope_type', rope.get('type'))}' is not supported; "
+            "use 'default'."
         )
     return hf.get("rope_theta") or rope["rope_theta"]
 
@@ -48,7 +49,7 @@ def rope_theta(hf: dict[str, Any]) -> float:
 def transformer_config(
     hf: dict[str, Any], layout: Layout, dtype: str = "fp32", recompute: str = "none"
 ) -> TransformerConfig:
-    """Translate config.json. Sources: transformers' modeling_qwen3(_moe).py, Megatron's transformer_config.py."""
+    """Translate config.json by modeling_qwen3(_moe).py and Megatron's transformer_config.py."""
     torch_dtype = DTYPES[dtype]
     settings = dict(
         num_layers=hf["num_hidden_layers"],
@@ -76,12 +77,12 @@ def transformer_config(
         params_dtype=torch_dtype,
         pipeline_dtype=torch_dtype,
         autocast_dtype=torch_dtype,
-        # Loading overwrites every weight, but only initialisation sets the tensor-parallel attribute that
-        # the gradient norm needs to count a shard once.
+        # Loading overwrites every weight, but only initialisation sets the tensor-parallel
+        # attribute that the gradient norm needs to count a shard once.
         perform_initialization=True,
         use_cpu_initialization=not device.has_gpu(),
-        calculate_per_token_loss=True,  # gradients are summed over ranks, the loss brings its own denominator
-        # Over gloo two neighbours that are the same process swap their messages when sent as one batch.
+        calculate_per_token_loss=True,  # gradients are summed; the loss brings its own denominator
+        # Over gloo two neighbours that are one process swap their messages when sent as one batch.
         batch_p2p_comm=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
@@ -116,7 +117,7 @@ def transformer_config(
 def build_model(
     hf: dict[str, Any], parallel: Parallel, dtype: str = "fp32", recompute: str = "none"
 ) -> list[HiddenStateModel]:
-    """This rank's chunks (vpp of them) with initial weights; bf16 chunks are cast. Load weights afterwards."""
+    """This rank's chunks (vpp of them), initial weights, cast if bf16. Load weights afterwards."""
     layout = parallel.layout
     config = transformer_config(hf, layout, dtype, recompute)
     chunks = []
@@ -142,8 +143,8 @@ def build_model(
 def mark_expert_parameters(chunk: torch.nn.Module) -> None:
     """Reduce expert gradients over the expert-data group in every layout.
 
-    Megatron marks them only when ep > 1; with ep = 1 and etp != tp it would reduce them over the wrong
-    ranks, and optimiser states would not load across a change of ep.
+    Megatron marks them only when ep > 1; with ep = 1 and etp != tp it would reduce them over the
+    wrong ranks, and optimiser states would not load across a change of ep.
     """
     for name, parameter in chunk.named_parameters():
         if ".experts." in name:

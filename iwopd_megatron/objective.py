@@ -1,7 +1,8 @@
 """What one micro-batch contributes: log-probs -> loss and the sums its metrics are made of.
 
-Token weights are computed here, from the same forward's detached log-probs: with one optimiser step a round
-they are the old log-probs, and no extra forward pass is needed. Shapes: T tokens of this rank, N loss tokens.
+Token weights are computed here, from the same forward's detached log-probs: with one optimiser step
+a round they are the old log-probs, and no extra forward pass is needed. Shapes: T tokens of this
+rank, N loss tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Sums = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class PolicyObjective:
-    """IW-OPD on one micro-batch: weights over the whole response, advantage, clipped and corrected loss."""
+    """IW-OPD on a micro-batch: whole-response weights, advantage, clipped and corrected loss."""
 
     loss: Loss
     cp_group: dist.ProcessGroup | None
@@ -59,7 +60,7 @@ class PolicyObjective:
         }
 
     def weights(self, gap_N: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-        """Token weights of the loss tokens; the prefix sums run over every context-parallel rank's shard."""
+        """Token weights of the loss tokens; prefix sums run over all context-parallel shards."""
         rule = self.loss.weighting
         gap_T = gap_N.new_zeros(batch.segments.shape).index_copy(0, batch.rows, gap_N)
         mask_T = torch.zeros_like(batch.segments, dtype=torch.bool).index_fill(0, batch.rows, True)

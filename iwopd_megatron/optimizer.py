@@ -1,4 +1,4 @@
-"""Megatron's (distributed) AdamW and learning-rate schedule, with or without TransformerEngine or Apex."""
+"""Megatron's (distributed) AdamW and learning-rate schedule, with or without TE or Apex."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # n
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """AdamW with the step count in the parameter group, as Megatron's checkpoint code expects of Apex and TE."""
+    """AdamW with its step count in the parameter group, as Megatron expects of Apex and TE."""
 
     def __init__(
         self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True

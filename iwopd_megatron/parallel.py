@@ -1,8 +1,8 @@
 """Process groups of a run, the zigzag context-parallel layout, and local process launch.
 
-Axes: tp tensor, pp pipeline, vpp virtual pipeline, ep expert, etp expert-tensor, cp context, dp data.
-`initialise()` is the only place that builds Megatron's process groups; the rest of the package reads
-them from the `Parallel` it returns.
+Axes: tp tensor, pp pipeline, vpp virtual pipeline, ep expert, etp expert-tensor, cp context, dp
+data. `initialise()` is the only place that builds Megatron's process groups; the rest of the
+package reads them from the `Parallel` it returns.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ def any_rank(flag: bool) -> bool:
 def zigzag_index(lengths: list[int], size: int, rank: int) -> torch.Tensor:
     """Positions in the packed stream that context rank `rank` of `size` holds, int64 on the CPU.
 
-    Every sequence (length a multiple of 2*size) is cut into 2*size chunks; a rank holds chunks `rank`
-    and `2*size-1-rank`, which balances causal attention. Megatron cuts THD batches the same way.
+    Every sequence (length a multiple of 2*size) is cut into 2*size chunks; a rank holds `rank` and
+    `2*size-1-rank`, which balances causal attention. Megatron cuts THD batches the same way.
     """
     if size == 1:
         return torch.arange(sum(lengths))
@@ -132,7 +132,7 @@ def zigzag_index(lengths: list[int], size: int, rank: int) -> torch.Tensor:
 
 
 def packed_seq_params(lengths: list[int]) -> PackedSeqParams:
-    """Megatron's description of sequences of these lengths packed back to back (whole, before the CP cut)."""
+    """Megatron's description of sequences packed back to back; whole lengths, before the CP cut."""
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(device.current_device(), torch.int32)
     params = PackedSeqParams(
         qkv_format="thd",

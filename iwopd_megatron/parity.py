@@ -1,7 +1,8 @@
-"""Compare a Megatron layout with Hugging Face: logits, loss, every parameter's gradient and its optimiser step,
-on every rank. The loss is the project's own IW-OPD loss with made-up teacher scores.
+"""Compare a Megatron layout with Hugging Face, on every rank.
 
-The reference is computed once in the parent; each rank compares its own shard against it.
+Compared are logits, loss, every parameter's gradient and its optimiser step, under the project's
+own IW-OPD loss with made-up teacher scores. The reference is computed once in the parent; each rank
+compares its own shard against it.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from iwopd_megatron.weighting import token_weights
 # fp32, absolute; logits and gradients larger than one are allowed as much relative to the largest
 TOLERANCE = {"logits": 5e-6, "grads": 1e-6, "loss": 1e-6, "weights": 1e-5}
 BF16_FACTOR = 2.0  # our bf16 error may be this many times Hugging Face's own bf16 error
-# Adam's first step is lr * g / (|g| + eps): eps must exceed the float noise of a gradient near zero.
+# Adam's first step is lr * g / (|g| + eps): eps must exceed float noise of a gradient near zero.
 TRAIN = Train(lr=1e-3, rounds=10, eps=1e-5)
 LOSS = Loss()
 
 
 @dataclass
 class Reference:
-    """What Hugging Face computes in fp32 on one process, plus the mean error of its own bf16 run."""
+    """What Hugging Face computes in fp32 on one process, plus its own bf16 run's mean error."""
 
     hf: dict[str, Any]
     samples: list[Trajectory]
@@ -53,7 +54,7 @@ class Reference:
 def make_samples(
     vocab: int, lengths: list[int], pad_id: int | None = None, seed: int = 0
 ) -> list[Trajectory]:
-    """Random prompts (a quarter of each length) and responses with random engine and teacher scores.
+    """Random prompts (a quarter of each length), responses, and engine and teacher scores.
 
     `pad_id` never occurs: transformers withholds the gradient of its embedding, Megatron does not.
     """
@@ -128,7 +129,7 @@ def _hf_backward(
         )[0]
         correction = (logp.detach() - torch.tensor(s.rollout_logp)).exp().clamp(max=LOSS.tis_cap)
         denominator = token_denominator(LOSS.aggregation, len(gap), len(samples), tokens)
-        # With one step the ratio is 1 and the clip inert: the gradient is that of weight * gap * logp.
+        # In one step the ratio is 1, the clip inert: the gradient is that of weight * gap * logp.
         objective = (logp - logp.detach()).exp() * weight * gap * correction / denominator
         total = total - objective.sum()
     total.backward()
@@ -149,7 +150,7 @@ def compare(
     dtype: str = "fp32",
     recompute: str = "none",
 ) -> dict[str, float]:
-    """Differences from the reference, the worst of all ranks (max for fp32, mean for bf16). Collective."""
+    """Differences from the reference, worst of all ranks (fp32 max, bf16 mean). Collective."""
     parallel = initialise(layout)
     batches, length = pack(ref.samples, parallel, budget, LOSS.aggregation)
     result: dict[str, float] = {}
@@ -222,7 +223,7 @@ def _shard_error(
     dtype: str,
     field: str,
 ) -> float:
-    """`field` of every parameter of this rank against its own cut of the reference's whole tensors."""
+    """`field` of all this rank's parameters against its own cut of the reference's tensors."""
     pairs = []
     for chunk in chunks:
         for entry in entries(chunk, hf):
@@ -235,7 +236,7 @@ def _shard_error(
 
 
 def _worst(pairs: list[tuple[torch.Tensor, torch.Tensor]], dtype: str) -> float:
-    """Over all ranks: the largest difference (fp32), or the largest rank's mean difference (bf16)."""
+    """Over all ranks, the largest difference (fp32) or the largest rank mean difference (bf16)."""
     own = (
         _mean_error(pairs)
         if dtype == "bf16"

@@ -1,4 +1,4 @@
-"""What a person watching a run sees: one live line in a terminal, one printed line an evaluation elsewhere."""
+"""What a person watching sees: a live line in a terminal, one line an evaluation elsewhere."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.progress import Progress as RichProgress
 
 
 class Progress:
-    """Console output of rank 0; every other rank constructs it with `visible=False` and prints nothing."""
+    """Console output of rank 0; other ranks construct it with `visible=False` and print nothing."""
 
     def __init__(self, total_rounds: int, visible: bool):
         self.console = Console(quiet=not visible, highlight=False)

@@ -6,7 +6,6 @@ are paired by seed: the same data order and the same start, so the seed's own no
 
 import base64
 import itertools
-import json
 import os
 import re
 import statistics

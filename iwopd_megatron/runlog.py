@@ -30,7 +30,7 @@ class MetricsLog:
     """metrics.jsonl (one object a line) and TensorBoard scalars of one run folder."""
 
     def __init__(self, run: Path, resumed_round: int | None = None):
-        """Starts empty, or with the lines up to `resumed_round`: a resumed run writes later ones again."""
+        """Starts empty, or with the lines up to `resumed_round`: a resume rewrites later ones."""
         from torch.utils.tensorboard import SummaryWriter
 
         run.mkdir(parents=True, exist_ok=True)

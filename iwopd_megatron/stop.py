@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM ask a run to stop: it saves at the end of the round and exits with `EXIT_STOPPED`."""
+"""Ctrl-C and SIGTERM ask a run to stop: it saves after its round and exits with `EXIT_STOPPED`."""
 
 import signal
 

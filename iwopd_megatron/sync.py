@@ -1,7 +1,7 @@
 """Stream this world's student weights, whole and HF-named, to every rank, bucket by bucket.
 
-Within a pipeline stage each bucket of shards is all-gathered (dense: over tp; experts: over etp x ep), then
-broadcast along pp. No rank ever holds more than one bucket beside its own shards.
+Within a pipeline stage each bucket of shards is all-gathered (dense: over tp; experts: etp x ep),
+then broadcast along pp. No rank ever holds more than one bucket beside its own shards.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BUCKET_BYTES = 256 * 2**20
 
 
 class WeightStream:
-    """The student's weights under Hugging Face names, from any layout. Every rank iterates together."""
+    """The student's weights under HF names, from any layout. Every rank iterates together."""
 
     def __init__(self, chunks: list[torch.nn.Module], hf: dict[str, Any], parallel: Parallel):
         self.hf, self.parallel = hf, parallel
@@ -92,7 +92,7 @@ class WeightStream:
 
 
 def _split(items: list[Entry], limit: int) -> Iterator[list[Entry]]:
-    """Consecutive runs of entries of one dtype whose bytes stay under `limit` (at least one entry each)."""
+    """Consecutive entries of one dtype with under `limit` bytes (at least one entry each)."""
     run: list[Entry] = []
     size = 0
     for entry in items:

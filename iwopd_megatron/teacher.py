@@ -1,4 +1,4 @@
-"""The embedded teacher: a forward-only Megatron model in the trainer's processes, with its own sizes."""
+"""The embedded teacher: a forward-only Megatron model in the trainer's processes, own sizes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class EmbeddedTeacher:
             self._move("cpu")
 
     def score(self, samples: list[Trajectory]) -> list[Trajectory]:
-        """The same samples with teacher log-probs (nats). One all-reduce of one fp32 per response token."""
+        """The samples with teacher log-probs (nats); one all-reduce, an fp32 per response token."""
         if self.offload:
             self._move(device.current_device())
         batches, length = pack(samples, self.parallel, self.budget)

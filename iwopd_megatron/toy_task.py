@@ -1,10 +1,10 @@
-"""A verifiable task whose errors compound: sort letters by writing out every step of a selection sort.
+"""A verifiable task whose errors compound: sort letters by writing out a selection sort's steps.
 
-To `glaehdck=` a right response is `aglehdck` `cglehdk` `dglehk` ... without any separator: the smallest letter,
-then the letters left, until none are. Where the next letter comes from has to be counted out, so a writer who
-once drops or doubles a letter loses the thread, and so does a reader who never saw that happen. The sloppy
-writer slips mostly early and is lost after the first slip. Same JSONL schema as the real data sets, plus
-`response` where a model is fine-tuned on it.
+To `glaehdck=` a right response is `aglehdck` `cglehdk` `dglehk` ... without any separator: the
+smallest letter, then the letters left, until none are. Where the next letter comes from has to be
+counted out, so a writer who once drops or doubles a letter loses the thread, and so does a reader
+who never saw that happen. The sloppy writer slips mostly early and is lost after the first slip.
+Same JSONL schema as the real data sets, plus `response` where a model is fine-tuned on it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def write_trace(letters: list[str], rng: random.Random, slip: float = 0.0) -> st
 
 
 def problems(seed: int, slip: float | None = None) -> Iterator[dict[str, Any]]:
-    """Endless lines of a data file, a function of the seed; with a response unless `slip` is None."""
+    """Endless lines of a data file, a function of the seed; a response unless `slip` is None."""
     rng = random.Random(seed)
     while True:
         letters = rng.sample(ALPHABET, LETTERS)
@@ -68,7 +68,7 @@ def problems(seed: int, slip: float | None = None) -> Iterator[dict[str, Any]]:
 
 
 def is_right(response: str, answer: str) -> bool:
-    """Whether the letters at the places of the picks are the sorted letters, and nothing is missing."""
+    """Whether the letters at the picks' places are the sorted letters, and nothing is missing."""
     count = len(answer)
     picks = [sum(range(count, count - step, -1)) for step in range(count)]
     return len(response) == sum(range(count + 1)) and "".join(response[i] for i in picks) == answer
@@ -81,9 +81,9 @@ def write_jsonl(path: Path, *parts: Iterator[dict[str, Any]]) -> None:
 
 
 def write_task(folder: Path) -> None:
-    """Everything the demo's models and runs are made from: data, tokenizer and model configurations.
+    """What the demo's models and runs are made from: data, tokenizer and model configurations.
 
-    train and eval: prompts only. teacher: clean traces. student: clean traces, then as many sloppy ones.
+    train, eval: prompts. teacher: clean traces. student: clean traces, then as many sloppy ones.
     """
     write_jsonl(folder / "train.jsonl", islice(problems(seed=1), 2048))
     write_jsonl(folder / "eval.jsonl", islice(problems(seed=999), 512))

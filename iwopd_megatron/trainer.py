@@ -1,7 +1,7 @@
-"""The loop: generate, score, check, pack, train, publish. On-policy distillation or supervised fine-tuning.
+"""The loop: generate, score, check, pack, train, publish. On-policy distillation or SFT.
 
-Every rank runs this same straight-line code; samples are known to all ranks, so packing, denominators and
-gates need no messages.
+Every rank runs this same straight-line code; samples are known to all ranks, so packing,
+denominators and gates need no messages.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class Trainer:
         )
 
     def run(self) -> bool:
-        """Train to the last round; False if a stop was asked for and the state was saved instead."""
+        """Train to the last round; False if a stop was asked for and the state saved instead."""
         recipe, first_line = self.recipe, {}
         self._publish()
         if self.round == 0:
@@ -231,7 +231,7 @@ class Trainer:
         ]
 
     def _step(self, batches: list, length: int, sizes: dict[str, int]) -> tuple[dict, float, float]:
-        """One optimiser step: forward and backward over the micro-batches, clip, AdamW, schedule."""
+        """One optimiser step: forward and backward over micro-batches, clip, AdamW, schedule."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -306,8 +306,8 @@ class Trainer:
     def _save(self) -> None:
         extra = {"cursor": self.order.cursor, "world": self.parallel.world}
         checkpoint.save(
-            self.run_folder, self.round, self.chunks, self.optimizer, self.scheduler, extra, self.parallel,
-            self.recipe.checkpoint.keep,
+            self.run_folder, self.round, self.chunks, self.optimizer, self.scheduler,
+            extra, self.parallel, self.recipe.checkpoint.keep,
         )  # fmt: skip
 
     def _restore(self, folder: Path) -> None:

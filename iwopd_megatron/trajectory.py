@@ -1,8 +1,8 @@
 """One sample, and how a round's samples become packed micro-batches.
 
-A sample of P prompt and T response tokens feeds P + T - 1 inputs; input P - 1 + t predicts response token t.
-Packing is the same on every rank, so all know all denominators without asking. Shapes: T tokens of this
-context-parallel rank, N loss tokens among them.
+A sample of P prompt and T response tokens feeds P + T - 1 inputs; input P - 1 + t predicts response
+token t. Packing is the same on every rank, so all know all denominators without asking. Shapes: T
+tokens of this context-parallel rank, N loss tokens among them.
 """
 
 from __future__ import annotations
@@ -67,13 +67,14 @@ def plan_microbatches(
 ) -> list[list[list[int]]]:
     """Assign sequences to `dp` ranks x equally many micro-batches: [dp][micro-batch][sequence].
 
-    Longest first into the emptiest micro-batch; as few micro-batches as keep every one within `budget`
-    tokens. Their number is a multiple of `multiple_of` (the interleaved pipeline schedule asks for that).
+    Longest first into the emptiest micro-batch; as few as keep every one within `budget` tokens.
+    Their number is a multiple of `multiple_of` (for the interleaved pipeline schedule).
     """
     longest = max(lengths)
     if longest > budget:
         raise ValueError(
-            f"a sequence of {longest} tokens exceeds train.microbatch_tokens={budget}; raise it to at least {longest}."
+            f"a sequence of {longest} tokens exceeds train.microbatch_tokens={budget}; "
+            f"raise it to at least {longest}."
         )
     count = -(-sum(lengths) // (budget * dp))
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
@@ -95,8 +96,8 @@ def pack(
 ) -> tuple[list[MicroBatch], int]:
     """This rank's micro-batches and their common length in tokens before the context-parallel cut.
 
-    Every micro-batch of every rank is padded to one length with a last segment that no loss reads, so that
-    pipeline stages exchange tensors of one known shape.
+    Every micro-batch of every rank is padded to one length with a last segment that no loss reads,
+    so that pipeline stages exchange tensors of one known shape.
     """
     layout = parallel.layout
     lengths = [round_up(sample.inputs, layout.token_multiple) for sample in samples]

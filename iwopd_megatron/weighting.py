@@ -1,8 +1,9 @@
 """Token weights of IW-OPD, on padded batches and on packed tokens cut over context-parallel ranks.
 
-iw:  w_t = 1 + gamma * (1 - F_t),  F_t = sum_{k<t} d_k / D,  d_t = |teacher_logp_t - old_logp_t|   (Eq. 16, 17)
-D = sum_{k<T} d_k ("exclusive", Eq. 16, so w_T = 1) or sum_{k<=T} d_k + 1e-8 ("inclusive", the authors' code).
-Only masked-in tokens count. Sums run in fp64. Shapes: B batch, T tokens, S segments, R context ranks.
+iw:  w_t = 1 + gamma * (1 - F_t),  F_t = sum_{k<t} d_k / D   (Eq. 16, 17)
+with d_t = |teacher_logp_t - old_logp_t| and D = sum_{k<T} d_k ("exclusive", Eq. 16, so w_T = 1)
+or D = sum_{k<=T} d_k + 1e-8 ("inclusive", the authors' code). Only masked-in tokens count.
+Sums run in fp64. Shapes: B batch, T tokens, S segments, R context ranks.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def token_weights(
     share: float = 0.3,
     denominator: str = "exclusive",
 ) -> torch.Tensor:
-    """Weights `[B, T]` fp32 for signed gaps `[B, T]` (nats) and a bool mask; 0 where the mask is False."""
+    """Weights `[B, T]` fp32 for signed gaps `[B, T]` (nats) and a bool mask; 0 where False."""
     segment_ids = torch.arange(gap.shape[0], device=gap.device)[:, None].expand(gap.shape)
     weights = token_weights_packed(
         gap.flatten(), segment_ids.flatten(), mask.flatten(), num_segments=gap.shape[0],
@@ -48,10 +49,10 @@ def token_weights_packed(
 ) -> torch.Tensor:
     """Weights `[T]` fp32 of this rank's packed tokens; 0 where the mask is False.
 
-    gap: `[T]` signed, nats; segment_ids: `[T]` int64, not decreasing, the same segments on every rank;
-    mask: `[T]` bool. With `cp_group` of R ranks every segment is zigzag-cut: this rank holds its chunks
-    `rank` and `2R-1-rank`, equally long (see parallel.zigzag_index).
-    One all-gather of 6 * S doubles a rank, whatever the length.
+    gap: `[T]` signed, nats; segment_ids: `[T]` int64, not decreasing, the same segments on every
+    rank; mask: `[T]` bool. With `cp_group` of R ranks every segment is zigzag-cut: this rank holds
+    its chunks `rank` and `2R-1-rank`, equally long (parallel.zigzag_index). Whatever the length,
+    one all-gather of 6 * S doubles a rank.
     """
     if rule not in RULES:
         raise ValueError(f"unknown weighting rule '{rule}'; use one of {', '.join(RULES)}.")
@@ -95,7 +96,7 @@ def _prefix(
     cp_group: dist.ProcessGroup | None,
 ) -> _Prefix:
     ranks, rank = (cp_group.size(), cp_group.rank()) if cp_group is not None else (1, 0)
-    # Local chunks: (half, segment) numbered half * S + segment; the halves of a segment are equally long.
+    # Local chunk (half, segment) is number half * S + segment; both halves are equally long.
     tokens_S = torch.bincount(segment_T, minlength=segments)
     start_S = tokens_S.cumsum(0) - tokens_S
     position_T = torch.arange(len(segment_T), device=gap_T.device)
@@ -112,7 +113,7 @@ def _prefix(
     stats[2].index_add_(0, chunk_T, mask_T.double())
     before_KS, last_KS, count_KS = _gather_in_order(stats.view(3, 2, segments), cp_group, ranks)
 
-    # A segment's last gap never enters an exclusive share, and may dwarf the rest: keep it out of all sums.
+    # A segment's last gap never enters an exclusive share and may be huge: keep it out of all sums.
     length_S = count_KS.sum(0)
     chunks = torch.arange(2 * ranks, device=gap_T.device)[:, None]
     final_S = torch.where(count_KS > 0, chunks, -1).amax(0)
@@ -122,7 +123,7 @@ def _prefix(
 
     own = torch.tensor([rank, 2 * ranks - 1 - rank], device=gap_T.device)
     is_segment_last_T = is_last_T & is_final_KS[own].flatten()[chunk_T]
-    # Shares sum to 1 in every segment, so one running sum over the pack stays exact next to huge gaps.
+    # Shares sum to 1 in every segment, so one running sum over the pack is exact next to huge gaps.
     share_T = (distance_T.where(~is_segment_last_T, 0) / total_S[segment_T]).nan_to_num(
         0.0, 0.0, 0.0
     )
@@ -146,7 +147,7 @@ def _running(value_T, chunk_T, start_S, tokens_S) -> torch.Tensor:
 
 
 def _gather_in_order(stats_F2S: torch.Tensor, cp_group, ranks: int) -> torch.Tensor:
-    """`[F, 2, S]` of every rank -> `[F, 2R, S]` in the order of the tokens: first halves up, second halves down."""
+    """`[F, 2, S]` of every rank -> `[F, 2R, S]` in token order: first halves up, second down."""
     if ranks == 1:
         return stats_F2S
     gathered = stats_F2S.new_empty(ranks, *stats_F2S.shape)

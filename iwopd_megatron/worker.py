@@ -43,7 +43,8 @@ def run_arms(arms: list[Arm], resume: bool) -> None:
             progress.start(name, trainer.round)
             if not trainer.run():
                 progress.say(
-                    f"stopped after round {trainer.round}; saved in {arm.recipe.out}, go on with --resume"
+                    f"stopped after round {trainer.round}; "
+                    f"saved in {arm.recipe.out}, go on with --resume"
                 )
                 sys.exit(EXIT_STOPPED)
     shutdown()
@@ -62,7 +63,7 @@ def check_parity(
 def execute(world: int, function: Callable[..., Any], args: tuple) -> int:
     """Run `function(*args)` on every process of the world and return the exit code of the command.
 
-    Under torchrun (RANK is set) this process is one rank; otherwise `world` local processes are started.
+    Under torchrun (RANK is set) this process is one rank; otherwise `world` local ones are started.
     """
     if "RANK" in os.environ:
         given = int(os.environ["WORLD_SIZE"])

@@ -1,4 +1,4 @@
-"""Every layout against Hugging Face: logits, loss, each parameter's gradient and optimiser step, on every rank.
+"""Every layout against Hugging Face on every rank: logits, loss, gradients, optimiser step.
 
 Many layouts run inside one forked world: starting processes costs more than the checks.
 """
@@ -43,7 +43,8 @@ CASES = {
     "dp2 tp2": (4, "moe", UNEQUAL, 96, {"tp": 2}, "fp32", "none"),
     "dp2 tp2 ep2": (4, "moe", UNEQUAL, 96, {"tp": 2, "ep": 2}, "fp32", "none"),
     "tp2 pp2 ep2": (4, "moe", UNEQUAL, 96, {"tp": 2, "pp": 2, "ep": 2}, "fp32", "none"),
-    "tp2 pp2 vpp2 ep2": (4, "moe", UNEQUAL, 40, {"tp": 2, "pp": 2, "vpp": 2, "ep": 2}, "fp32", "none"),
+    "tp2 pp2 vpp2 ep2": (4, "moe", UNEQUAL, 40, {"tp": 2, "pp": 2, "vpp": 2, "ep": 2}, "fp32",
+                         "none"),
     "tp2 cp2 ep4": (4, "moe", UNEQUAL, 96, {"tp": 2, "cp": 2, "ep": 4}, "fp32", "none"),
     "pp2 cp2 ep2": (4, "moe", UNEQUAL, 96, {"pp": 2, "cp": 2, "ep": 2}, "fp32", "none"),
     "cp4": (4, "moe", UNEQUAL, 96, {"cp": 4}, "fp32", "none"),

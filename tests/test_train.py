@@ -1,4 +1,4 @@
-"""The whole loop on the demo's models: determinism, layouts, resume, signals, fine-tuning, comparison."""
+"""The whole loop on the demo: determinism, layouts, resume, signals, fine-tuning, comparison."""
 
 import json
 import os
@@ -27,8 +27,8 @@ from iwopd_megatron.trainer import Trainer
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes/demo_tiny_moe.yaml"
 SMALL = [
-    "train.rounds=5", "train.warmup_rounds=2", "train.prompts_per_round=16", "train.microbatch_tokens=300",
-    "evaluate.problems=16", "checkpoint.every=3",
+    "train.rounds=5", "train.warmup_rounds=2", "train.prompts_per_round=16",
+    "train.microbatch_tokens=300", "evaluate.problems=16", "checkpoint.every=3",
 ]  # fmt: skip
 CLOCK = ("time", "seconds", "tokens_per_second")
 LAYOUTS = {
@@ -228,8 +228,9 @@ def test_fine_tuning_lowers_the_loss(tmp_path, monkeypatch):
     recipe = load_recipe(
         ROOT / "recipes/demo_teacher.yaml",
         [
-            f"student.hf={tmp_path}/task/teacher", f"data.train={tmp_path}/task/teacher.jsonl", "data.eval=null",
-            "train.rounds=10", "train.warmup_rounds=1", "student.parallel={}", f"out={tmp_path}/run",
+            f"student.hf={tmp_path}/task/teacher", f"data.train={tmp_path}/task/teacher.jsonl",
+            "data.eval=null", "train.rounds=10", "train.warmup_rounds=1", "student.parallel={}",
+            f"out={tmp_path}/run",
         ],
     )  # fmt: skip
     run_world(1, train_here, [recipe])

@@ -1,4 +1,4 @@
-"""Four ways in which Megatron-Core 0.16.1 trains wrongly without a word; each fix, removed, must be missed.
+"""Four ways Megatron-Core 0.16.1 silently trains wrongly; each fix, removed, must be missed.
 
 `parity` finds the first three: the test fails if it no longer does. The fourth refuses to save.
 """

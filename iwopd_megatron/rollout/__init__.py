@@ -21,7 +21,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to continue. `seed` and `stream` fix the random numbers of every prompt whatever rank draws them."""
+    """How to continue; `seed` and `stream` fix every prompt's random numbers on whatever rank."""
 
     max_tokens: int
     temperature: float = 1.0  # 0 is greedy
@@ -33,9 +33,9 @@ class RolloutEngine(Protocol):
     """Collective: every rank of the trainer's world calls both methods with the same arguments."""
 
     def generate(self, prompts: list[Prompt], sampling: Sampling) -> list[Trajectory]:
-        """One answer a prompt, in the order of the prompts, with the engine's log-probs of its tokens (nats)."""
+        """One answer a prompt, in order, with the engine's log-probs of its tokens (nats)."""
         ...
 
     def update(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Replace the weights by these HF-named whole tensors; answers carry `version` from now on."""
+        """Replace the weights by these HF-named whole tensors; answers now carry `version`."""
         ...

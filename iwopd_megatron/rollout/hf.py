@@ -1,8 +1,8 @@
 """The embedded engine: a transformers model in every rank's process, prompts split over the ranks.
 
-Keys and values live in a preallocated cache. A token is drawn by inverting the cumulative distribution at
-one uniform number per (seed, stream, prompt, position), so the answer to a prompt depends neither on the
-number of ranks nor on its neighbours in the batch.
+Keys and values live in a preallocated cache. A token is drawn by inverting the cumulative
+distribution at one uniform number per (seed, stream, prompt, position), so the answer to a prompt
+depends neither on the number of ranks nor on its neighbours in the batch.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _uniform(sampling: Sampling, index: int) -> numpy.ndarray:
 def _sample(
     logits: torch.Tensor, uniform: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token a row of `[B, V]` and its log-prob at the temperature (greedy: at temperature 1)."""
+    """One token a row of `[B, V]` and its log-prob at the temperature (at 1 when greedy)."""
     logp = (logits / (temperature or 1.0)).log_softmax(-1)
     if temperature == 0:
         token = logp.argmax(-1)
