@@ -19,7 +19,6 @@ os.environ["OMP_NUM_THREADS"] = "4"
 warnings.filterwarnings("ignore")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.chdir(ROOT)
 
 import torch  # noqa: E402
 
@@ -29,7 +28,7 @@ from iwopd_megatron.config import Layout, Train, load_recipe, read_hf_config  # 
 from iwopd_megatron.model import build_model, wrap_precision  # noqa: E402
 from iwopd_megatron.objective import PolicyObjective  # noqa: E402
 from iwopd_megatron.optimizer import build_optimizer, wrap_data_parallel  # noqa: E402
-from iwopd_megatron.parallel import initialise, shutdown, start_local  # noqa: E402
+from iwopd_megatron.parallel import initialise, shutdown, start_local, start_method  # noqa: E402
 from iwopd_megatron.progress import Progress  # noqa: E402
 from iwopd_megatron.runlog import read_metrics  # noqa: E402
 from iwopd_megatron.trainer import Trainer  # noqa: E402
@@ -55,17 +54,18 @@ LENGTHS = {"8 x 1024 tokens": [1024] * 8, "1 x 8192 tokens": [8192], "128 x 64 t
 
 def check_parity(references, queue):
     for dtype, reference in references.items():
-        result = parity.compare(Path("recipes/demo/teacher"), reference, Layout(), 256, dtype)
+        result = parity.compare(ROOT / "recipes/demo/teacher", reference, Layout(), 256, dtype)
         queue.put((dtype, result, parity.failures(result, reference, dtype)))
     shutdown()
 
 
 def five_rounds(folder, dtype, queue):
     recipe = load_recipe(
-        Path("recipes/demo_tiny_moe.yaml"),
+        ROOT / "recipes/demo_tiny_moe.yaml",
         [
             "student.parallel={}",
             "train.rounds=5",
+            "train.warmup_rounds=0",
             f"out={folder}",
             f"student.dtype={dtype}",
             f"teacher.dtype={dtype}",
@@ -129,7 +129,7 @@ def _now():
 
 def in_world(function, *args):
     """Run a function on one rank and return what it put into its queue."""
-    queue = get_context("spawn").Queue()
+    queue = get_context(start_method()).Queue()
     context = start_local(1, function, (*args, queue))
     values = []
     while not context.join(timeout=0.2):
@@ -140,55 +140,74 @@ def in_world(function, *args):
     return values
 
 
-def main():
-    if not torch.cuda.is_available():
-        sys.exit(
-            "error: gpu-check needs a CUDA GPU and a torch built for it; "
-            "`make demo` runs without one."
-        )
-    name = torch.cuda.get_device_name()
-    te = "TransformerEngine" if backend.has_transformer_engine() else "torch-native modules"
-    print(f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}, {te}\n")
-    folder = Path("recipes/demo/teacher")
-    samples = parity.make_samples(read_hf_config(folder)["vocab_size"], [48, 33, 64, 57, 20, 41], 0)
+def print_heading(*columns):
+    print("\n| " + " | ".join(columns) + " |\n" + "| --- " * len(columns) + "|")
+
+
+def print_row(*cells):
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def parity_table():
+    """Returns whether both types agree with Hugging Face."""
+    folder = ROOT / "recipes/demo/teacher"
+    vocab = read_hf_config(folder)["vocab_size"]
+    samples = parity.make_samples(vocab, [48, 33, 64, 57, 20, 41], pad_id=0)
     references = {d: parity.reference(folder, samples, d == "bf16") for d in ("fp32", "bf16")}
-    failed = False
-    print(
-        "| parity with Hugging Face | logits | gradients | loss | verdict |\n"
-        "| --- | --- | --- | --- | --- |"
-    )
+    print_heading("parity with Hugging Face", "logits", "gradients", "loss", "verdict")
+    agrees = True
     for dtype, result, problems in in_world(check_parity, references):
-        failed |= bool(problems)
-        print(f"| {dtype} ({'max' if dtype == 'fp32' else 'mean'}) | {result['logits']:.2g} | "
-              f"{result['grads']:.2g} | {result['loss']:.2g} | "
-              f"{'; '.join(problems) or 'agrees'} |", flush=True)  # fmt: skip
-    print(
-        "\n| demo, round 5, one GPU | seconds | generate | score | train | drift (nats) |\n"
-        + "| --- " * 6
-        + "|"
-    )
+        kind = "max" if dtype == "fp32" else "mean"
+        errors = [f"{result[key]:.2g}" for key in ("logits", "grads", "loss")]
+        print_row(f"{dtype} ({kind} error)", *errors, "; ".join(problems) or "agrees")
+        agrees = agrees and not problems
+    return agrees
+
+
+def demo_table():
+    """The phases of the demo's fifth round."""
+    phases = ("generate", "score", "train")
+    print_heading("demo, round 5", "seconds", *phases, "drift (nats)")
     for dtype in ("fp32", "bf16"):
         with tempfile.TemporaryDirectory() as run:
             last = in_world(five_rounds, run + "/run", dtype)[0][-1]
-        phases = " | ".join(f"{last['time'][k]:.3f}" for k in ("generate", "score", "train"))
-        print(f"| {dtype} | {last['seconds']:.3f} | {phases} | {last['drift']:.2g} |", flush=True)
-    print("\n| bf16 step, one micro-batch | packed as | recompute | forward + backward ms "
-          "| forward ms | optimiser ms | tokens/s | model TFLOP/s | peak GiB |\n"
-          + "| --- " * 9 + "|")  # fmt: skip
+        seconds = [f"{last['time'][phase]:.3f}" for phase in phases]
+        print_row(dtype, f"{last['seconds']:.3f}", *seconds, f"{last['drift']:.2g}")
+
+
+def step_table():
+    """Times of one training step on slices of real models; returns forward + backward ms."""
+    print_heading(
+        "bf16 step, one micro-batch", "packed as", "recompute", "forward + backward ms",
+        "forward ms", "optimiser ms", "tokens/s", "model TFLOP/s", "peak GiB",
+    )  # fmt: skip
     results = {}
     for model, hf in SLICES.items():
         for packed, lengths in LENGTHS.items():
             for recompute in ("none", "full") if packed == "8 x 1024 tokens" else ("none",):
                 r = in_world(time_slice, hf, lengths, recompute)[0]
-                train_ms, ms = r["ms"]["forward + backward"], r["ms"]
-                tflops = 6 * r["active"] * r["tokens"] / train_ms / 1e9
-                speed = r["tokens"] / (train_ms + ms["optimiser"]) * 1e3
-                print(f"| {model} | {packed} | {recompute} | {train_ms:.1f} "
-                      f"| {ms['forward only']:.1f} | {ms['optimiser']:.1f} | {speed:,.0f} "
-                      f"| {tflops:.0f} | {r['peak_gib']:.1f} |", flush=True)  # fmt: skip
-                results[f"{model}, {packed}, {recompute}"] = round(train_ms, 2)
-    print(json.dumps({"gpu": name, "parity": not failed, "forward_backward_ms": results}))
-    sys.exit(1 if failed else 0)
+                train, optimiser = r["ms"]["forward + backward"], r["ms"]["optimiser"]
+                print_row(
+                    model, packed, recompute, f"{train:.1f}", f"{r['ms']['forward only']:.1f}",
+                    f"{optimiser:.1f}", f"{r['tokens'] / (train + optimiser) * 1e3:,.0f}",
+                    f"{6 * r['active'] * r['tokens'] / train / 1e9:.0f}", f"{r['peak_gib']:.1f}",
+                )  # fmt: skip
+                results[f"{model}, {packed}, {recompute}"] = round(train, 2)
+    return results
+
+
+def main():
+    if not torch.cuda.is_available():
+        sys.exit("error: gpu-check needs a CUDA GPU and a torch for it; `make demo` needs neither.")
+    os.chdir(ROOT)  # recipes name their files relative to the repository
+    name = torch.cuda.get_device_name()
+    modules = "TransformerEngine" if backend.has_transformer_engine() else "torch-native modules"
+    print(f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}, {modules}")
+    agrees = parity_table()
+    demo_table()
+    results = step_table()
+    print(json.dumps({"gpu": name, "parity": agrees, "forward_backward_ms": results}))
+    sys.exit(0 if agrees else 1)
 
 
 if __name__ == "__main__":

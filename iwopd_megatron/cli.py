@@ -141,12 +141,13 @@ def parity(
     from torch.multiprocessing import get_context
 
     from iwopd_megatron import parity as check
+    from iwopd_megatron.parallel import start_method
 
     lengths = [24, 16, 32, 20, 28, 12, 24, 32] if packed else [32] * 8
     dtype = "bf16" if bf16 else "fp32"
     samples = check.make_samples(hf["vocab_size"], lengths, hf.get("pad_token_id"))
     reference = check.reference(folder, samples, bf16)
-    queue = get_context("fork").SimpleQueue()
+    queue = get_context(start_method()).SimpleQueue()
     budget = 96 if packed else 32
     code = worker.execute(
         layout.unit, worker.check_parity, (folder, reference, layout, budget, dtype, queue)

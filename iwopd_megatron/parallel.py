@@ -162,12 +162,13 @@ def _enter(rank: int, world: int, port: int, function: Callable[..., Any], args:
     function(*args)
 
 
-def start_local(world: int, function: Callable[..., Any], args: tuple = ()) -> mp.ProcessContext:
-    """Start `function(*args)` on `world` processes of this machine, with torchrun's variables set.
+def start_method() -> str:
+    """How this machine's processes start: forked on a CPU, so that imports are paid once; a process
+    with a GPU context cannot be forked."""
+    return "spawn" if device.has_gpu() else "fork"
 
-    On a CPU they are forked, so that imports are paid once; a process with a GPU context cannot be.
-    """
-    method = "spawn" if device.has_gpu() else "fork"
-    return mp.start_processes(
-        _enter, (world, free_port(), function, args), world, join=False, start_method=method
-    )
+
+def start_local(world: int, function: Callable[..., Any], args: tuple = ()) -> mp.ProcessContext:
+    """Start `function(*args)` on `world` local processes, with torchrun's variables set."""
+    arguments = (world, free_port(), function, args)
+    return mp.start_processes(_enter, arguments, world, join=False, start_method=start_method())
