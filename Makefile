@@ -1,7 +1,8 @@
 # Everything runs in .venv, which `make setup` builds with the exact versions of constraints.txt.
 PYTHON ?= python3
 VENV := .venv
-RUN := OMP_NUM_THREADS=1 $(VENV)/bin/python -W ignore
+# On CPUs even where there is a GPU: what these print is what the tables say.
+RUN := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(VENV)/bin/python -W ignore
 SEEDS ?= 5
 OUT ?= runs/demo
 

@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 import warnings
-from multiprocessing import get_context
 from pathlib import Path
 
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -22,13 +21,18 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from iwopd_megatron import backend, device, parity  # noqa: E402
+from iwopd_megatron import (  # noqa: E402
+    backend,
+    device,
+    hf_reference,  # noqa: E402
+    parity,
+)
 from iwopd_megatron.actor import Schedule  # noqa: E402
 from iwopd_megatron.config import Layout, Train, load_recipe, read_hf_config  # noqa: E402
 from iwopd_megatron.model import build_model, wrap_precision  # noqa: E402
 from iwopd_megatron.objective import PolicyObjective  # noqa: E402
 from iwopd_megatron.optimizer import build_optimizer, wrap_data_parallel  # noqa: E402
-from iwopd_megatron.parallel import initialise, shutdown, start_local, start_method  # noqa: E402
+from iwopd_megatron.parallel import initialise, local_context, shutdown, start_local  # noqa: E402
 from iwopd_megatron.progress import Progress  # noqa: E402
 from iwopd_megatron.runlog import read_metrics  # noqa: E402
 from iwopd_megatron.trainer import Trainer  # noqa: E402
@@ -86,8 +90,8 @@ def time_slice(hf, lengths, recompute, queue):
     wrapped = wrap_data_parallel(wrap_precision(chunks), train)
     optimizer = build_optimizer(wrapped, train)
     schedule = Schedule(wrapped, parallel)
-    objective = PolicyObjective(parity.LOSS, parallel.cp.group)
-    samples = parity.make_samples(hf["vocab_size"], lengths)
+    objective = PolicyObjective(hf_reference.LOSS, parallel.cp.group)
+    samples = hf_reference.make_samples(hf["vocab_size"], lengths)
     batches, length = pack(samples, parallel, sum(lengths), "seq_mean_token_mean")
 
     def on_output(hidden, model, batch):
@@ -95,11 +99,8 @@ def time_slice(hf, lengths, recompute, queue):
 
     times = {"forward + backward": [], "optimiser": [], "forward only": []}
     for _ in range(STEPS + WARM_UP):
-        for chunk in wrapped:
-            chunk.zero_grad_buffer()
-        optimizer.zero_grad()
         marks = [_now()]
-        schedule.run(batches, length, on_output)
+        schedule.accumulate(optimizer, batches, length, objective)
         marks.append(_now())
         optimizer.step()
         marks.append(_now())
@@ -129,7 +130,7 @@ def _now():
 
 def in_world(function, *args):
     """Run a function on one rank and return what it put into its queue."""
-    queue = get_context(start_method()).Queue()
+    queue = local_context().Queue()
     context = start_local(1, function, (*args, queue))
     values = []
     while not context.join(timeout=0.2):
@@ -152,8 +153,10 @@ def parity_table():
     """Returns whether both types agree with Hugging Face."""
     folder = ROOT / "recipes/demo/teacher"
     vocab = read_hf_config(folder)["vocab_size"]
-    samples = parity.make_samples(vocab, [48, 33, 64, 57, 20, 41], pad_id=0)
-    references = {d: parity.reference(folder, samples, d == "bf16") for d in ("fp32", "bf16")}
+    samples = hf_reference.make_samples(vocab, [48, 33, 64, 57, 20, 41], pad_id=0)
+    references = {
+        d: hf_reference.compute_reference(folder, samples, d == "bf16") for d in ("fp32", "bf16")
+    }
     print_heading("parity with Hugging Face", "logits", "gradients", "loss", "verdict")
     agrees = True
     for dtype, result, problems in in_world(check_parity, references):
@@ -201,7 +204,11 @@ def main():
         sys.exit("error: gpu-check needs a CUDA GPU and a torch for it; `make demo` needs neither.")
     os.chdir(ROOT)  # recipes name their files relative to the repository
     name = torch.cuda.get_device_name()
-    modules = "TransformerEngine" if backend.has_transformer_engine() else "torch-native modules"
+    modules = (
+        "TransformerEngine"
+        if backend.has_transformer_engine(torch.bfloat16)
+        else "torch-native modules"
+    )
     print(f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}, {modules}")
     agrees = parity_table()
     demo_table()

@@ -9,27 +9,27 @@ import json
 import os
 import statistics
 import time
-from multiprocessing import get_context
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 
-from iwopd_megatron import parity
+from iwopd_megatron import hf_reference
 from iwopd_megatron.actor import Schedule
-from iwopd_megatron.config import Layout, Train, read_hf_config
+from iwopd_megatron.config import Layout, Train
 from iwopd_megatron.hf_io import HfTensors, load_shards
 from iwopd_megatron.model import build_model
 from iwopd_megatron.objective import PolicyObjective
 from iwopd_megatron.optimizer import build_optimizer, wrap_data_parallel
-from iwopd_megatron.parallel import initialise, start_local
+from iwopd_megatron.parallel import initialise, local_context, start_local
+from iwopd_megatron.preflight import read_hf_config
 from iwopd_megatron.trajectory import pack
 from iwopd_megatron.weighting import token_weights
 
 FOLDER = Path("recipes/demo/student")
 TRAIN = Train(rounds=1000, lr=1e-5)
-SAMPLES = parity.make_samples(
+SAMPLES = hf_reference.make_samples(
     read_hf_config(FOLDER)["vocab_size"], [30 + i % 16 for i in range(64)], 0
 )
 STEPS, WARM_UP = 30, 5
@@ -37,7 +37,7 @@ STEPS, WARM_UP = 30, 5
 
 def plain_step():
     """A closure that trains transformers' own model one step on the padded batch."""
-    model = parity.hf_model(FOLDER, torch.float32, attention="sdpa", experts="grouped_mm")
+    model = hf_reference.hf_model(FOLDER, torch.float32, attention="sdpa", experts="grouped_mm")
     optimizer = torch.optim.AdamW(model.parameters(), lr=TRAIN.lr)
     width = max(sample.inputs for sample in SAMPLES)
     ids = torch.zeros(len(SAMPLES), width + 1, dtype=torch.long)
@@ -72,14 +72,11 @@ def trainer_step(layout):
     wrapped = wrap_data_parallel(chunks, TRAIN)
     optimizer = build_optimizer(wrapped, TRAIN)
     schedule = Schedule(wrapped, parallel)
-    objective = PolicyObjective(parity.LOSS, parallel.cp.group)
+    objective = PolicyObjective(hf_reference.LOSS, parallel.cp.group)
 
     def step():
         batches, length = pack(SAMPLES, parallel, 4096, "seq_mean_token_mean")
-        for chunk in wrapped:
-            chunk.zero_grad_buffer()
-        optimizer.zero_grad()
-        schedule.run(batches, length, lambda h, m, b: objective(schedule.logprobs(h, m, b), b))
+        schedule.accumulate(optimizer, batches, length, objective)
         optimizer.step()
 
     return step
@@ -107,7 +104,7 @@ def measure(layout, with_plain, queue):
 
 
 def run(world, layout, with_plain):
-    queue = get_context("fork").SimpleQueue()
+    queue = local_context().SimpleQueue()
     context = start_local(world, measure, (layout, with_plain, queue))
     while not context.join():
         pass

@@ -22,6 +22,9 @@ from megatron.core.utils import unwrap_model  # noqa: E402
 # (last stage's hidden states, its model chunk, batch) -> (loss, whatever the caller wants kept)
 OnOutput = Callable[[torch.Tensor, HiddenStateModel, MicroBatch], tuple[torch.Tensor, Any]]
 
+# (log-probs of the loss tokens, batch) -> (loss, sums of metrics)
+Objective = Callable[[LogProbs, MicroBatch], tuple[torch.Tensor, Any]]
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -66,6 +69,22 @@ class Schedule:
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
+
+    def accumulate(
+        self, optimizer: Any, batches: list[MicroBatch], length: int, objective: Objective
+    ) -> list[Any]:
+        """Fresh gradients of the objective's summed losses; returns the sums of each micro-batch.
+
+        [] except on last-stage ranks. The optimiser step is the caller's.
+        """
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+
+        def on_output(hidden, model, batch):
+            return objective(self.logprobs(hidden, model, batch), batch)
+
+        return self.run(batches, length, on_output)
 
     def logprobs(
         self, hidden: torch.Tensor, model: HiddenStateModel, batch: MicroBatch

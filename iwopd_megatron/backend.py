@@ -1,4 +1,4 @@
-"""Megatron layer specs: TransformerEngine where installed with a GPU, torch-native otherwise.
+"""Megatron layer specs: TransformerEngine for bf16 on a GPU if installed, torch-native otherwise.
 
 Megatron's local modules lack RMSNorm under sequence parallelism, attention with context parallelism
 or packed sequences, and a grouped GEMM without extra libraries; only these three are added here.
@@ -39,12 +39,16 @@ from megatron.core.transformer.transformer_layer import (  # noqa: E402
     TransformerLayerSubmodules,
 )
 
-from iwopd_megatron.parallel import zigzag_index  # noqa: E402
+from iwopd_megatron.parallel import Packing  # noqa: E402
 
 
-def has_transformer_engine() -> bool:
-    """TransformerEngine is used when it is installed and a GPU is present."""
-    return device.has_gpu() and importlib.util.find_spec("transformer_engine") is not None
+def has_transformer_engine(dtype: torch.dtype) -> bool:
+    """TransformerEngine is used when it is installed, a GPU is present and parameters are bf16.
+
+    In fp32 its matrix products would be TF32, and its attention has no kernel.
+    """
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    return installed and device.has_gpu() and dtype == torch.bfloat16
 
 
 def _fill_gaps_without_transformer_engine() -> None:
@@ -131,16 +135,14 @@ class SdpaAttention(MegatronModule):
         attention_bias=None,
         packed_seq_params=None,
     ):
-        lengths = (
-            packed_seq_params.lengths
-        )  # a list on the host: reading cu_seqlens would wait for the GPU
+        packing = packed_seq_params.packing
         query, key, value = (x.unsqueeze(1) for x in (query, key, value))
         if self.cp_group.size() > 1:
-            out = self._context_parallel(query, key, value, lengths)
-        elif len(lengths) == 1:
+            out = self._context_parallel(query, key, value, packing)
+        elif len(packing.lengths) == 1:
             out = self._attend(query, key, value)
         else:
-            out = self._batched(query, key, value, lengths)
+            out = self._batched(query, key, value, packing)
         return out.flatten(2)
 
     def _attend(self, query, key, value):
@@ -155,28 +157,28 @@ class SdpaAttention(MegatronModule):
             bias["enable_gqa"] = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, scale=self.scale, **bias).permute(2, 0, 1, 3)
 
-    def _batched(self, query, key, value, lengths):
+    def _batched(self, query, key, value, packing: Packing):
         """Packed sequences as a right-padded batch; causal masks keep padding from real tokens."""
-        longest = max(lengths)
+        lengths, longest = packing.lengths, max(packing.lengths)
         if (
             longest * len(lengths) > 2 * query.shape[0]
         ):  # ragged: padding would cost more than the calls
             parts = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
             return torch.cat([self._attend(*part) for part in parts])
-        index = torch.arange(longest, device=query.device)
-        lengths_S = torch.tensor(lengths, device=query.device)
-        valid = index < lengths_S[:, None]  # [S, longest]
-        rows = (index + (lengths_S.cumsum(0) - lengths_S)[:, None]).where(valid, 0).flatten()
-        batch = [x[rows, 0].unflatten(0, valid.shape).transpose(0, 1) for x in (query, key, value)]
-        return self._attend(*batch).transpose(0, 1)[valid].unsqueeze(1)
+        token_SL, place_T = packing.padded
+        batch = [
+            x.squeeze(1).index_select(0, token_SL).unflatten(0, (-1, longest)).transpose(0, 1)
+            for x in (query, key, value)
+        ]
+        out = self._attend(*batch).transpose(0, 1).flatten(0, 1)
+        return out.index_select(0, place_T).unsqueeze(1)
 
-    def _context_parallel(self, query, key, value, lengths):
+    def _context_parallel(self, query, key, value, packing: Packing):
         size, rank = self.cp_group.size(), self.cp_group.rank()
         gathered = _GatherTokens.apply(torch.stack((key, value), 1), self.cp_group)
-        order = torch.cat([zigzag_index(lengths, size, r) for r in range(size)]).argsort()
-        key, value = gathered.index_select(0, order.to(gathered.device)).unbind(1)
+        key, value = gathered.index_select(0, packing.context_order(size)).unbind(1)
         out, start, offset = [], 0, 0
-        for length in lengths:
+        for length in packing.lengths:
             chunk = length // (2 * size)
             for position in (rank, 2 * size - 1 - rank):
                 seen = slice(offset, offset + (position + 1) * chunk)
@@ -193,9 +195,10 @@ def grouped_mm(
 
     One kernel for bf16 on a GPU; elsewhere one matrix product per expert.
     """
-    kernel = getattr(F, "grouped_mm", getattr(torch, "_grouped_mm", None))
-    if device.has_gpu() and x.dtype == torch.bfloat16 and kernel is not None:
-        return kernel(x, weight, offs=tokens_per_expert.to(x.device).cumsum(0).to(torch.int32))
+    kernel = device.grouped_mm_kernel()
+    if kernel is not None and x.dtype == torch.bfloat16:
+        ends = tokens_per_expert.to(x.device, non_blocking=True).cumsum(0, dtype=torch.int32)
+        return kernel(x, weight, offs=ends)
     parts = x.split(tokens_per_expert.tolist())
     return torch.cat([part @ w for part, w in zip(parts, weight.unbind(), strict=True)])
 
@@ -227,7 +230,7 @@ class NativeSpecProvider(LocalSpecProvider):
 
 def block_spec(config, vp_stage: int | None = None):
     """This pipeline stage's layers for a Qwen3-like model (QK-norm, RMSNorm, SwiGLU or MoE)."""
-    if has_transformer_engine():
+    if has_transformer_engine(config.params_dtype):
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
     _fill_gaps_without_transformer_engine()
     backend = NativeSpecProvider()

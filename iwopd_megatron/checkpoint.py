@@ -42,18 +42,23 @@ def newest(run: Path) -> Path | None:
 
 
 def save(
-    run: Path, round_number: int, chunks: list, optimizer: Any, scheduler: Any,
-    extra: dict[str, Any], parallel: Parallel, keep: int,
-) -> None:  # fmt: skip
-    """Write one checkpoint and remove all but the newest `keep`. Collective; atomic."""
-    final = run / "checkpoints" / f"round_{round_number:06d}"
+    run: Path,
+    chunks: list,
+    optimizer: Any,
+    scheduler: Any,
+    extra: dict[str, Any],
+    parallel: Parallel,
+    keep: int,
+) -> None:
+    """Write a checkpoint of `extra["round"]`; keep the newest `keep`. Collective and atomic."""
+    final = run / "checkpoints" / f"round_{extra['round']:06d}"
     partial = final.with_suffix(".partial")
     if parallel.is_main:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
     state = _state(chunks, optimizer, parallel, is_loading=False)
-    state |= {"scheduler": scheduler.state_dict(), "extra": extra | {"round": round_number}}
+    state |= {"scheduler": scheduler.state_dict(), "extra": extra}
     dist_checkpointing.save(state, str(partial), content_metadata=METADATA)
     dist.barrier()
     if parallel.is_main:
@@ -68,7 +73,7 @@ def save(
 def load(
     folder: Path, chunks: list, optimizer: Any, scheduler: Any, parallel: Parallel
 ) -> dict[str, Any]:
-    """Restore a checkpoint into this layout; returns what was saved as `extra` with its "round"."""
+    """Restore a checkpoint into this layout; returns what was saved as `extra`."""
     state = _state(chunks, optimizer, parallel, is_loading=True)
     saved_world = dist_checkpointing.load_common_state_dict(str(folder))["extra"]["world"]
     if saved_world != parallel.world:
@@ -78,6 +83,7 @@ def load(
         chunk.load_state_dict(loaded[f"model{i}"])
     with torch.no_grad():
         optimizer.load_state_dict(loaded["optimizer"])
+    scheduler.num_steps = 0  # load_state_dict adds the saved number to it
     scheduler.load_state_dict(loaded["scheduler"])
     if "rng" in loaded:
         torch.set_rng_state(loaded["rng"])

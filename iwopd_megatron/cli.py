@@ -10,7 +10,9 @@ from typing import Annotated
 
 import typer
 
-from iwopd_megatron.config import Layout, Recipe, RecipeError, load_recipe
+from iwopd_megatron.config import Layout, Recipe, load_recipe
+from iwopd_megatron.errors import RecipeError, UserError
+from iwopd_megatron.preflight import check_layout, check_resume, read_hf_config
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -24,12 +26,12 @@ Resume = Annotated[
 
 
 def main() -> None:
-    """Entry point: a wrong recipe is one sentence and exit code 2."""
+    """Entry point: a user's mistake is one sentence; a wrong recipe exits with 2."""
     try:
         app()
-    except RecipeError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
 
 
 @app.command()
@@ -61,6 +63,8 @@ def _train(recipe: Recipe, resume: bool) -> None:
             f"{recipe.out} already holds a run; "
             "add --resume, or choose another folder with out=FOLDER."
         )
+    if resume:
+        check_resume(recipe)
     worker = _workers()
     sys.exit(worker.execute(recipe.world, worker.train, (recipe, resume)))
 
@@ -86,6 +90,8 @@ def compare(
         raise RecipeError(
             f"{out} already holds runs; add --resume, or choose another folder with --out."
         )
+    for arm in arms if resume else []:
+        check_resume(arm.recipe)
     worker = _workers()
     code = worker.execute(arms[0].recipe.world, worker.run_arms, (arms, resume))
     if code == 0 and os.environ.get("RANK", "0") == "0":
@@ -132,22 +138,21 @@ def parity(
     ] = False,
 ) -> None:  # fmt: skip
     """Compare a layout with Hugging Face on every rank: logits, loss, gradients, optimiser step."""
-    from iwopd_megatron.config import check_layout, read_hf_config
-
+    if "RANK" in os.environ:
+        raise RecipeError("parity starts its own processes; run it without torchrun.")
     layout = Layout(tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, cp=cp)
     hf = read_hf_config(folder)
     check_layout(layout, hf, "parity")
     worker = _workers()
-    from torch.multiprocessing import get_context
-
+    from iwopd_megatron import hf_reference
     from iwopd_megatron import parity as check
-    from iwopd_megatron.parallel import start_method
+    from iwopd_megatron.parallel import local_context
 
     lengths = [24, 16, 32, 20, 28, 12, 24, 32] if packed else [32] * 8
     dtype = "bf16" if bf16 else "fp32"
-    samples = check.make_samples(hf["vocab_size"], lengths, hf.get("pad_token_id"))
-    reference = check.reference(folder, samples, bf16)
-    queue = get_context(start_method()).SimpleQueue()
+    samples = hf_reference.make_samples(hf["vocab_size"], lengths, hf.get("pad_token_id"))
+    reference = hf_reference.compute_reference(folder, samples, bf16)
+    queue = local_context().SimpleQueue()
     budget = 96 if packed else 32
     code = worker.execute(
         layout.unit, worker.check_parity, (folder, reference, layout, budget, dtype, queue)

@@ -13,7 +13,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from iwopd_megatron.config import Recipe, RecipeError, load_recipe
+from iwopd_megatron.config import Recipe, load_recipe
+from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.runlog import read_metrics
 
 ARM_NAMES = {"uniform": "opd"}  # uniform token weights are plain OPD
 
@@ -39,6 +41,11 @@ def plan_arms(recipe: Path, overrides: list[str], vary: str, seeds: int, out: Pa
         name = ARM_NAMES.get(value, value)
         own = [f"{key}={value}", f"train.seed={seed}", f"out={out / name / f'seed_{seed}'}"]
         arms.append(Arm(name, seed, load_recipe(recipe, [*overrides, *own])))
+        if arms[-1].recipe.student.parallel != arms[0].recipe.student.parallel:
+            raise RecipeError(
+                f"--vary '{vary}' changes the layout; all arms share one world: "
+                "compare layouts with separate runs and 'iwopd report'."
+            )
     return arms
 
 
@@ -85,5 +92,8 @@ def _plus_minus(value: float | None, error: float | None = None, sign: str = "")
 
 
 def is_finished(arm: Arm) -> bool:
-    """A run is finished when its final weights are written, which is its last act."""
-    return (arm.recipe.out / "hf" / "config.json").is_file()
+    """Whether the run reached its last round and wrote its final weights, which is its last act."""
+    run = arm.recipe.out
+    if not (run / "hf" / "config.json").is_file():
+        return False
+    return max(line["round"] for line in read_metrics(run)) >= arm.recipe.train.rounds

@@ -7,7 +7,6 @@ names the key and says what to write instead. Paths are relative to the current 
 from __future__ import annotations
 
 import difflib
-import json
 import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,17 +14,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError
 
+from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.preflight import check
+
 Beta = Annotated[float, Field(ge=0, lt=1)]
-# What a layout is checked against; config.json must have them.
-HF_KEYS = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings",
-)  # fmt: skip
-HF_MOE_KEYS = ("moe_intermediate_size", "num_experts_per_tok", "norm_topk_prob")
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot run; the message is one sentence for the user."""
 
 
 class _Section(BaseModel):
@@ -137,7 +129,7 @@ class Train(_Section):
     rounds: PositiveInt = Field(100, description="rounds; one optimiser step each")
     prompts_per_round: PositiveInt = Field(1024, description="prompts, one response each")
     microbatch_tokens: PositiveInt = Field(
-        16384, description="token budget of one packed micro-batch"
+        20480, description="token budget of one packed micro-batch"
     )
     lr: float = Field(1e-5, gt=0, description="peak learning rate")
     schedule: Literal["constant", "cosine"] = "constant"
@@ -234,7 +226,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise RecipeError(f"override '{override}' is not key=value; write e.g. train.lr=3e-4.")
     *parents, leaf = key.split(".")
     for parent in parents:
-        tree = tree.setdefault(parent, {})
+        if tree.get(parent) is None:
+            tree[parent] = {}
+        tree = tree[parent]
         if not isinstance(tree, dict):
             raise RecipeError(f"override '{override}': '{parent}' holds a value, not a section.")
     try:
@@ -267,103 +261,3 @@ def _sentence(error: dict[str, Any]) -> str:
 def _section_class(annotation: Any) -> type[_Section]:
     options = getattr(annotation, "__args__", (annotation,))
     return next(o for o in options if isinstance(o, type) and issubclass(o, _Section))
-
-
-def read_hf_config(folder: Path) -> dict[str, Any]:
-    """config.json of a Hugging Face folder, or one sentence about what is missing."""
-    if not folder.is_dir():
-        raise RecipeError(
-            f"folder {folder} does not exist; point it at a Hugging Face model folder."
-        )
-    file = folder / "config.json"
-    if not file.is_file():
-        raise RecipeError(f"{folder} has no config.json; it is not a Hugging Face model folder.")
-    try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise RecipeError(f"{file} is not valid JSON: {error}.") from None
-    if not isinstance(config, dict):
-        raise RecipeError(f"{file} holds a {type(config).__name__}, not an object.")
-    if config.get("model_type") not in ("qwen3", "qwen3_moe"):
-        raise RecipeError(
-            f"{file}: model_type '{config.get('model_type')}' is not supported; "
-            "use qwen3 or qwen3_moe."
-        )
-    wanted = HF_KEYS + HF_MOE_KEYS * (num_experts(config) > 0)
-    missing = [key for key in wanted if key not in config]
-    if missing:
-        raise RecipeError(f"{file} lacks '{missing[0]}'; copy the model's original config.json.")
-    if config.get("attention_bias"):
-        raise RecipeError(f"{file}: attention_bias=true is not supported; no Qwen3 model has it.")
-    return config
-
-
-def num_experts(hf: dict[str, Any]) -> int:
-    """Experts per layer, 0 if dense: num_local_experts in transformers 5, num_experts in 4."""
-    return hf.get("num_local_experts") or hf.get("num_experts") or 0
-
-
-def check(recipe: Recipe) -> None:
-    """Refuse what cannot run: missing files, impossible layouts, a world of the wrong size."""
-    student = read_hf_config(recipe.student.hf)
-    layout = recipe.student.parallel
-    check_layout(layout, student, "student")
-    if recipe.world % layout.unit:
-        raise RecipeError(
-            f"processes={recipe.world} is not a multiple of {layout.unit}, what the layout "
-            f"{describe(layout)} needs; write processes={layout.unit} or leave it out."
-        )
-    if recipe.teacher is not None:
-        teacher = read_hf_config(recipe.teacher.hf)
-        check_layout(layout, teacher, "teacher")
-        for key in ("vocab_size",):
-            if teacher[key] != student[key]:
-                raise RecipeError(
-                    f"teacher {key}={teacher[key]} differs from the student's {student[key]}; "
-                    "on-policy distillation needs one vocabulary: choose models of one family."
-                )
-    for name in ("train", "eval"):
-        file = getattr(recipe.data, name)
-        if file is not None and not file.is_file():
-            raise RecipeError(f"data.{name}: file {file} does not exist.")
-    if recipe.train.warmup_rounds >= recipe.train.rounds:
-        raise RecipeError(
-            f"train.warmup_rounds={recipe.train.warmup_rounds} must be smaller than "
-            f"train.rounds={recipe.train.rounds}."
-        )
-
-
-def describe(layout: Layout) -> str:
-    """`tp2 ep2`: the axes larger than one."""
-    return " ".join(f"{name}{size}" for name, size in layout if size > 1) or "of one process"
-
-
-def check_layout(layout: Layout, hf: dict[str, Any], role: str) -> None:
-    """Refuse degrees that do not divide the model."""
-    experts = num_experts(hf)
-    rules = [
-        ("tp", layout.tp, "num_attention_heads", hf["num_attention_heads"]),
-        ("tp", layout.tp, "num_key_value_heads", hf["num_key_value_heads"]),
-        ("tp", layout.tp, "vocab_size", hf["vocab_size"]),
-        ("pp x vpp", layout.pp * layout.vpp, "num_hidden_layers", hf["num_hidden_layers"]),
-    ]
-    if experts:
-        rules += [
-            ("ep", layout.ep, "the number of experts", experts),
-            ("etp", layout.etp, "moe_intermediate_size", hf["moe_intermediate_size"]),
-        ]
-    else:
-        rules.append(("tp", layout.tp, "intermediate_size", hf["intermediate_size"]))
-    for axis, degree, name, size in rules:
-        if size % degree:
-            fits = ", ".join(str(d) for d in range(1, size + 1) if size % d == 0 and d <= 64)
-            raise RecipeError(
-                f"{role}: {axis}={degree} does not divide {name} ({size}); use one of {fits}."
-            )
-    if not experts and layout.ep * layout.etp > 1:
-        raise RecipeError(
-            f"{role} is a dense model: ep={layout.ep} etp={layout.etp} need experts; "
-            "write ep=1 etp=1."
-        )
-    if layout.vpp > 1 and layout.pp == 1:
-        raise RecipeError(f"{role}: vpp={layout.vpp} needs pp >= 2; write vpp=1 or pp=2.")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from iwopd_megatron.config import RecipeError
+from iwopd_megatron.errors import RecipeError
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ def read_problems(path: Path, need_response: bool = False) -> list[Problem]:
 
 
 def _problem(row: dict[str, Any], where: str) -> Problem:
+    for key in ("question", "source"):
+        if not isinstance(row[key], str) or not row[key]:
+            raise RecipeError(f"{where}: {key} {row[key]!r} is not a text.")
+    if not isinstance(row.get("response", ""), str):
+        raise RecipeError(f"{where}: response {row['response']!r} is not a text.")
     try:
         difficulty = float(row["difficulty"])
     except (TypeError, ValueError):

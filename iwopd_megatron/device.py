@@ -1,18 +1,20 @@
 """The only file that knows CUDA from CPU.
 
 Megatron-Core 0.16.1 speaks to `torch.cuda` directly. On a machine without a GPU `install()` gives
-it CPU stand-ins so that the same model, schedules and optimiser run on gloo; with a GPU it does
-nothing. It must run before `megatron` is imported: `torch.compile` is bound during that import.
+it CPU stand-ins so that the same model, schedules and optimiser run on gloo, and without
+`torch.compile`; with a GPU it does nothing. This file must be imported before `megatron`, which
+binds `torch.compile` while it is imported.
 """
 
 import contextlib
 import os
+from collections.abc import Callable
 
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+import torch
+from torch.overrides import TorchFunctionMode
 
-import torch  # noqa: E402
-from torch.overrides import TorchFunctionMode  # noqa: E402
-
+if not torch.cuda.is_available():
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 _CPU = torch.device("cpu")
 _installed = False
 
@@ -25,6 +27,11 @@ def has_gpu() -> bool:
 def current_device() -> torch.device:
     """The device of this process: `cuda:LOCAL_RANK`, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else _CPU
+
+
+def gpu_count() -> int:
+    """GPUs this machine offers; 0 on a CPU."""
+    return torch.cuda.device_count() if has_gpu() else 0
 
 
 def set_device(local_rank: int) -> None:
@@ -55,6 +62,16 @@ def empty_cache() -> None:
 def peak_memory_bytes() -> int:
     """Largest number of bytes tensors held on the GPU so far; 0 on a CPU."""
     return torch.cuda.max_memory_allocated() if has_gpu() else 0
+
+
+def grouped_mm_kernel() -> Callable[..., torch.Tensor] | None:
+    """torch's grouped matrix product for bf16, or None where it has no kernel for this device."""
+    if not has_gpu():
+        return None
+    capability, _ = torch.cuda.get_device_capability()
+    if hasattr(torch.nn.functional, "grouped_mm"):
+        return torch.nn.functional.grouped_mm if capability >= 8 else None
+    return getattr(torch, "_grouped_mm", None) if capability == 9 else None  # Hopper only
 
 
 class _CudaToCpu(TorchFunctionMode):
@@ -167,6 +184,7 @@ def _replace_torch_cuda() -> None:
 
 
 def _replace_megatron() -> None:
+    import megatron.core.tensor_parallel.mappings as mappings
     import megatron.core.tensor_parallel.random as random
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
@@ -181,3 +199,16 @@ def _replace_megatron() -> None:
 
     moe_utils.maybe_move_tensor_to_cpu = to_cpu
     token_dispatcher.maybe_move_tensor_to_cpu = to_cpu
+
+    gather = mappings._gather_along_first_dim  # called by its global name, in mappings.py only
+
+    def gather_along_first_dim(x, group, output_split_sizes=None, use_global_buffer=False):
+        if output_split_sizes is None or group.size() == 1:
+            return gather(x, group, output_split_sizes, use_global_buffer)
+        longest = max(1, *output_split_sizes)  # gloo gathers equal parts only
+        padded = x.new_zeros((longest, *x.shape[1:]))
+        padded[: x.shape[0]] = x
+        parts = gather(padded, group).split(longest)
+        return torch.cat([p[:size] for p, size in zip(parts, output_split_sizes, strict=True)])
+
+    mappings._gather_along_first_dim = gather_along_first_dim

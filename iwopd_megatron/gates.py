@@ -9,11 +9,8 @@ from typing import Any
 
 import torch
 
+from iwopd_megatron.errors import GateError
 from iwopd_megatron.trajectory import Trajectory
-
-
-class GateError(RuntimeError):
-    """The run would train on something untrue; the message says what and what to do."""
 
 
 def same_vocabulary(
@@ -81,9 +78,14 @@ def teacher_scores(samples: list[Trajectory], vocab_size: int) -> None:
         )
 
 
-def first_weights(streamed: Iterable[tuple[str, torch.Tensor]], sources: Mapping[str, Any]) -> None:
-    """The first published weights are the student's own tensors, all of them, bit for bit."""
-    missing = set(sources)
+def first_weights(
+    streamed: Iterable[tuple[str, torch.Tensor]], sources: Mapping[str, Any], tied: bool = False
+) -> None:
+    """The first published weights are the student's own tensors, all of them, bit for bit.
+
+    `tied`: a copy of the embedding stored as lm_head.weight is not published.
+    """
+    missing = set(sources) - ({"lm_head.weight"} if tied else set())
     for name, tensor in streamed:
         source = sources[name]
         expected = source if isinstance(source, torch.Tensor) else source[:]

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.mapping import entries
 from iwopd_megatron.parallel import Parallel
 
@@ -30,7 +31,7 @@ class HfTensors(Mapping):
         elif (folder / "model.safetensors").is_file():
             files = dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
         else:
-            raise ValueError(
+            raise RecipeError(
                 f"{folder} has neither model.safetensors nor model.safetensors.index.json."
             )
         self._files = files
@@ -40,13 +41,13 @@ class HfTensors(Mapping):
         try:
             return safe_open(self.folder / file, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise ValueError(
+            raise RecipeError(
                 f"{self.folder / file} cannot be read as safetensors: {error}."
             ) from None
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._files:
-            raise ValueError(
+            raise RecipeError(
                 f"{self.folder} has no tensor '{name}' although its config.json implies it."
             )
         file = self._files[name]
@@ -73,7 +74,7 @@ def load_shards(
                 [sources[name] for name in entry.hf_names], axis.rank, axis.size, hf
             )
             if shard.shape != entry.parameter.shape:
-                raise ValueError(
+                raise RecipeError(
                     f"{entry.hf_names[0]} has the wrong shape: its shard for {entry.name} is "
                     f"{tuple(shard.shape)}, config.json implies {tuple(entry.parameter.shape)}."
                 )

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from iwopd_megatron import device
 from iwopd_megatron.parallel import Parallel
+from iwopd_megatron.trajectory import Trajectory
 
 POLICY_SUMS = {
     "tokens": 1, "loss": 1, "gap": 1, "abs_gap": 1, "weight": 1, "entropy": 1, "drift": 1,
@@ -34,7 +35,7 @@ def reduce_sums(
 
 
 def policy_means(sums: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """The per-token means a round reports; deciles without a token are null."""
+    """Means per token over the whole step; deciles without a token are null."""
     tokens = sums["tokens"].item()
     names = ("gap", "abs_gap", "weight", "entropy", "drift", "tis_capped")
     means = {name: sums[name].item() / max(tokens, 1) for name in names}
@@ -45,12 +46,16 @@ def policy_means(sums: dict[str, torch.Tensor]) -> dict[str, Any]:
         ]
         for name in ("gap_deciles", "weight_deciles")
     }
+    return {**means, "reverse_kl": -means["gap"], **deciles}
+
+
+def response_means(samples: list[Trajectory]) -> dict[str, float]:
+    """Means over the round's responses, which every rank knows."""
+    count = len(samples)
     return {
-        "loss": sums["loss"].item(),
-        **means,
-        "reverse_kl": -means["gap"],
-        "response_tokens": int(tokens),
-        **deciles,
+        "accuracy": sum(sample.correct for sample in samples) / count,
+        "response_length": sum(len(sample.response_ids) for sample in samples) / count,
+        "truncated": sum(sample.truncated for sample in samples) / count,
     }
 
 

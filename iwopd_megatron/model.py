@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from iwopd_megatron import backend, device
-from iwopd_megatron.config import Layout, num_experts
+from iwopd_megatron.config import Layout
 from iwopd_megatron.parallel import Parallel, mpu
+from iwopd_megatron.preflight import num_experts
 
 from megatron.core.models.gpt import GPTModel  # isort: skip
 from megatron.core.transformer import TransformerConfig  # isort: skip
@@ -36,13 +37,8 @@ class HiddenStateModel(GPTModel):
 
 
 def rope_theta(hf: dict[str, Any]) -> float:
-    """transformers 5 keeps it in rope_parameters, 4 at the top. Scaled RoPE is refused."""
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise ValueError(
-            f"rope_type '{rope.get('rope_type', rope.get('type'))}' is not supported; "
-            "use 'default'."
-        )
+    """transformers 5 keeps it in rope_parameters, 4 at the top level."""
+    rope = hf.get("rope_parameters") or {}
     return hf.get("rope_theta") or rope["rope_theta"]
 
 
@@ -71,8 +67,9 @@ def transformer_config(
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         context_parallel_size=layout.cp,
-        expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=layout.etp,
+        # A dense teacher in a world that cuts the student's experts is not cut along those axes.
+        expert_model_parallel_size=layout.ep if num_experts(hf) else 1,
+        expert_tensor_parallel_size=layout.etp if num_experts(hf) else 1,
         bf16=dtype == "bf16",
         params_dtype=torch_dtype,
         pipeline_dtype=torch_dtype,
@@ -88,7 +85,7 @@ def transformer_config(
         persist_layer_norm=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
-        apply_rope_fusion=backend.has_transformer_engine(),
+        apply_rope_fusion=backend.has_transformer_engine(torch_dtype),
         gradient_accumulation_fusion=False,
     )
     if num_experts(hf):
@@ -102,7 +99,7 @@ def transformer_config(
             moe_router_load_balancing_type="none",
             moe_aux_loss_coeff=0.0,
             moe_token_dispatcher_type="alltoall",
-            moe_grouped_gemm=backend.has_transformer_engine(),
+            moe_grouped_gemm=backend.has_transformer_engine(torch_dtype),
         )
     if recompute == "full":
         settings.update(

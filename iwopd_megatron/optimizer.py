@@ -50,7 +50,7 @@ class FusedAdam(torch.optim.Optimizer):
                 [self.state[p]["exp_avg"] for p in params],
                 [self.state[p]["exp_avg_sq"] for p in params],
                 [],
-                [torch.tensor(float(done), device=p.device if on_gpu else None) for p in params],
+                list(torch.full((len(params),), float(done), device=params[0].device).unbind()),
                 foreach=not on_gpu,
                 fused=on_gpu or None,
                 amsgrad=False,

@@ -12,6 +12,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ import torch.multiprocessing as mp
 
 from iwopd_megatron import device
 from iwopd_megatron.config import Layout
+from iwopd_megatron.errors import RecipeError
 
 device.install()
 
@@ -131,6 +133,39 @@ def zigzag_index(lengths: list[int], size: int, rank: int) -> torch.Tensor:
     return torch.cat(parts)
 
 
+class Packing:
+    """Index tensors of sequences packed back to back, on the device: made once, read by all layers.
+
+    Shapes: S sequences, L the longest, T tokens.
+    """
+
+    def __init__(self, lengths: list[int]):
+        self.lengths = lengths  # on the host: reading cu_seqlens would wait for the device
+        self._context_order: torch.Tensor | None = None
+
+    @cached_property
+    def padded(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The token at each place of a right-padded `[S * L]` batch, and the place of each token.
+
+        Padding repeats whatever token comes next, spread out and never read.
+        """
+        longest, total = max(self.lengths), sum(self.lengths)
+        lengths_S = torch.tensor(self.lengths)
+        start_S = lengths_S.cumsum(0) - lengths_S
+        token_SL = (start_S[:, None] + torch.arange(longest)).clamp(max=total - 1)
+        shift_S = torch.arange(len(self.lengths)) * longest - start_S
+        place_T = torch.arange(total) + shift_S.repeat_interleave(lengths_S)
+        on = device.current_device()
+        return token_SL.flatten().to(on), place_T.to(on)
+
+    def context_order(self, size: int) -> torch.Tensor:
+        """Where each token `[T]` is when the shards of all context-parallel ranks are joined."""
+        if self._context_order is None:
+            shards = [zigzag_index(self.lengths, size, rank) for rank in range(size)]
+            self._context_order = torch.cat(shards).argsort().to(device.current_device())
+        return self._context_order
+
+
 def packed_seq_params(lengths: list[int]) -> PackedSeqParams:
     """Megatron's description of sequences packed back to back; whole lengths, before the CP cut."""
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(device.current_device(), torch.int32)
@@ -141,7 +176,7 @@ def packed_seq_params(lengths: list[int]) -> PackedSeqParams:
         max_seqlen_q=max(lengths),
         max_seqlen_kv=max(lengths),
     )
-    params.lengths = lengths
+    params.packing = Packing(lengths)
     return params
 
 
@@ -162,13 +197,21 @@ def _enter(rank: int, world: int, port: int, function: Callable[..., Any], args:
     function(*args)
 
 
-def start_method() -> str:
-    """How this machine's processes start: forked on a CPU, so that imports are paid once; a process
-    with a GPU context cannot be forked."""
-    return "spawn" if device.has_gpu() else "fork"
+def local_context() -> Any:
+    """The multiprocessing context of `start_local`; a queue for its processes must come from it.
+
+    On a CPU processes are forked, so that imports are paid once; one with a GPU context cannot be.
+    """
+    return mp.get_context("spawn" if device.has_gpu() else "fork")
 
 
 def start_local(world: int, function: Callable[..., Any], args: tuple = ()) -> mp.ProcessContext:
     """Start `function(*args)` on `world` local processes, with torchrun's variables set."""
+    if device.has_gpu() and world > device.gpu_count():
+        raise RecipeError(
+            f"{world} processes need as many GPUs, this machine has {device.gpu_count()}; "
+            "choose a smaller layout, or set CUDA_VISIBLE_DEVICES= to run on CPUs."
+        )
     arguments = (world, free_port(), function, args)
-    return mp.start_processes(_enter, arguments, world, join=False, start_method=start_method())
+    method = local_context().get_start_method()
+    return mp.start_processes(_enter, arguments, world, join=False, start_method=method)

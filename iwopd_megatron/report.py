@@ -17,6 +17,7 @@ import numpy as np
 from jinja2 import Environment
 from matplotlib.figure import Figure
 
+from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.runlog import read_jsonl, read_metrics
 
 Runs = dict[str, list[list[dict]]]  # arm -> the records of each seed
@@ -49,7 +50,7 @@ def find_runs(folder: Path) -> dict[str, list[Path]]:
         runs.setdefault(path.parent.parent.name, []).append(path.parent)
     if not runs:
         remedy = "give a folder with metrics.jsonl or <arm>/seed_<n>/metrics.jsonl in it"
-        raise ValueError(f"{folder} holds no run: {remedy}")
+        raise RecipeError(f"{folder} holds no run: {remedy}")
     ordered = sorted(runs, key=lambda arm: (arm != "opd", arm != "iw", arm))
     return {arm: sorted(runs[arm], key=_seed) for arm in ordered}
 

@@ -22,32 +22,45 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The records of `run/metrics.jsonl`."""
-    return read_jsonl(run / "metrics.jsonl")
+    """The records of `run/metrics.jsonl`, each with its clock times from timing.jsonl."""
+    records = read_jsonl(run / "metrics.jsonl")
+    timing = run / "timing.jsonl"
+    clock = {_key(line): line for line in read_jsonl(timing)} if timing.is_file() else {}
+    return [record | clock.get(_key(record), {}) for record in records]
+
+
+def _key(record: dict[str, Any]) -> tuple[str, int]:
+    return record["kind"], record["round"]
 
 
 class MetricsLog:
-    """metrics.jsonl (one object a line) and TensorBoard scalars of one run folder."""
+    """One object a line, and TensorBoard scalars, of one run folder.
+
+    metrics.jsonl holds what the seed and the layout determine, timing.jsonl what the clock said.
+    """
 
     def __init__(self, run: Path, resumed_round: int | None = None):
-        """Starts empty, or with the lines up to `resumed_round`: a resume rewrites later ones."""
+        """Empty, or the lines up to `resumed_round`: a resumed run writes later ones again."""
         from torch.utils.tensorboard import SummaryWriter
 
         run.mkdir(parents=True, exist_ok=True)
-        self.path = run / "metrics.jsonl"
-        kept = []
-        if resumed_round is not None and self.path.is_file():
-            kept = [line for line in read_metrics(run) if line["round"] <= resumed_round]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(self.path)
+        self.run = run
+        for name in ("metrics.jsonl", "timing.jsonl"):
+            path, kept = run / name, []
+            if resumed_round is not None and path.is_file():
+                kept = [line for line in read_jsonl(path) if line["round"] <= resumed_round]
+            partial = path.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            partial.replace(path)
         self._board = SummaryWriter(run / "tensorboard", purge_step=(resumed_round or 0) + 1)
 
-    def write(self, line: dict[str, Any]) -> None:
+    def write(self, line: dict[str, Any], clock: dict[str, Any] | None = None) -> None:
         """Append one line; numbers that are not finite become null."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(_finite(line)) + "\n")
-        for key, value in line.items():
+        own = {"kind": line["kind"], "round": line["round"]}
+        for name, record in (("metrics.jsonl", line), ("timing.jsonl", own | (clock or {}))):
+            with (self.run / name).open("a") as file:
+                file.write(json.dumps(_finite(record)) + "\n")
+        for key, value in (line | (clock or {})).items():
             if isinstance(value, int | float) and key != "round":
                 self._board.add_scalar(f"{line['kind']}/{key}", value, line["round"])
 

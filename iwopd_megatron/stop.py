@@ -7,7 +7,7 @@ _requested = False
 
 
 def watch_signals() -> None:
-    """From now on SIGINT and SIGTERM only set a flag in this process."""
+    """From now on the first SIGINT or SIGTERM only sets a flag; a second one ends the process."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _request)
 
@@ -15,6 +15,7 @@ def watch_signals() -> None:
 def _request(number: int, frame: object) -> None:
     global _requested
     _requested = True
+    signal.signal(number, signal.SIG_DFL)
 
 
 def stop_requested() -> bool:

@@ -9,10 +9,11 @@ import torch.distributed as dist
 
 from iwopd_megatron import device
 from iwopd_megatron.actor import Schedule
-from iwopd_megatron.config import Teacher, read_hf_config
+from iwopd_megatron.config import Teacher
 from iwopd_megatron.hf_io import HfTensors, load_shards
 from iwopd_megatron.model import build_model, wrap_precision
 from iwopd_megatron.parallel import Parallel
+from iwopd_megatron.preflight import read_hf_config
 from iwopd_megatron.trajectory import Trajectory, pack
 
 

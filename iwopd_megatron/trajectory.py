@@ -16,6 +16,7 @@ import torch
 
 from iwopd_megatron import device
 from iwopd_megatron.config import Layout
+from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.loss import token_denominator
 from iwopd_megatron.parallel import PackedSeqParams, Parallel, packed_seq_params, zigzag_index
 
@@ -72,7 +73,7 @@ def plan_microbatches(
     """
     longest = max(lengths)
     if longest > budget:
-        raise ValueError(
+        raise RecipeError(
             f"a sequence of {longest} tokens exceeds train.microbatch_tokens={budget}; "
             f"raise it to at least {longest}."
         )

@@ -97,7 +97,7 @@ def _prefix(
 ) -> _Prefix:
     ranks, rank = (cp_group.size(), cp_group.rank()) if cp_group is not None else (1, 0)
     # Local chunk (half, segment) is number half * S + segment; both halves are equally long.
-    tokens_S = torch.bincount(segment_T, minlength=segments)
+    tokens_S = segment_T.new_zeros(segments).index_add_(0, segment_T, torch.ones_like(segment_T))
     start_S = tokens_S.cumsum(0) - tokens_S
     position_T = torch.arange(len(segment_T), device=gap_T.device)
     half_T = (position_T - start_S[segment_T]) >= (tokens_S // 2)[segment_T]
@@ -121,7 +121,7 @@ def _prefix(
     sum_KS = before_KS + last_KS.where(~is_final_KS, 0)
     total_S, last_S = sum_KS.sum(0), last_KS.where(is_final_KS, 0).sum(0)
 
-    own = torch.tensor([rank, 2 * ranks - 1 - rank], device=gap_T.device)
+    own = slice(rank, 2 * ranks - rank, 2 * ranks - 1 - 2 * rank)  # rank and 2R-1-rank
     is_segment_last_T = is_last_T & is_final_KS[own].flatten()[chunk_T]
     # Shares sum to 1 in every segment, so one running sum over the pack is exact next to huge gaps.
     share_T = (distance_T.where(~is_segment_last_T, 0) / total_S[segment_T]).nan_to_num(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -14,13 +15,14 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from iwopd_megatron import parity
 from iwopd_megatron.compare import Arm, is_finished
-from iwopd_megatron.config import Layout, Recipe, RecipeError
+from iwopd_megatron.config import Layout, Recipe
+from iwopd_megatron.errors import GateError, RecipeError
 from iwopd_megatron.parallel import initialise, shutdown, start_local
 from iwopd_megatron.progress import Progress
 from iwopd_megatron.stop import EXIT_STOPPED, watch_signals
 from iwopd_megatron.trainer import Trainer
 
-USER_ERRORS = ("GateError", "RecipeError", "ValueError")
+EXIT_CODES = {error.__name__: error.exit_code for error in (RecipeError, GateError)}
 
 
 def train(recipe: Recipe, resume: bool) -> None:
@@ -93,15 +95,16 @@ def execute(world: int, function: Callable[..., Any], args: tuple) -> int:
 
 def _forward(pids: list[int]) -> None:
     for pid in pids:
-        os.kill(pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
 
 
 def _explain(report: str) -> int:
     """A user's mistake is one sentence; anything else keeps its traceback."""
     last = report.strip().splitlines()[-1]
     match = re.match(r"(?:[\w.]*\.)?(\w+): (.*)", last)
-    if match and match[1] in USER_ERRORS:
+    if match and match[1] in EXIT_CODES:
         print(f"error: {match[2]}", file=sys.stderr)
-        return 2 if match[1] == "RecipeError" else 1
+        return EXIT_CODES[match[1]]
     print(report, file=sys.stderr)
     return 1

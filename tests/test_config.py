@@ -10,13 +10,15 @@ import pytest
 import yaml
 
 import iwopd_megatron
-from iwopd_megatron.config import Layout, RecipeError, describe, load_recipe
+from iwopd_megatron.config import Layout, load_recipe
+from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.preflight import check_resume, describe
 
 HF = dict(
     model_type="qwen3_moe", vocab_size=512, num_attention_heads=4, num_key_value_heads=2,
     num_hidden_layers=4, intermediate_size=128, num_local_experts=8, moe_intermediate_size=32,
-    hidden_size=64, head_dim=16, rms_norm_eps=1e-6, max_position_embeddings=128,
-    num_experts_per_tok=2, norm_topk_prob=True,
+    hidden_size=64, head_dim=16, rms_norm_eps=1e-6, max_position_embeddings=40960,
+    num_experts_per_tok=2, norm_topk_prob=True, rope_theta=1e6, eos_token_id=1,
 )  # fmt: skip
 DENSE = {k: v for k, v in HF.items() if "expert" not in k and "topk" not in k} | {
     "model_type": "qwen3"
@@ -29,6 +31,8 @@ def recipe(tmp_path) -> Path:
     for name, config in (("moe", HF), ("dense", DENSE), ("other", HF | {"vocab_size": 500})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
+        (tmp_path / name / "tokenizer.json").touch()
+        (tmp_path / name / "model.safetensors").touch()
     (tmp_path / "empty").mkdir()
     (tmp_path / "train.jsonl").write_text("{}\n")
     tree = {
@@ -134,8 +138,12 @@ def test_dense_student_takes_no_experts(recipe):
 
 
 def test_teacher_must_fit_the_layout(recipe):
-    message = refusal(recipe, f"teacher.hf={recipe.parent / 'dense'}", "student.parallel.ep=2")
-    assert message.startswith("teacher is a dense model")
+    dense = f"teacher.hf={recipe.parent / 'dense'}"
+    load_recipe(recipe, [dense, "student.parallel.ep=2"])  # a dense teacher leaves ep alone
+    tree = HF | {"num_hidden_layers": 3}
+    (recipe.parent / "other" / "config.json").write_text(json.dumps(tree))
+    message = refusal(recipe, f"teacher.hf={recipe.parent / 'other'}", "student.parallel.pp=2")
+    assert message.startswith("teacher: pp x vpp=2 does not divide num_hidden_layers (3)")
 
 
 def test_folders(recipe):
@@ -207,3 +215,66 @@ def test_command_line_refuses_with_one_line(recipe):
     assert result.returncode == 2 and result.stdout == ""
     (line,) = result.stderr.splitlines()
     assert line == f"error: {recipe}: unknown key 'train.lrr'; did you mean 'lr'?"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.min_lr=1"], ["train.min_lr=1.0", "train.lr"]),
+        (["train.microbatch_tokens=500"], ["microbatch_tokens=500", "18432", "raise it"]),
+        (["rollout.max_response_tokens=40000", "train.microbatch_tokens=50000"], ["40960"]),
+    ],
+)
+def test_sizes_that_cannot_work(recipe, overrides, words):
+    message = refusal(recipe, *overrides)
+    assert all(word in message for word in words)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("use_sliding_window", True),
+        ("hidden_act", "gelu"),
+        ("attention_bias", True),
+        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e6}),
+        ("mlp_only_layers", [0]),
+    ],
+)
+def test_unsupported_model_settings(recipe, key, value):
+    (recipe.parent / "moe" / "config.json").write_text(json.dumps(HF | {key: value}))
+    message = refusal(recipe)
+    assert "is not supported" in message and "config.json" in message
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors"])
+def test_model_folders_must_be_complete(recipe, name):
+    (recipe.parent / "moe" / name).unlink()
+    assert name in refusal(recipe)
+
+
+def test_random_init_needs_no_weights(recipe):
+    tree = recipe.parent / "other"
+    (tree / "config.json").write_text(json.dumps(HF))
+    (tree / "model.safetensors").unlink()
+    assert load_recipe(recipe, [f"student.hf={tree}", "student.random_init=0"])
+
+
+def test_teacher_must_end_answers_like_the_student(recipe):
+    other = recipe.parent / "other"
+    (other / "config.json").write_text(json.dumps(HF))
+    load_recipe(recipe, [f"teacher.hf={other}"])
+    (other / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    message = refusal(recipe, f"teacher.hf={other}")
+    assert "[1] for the student and [1, 2] for the teacher" in message
+
+
+def test_resume_refuses_other_settings(recipe):
+    loaded = load_recipe(recipe)
+    check_resume(loaded)  # nothing there yet
+    loaded.out.mkdir()
+    (loaded.out / "recipe.yaml").write_text(yaml.safe_dump(loaded.model_dump(mode="json")))
+    allowed = ["train.rounds=50", "student.parallel.ep=2", "evaluate.every=3", "processes=4"]
+    check_resume(load_recipe(recipe, allowed))
+    for change in ("train.lr=3e-3", "train.seed=7", "loss.weighting.rule=uniform"):
+        with pytest.raises(RecipeError, match=f"{change.split('=')[0]} is .* started with"):
+            check_resume(load_recipe(recipe, [change]))

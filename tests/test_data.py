@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iwopd_megatron.config import RecipeError
 from iwopd_megatron.data import Problem, PromptOrder, encode_prompt, read_problems
+from iwopd_megatron.errors import RecipeError
 
 ROW = {"question": "1+1?", "answer": 2, "difficulty": 3, "source": "toy"}
 

@@ -9,11 +9,12 @@ from safetensors.torch import load_file, save_file
 from worlds import run_world
 
 from iwopd_megatron import hf_io, sync
-from iwopd_megatron.config import Layout, read_hf_config
+from iwopd_megatron.config import Layout
 from iwopd_megatron.hf_io import HfTensors, load_shards, named_views, random_weights, save_folder
 from iwopd_megatron.mapping import GATED, QKV, entries
 from iwopd_megatron.model import build_model
 from iwopd_megatron.parallel import initialise
+from iwopd_megatron.preflight import read_hf_config
 from iwopd_megatron.sync import WeightStream
 
 
@@ -106,6 +107,8 @@ def check_stream(folders, layout: Layout, expected_buckets: int) -> None:
         (Layout(pp=2, vpp=2), True),
         (Layout(tp=2, ep=2), False),
         (Layout(tp=2, pp=2, ep=2), False),
+        (Layout(etp=2, ep=2), False),
+        (Layout(tp=2, etp=2, ep=2), False),
     ],
     ids=str,
 )

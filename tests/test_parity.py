@@ -4,14 +4,13 @@ Many layouts run inside one forked world: starting processes costs more than the
 """
 
 import os
-from multiprocessing import get_context
 
 import pytest
 from worlds import run_world
 
-from iwopd_megatron import parity
+from iwopd_megatron import hf_reference, parity
 from iwopd_megatron.config import Layout
-from iwopd_megatron.parallel import shutdown
+from iwopd_megatron.parallel import local_context, shutdown
 
 UNEQUAL, EQUAL = [24, 16, 32, 20, 28, 12, 24, 32], [32] * 8
 # name: (processes, model, lengths, micro-batch tokens, axes larger than one, dtype, recompute)
@@ -47,6 +46,8 @@ CASES = {
                          "none"),
     "tp2 cp2 ep4": (4, "moe", UNEQUAL, 96, {"tp": 2, "cp": 2, "ep": 4}, "fp32", "none"),
     "pp2 cp2 ep2": (4, "moe", UNEQUAL, 96, {"pp": 2, "cp": 2, "ep": 2}, "fp32", "none"),
+    "etp2 ep2": (4, "moe", UNEQUAL, 96, {"etp": 2, "ep": 2}, "fp32", "none"),
+    "tp2 etp2 ep2": (4, "moe", UNEQUAL, 96, {"tp": 2, "etp": 2, "ep": 2}, "fp32", "none"),
     "cp4": (4, "moe", UNEQUAL, 96, {"cp": 4}, "fp32", "none"),
     "tied tp2 pp2": (4, "tied", UNEQUAL, 96, {"tp": 2, "pp": 2}, "fp32", "none"),
 }  # fmt: skip
@@ -75,12 +76,14 @@ def outcomes(folders):
     for _, model, lengths, _, _, dtype, _ in CASES.values():
         key = model, tuple(lengths), dtype
         if key not in references:
-            samples = parity.make_samples(512, lengths)
-            references[key] = parity.reference(folders[model], samples, dtype == "bf16")
+            samples = hf_reference.make_samples(512, lengths)
+            references[key] = hf_reference.compute_reference(
+                folders[model], samples, dtype == "bf16"
+            )
     found = {}
     for world in (1, 2, 4):
         cases = {name: case for name, case in CASES.items() if case[0] == world}
-        queue = get_context("fork").SimpleQueue()
+        queue = local_context().SimpleQueue()
         run_world(world, check_on_this_rank, cases, folders, references, queue)
         for _ in cases:
             name, result, problems = queue.get()

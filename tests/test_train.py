@@ -13,13 +13,15 @@ import pytest
 import torch
 from worlds import run_world
 
-from iwopd_megatron.config import Layout, load_recipe, read_hf_config
+from iwopd_megatron.config import Layout, Teacher, load_recipe
 from iwopd_megatron.hf_io import HfTensors
-from iwopd_megatron.parallel import initialise, shutdown
+from iwopd_megatron.hf_reference import hf_model, make_samples
+from iwopd_megatron.parallel import initialise, local_context, shutdown
+from iwopd_megatron.preflight import read_hf_config
 from iwopd_megatron.progress import Progress
 from iwopd_megatron.rollout import Prompt, Sampling
 from iwopd_megatron.rollout.hf import HfEngine
-from iwopd_megatron.runlog import read_metrics
+from iwopd_megatron.runlog import read_jsonl, read_metrics
 from iwopd_megatron.teacher import EmbeddedTeacher
 from iwopd_megatron.toy_task import write_task
 from iwopd_megatron.trainer import Trainer
@@ -30,7 +32,6 @@ SMALL = [
     "train.rounds=5", "train.warmup_rounds=2", "train.prompts_per_round=16",
     "train.microbatch_tokens=300", "evaluate.problems=16", "checkpoint.every=3",
 ]  # fmt: skip
-CLOCK = ("time", "seconds", "tokens_per_second")
 LAYOUTS = {
     "one": {},
     "tp2_ep2": {"tp": 2, "ep": 2},
@@ -74,7 +75,7 @@ def runs(tmp_path_factory):
 
 def records(run):
     """Metrics without clock times."""
-    return [{k: v for k, v in line.items() if k not in CLOCK} for line in read_metrics(run)]
+    return read_jsonl(run / "metrics.jsonl")
 
 
 def weights(run):
@@ -88,7 +89,8 @@ def same_weights(a, b):
 
 
 def test_same_seed_same_layout_is_identical(runs):
-    assert records(runs / "tp2_ep2") == records(runs / "again")
+    ours, theirs = (runs / name / "metrics.jsonl" for name in ("tp2_ep2", "again"))
+    assert ours.read_bytes() == theirs.read_bytes()
     assert same_weights(runs / "tp2_ep2", runs / "again")
 
 
@@ -115,9 +117,7 @@ def generate_greedily(folders, queue):
 
 
 def test_layouts_generate_the_same_greedy_answers(runs):
-    from multiprocessing import get_context
-
-    queue = get_context("fork").SimpleQueue()
+    queue = local_context().SimpleQueue()
     folders = [runs / name / "hf" for name in LAYOUTS]
     run_world(1, generate_greedily, folders, queue)
     answers = [queue.get() for _ in folders]
@@ -134,7 +134,10 @@ def test_run_folder_holds_what_the_readme_says(runs):
     run = runs / "tp2_ep2"
     assert load_recipe(run / "recipe.yaml").student.parallel == Layout(tp=2, ep=2)
     assert list((run / "tensorboard").glob("events*"))
-    assert [p.name for p in (run / "checkpoints").iterdir()] == ["round_000003"]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
+        "round_000003",
+        "round_000005",
+    ]
     sample = json.loads((run / "samples/round_000005.jsonl").read_text().splitlines()[0])
     assert len(sample["tokens"]) == len(sample["gap"]) == len(sample["weight"])
     assert "".join(sample["tokens"]) == sample["response"]
@@ -143,10 +146,13 @@ def test_run_folder_holds_what_the_readme_says(runs):
 @pytest.mark.parametrize("name", ["tp2_ep2", "pp2", "dp2"])
 def test_resume_goes_on_from_the_checkpoint(name, runs, tmp_path):
     """To the bit in the same layout, along the same curve in another one."""
-    shutil.copytree(runs / "tp2_ep2", tmp_path / "run", ignore=shutil.ignore_patterns("hf"))
+    shutil.copytree(
+        runs / "tp2_ep2", tmp_path / "run", ignore=shutil.ignore_patterns("hf", "round_000005")
+    )
     recipe = small_recipe(tmp_path / "run", LAYOUTS[name])
     run_world(2, train_here, [recipe], True)
     ours, theirs = records(tmp_path / "run"), records(runs / "tp2_ep2")
+    assert len(ours) == len(theirs)
     if name == "tp2_ep2":
         assert ours == theirs
         assert same_weights(tmp_path / "run", runs / "tp2_ep2")
@@ -204,6 +210,44 @@ def test_an_existing_run_is_not_overwritten(runs):
     assert "already holds a run" in errors and len(errors.splitlines()) == 1
 
 
+def test_resume_with_other_settings_is_refused(runs):
+    settings = [*SMALL, "student.parallel={}", "train.lr=1e-2", f"out={runs / 'one'}", "--resume"]
+    process = iwopd("train", RECIPE, *settings)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "train.lr is 0.01" in errors and len(errors.splitlines()) == 1
+
+
+def test_a_gate_stops_the_run_before_the_step(tmp_path):
+    run = tmp_path / "run"
+    settings = [*SMALL, "student.parallel={}", "gates.max_drift=1e-12", f"out={run}"]
+    process = iwopd("train", RECIPE, *settings)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert errors.startswith("error: engine and trainer log-probs differ")
+    assert [line["kind"] for line in read_metrics(run)] == ["eval"]
+
+
+def test_arms_of_different_layouts_are_refused(tmp_path):
+    process = iwopd("compare", RECIPE, "--vary", "student.parallel.tp=1,2", "--out", tmp_path)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and "changes the layout" in errors
+
+
+def test_a_finished_comparison_can_be_extended(tmp_path):
+    settings = [*SMALL, "student.parallel={}", "checkpoint.every=2", "data.eval=null"]
+    options = ["--vary", "loss.weighting.rule=iw", "--seeds", 1, "--out", tmp_path]
+    for rounds in (2, 4):
+        process = iwopd(
+            "compare", RECIPE, *settings, "train.warmup_rounds=1", f"train.rounds={rounds}",
+            *options, "--resume",
+        )  # fmt: skip
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+        lines = read_metrics(tmp_path / "iw" / "seed_1")
+        assert [line["round"] for line in lines] == list(range(1, rounds + 1))
+
+
 def test_compare_writes_summary_and_report(tmp_path):
     out = tmp_path / "comparison"
     settings = [*SMALL, "train.rounds=3", "student.parallel={}", "rollout.max_response_tokens=12"]
@@ -239,38 +283,28 @@ def test_fine_tuning_lowers_the_loss(tmp_path, monkeypatch):
     assert read_hf_config(tmp_path / "run/hf")["hidden_size"] == 96
 
 
-def score_both_ways(queue):
-    recipe = small_recipe("unused", {})
-    parallel = initialise(recipe.student.parallel)
-    samples = [s for s in _samples()]
-    for offload in (False, True):
-        settings = recipe.teacher.model_copy(update={"offload": offload})
-        queue.put(
-            [s.teacher_logp for s in EmbeddedTeacher(settings, parallel, 1.0, 256).score(samples)]
-        )
+def score(settings, layout, samples, queue):
+    parallel = initialise(layout)
+    scored = EmbeddedTeacher(settings, parallel, 0.7, 256).score(samples)
+    if parallel.is_main:
+        queue.put([sample.teacher_logp for sample in scored])
     shutdown()
 
 
-def _samples():
-    from iwopd_megatron.parity import make_samples
-
-    return make_samples(16, [20, 37, 11], 0)
-
-
-def test_an_offloaded_teacher_gives_the_same_scores_as_transformers():
-    from multiprocessing import get_context
-
-    from iwopd_megatron.parity import hf_model
-
-    queue = get_context("fork").SimpleQueue()
-    run_world(1, score_both_ways, queue)
-    resident, offloaded = queue.get(), queue.get()
-    assert resident == offloaded
-    model = hf_model(ROOT / "recipes/demo/teacher", torch.float32)
-    for sample, scores in zip(_samples(), resident, strict=True):
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("kind", ["moe", "dense"])
+def test_teacher_scores_like_transformers(kind, offload, moe_folder, dense_folder):
+    """Also a dense teacher in a world that cuts the student's experts."""
+    folder = {"moe": moe_folder, "dense": dense_folder}[kind]
+    samples = make_samples(512, [20, 37, 11])
+    queue = local_context().SimpleQueue()
+    settings = Teacher(hf=folder, offload=offload)
+    run_world(2, score, settings, Layout(tp=2, ep=2), samples, queue)
+    model = hf_model(folder, torch.float32)
+    for sample, scores in zip(samples, queue.get(), strict=True):
         ids = torch.tensor([sample.prompt_ids + sample.response_ids])
         with torch.no_grad():
-            logp = model(ids).logits[0].log_softmax(-1)
+            logp = (model(ids).logits[0] / 0.7).log_softmax(-1)
         start = len(sample.prompt_ids) - 1
         expected = logp[start:-1].gather(-1, ids[0, start + 1 :, None])[:, 0]
         assert torch.allclose(torch.tensor(scores), expected, atol=2e-5)

@@ -1,0 +1,131 @@
+"""LM head and loss: naive log-softmax, ours, and the bare matrix products of the same shape.
+
+fp32, one CPU thread. The floor of a head that recomputes logits in the backward pass is four matrix
+products (logits twice, two gradients), of one that keeps them three. Peak memory is what a step
+allocates above its inputs, each variant in a process of its own.
+"""
+
+import json
+import os
+import statistics
+import time
+from multiprocessing import get_context
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch  # noqa: E402
+
+from iwopd_megatron.logprobs import linear_logprobs  # noqa: E402
+
+N, D, V = 2048, 256, 32768
+CHUNKS = (128, 256, 512)
+REPEATS = 5
+
+
+def inputs(n=N):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(n, D, generator=generator).requires_grad_()
+    weight = (torch.randn(V, D, generator=generator) / D**0.5).requires_grad_()
+    targets = torch.randint(0, V, (n,), generator=generator)
+    return hidden, weight, targets
+
+
+def naive(hidden, weight, targets):
+    return (hidden @ weight.t()).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+
+
+def ours(chunk):
+    return lambda h, w, t: linear_logprobs(h, w, t, chunk_tokens=chunk).logp
+
+
+def forward(logp, hidden, weight, targets):
+    with torch.no_grad():
+        logp(hidden, weight, targets)
+
+
+def forward_backward(logp, hidden, weight, targets):
+    hidden.grad = weight.grad = None
+    (-logp(hidden, weight, targets)).mean().backward()
+
+
+def bare_products(count, hidden, weight):
+    """`count` matrix products of the head's shape: logits, dhidden, dweight, logits again."""
+    with torch.no_grad():
+        logits = hidden @ weight.t()
+        if count > 1:
+            logits @ weight
+        if count > 2:
+            logits.t() @ hidden
+        if count > 3:
+            torch.mm(hidden, weight.t(), out=logits)
+
+
+def seconds(function, *args):
+    start = time.perf_counter()
+    function(*args)
+    return time.perf_counter() - start
+
+
+def peak_mb(variant, n, queue):
+    """Largest resident size while one forward and backward runs, above the inputs."""
+    torch.set_num_threads(1)
+    hidden, weight, targets = inputs(n)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    before = _status("VmRSS")
+    forward_backward(variant, hidden, weight, targets)
+    queue.put((_status("VmHWM") - before) / 1024)
+
+
+def _status(key):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(key))
+
+
+def measure_peak(variant, n=N):
+    context = get_context("fork")
+    queue = context.SimpleQueue()
+    process = context.Process(target=peak_mb, args=(variant, n, queue))
+    process.start()
+    process.join()
+    return queue.get()
+
+
+def main():
+    torch.set_num_threads(1)
+    variants = {"naive log-softmax": naive} | {f"ours, chunk {c}": ours(c) for c in CHUNKS}
+    peaks = {name: measure_peak(variant) for name, variant in variants.items()}
+    small = measure_peak(ours(CHUNKS[0]), N // 2)
+    hidden, weight, targets = inputs()
+    times = {}
+    for _ in range(REPEATS):  # in turn, so that a slow moment of the machine hits all
+        for count in (1, 3, 4):
+            value = seconds(bare_products, count, hidden, weight)
+            times.setdefault(f"{count} bare products", []).append(value)
+        for name, variant in variants.items():
+            value = seconds(forward, variant, hidden, weight, targets)
+            times.setdefault(f"{name}, forward", []).append(value)
+            value = seconds(forward_backward, variant, hidden, weight, targets)
+            times.setdefault(name, []).append(value)
+    median = {name: statistics.median(values) for name, values in times.items()}
+    print(f"N={N} tokens, D={D}, V={V}, fp32, one CPU thread, medians of {REPEATS}")
+    print("| variant | forward s | forward + backward s | over 4 products | peak MB |")
+    print("| --- | --- | --- | --- | --- |")
+    floor = median["4 bare products"]
+    for count in (1, 3, 4):
+        value = median[f"{count} bare products"]
+        print(f"| {count} bare products | | {value:.2f} | {value / floor:.2f} | |")
+    for name in variants:
+        print(f"| {name} | {median[name + ', forward']:.2f} | {median[name]:.2f} "
+              f"| {median[name] / floor:.2f} | {peaks[name]:.0f} |")  # fmt: skip
+    best = min((name for name in variants if name != "naive log-softmax"), key=median.get)
+    print(json.dumps({
+        "cpu_fwd_bwd_over_floor": round(median[best] / floor, 3),
+        "variant": best,
+        "peak_mb": round(peaks[best]),
+        "peak_mb_half_the_tokens": round(small),
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

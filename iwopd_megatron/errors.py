@@ -1,0 +1,19 @@
+"""Mistakes a user can mend: the message is one sentence, shown without a traceback."""
+
+
+class UserError(Exception):
+    """Base of the errors below; `exit_code` is the command's."""
+
+    exit_code = 1
+
+
+class RecipeError(UserError, ValueError):
+    """Input that cannot run: recipe, command line, folder or data file."""
+
+    exit_code = 2
+
+
+class GateError(UserError):
+    """The run would go on with something untrue; it stops instead."""
+
+    exit_code = 3

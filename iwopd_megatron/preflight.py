@@ -1,0 +1,223 @@
+"""What can be refused before any process starts: folders, layouts, sizes. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from iwopd_megatron.errors import RecipeError
+
+if TYPE_CHECKING:
+    from iwopd_megatron.config import Layout, Recipe
+
+# What a layout is checked against; config.json must have them.
+HF_KEYS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings",
+)  # fmt: skip
+HF_MOE_KEYS = ("moe_intermediate_size", "num_experts_per_tok", "norm_topk_prob")
+
+
+def read_hf_config(folder: Path) -> dict[str, Any]:
+    """config.json of a Hugging Face folder, or one sentence about what is missing."""
+    if not folder.is_dir():
+        raise RecipeError(
+            f"folder {folder} does not exist; point it at a Hugging Face model folder."
+        )
+    file = folder / "config.json"
+    if not file.is_file():
+        raise RecipeError(f"{folder} has no config.json; it is not a Hugging Face model folder.")
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise RecipeError(f"{file} is not valid JSON: {error}.") from None
+    if not isinstance(config, dict):
+        raise RecipeError(f"{file} holds a {type(config).__name__}, not an object.")
+    if config.get("model_type") not in ("qwen3", "qwen3_moe"):
+        raise RecipeError(
+            f"{file}: model_type '{config.get('model_type')}' is not supported; "
+            "use qwen3 or qwen3_moe."
+        )
+    wanted = HF_KEYS + HF_MOE_KEYS * (num_experts(config) > 0)
+    missing = [key for key in wanted if key not in config]
+    if missing:
+        raise RecipeError(f"{file} lacks '{missing[0]}'; copy the model's original config.json.")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if "rope_theta" not in {**rope, **config}:
+        raise RecipeError(f"{file} lacks 'rope_theta'; copy the model's original config.json.")
+    for key, value, supported in (
+        ("attention_bias", config.get("attention_bias", False), False),
+        ("use_sliding_window", config.get("use_sliding_window", False), False),
+        ("hidden_act", config.get("hidden_act", "silu"), "silu"),
+        ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default"),
+        ("mlp_only_layers", config.get("mlp_only_layers") or [], []),
+        ("decoder_sparse_step", config.get("decoder_sparse_step", 1), 1),
+    ):
+        if value != supported:
+            raise RecipeError(
+                f"{file}: {key}={value!r} is not supported; only {supported!r} is, "
+                "which every published Qwen3 model has."
+            )
+    return config
+
+
+def check_model_files(folder: Path, weights: bool) -> None:
+    """A tokenizer, and safetensors where `weights` are wanted."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise RecipeError(
+            f"{folder} has no tokenizer.json; copy the model's tokenizer files there."
+        )
+    names = ("model.safetensors", "model.safetensors.index.json")
+    if weights and not any((folder / name).is_file() for name in names):
+        raise RecipeError(
+            f"{folder} has neither {names[0]} nor {names[1]}; its weights are missing."
+        )
+
+
+def num_experts(hf: dict[str, Any]) -> int:
+    """Experts per layer, 0 if dense: num_local_experts in transformers 5, num_experts in 4."""
+    return hf.get("num_local_experts") or hf.get("num_experts") or 0
+
+
+def eos_ids(folder: Path) -> set[int]:
+    """Ids that end an answer: generation_config.json's where it names any, or config.json's."""
+    ids: int | list[int] | None = None
+    for name in ("config.json", "generation_config.json"):
+        file = folder / name
+        found = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+        ids = ids if found is None else found
+    if ids is None:
+        raise RecipeError(f"{folder}: neither config names an eos_token_id; add it to config.json.")
+    return {ids} if isinstance(ids, int) else set(ids)
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse what cannot run: missing files, impossible layouts, a world of the wrong size."""
+    student, layout = recipe.student, recipe.student.parallel
+    hf = read_hf_config(student.hf)
+    check_layout(layout, hf, "student")
+    check_model_files(student.hf, weights=student.random_init is None)
+    if recipe.world % layout.unit:
+        raise RecipeError(
+            f"processes={recipe.world} is not a multiple of {layout.unit}, what the layout "
+            f"{describe(layout)} needs; write processes={layout.unit} or leave it out."
+        )
+    if recipe.teacher is not None:
+        _check_teacher(recipe, hf)
+    for name in ("train", "eval"):
+        file = getattr(recipe.data, name)
+        if file is not None and not file.is_file():
+            raise RecipeError(f"data.{name}: file {file} does not exist.")
+    _check_sizes(recipe, hf)
+
+
+def _check_teacher(recipe: Recipe, student: dict[str, Any]) -> None:
+    teacher = read_hf_config(recipe.teacher.hf)
+    check_layout(recipe.student.parallel, teacher, "teacher")
+    check_model_files(recipe.teacher.hf, weights=True)
+    if teacher["vocab_size"] != student["vocab_size"]:
+        raise RecipeError(
+            f"teacher vocab_size={teacher['vocab_size']} differs from the student's "
+            f"{student['vocab_size']}; on-policy distillation needs one vocabulary: "
+            "choose models of one family."
+        )
+
+    ours, theirs = eos_ids(recipe.student.hf), eos_ids(recipe.teacher.hf)
+    if ours != theirs:
+        raise RecipeError(
+            f"eos_token_id is {sorted(ours)} for the student and {sorted(theirs)} for the teacher; "
+            "make both generation_config.json name the same ids."
+        )
+
+
+# What a resumed run may change without becoming another run.
+MAY_CHANGE = (
+    "processes", "student.parallel", "student.recompute", "teacher.offload", "rollout.batch_size",
+    "train.rounds", "train.microbatch_tokens", "evaluate", "checkpoint", "gates",
+)  # fmt: skip
+
+
+def check_resume(recipe: Recipe) -> None:
+    """Refuse to go on with a run folder that was started with other settings."""
+    stored = recipe.out / "recipe.yaml"
+    if not stored.is_file():
+        return
+    before = _flat(yaml.safe_load(stored.read_text()))
+    now = _flat(recipe.model_dump(mode="json"))
+    for key in sorted(before.keys() | now.keys()):
+        may_change = any(key == free or key.startswith(free + ".") for free in MAY_CHANGE)
+        if before.get(key) != now.get(key) and not may_change:
+            raise RecipeError(
+                f"{key} is {now.get(key)} but {recipe.out} was started with {before.get(key)}; "
+                "put it back to resume, or start a new run with out=FOLDER."
+            )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train.lr": 1e-5, ...}"""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, dict)
+        out |= _flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return out
+
+
+def _check_sizes(recipe: Recipe, hf: dict[str, Any]) -> None:
+    train, rollout = recipe.train, recipe.rollout
+    if train.warmup_rounds >= train.rounds:
+        raise RecipeError(
+            f"train.warmup_rounds={train.warmup_rounds} must be smaller than "
+            f"train.rounds={train.rounds}."
+        )
+    if train.min_lr > train.lr:
+        raise RecipeError(f"train.min_lr={train.min_lr} must not exceed train.lr={train.lr}.")
+    longest = rollout.max_prompt_tokens + rollout.max_response_tokens
+    if longest > train.microbatch_tokens:
+        raise RecipeError(
+            f"train.microbatch_tokens={train.microbatch_tokens} cannot hold the longest sample, "
+            f"rollout.max_prompt_tokens + max_response_tokens = {longest}; raise it to that."
+        )
+    if longest > hf["max_position_embeddings"]:
+        raise RecipeError(
+            f"rollout.max_prompt_tokens + max_response_tokens = {longest} exceeds the student's "
+            f"max_position_embeddings={hf['max_position_embeddings']}; lower one of the two."
+        )
+
+
+def describe(layout: Layout) -> str:
+    """`tp2 ep2`: the axes larger than one."""
+    return " ".join(f"{name}{size}" for name, size in layout if size > 1) or "of one process"
+
+
+def check_layout(layout: Layout, hf: dict[str, Any], role: str) -> None:
+    """Refuse degrees that do not divide the model."""
+    experts = num_experts(hf)
+    rules = [
+        ("tp", layout.tp, "num_attention_heads", hf["num_attention_heads"]),
+        ("tp", layout.tp, "num_key_value_heads", hf["num_key_value_heads"]),
+        ("tp", layout.tp, "vocab_size", hf["vocab_size"]),
+        ("pp x vpp", layout.pp * layout.vpp, "num_hidden_layers", hf["num_hidden_layers"]),
+    ]
+    if experts:
+        rules += [
+            ("ep", layout.ep, "the number of experts", experts),
+            ("etp", layout.etp, "moe_intermediate_size", hf["moe_intermediate_size"]),
+        ]
+    else:
+        rules.append(("tp", layout.tp, "intermediate_size", hf["intermediate_size"]))
+    for axis, degree, name, size in rules:
+        if size % degree:
+            fits = ", ".join(str(d) for d in range(1, size + 1) if size % d == 0 and d <= 64)
+            raise RecipeError(
+                f"{role}: {axis}={degree} does not divide {name} ({size}); use one of {fits}."
+            )
+    if role != "teacher" and not experts and layout.ep * layout.etp > 1:
+        raise RecipeError(
+            f"{role} is a dense model: ep={layout.ep} etp={layout.etp} need experts; "
+            "write ep=1 etp=1."
+        )
+    if layout.vpp > 1 and layout.pp == 1:
+        raise RecipeError(f"{role}: vpp={layout.vpp} needs pp >= 2; write vpp=1 or pp=2.")

@@ -1,0 +1,74 @@
+"""The model that learns: its shards, optimiser and schedule, and its weights for others to read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from iwopd_megatron import checkpoint
+from iwopd_megatron.actor import Schedule
+from iwopd_megatron.config import Recipe
+from iwopd_megatron.hf_io import HfTensors, load_shards, random_weights
+from iwopd_megatron.model import build_model, wrap_precision
+from iwopd_megatron.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+from iwopd_megatron.parallel import Parallel
+from iwopd_megatron.preflight import read_hf_config
+from iwopd_megatron.sync import WeightStream
+from iwopd_megatron.trajectory import MicroBatch
+
+
+class Student:
+    """A Megatron model under training in one layout."""
+
+    def __init__(self, recipe: Recipe, parallel: Parallel):
+        settings = recipe.student
+        self.parallel = parallel
+        self.hf = read_hf_config(settings.hf)
+        chunks = build_model(self.hf, parallel, settings.dtype, settings.recompute)
+        load_shards(chunks, self.sources(recipe), self.hf, parallel)
+        self.stream = WeightStream(chunks, self.hf, parallel)
+        self.chunks = wrap_data_parallel(wrap_precision(chunks), recipe.train)
+        self.optimizer = build_optimizer(self.chunks, recipe.train)
+        self.scheduler = build_scheduler(self.optimizer, recipe.train)
+        self.scheduler.step(1)  # the learning rate of round 1
+        temperature = recipe.rollout.temperature if recipe.teacher is not None else 1.0
+        self.schedule = Schedule(self.chunks, parallel, temperature)
+
+    @staticmethod
+    def sources(recipe: Recipe) -> Mapping[str, Any]:
+        """The whole tensors training starts from, by Hugging Face name."""
+        settings = recipe.student
+        if settings.random_init is None:
+            return HfTensors(settings.hf)
+        return random_weights(settings.hf, settings.random_init)
+
+    def accumulate(self, batches: list[MicroBatch], length: int, objective: Any) -> list[Any]:
+        """Gradients of `objective` over the micro-batches; what it kept of each."""
+        return self.schedule.accumulate(self.optimizer, batches, length, objective)
+
+    def step(self) -> tuple[float, float, bool]:
+        """Clip, AdamW, schedule: gradient norm, learning rate used, and whether it was applied.
+
+        A step whose gradient norm is not finite is left out, as in the authors' code.
+        """
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        if math.isfinite(norm):
+            self.optimizer.step()
+        self.scheduler.step(1)
+        return norm, lr, math.isfinite(norm)
+
+    def save(self, run: Path, round_number: int, cursor: int, keep: int) -> None:
+        """A resume point after this round."""
+        extra = {"round": round_number, "cursor": cursor, "world": self.parallel.world}
+        parts = self.chunks, self.optimizer, self.scheduler
+        checkpoint.save(run, *parts, extra, self.parallel, keep)
+
+    def restore(self, folder: Path) -> tuple[int, int]:
+        """Go back to a resume point; its round and data cursor."""
+        parts = self.chunks, self.optimizer, self.scheduler
+        extra = checkpoint.load(folder, *parts, self.parallel)
+        return extra["round"], extra["cursor"]
