@@ -6,7 +6,7 @@ RUN := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(VENV)/bin/python -W ignore
 SEEDS ?= 5
 OUT ?= runs/demo
 
-.PHONY: setup demo test lint bench gpu-check gpu-check-venv demo-models clean-demo
+.PHONY: setup demo test lint bench bench-loss gpu-check gpu-check-venv demo-models
 
 setup: $(VENV)/ready
 
@@ -41,9 +41,13 @@ lint: setup
 	$(VENV)/bin/ruff format --check .
 
 # Tables for bench/RESULTS.md: a demo round by phase, and the training step against plain PyTorch.
-bench: setup
+bench: setup bench-loss
 	$(RUN) bench/step.py
 	$(RUN) bench/round.py
+
+# The LM head against the bare matrix products of its shape.
+bench-loss: setup
+	$(RUN) bench/loss.py
 
 # For a machine with one GPU and torch already there: torch is left as it is, missing packages go beside it.
 gpu-check:

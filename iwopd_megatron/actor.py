@@ -33,7 +33,6 @@ class Schedule:
     chunks: list[torch.nn.Module]
     parallel: Parallel
     temperature: float = 1.0
-    chunk_tokens: int = 2048
 
     def run(
         self,
@@ -98,5 +97,4 @@ class Schedule:
             sequence_parallel=self.parallel.tp.size > 1,
             rows=batch.rows,
             temperature=self.temperature,
-            chunk_tokens=self.chunk_tokens,
         )

@@ -1,9 +1,13 @@
-"""LM head: hidden states -> token log-probs and entropy, vocab-parallel, chunked, no full logits.
+"""LM head: hidden states -> token log-probs and entropy, vocab-parallel, without full logits.
 
-logp_t = z_t[y_t] - logsumexp(z_t),  z_t = W h_t / temperature.  Logits live one chunk at a time and
-are recomputed in the backward pass. Shapes: N tokens, D hidden, V vocabulary shard, C chunk.
+logp_t = z_t[y_t] - logsumexp(z_t), z_t = W h_t / temperature. Logits live one tile at a time, with
+a running maximum and sum over the tiles of a row, and are recomputed in the backward pass.
+Shapes: N tokens, D hidden, V vocabulary shard, C tokens and U vocabulary entries of a tile.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -18,12 +22,15 @@ from megatron.core.tensor_parallel import (  # noqa: E402
     gather_from_sequence_parallel_region,
 )
 
+# A CPU tile stays in the cache; on a GPU few large kernels are faster.
+CPU_TILE, GPU_TILE = (128, 2048), (2048, 2**20)
+
 
 class LogProbs(NamedTuple):
     """Per-token results, fp32 `[N]`, in nats."""
 
     logp: torch.Tensor
-    entropy: torch.Tensor
+    entropy: torch.Tensor | None
 
 
 def linear_logprobs(
@@ -35,15 +42,17 @@ def linear_logprobs(
     sequence_parallel: bool = False,
     rows: torch.Tensor | None = None,
     temperature: float = 1.0,
-    chunk_tokens: int = 2048,
+    with_entropy: bool = True,
+    chunk_tokens: int | None = None,
+    chunk_vocab: int | None = None,
 ) -> LogProbs:
-    """Log-probs of `targets` and entropies under the head `weight`.
+    """Log-probs of `targets`, and entropies, under the head `weight`.
 
     hidden: `[N, D]`, or this rank's `[N / tp, D]` when `sequence_parallel`; weight: `[V, D]`, this
     rank's rows of the vocabulary; targets: int64, one per kept row; rows: int64 indices of the
     tokens some loss reads (default all). Matrix products run in the weight's dtype, everything else
     in fp32. Over tp: two all-reduces forward ([N] max, [3, N] sum) and one collective backward,
-    however many chunks.
+    however many tiles of `chunk_tokens` x `chunk_vocab` logits there are.
     """
     if sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, group=tp_group)
@@ -51,59 +60,97 @@ def linear_logprobs(
         hidden = copy_to_tensor_model_parallel_region(hidden, group=tp_group)
     if rows is not None:
         hidden = hidden.index_select(0, rows)
+    default = GPU_TILE if device.has_gpu() else CPU_TILE
+    tile = chunk_tokens or default[0], chunk_vocab or default[1]
     hidden = hidden.to(weight.dtype)
     return LogProbs(
-        *_LinearLogProbs.apply(hidden, weight, targets, 1 / temperature, tp_group, chunk_tokens)
+        *_LinearLogProbs.apply(
+            hidden, weight, targets, 1 / temperature, tp_group, tile, with_entropy
+        )
     )
+
+
+def _tiles(tokens: int, vocab: int, tile: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
+    """All (token, vocabulary) tiles; the vocabulary outermost, so that its weights stay cached."""
+    for v in range(0, vocab, tile[1]):
+        for c in range(0, tokens, tile[0]):
+            yield slice(c, c + tile[0]), slice(v, min(v + tile[1], vocab))
+
+
+def _logits(hidden_ND, weight_VD, tokens, vocab, inv_temperature) -> torch.Tensor:
+    logits_CU = (hidden_ND[tokens] @ weight_VD[vocab].t()).float()
+    return logits_CU if inv_temperature == 1 else logits_CU.mul_(inv_temperature)
 
 
 class _LinearLogProbs(torch.autograd.Function):
     """Its hidden gradient covers this rank's vocabulary only; the caller's region op sums it."""
 
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, target_N, inv_temperature, group, chunk):
+    def forward(ctx, hidden_ND, weight_VD, target_N, inv_temperature, group, tile, with_entropy):
         parallel = group is not None and group.size() > 1
         start = group.rank() * weight_VD.shape[0] if parallel else 0
-        local_N = (target_N - start).clamp(0, weight_VD.shape[0] - 1)
-        owned_N = (target_N >= start) & (target_N < start + weight_VD.shape[0])
-        stats = hidden_ND.new_empty(4, len(target_N), dtype=torch.float32)
-        max_N, sum_N, weighted_N, target_logit_N = stats  # views: sum of exp, sum of exp * logit
-        for c in range(0, len(target_N), chunk):
-            s = slice(c, c + chunk)
-            logits_CV = (hidden_ND[s] @ weight_VD.t()).float() * inv_temperature
-            max_N[s] = logits_CV.amax(-1)
-            target_logit_N[s] = logits_CV.gather(-1, local_N[s, None]).squeeze(-1) * owned_N[s]
-            exp_CV = (logits_CV - max_N[s, None]).exp_()
-            sum_N[s] = exp_CV.sum(-1)
-            weighted_N[s] = torch.einsum("cv,cv->c", exp_CV, logits_CV)
-        global_max_N = max_N.clone()
+        local_N = target_N - start  # outside [0, V) where another rank owns the target
+        stats = hidden_ND.new_zeros(3, len(target_N), dtype=torch.float32)
+        sum_N, weighted_N, target_logit_N = stats  # views: sum of exp, sum of exp * logit
+        max_N = torch.full_like(sum_N, -torch.inf)
+        for s, v in _tiles(len(target_N), weight_VD.shape[0], tile):
+            logits_CU = _logits(hidden_ND, weight_VD, s, v, inv_temperature)
+            local_C = local_N[s] - v.start
+            is_here_C = (local_C >= 0) & (local_C < logits_CU.shape[1])
+            found_C = logits_CU.gather(1, local_C.where(is_here_C, 0)[:, None]).squeeze(1)
+            target_logit_N[s] += found_C.where(is_here_C, 0)
+            new_max_C = torch.maximum(max_N[s], logits_CU.amax(-1))
+            rescale_C = (max_N[s] - new_max_C).exp_()
+            max_N[s] = new_max_C
+            if with_entropy:
+                exp_CU = (logits_CU - new_max_C[:, None]).exp_()
+                tile_C = torch.linalg.vecdot(exp_CU, logits_CU)
+                weighted_N[s] = weighted_N[s] * rescale_C + tile_C
+            else:
+                exp_CU = logits_CU.sub_(new_max_C[:, None]).exp_()
+            sum_N[s] = sum_N[s] * rescale_C + exp_CU.sum(-1)
         if parallel:
-            dist.all_reduce(global_max_N, dist.ReduceOp.MAX, group=group)
-            stats[1:3] *= (max_N - global_max_N).exp()
-            dist.all_reduce(stats[1:], group=group)
-        logz_N = global_max_N + sum_N.log()
+            own_max_N = max_N.clone()
+            dist.all_reduce(max_N, dist.ReduceOp.MAX, group=group)
+            stats[:2] *= (own_max_N - max_N).exp_()
+            dist.all_reduce(stats, group=group)
+        logz_N = max_N + sum_N.log()
         mean_logit_N = weighted_N / sum_N
-        ctx.save_for_backward(hidden_ND, weight_VD, local_N, owned_N, logz_N, mean_logit_N)
-        ctx.inv_temperature, ctx.chunk = inv_temperature, chunk
-        return target_logit_N - logz_N, logz_N - mean_logit_N
+        ctx.save_for_backward(hidden_ND, weight_VD, local_N, logz_N, mean_logit_N)
+        ctx.inv_temperature, ctx.tile = inv_temperature, tile
+        ctx.set_materialize_grads(False)
+        return target_logit_N - logz_N, (logz_N - mean_logit_N if with_entropy else None)
 
     @staticmethod
     def backward(ctx, dlogp_N, dentropy_N):
-        hidden_ND, weight_VD, local_N, owned_N, logz_N, mean_logit_N = ctx.saved_tensors
-        dhidden_ND = torch.empty_like(hidden_ND)
+        hidden_ND, weight_VD, local_N, logz_N, mean_logit_N = ctx.saved_tensors
+        dlogp_N = torch.zeros_like(logz_N) if dlogp_N is None else dlogp_N
+        dhidden_ND = torch.zeros_like(hidden_ND, dtype=torch.float32)
         dweight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-        for c in range(0, len(logz_N), ctx.chunk):
-            s = slice(c, c + ctx.chunk)
-            logits_CV = (hidden_ND[s] @ weight_VD.t()).float() * ctx.inv_temperature
-            prob_CV = (logits_CV - logz_N[s, None]).exp_()
-            scale_CV = (
-                logits_CV.sub_(mean_logit_N[s, None])
-                .mul_(dentropy_N[s, None])
-                .add_(dlogp_N[s, None])
-            )
-            dlogits_CV = prob_CV.mul_(scale_CV).neg_()
-            dlogits_CV.scatter_add_(-1, local_N[s, None], (dlogp_N[s] * owned_N[s])[:, None])
-            dlogits_CV = dlogits_CV.mul_(ctx.inv_temperature).to(weight_VD.dtype)
-            dhidden_ND[s] = dlogits_CV @ weight_VD
-            dweight_VD += dlogits_CV.t() @ hidden_ND[s]
-        return dhidden_ND, dweight_VD.to(weight_VD.dtype), None, None, None, None
+        for s, v in _tiles(len(logz_N), weight_VD.shape[0], ctx.tile):
+            logits_CU = _logits(hidden_ND, weight_VD, s, v, ctx.inv_temperature)
+            if dentropy_N is None:
+                scale_C = dlogp_N[s, None]
+                dlogits_CU = logits_CU.sub_(logz_N[s, None]).exp_().mul_(-scale_C)
+            else:
+                prob_CU = (logits_CU - logz_N[s, None]).exp_()
+                scale_CU = logits_CU.sub_(mean_logit_N[s, None]).mul_(dentropy_N[s, None])
+                dlogits_CU = prob_CU.mul_(scale_CU.add_(dlogp_N[s, None])).neg_()
+            local_C = local_N[s] - v.start
+            is_here_C = (local_C >= 0) & (local_C < dlogits_CU.shape[1])
+            place_C = local_C.where(is_here_C, 0)[:, None]
+            dlogits_CU.scatter_add_(1, place_C, dlogp_N[s].where(is_here_C, 0)[:, None])
+            if ctx.inv_temperature != 1:
+                dlogits_CU.mul_(ctx.inv_temperature)
+            dlogits_CU = dlogits_CU.to(weight_VD.dtype)
+            _add_product(dhidden_ND[s], dlogits_CU, weight_VD[v])
+            _add_product(dweight_VD[v], dlogits_CU.t(), hidden_ND[s])
+        return dhidden_ND.to(hidden_ND.dtype), dweight_VD.to(weight_VD.dtype), *[None] * 5
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a @ b, with an fp32 total whatever the product's dtype."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
