@@ -4,6 +4,8 @@ VENV := .venv
 # On CPUs even where there is a GPU: what these print is what the tables say.
 RUN := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(VENV)/bin/python -W ignore
 SEEDS ?= 5
+# Where torch comes from; https://download.pytorch.org/whl/cpu has builds without gigabytes of CUDA.
+TORCH_INDEX ?=
 OUT ?= runs/demo
 
 .PHONY: setup demo test lint bench bench-loss gpu-check gpu-check-venv demo-models
@@ -12,7 +14,8 @@ setup: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check \
+		$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $@
 

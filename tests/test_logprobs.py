@@ -38,8 +38,13 @@ def ours(hidden, weight, targets, upstream, **kwargs):
     return [out.logp.detach(), out.entropy.detach(), hidden.grad, weight.grad]
 
 
-def assert_equal(got, expected, rtol=RTOL, atol=ATOL):
-    for name, a, b in zip(("logp", "entropy", "dhidden", "dweight"), got, expected, strict=True):
+TOPK = ("topk_logp", "dhidden", "dweight")
+
+
+def assert_equal(
+    got, expected, rtol=RTOL, atol=ATOL, names=("logp", "entropy", "dhidden", "dweight")
+):
+    for name, a, b in zip(names, got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
@@ -47,6 +52,44 @@ def assert_equal(got, expected, rtol=RTOL, atol=ATOL):
 def test_equals_log_softmax(chunk):
     data = make()
     assert_equal(ours(*data, chunk_tokens=chunk), naive(*data))
+
+
+@pytest.mark.parametrize("vocab", [1, 5, 36, 37, 100])
+def test_tiles_of_the_vocabulary(vocab):
+    data = make()
+    assert_equal(ours(*data, chunk_tokens=4, chunk_vocab=vocab), naive(*data))
+
+
+def naive_topk(hidden, weight, topk_ids, upstream, temperature):
+    """fp64 log-probs of the ids and both gradients of (upstream * logp).sum()."""
+    hidden, weight = (x.double().requires_grad_() for x in (hidden, weight))
+    logp = (hidden @ weight.t() / temperature).log_softmax(-1).gather(-1, topk_ids)
+    (upstream * logp).sum().backward()
+    return [x.detach().float() for x in (logp, hidden.grad, weight.grad)]
+
+
+def topk_data(v=36):
+    """Four ids a token, the target among them; some ids twice."""
+    g = torch.Generator().manual_seed(5)
+    hidden, weight, targets, _ = make(n=12, v=v)
+    topk_ids = torch.cat([targets[:, None], torch.randint(0, v, (12, 3), generator=g)], 1)
+    topk_ids[0] = topk_ids[0, 0]
+    return hidden, weight, targets, topk_ids, torch.randn(12, 4, generator=g)
+
+
+@pytest.mark.parametrize("vocab", [7, 2048])
+def test_further_ids(vocab):
+    hidden, weight, targets, topk_ids, upstream = topk_data()
+    own, shard = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    out = linear_logprobs(
+        own, shard, targets, topk_ids=topk_ids, temperature=0.7, chunk_tokens=5, chunk_vocab=vocab
+    )
+    assert torch.equal(out.topk_logp[:, 0], out.logp)
+    (upstream * out.topk_logp).sum().backward()
+    expected = naive_topk(hidden, weight, topk_ids, upstream, 0.7)
+    assert_equal([out.topk_logp.detach(), own.grad, shard.grad], expected, names=TOPK)
+    only_logp = linear_logprobs(hidden, weight, targets, with_entropy=False)
+    assert only_logp.topk_logp is None and only_logp.entropy is None
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.7])
@@ -161,6 +204,23 @@ def check_extreme_shards(tp: int) -> None:
     torch.testing.assert_close(dhidden, expected[2], rtol=5e-3, atol=5e-3)
 
 
+def check_further_ids(tp: int) -> None:
+    """The ids of one token lie on several ranks; still two all-reduces forward."""
+    group = initialise(Layout(tp=tp)).tp.group
+    calls = []
+    all_reduce = dist.all_reduce
+    dist.all_reduce = lambda *args, **kwargs: (calls.append(1), all_reduce(*args, **kwargs))[1]
+    hidden, weight, targets, topk_ids, upstream = topk_data()
+    own = hidden.clone().requires_grad_()
+    shard = weight.chunk(tp)[group.rank()].clone().requires_grad_()
+    out = linear_logprobs(own, shard, targets, topk_ids=topk_ids, tp_group=group)
+    assert len(calls) == 2
+    (upstream * out.topk_logp).sum().backward()
+    expected = naive_topk(hidden, weight, topk_ids, upstream, 1.0)
+    expected[2] = expected[2].chunk(tp)[group.rank()]
+    assert_equal([out.topk_logp.detach(), own.grad, shard.grad], expected, names=TOPK)
+
+
 def check_rows_and_none(tp: int) -> None:
     parallel = initialise(Layout(tp=tp))
     hidden, weight, targets, upstream = make(n=12, v=36)
@@ -182,9 +242,12 @@ def check_rows_and_none(tp: int) -> None:
     assert not dhidden.any() and not dweight.any()
 
 
+CHECKS = (check_tensor_parallel, check_extreme_shards, check_further_ids, check_rows_and_none)
+
+
 def check_world(tp: int) -> None:
     all_reduce = dist.all_reduce
-    for check in (check_tensor_parallel, check_extreme_shards, check_rows_and_none):
+    for check in CHECKS:
         dist.all_reduce = all_reduce
         check(tp)
 

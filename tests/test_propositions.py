@@ -1,6 +1,6 @@
 """Propositions 1 and 2 of the paper (arXiv 2606.22600), exactly, on small distributions.
 
-Prop. 1: q* = student^(1-alpha) teacher^alpha / Z solves min KL(q || teacher) within the trust region
+Prop. 1: q* = student^(1-alpha) teacher^alpha / Z solves min KL(q || teacher) in the trust region
 KL(q || student) <= rho; rho = alpha psi'(alpha) - psi(alpha), psi = log E_student[ratio^alpha].
 Prop. 2: expectations under q* are student expectations reweighted by that ratio; its causal part,
 normalised position by position, is the prefix ratio of Eq. 44-46.
