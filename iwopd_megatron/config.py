@@ -97,17 +97,28 @@ class Data(_Section):
 
 
 class Weighting(_Section):
-    rule: Literal["uniform", "iw", "prefix", "suffix"] = Field(
-        "iw", description="token weights w_t; uniform is plain OPD"
+    rule: Literal[
+        "uniform", "iw", "surrogate", "iw_signed", "log_ratio", "ratio", "ratio_blend", "linear",
+        "prefix_boost", "prefix", "suffix", "schedule",
+    ] = Field("iw", description="token weights w_t, see weighting.py; uniform: OPD")  # fmt: skip
+    gamma: NonNegativeFloat = Field(
+        0.5, description="iw, iw_signed, ratio_blend, linear, prefix_boost: strength (Eq. 17)"
     )
-    gamma: NonNegativeFloat = Field(0.5, description="iw: strength, w in [1, 1 + gamma] (Eq. 17)")
+    alpha: float = Field(
+        0.01, gt=0, le=1, description="ratio, ratio_blend: exponent of the prefix ratio (Eq. 46)"
+    )
     share: float = Field(
-        0.3, gt=0, le=1, description="prefix, suffix: share of the response that is kept"
+        0.3, gt=0, le=1, description="prefix, suffix, prefix_boost: share of the response"
     )
     denominator: Literal["exclusive", "inclusive"] = Field(
         "exclusive",
-        description="iw: total of the gaps without the last token (Eq. 16) "
+        description="iw, surrogate: total of the gaps without the last token (Eq. 16) "
         "or with it (authors' code)",
+    )
+    start: float = Field(0.3, gt=0, le=1, description="schedule: prefix share of the first round")
+    end: float = Field(1.0, gt=0, le=1, description="schedule: prefix share after the last round")
+    anneal: Literal["cosine", "linear"] = Field(
+        "cosine", description="schedule: how the share goes from start to end"
     )
 
 

@@ -8,6 +8,7 @@ rank, N loss tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,15 @@ class PolicyObjective:
 
     loss: Loss
     cp_group: dist.ProcessGroup | None
+    ratio_mean: torch.Tensor | None = None  # Z_t of the whole step, for ratio rules
+    step: int = 0  # optimiser steps done, of total_steps; for schedule
+    total_steps: int = 1
+
+    @property
+    def weighting(self) -> dict[str, Any]:
+        """What `token_weights_packed` needs beside the tokens."""
+        progress = {"step": self.step, "total_steps": self.total_steps}
+        return {**self.loss.weighting.model_dump(), **progress, "ratio_mean": self.ratio_mean}
 
     def __call__(self, logprobs: LogProbs, batch: MicroBatch) -> tuple[torch.Tensor, Sums]:
         old_logp = logprobs.logp.detach()
@@ -61,7 +71,6 @@ class PolicyObjective:
 
     def weights(self, gap_N: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
         """Token weights of the loss tokens; prefix sums run over all context-parallel shards."""
-        rule = self.loss.weighting
         gap_T = gap_N.new_zeros(batch.segments.shape).index_copy(0, batch.rows, gap_N)
         mask_T = torch.zeros_like(batch.segments, dtype=torch.bool).index_fill(0, batch.rows, True)
         weight_T = token_weights_packed(
@@ -70,10 +79,7 @@ class PolicyObjective:
             mask_T,
             num_segments=batch.num_segments,
             cp_group=self.cp_group,
-            rule=rule.rule,
-            gamma=rule.gamma,
-            share=rule.share,
-            denominator=rule.denominator,
+            **self.weighting,
         )
         return weight_T[batch.rows]
 

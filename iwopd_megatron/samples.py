@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from iwopd_megatron.config import Weighting
+from iwopd_megatron import device
 from iwopd_megatron.data import Problem
 from iwopd_megatron.trajectory import Trajectory
-from iwopd_megatron.weighting import token_weights
+from iwopd_megatron.weighting import token_weights_packed
 
 KEPT = 8
 
@@ -22,14 +22,18 @@ def keep_samples(
     samples: list[Trajectory],
     problems: list[Problem],
     tokenizer: Any,
-    weighting: Weighting,
+    weighting: dict[str, Any],
 ) -> None:
-    """Write the round's first samples to samples/round_<n>.jsonl; gaps are against the engine."""
+    """Write the round's first samples to samples/round_<n>.jsonl; gaps are against the engine.
+
+    weighting: the settings of `token_weights_packed`, those of the round's training.
+    """
     lines = []
     for sample, problem in list(zip(samples, problems, strict=True))[:KEPT]:
         gap = torch.tensor(sample.teacher_logp) - torch.tensor(sample.rollout_logp)
-        everywhere = torch.ones(1, len(gap), dtype=torch.bool)
-        weight = token_weights(gap[None], everywhere, **weighting.model_dump())[0]
+        gap = gap.to(device.current_device())
+        segment_ids, mask = torch.zeros_like(gap).long(), torch.ones_like(gap).bool()
+        weight = token_weights_packed(gap, segment_ids, mask, **weighting)
         lines.append({
             "prompt": problem.question,
             "response": tokenizer.decode(sample.response_ids),

@@ -34,6 +34,7 @@ from iwopd_megatron.stop import stop_requested
 from iwopd_megatron.student import Student
 from iwopd_megatron.teacher import EmbeddedTeacher
 from iwopd_megatron.trajectory import Trajectory, pack
+from iwopd_megatron.weighting import RATIO_RULES, ratio_mean
 
 
 class Trainer:
@@ -138,9 +139,7 @@ class Trainer:
             batches, length = pack(samples, self.parallel, budget, aggregation)
         line = {"kind": "round", "round": self.round}
         with self._phase("train"):
-            objective = (
-                PolicyObjective(recipe.loss, self.parallel.cp.group) if own else nll_objective
-            )
+            objective = self._policy_objective(samples) if own else nll_objective
             kept = self.student.accumulate(batches, length, objective)
             sums = reduce_sums(kept, self.parallel, POLICY_SUMS if own else NLL_SUMS)
             tokens = int(sums["tokens"].item())
@@ -160,8 +159,20 @@ class Trainer:
         clock = {"tokens_per_second": tokens / seconds, "seconds": seconds, "time": self.seconds}
         self._write(line, clock)
         self.progress.round(line | clock)
-        self.samples = samples
+        self.samples, self.objective = samples, objective
         return line | clock
+
+    def _policy_objective(self, samples: list[Trajectory]) -> PolicyObjective:
+        """With Z_t of the whole round, from the engine's log-probs, which every rank knows."""
+        loss, mean = self.recipe.loss, None
+        if loss.weighting.rule in RATIO_RULES:
+            gaps = [
+                [teacher - rollout for teacher, rollout in zip(*scores, strict=True)]
+                for scores in ((s.teacher_logp, s.rollout_logp) for s in samples)
+            ]
+            mean = ratio_mean(gaps, loss.weighting.alpha).to(device.current_device())
+        done, rounds = self.round - 1, self.recipe.train.rounds
+        return PolicyObjective(loss, self.parallel.cp.group, mean, done, rounds)
 
     def _own_responses(self) -> list[Trajectory]:
         """The student's answers to the next prompts, graded and scored by the teacher."""
@@ -202,7 +213,7 @@ class Trainer:
         if self.teacher is not None and self.round > 0 and self.parallel.is_main:
             keep_samples(
                 self.recipe.out, self.round, self.samples, self.round_problems, self.tokenizer,
-                self.recipe.loss.weighting,
+                self.objective.weighting,
             )  # fmt: skip
 
     def _write(self, line: dict[str, Any], clock: dict[str, Any]) -> None:

@@ -1,20 +1,43 @@
 """Token weights of IW-OPD, on padded batches and on packed tokens cut over context-parallel ranks.
 
-iw:  w_t = 1 + gamma * (1 - F_t),  F_t = sum_{k<t} d_k / D   (Eq. 16, 17)
-with d_t = |teacher_logp_t - old_logp_t| and D = sum_{k<T} d_k ("exclusive", Eq. 16, so w_T = 1)
-or D = sum_{k<=T} d_k + 1e-8 ("inclusive", the authors' code). Only masked-in tokens count.
-Sums run in fp64. Shapes: B batch, T tokens, S segments, R context ranks.
+With the gap d_t = teacher_logp_t - old_logp_t of a response's T loss tokens,
+F_t = sum_{k<t} |d_k| / D, where D = sum_{k<T} |d_k| ("exclusive", Eq. 16, so F_T = 1) or
+D = sum_{k<=T} |d_k| + 1e-8 ("inclusive", the authors' code); F = 0 if D = 0;
+S_t = sum_{k<t} d_k; N_t = (S_t - min S) / (max S - min S), 1 if S is constant; and Z_t the mean of
+exp(alpha * S_t) over the optimiser step's responses that reach t:
+
+    uniform       1                                                           Eq. 4-6
+    iw            1 + gamma * (1 - F_t)                                       Eq. 17
+    surrogate     1 - F_t                                                     Eq. 16
+    iw_signed     1 + gamma * N_t                                             Eq. 14, 16
+    log_ratio     N_t; alpha cancels                                          Eq. 14, 16
+    ratio         exp(alpha * S_t) / Z_t                                      Eq. 11, 44-46
+    ratio_blend   1 + gamma * exp(alpha * S_t) / Z_t                          Table 4
+    linear        1 + gamma * (1 - (t-1) / (T-1)); 1 + gamma if T = 1         Table 4
+    prefix_boost  1 + gamma on the first ceil(share * T) tokens, 1 after      Table 4
+    prefix        1 on the first ceil(share * T) tokens, 0 elsewhere          Fig. 1a
+    suffix        1 on the last ceil(share * T) tokens, 0 elsewhere           Fig. 1a
+    schedule      prefix, its share going from `start` to `end` in training   Table 4
+
+Sums run in fp64 (prefix.py). Shapes: B batch, T tokens, S segments, R context ranks.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-RULES = ("uniform", "iw", "prefix", "suffix")
+from iwopd_megatron.prefix import Prefix, prefix_sums
+
 DENOMINATORS = ("exclusive", "inclusive")
+ANNEALS = ("cosine", "linear")
+RATIO_RULES = ("ratio", "ratio_blend")  # need Z_t
+SIGNED_RULES = ("iw_signed", "log_ratio", *RATIO_RULES)  # need S_t
+MAX_LOG_RATIO = 80.0  # alpha * S_t is clamped to +-80 before exp, in ratios and in their mean
 
 
 def token_weights(
@@ -23,14 +46,27 @@ def token_weights(
     *,
     rule: str = "iw",
     gamma: float = 0.5,
+    alpha: float = 0.01,
     share: float = 0.3,
     denominator: str = "exclusive",
+    step: int | None = None,
+    total_steps: int | None = None,
+    start: float = 0.3,
+    end: float = 1.0,
+    anneal: str = "cosine",
 ) -> torch.Tensor:
-    """Weights `[B, T]` fp32 for signed gaps `[B, T]` (nats) and a bool mask; 0 where False."""
+    """Weights `[B, T]` fp32 for signed gaps `[B, T]` (nats) and a bool mask; 0 where False.
+
+    The B rows are all the responses of the step: ratio rules take their Z_t from them.
+    """
     segment_ids = torch.arange(gap.shape[0], device=gap.device)[:, None].expand(gap.shape)
+    mean = None
+    if rule in RATIO_RULES:
+        mean = ratio_mean([g[m] for g, m in zip(gap, mask, strict=True)], alpha).to(gap.device)
     weights = token_weights_packed(
         gap.flatten(), segment_ids.flatten(), mask.flatten(), num_segments=gap.shape[0],
-        rule=rule, gamma=gamma, share=share, denominator=denominator,
+        rule=rule, gamma=gamma, alpha=alpha, share=share, denominator=denominator, step=step,
+        total_steps=total_steps, start=start, end=end, anneal=anneal, ratio_mean=mean,
     )  # fmt: skip
     return weights.view(gap.shape)
 
@@ -44,114 +80,124 @@ def token_weights_packed(
     cp_group: dist.ProcessGroup | None = None,
     rule: str = "iw",
     gamma: float = 0.5,
+    alpha: float = 0.01,
     share: float = 0.3,
     denominator: str = "exclusive",
+    step: int | None = None,
+    total_steps: int | None = None,
+    start: float = 0.3,
+    end: float = 1.0,
+    anneal: str = "cosine",
+    ratio_mean: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Weights `[T]` fp32 of this rank's packed tokens; 0 where the mask is False.
 
     gap: `[T]` signed, nats; segment_ids: `[T]` int64, not decreasing, the same segments on every
-    rank; mask: `[T]` bool. With `cp_group` of R ranks every segment is zigzag-cut: this rank holds
-    its chunks `rank` and `2R-1-rank`, equally long (parallel.zigzag_index). Whatever the length,
-    one all-gather of 6 * S doubles a rank.
+    rank; mask: `[T]` bool; ratio_mean: `[longest response]` fp64, Z_t of the whole optimiser step;
+    step: optimiser steps done, of total_steps. With `cp_group` of R ranks every segment is
+    zigzag-cut: this rank holds its chunks `rank` and `2R-1-rank`, equally long
+    (parallel.zigzag_index). Whatever the length, one all-gather of 6 * S doubles a rank, or of
+    12 * S for a rule with S_t; none for uniform.
     """
     if rule not in RULES:
         raise ValueError(f"unknown weighting rule '{rule}'; use one of {', '.join(RULES)}.")
     if denominator not in DENOMINATORS:
         raise ValueError(f"unknown denominator '{denominator}'; use exclusive or inclusive.")
+    if rule in RATIO_RULES and ratio_mean is None:
+        raise ValueError(
+            f"rule '{rule}' on packed tokens needs ratio_mean=; "
+            "compute it with ratio_mean(gaps, alpha) from all responses of the optimiser step."
+        )
+    if rule == "schedule":
+        share = scheduled_share(step, total_steps, start, end, anneal)
     if rule == "uniform":
         return mask.float()
     if num_segments is None:
         num_segments = int(segment_ids.max()) + 1 if len(segment_ids) else 0
-    place = _prefix(gap, segment_ids, mask, num_segments, cp_group)
-    if rule == "iw":
-        total = place.total
-        if denominator == "inclusive":
-            total = place.total + place.last_gap + 1e-8
-        prior_share = (place.prior_share * (place.total / total)).nan_to_num(0.0)
-        weights = 1 + gamma * (1 - prior_share)  # Eq. 17
-    else:
-        kept = (
-            share * place.length - 1e-9
-        ).ceil()  # 30 % of 10 tokens is 3, also in floating point
-        first = place.index < kept
-        weights = first if rule == "prefix" else place.index >= place.length - kept
-    return torch.where(mask, weights, 0).float()
+    signed = rule in SIGNED_RULES
+    place = prefix_sums(gap, segment_ids, mask, num_segments, cp_group, signed)
+    settings = _Settings(gamma, alpha, share, denominator, ratio_mean)
+    return torch.where(mask, _RULES[rule](place, settings), 0).float()
 
 
-class _Prefix(NamedTuple):
-    """Per token, fp64 `[T]`; `total` leaves out the segment's last masked-in gap."""
+def ratio_mean(gaps: Sequence[Sequence[float]], alpha: float) -> torch.Tensor:
+    """Z_t `[longest response]` fp64 from the gaps of all the step's responses (Eq. 45).
 
-    prior_share: torch.Tensor  # sum of earlier gaps / total; 0 where total is 0
-    total: torch.Tensor
-    last_gap: torch.Tensor
-    index: torch.Tensor  # masked-in tokens of the segment before this one
-    length: torch.Tensor  # masked-in tokens of the segment
-
-
-def _prefix(
-    gap_T: torch.Tensor,
-    segment_T: torch.Tensor,
-    mask_T: torch.Tensor,
-    segments: int,
-    cp_group: dist.ProcessGroup | None,
-) -> _Prefix:
-    ranks, rank = (cp_group.size(), cp_group.rank()) if cp_group is not None else (1, 0)
-    # Local chunk (half, segment) is number half * S + segment; both halves are equally long.
-    tokens_S = segment_T.new_zeros(segments).index_add_(0, segment_T, torch.ones_like(segment_T))
-    start_S = tokens_S.cumsum(0) - tokens_S
-    position_T = torch.arange(len(segment_T), device=gap_T.device)
-    half_T = (position_T - start_S[segment_T]) >= (tokens_S // 2)[segment_T]
-    chunk_T = half_T * segments + segment_T
-
-    distance_T = gap_T.double().abs().where(mask_T, 0)
-    last_C = position_T.new_full((2 * segments,), -1)  # each chunk's last masked-in token
-    last_C.scatter_reduce_(0, chunk_T, position_T.where(mask_T, -1), "amax")
-    is_last_T = mask_T & (last_C[chunk_T] == position_T)
-    stats = distance_T.new_zeros(3, 2 * segments)  # sum before the last, the last, count
-    stats[0].index_add_(0, chunk_T, distance_T.where(~is_last_T, 0))
-    stats[1].index_add_(0, chunk_T, distance_T.where(is_last_T, 0))
-    stats[2].index_add_(0, chunk_T, mask_T.double())
-    before_KS, last_KS, count_KS = _gather_in_order(stats.view(3, 2, segments), cp_group, ranks)
-
-    # A segment's last gap never enters an exclusive share and may be huge: keep it out of all sums.
-    length_S = count_KS.sum(0)
-    chunks = torch.arange(2 * ranks, device=gap_T.device)[:, None]
-    final_S = torch.where(count_KS > 0, chunks, -1).amax(0)
-    is_final_KS = chunks == final_S
-    sum_KS = before_KS + last_KS.where(~is_final_KS, 0)
-    total_S, last_S = sum_KS.sum(0), last_KS.where(is_final_KS, 0).sum(0)
-
-    own = slice(rank, 2 * ranks - rank, 2 * ranks - 1 - 2 * rank)  # rank and 2R-1-rank
-    is_segment_last_T = is_last_T & is_final_KS[own].flatten()[chunk_T]
-    # Shares sum to 1 in every segment, so one running sum over the pack is exact next to huge gaps.
-    share_T = (distance_T.where(~is_segment_last_T, 0) / total_S[segment_T]).nan_to_num(
-        0.0, 0.0, 0.0
-    )
-    prior_sum_C = (sum_KS.cumsum(0) - sum_KS)[own] / total_S
-    prior_T = (
-        _running(share_T, chunk_T, start_S, tokens_S)
-        + prior_sum_C.nan_to_num(0.0).flatten()[chunk_T]
-    )
-    before_C = (count_KS.cumsum(0) - count_KS)[own].flatten()
-    index_T = _running(mask_T.double(), chunk_T, start_S, tokens_S) + before_C[chunk_T]
-    return _Prefix(
-        prior_T.clamp(0, 1), total_S[segment_T], last_S[segment_T], index_T, length_S[segment_T]
-    )
+    The mean of exp(alpha * S_t) over the responses that reach t. Z_1 = 1 even without responses.
+    """
+    longest = max([1, *map(len, gaps)])
+    total = torch.zeros(longest, dtype=torch.float64)
+    count = torch.zeros(longest, dtype=torch.float64)
+    for gap in gaps:
+        gap_T = torch.as_tensor(gap, dtype=torch.float64, device="cpu")
+        prior_T = torch.cat([gap_T.new_zeros(1), gap_T.cumsum(0)])[: len(gap_T)]
+        total[: len(gap_T)] += _exp(alpha * prior_T)
+        count[: len(gap_T)] += 1
+    return torch.where(count > 0, total / count, 1.0)
 
 
-def _running(value_T, chunk_T, start_S, tokens_S) -> torch.Tensor:
-    """Exclusive running sum, restarted at every chunk."""
-    before_T = value_T.cumsum(0) - value_T
-    first_C = torch.cat([start_S, start_S + tokens_S // 2]).clamp(max=max(len(value_T) - 1, 0))
-    return before_T - before_T[first_C][chunk_T] if len(value_T) else before_T
+def scheduled_share(
+    step: int | None, total_steps: int | None, start: float, end: float, anneal: str
+) -> float:
+    """The prefix share after `step` of `total_steps`: `start` at 0, `end` from total_steps on."""
+    if step is None or not total_steps:
+        raise ValueError("rule 'schedule' needs step= and total_steps=, the progress of training.")
+    if anneal not in ANNEALS:
+        raise ValueError(f"unknown anneal '{anneal}'; use cosine or linear.")
+    done = min(max(step / total_steps, 0.0), 1.0)
+    if anneal == "cosine":
+        done = (1 - math.cos(math.pi * done)) / 2
+    return start + (end - start) * done
 
 
-def _gather_in_order(stats_F2S: torch.Tensor, cp_group, ranks: int) -> torch.Tensor:
-    """`[F, 2, S]` of every rank -> `[F, 2R, S]` in token order: first halves up, second down."""
-    if ranks == 1:
-        return stats_F2S
-    gathered = stats_F2S.new_empty(ranks, *stats_F2S.shape)
-    dist.all_gather_into_tensor(
-        gathered.view(ranks * stats_F2S.shape[0], -1), stats_F2S.flatten(1), group=cp_group
-    )
-    return torch.cat([gathered[:, :, 0], gathered[:, :, 1].flip(0)]).transpose(0, 1)
+def _exp(log_ratio: torch.Tensor) -> torch.Tensor:
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+class _Settings(NamedTuple):
+    gamma: float
+    alpha: float
+    share: float
+    denominator: str
+    ratio_mean: torch.Tensor | None
+
+
+def _prior_share(place: Prefix, s: _Settings) -> torch.Tensor:  # F_t
+    total = place.total
+    if s.denominator == "inclusive":
+        total = place.total + place.last_gap + 1e-8
+    return (place.prior_share * (place.total / total)).nan_to_num(0.0)
+
+
+def _rescaled(place: Prefix, s: _Settings) -> torch.Tensor:  # N_t
+    rescaled = (place.signed - place.low) / (place.high - place.low)
+    return rescaled.where(place.total > 0, 1.0)  # no gap before the last token: S is constant
+
+
+def _ratio(place: Prefix, s: _Settings) -> torch.Tensor:  # Eq. 46
+    t = place.index.clamp(max=place.length - 1).clamp(min=0).long()  # masked-out: any position
+    return _exp(s.alpha * place.signed) / s.ratio_mean[t]
+
+
+def _kept(place: Prefix, s: _Settings) -> torch.Tensor:
+    return (s.share * place.length - 1e-9).ceil()  # 30 % of 10 tokens is 3, also in floating point
+
+
+def _is_first(place: Prefix, s: _Settings) -> torch.Tensor:
+    return place.index < _kept(place, s)
+
+
+_RULES: dict[str, Callable[[Prefix, _Settings], torch.Tensor]] = {
+    "iw": lambda place, s: 1 + s.gamma * (1 - _prior_share(place, s)),  # Eq. 17
+    "surrogate": lambda place, s: 1 - _prior_share(place, s),  # Eq. 16
+    "iw_signed": lambda place, s: 1 + s.gamma * _rescaled(place, s),  # Eq. 14, 16
+    "log_ratio": _rescaled,  # Eq. 14, 16
+    "ratio": _ratio,  # Eq. 46
+    "ratio_blend": lambda place, s: 1 + s.gamma * _ratio(place, s),
+    "linear": lambda place, s: 1 + s.gamma * (1 - place.index / (place.length - 1).clamp(min=1)),
+    "prefix_boost": lambda place, s: 1 + s.gamma * _is_first(place, s),
+    "prefix": _is_first,
+    "suffix": lambda place, s: place.index >= place.length - _kept(place, s),
+    "schedule": _is_first,
+}
+RULES = ("uniform", *_RULES)

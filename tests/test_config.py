@@ -113,6 +113,11 @@ def test_layout_arithmetic():
         (["train.lr=.inf"], ["'train.lr' is inf"]),
         (["loss.weighting.gamma=.inf"], ["'loss.weighting.gamma' is inf"]),
         (["train.betas=[2.0, 0.9]"], ["train.betas"]),
+        (["loss.weighting.alpha=0"], ["'loss.weighting.alpha' is 0", "greater than 0"]),
+        (["loss.weighting.alpha=1.5"], ["'loss.weighting.alpha' is 1.5", "equal to 1"]),
+        (["loss.weighting.start=0"], ["'loss.weighting.start' is 0", "greater than 0"]),
+        (["loss.weighting.end=2"], ["'loss.weighting.end' is 2", "equal to 1"]),
+        (["loss.weighting.anneal=cos"], ["'loss.weighting.anneal'", "'cosine' or 'linear'"]),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else None,
 )  # fmt: skip

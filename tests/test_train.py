@@ -162,6 +162,65 @@ def test_resume_goes_on_from_the_checkpoint(name, runs, tmp_path):
         assert a.get("lr") == b.get("lr")
 
 
+def two_rounds(out, layout, budget, *weighting):
+    """Eight prompts a round and an evaluation after each, so that every sample is kept."""
+    settings = [
+        "train.rounds=2", "train.warmup_rounds=1", "train.prompts_per_round=8",
+        f"train.microbatch_tokens={budget}", "evaluate.every=1", "checkpoint.every=null",
+    ]  # fmt: skip
+    names = [f"loss.weighting.{setting}" for setting in weighting]
+    return small_recipe(out, layout, *settings, *names)
+
+
+def sample_weights(run, round_number):
+    """The round's weights, NaN past the end of a response: [8, longest]."""
+    text = (run / f"samples/round_{round_number:06d}.jsonl").read_text()
+    rows = [torch.tensor(json.loads(line)["weight"]) for line in text.splitlines()]
+    assert len(rows) == 8
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=torch.nan).double()
+
+
+def rounds_of(run):
+    return [line for line in records(run) if line["kind"] == "round"]
+
+
+def test_ratio_is_normalised_over_the_whole_step(tmp_path):
+    """Whatever the micro-batches and the layout: Z_t is of all the round's responses."""
+    runs = {"small": ({}, 64), "large": ({}, 2000), "cp2": ({"cp": 2}, 64), "dp2": ({}, 300)}
+    recipes = {
+        name: two_rounds(tmp_path / name, *run, "rule=ratio", "alpha=0.3")
+        for name, run in runs.items()
+    }
+    run_world(1, train_here, [recipes["small"], recipes["large"]])
+    run_world(2, train_here, [recipes["cp2"], recipes["dp2"]])
+    for name in runs:
+        for line in rounds_of(tmp_path / name):
+            weight_BT = sample_weights(tmp_path / name, line["round"])
+            mean_T = weight_BT.nanmean(0)
+            assert torch.allclose(mean_T, torch.ones_like(mean_T), atol=1e-5), (name, mean_T)
+            assert (weight_BT.nan_to_num(1) - 1).abs().max() > 0.2  # else nothing is tested
+            assert line["weight"] == pytest.approx(weight_BT.nanmean().item(), rel=1e-4)
+        for ours, theirs in zip(
+            rounds_of(tmp_path / name), rounds_of(tmp_path / "small"), strict=True
+        ):
+            for key in ("loss", "weight", "weight_deciles", "grad_norm"):
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-4), (name, key)
+
+
+def test_schedule_moves_with_the_rounds(tmp_path):
+    settings = ("rule=schedule", "start=0.2", "end=0.8", "anneal=linear")
+    run_world(1, train_here, [two_rounds(tmp_path / "run", {}, 300, *settings)])
+    shares = []
+    for line, fifths in zip(rounds_of(tmp_path / "run"), (1, 2.5), strict=True):  # 0.2, then 0.5
+        weight_BT = sample_weights(tmp_path / "run", line["round"])
+        length_B = (~weight_BT.isnan()).sum(1)
+        first = torch.arange(weight_BT.shape[1]) < (length_B * 2 * fifths / 10).ceil()[:, None]
+        assert torch.equal(weight_BT.nan_to_num(0) > 0, first)
+        assert line["weight"] == pytest.approx(weight_BT.nanmean().item(), rel=1e-6)
+        shares.append(line["weight"])
+    assert 0.15 < shares[0] < 0.35 < 0.45 < shares[1] < 0.6
+
+
 def iwopd(*arguments, **kwargs):
     command = [sys.executable, "-W", "ignore", "-m", "iwopd_megatron", *map(str, arguments)]
     return subprocess.Popen(

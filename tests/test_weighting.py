@@ -1,6 +1,8 @@
 """Token weights against the paper's formula in NumPy: padded, packed, cut over context ranks."""
 
 from fractions import Fraction
+from inspect import signature
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,8 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import run_world
 
+from iwopd_megatron.config import Weighting
 from iwopd_megatron.parallel import zigzag_index
-from iwopd_megatron.weighting import RULES, token_weights, token_weights_packed
+from iwopd_megatron.weighting import (
+    ANNEALS,
+    DENOMINATORS,
+    RULES,
+    ratio_mean,
+    scheduled_share,
+    token_weights,
+    token_weights_packed,
+)
 
 TOLERANCE = 1e-6
 # rule, gamma, share, denominator: every setting that changes a weight
@@ -224,5 +235,220 @@ def test_context_parallel_equals_one_rank(cp):
     run_world(cp, check_context_parallel, cp)
 
 
+def formula(gaps, rule, gamma, alpha, share, denominator, progress, start, end, anneal):
+    """Weights of a whole batch of responses' loss tokens, fp64, straight from method.md."""
+    prior = [np.array([g[:t].sum() for t in range(len(g))]) for g in gaps]
+    ratio = [np.exp(np.clip(alpha * s, -80, 80)) for s in prior]
+    longest = max(map(len, gaps), default=0)
+    z = [np.mean([r[t] for r in ratio if len(r) > t]) for t in range(longest)]
+    wave = (1 - np.cos(np.pi * progress)) / 2 if anneal == "cosine" else progress
+    weights = []
+    for gap, s, r in zip(gaps, prior, ratio, strict=True):
+        t, length, changes = np.arange(len(gap)), len(gap), gap[:-1].any()
+        low, high = (s.min(), s.max()) if changes else (-1, 0)
+        d = np.abs(gap)
+        total = d[:-1].sum() if denominator == "exclusive" else d.sum() + 1e-8
+        used = np.array([d[:k].sum() for k in t]) / total if changes else 0 * s
+        first = t < np.ceil(share * length - 1e-9)
+        weights.append({
+            "surrogate": 1 - used,
+            "iw_signed": 1 + gamma * (s - low) / (high - low),
+            "log_ratio": (s - low) / (high - low),
+            "ratio": r / z[:length],
+            "ratio_blend": 1 + gamma * r / z[:length],
+            "linear": 1 + gamma * (1 - t / max(length - 1, 1)),
+            "prefix_boost": np.where(first, 1 + gamma, 1.0),
+            "schedule": 1.0 * (t < np.ceil((start + (end - start) * wave) * length - 1e-9)),
+        }[rule])  # fmt: skip
+    return weights
+
+
+NEW_RULES = (
+    "surrogate", "iw_signed", "log_ratio", "ratio", "ratio_blend", "linear", "prefix_boost",
+    "schedule",
+)  # fmt: skip
+
+
+def random_settings(random, rule):
+    return dict(
+        rule=rule,
+        gamma=float(random.choice([0.5, 2.0])),
+        alpha=float(random.choice([1.0, 0.1, 0.01, 0.001])),
+        share=float(random.choice([0.3, 0.75])),
+        denominator=str(random.choice(["exclusive", "inclusive"])),
+        start=float(random.choice([0.1, 0.3, 1.0])),
+        end=float(random.choice([0.2, 1.0])),
+        anneal=str(random.choice(["cosine", "linear"])),
+    )
+
+
+def close(got: torch.Tensor, expected: np.ndarray) -> bool:
+    """Relative, and absolute below 1: a rescaled value near 0 is a difference of large sums."""
+    return np.allclose(got.double().numpy(), expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("rule", NEW_RULES)
+@settings(max_examples=60, deadline=None)
+@given(packs(), st.integers(0, 2**32 - 1))
+def test_padded_rules_equal_formula(rule, pack, seed):
+    gap, segments, mask = pack
+    rows, width = segments.max() + 1, np.bincount(segments).max()
+    gap_BT, mask_BT = np.full((rows, width), 7e3, np.float32), np.zeros((rows, width), bool)
+    column = np.concatenate([np.arange(n) for n in np.bincount(segments)])
+    gap_BT[segments, column], mask_BT[segments, column] = gap, mask
+    chosen = random_settings(np.random.default_rng(seed), rule)
+    step = seed % 9
+    weights = token_weights(
+        torch.tensor(gap_BT), torch.tensor(mask_BT), step=step, total_steps=8, **chosen
+    )
+    gaps = [g[m].astype(np.float64) for g, m in zip(gap_BT, mask_BT, strict=True)]
+    expected = formula(gaps, progress=step / 8, **chosen)
+    assert weights.dtype == torch.float32 and weights.shape == gap_BT.shape
+    assert (weights[~torch.tensor(mask_BT)] == 0).all()
+    assert close(weights[torch.tensor(mask_BT)], np.concatenate(expected))
+
+
+def check_rules_context_parallel(cp: int) -> None:
+    dist.init_process_group("gloo")
+    calls = []
+    gather = dist.all_gather_into_tensor
+    dist.all_gather_into_tensor = lambda *args, **kwargs: (
+        calls.append(args[1].numel()), gather(*args, **kwargs),
+    )  # fmt: skip
+    random = np.random.default_rng(10 + cp)
+    alone_error = dict.fromkeys(NEW_RULES, 0.0)
+    for i in range(30 * len(NEW_RULES)):
+        lengths, gap, segments, mask = random_pack(random, cp)
+        rule = NEW_RULES[i % len(NEW_RULES)]
+        chosen = random_settings(random, rule)
+        gaps = [gap[(segments == k) & mask].astype(np.float64) for k in range(len(lengths))]
+        expected = np.zeros(len(gap))
+        expected[mask] = np.concatenate(formula(gaps, progress=0.4, **chosen))
+        index = zigzag_index(lengths, cp, dist.get_rank()).numpy()
+        mean = ratio_mean(gaps, chosen["alpha"])
+        shard = [torch.tensor(x[index]) for x in (gap, segments, mask)]
+        chosen |= dict(num_segments=len(lengths), ratio_mean=mean, step=2, total_steps=5)
+        calls.clear()
+        own = token_weights_packed(*shard, cp_group=dist.group.WORLD, **chosen)
+        signed = rule in ("iw_signed", "log_ratio", "ratio", "ratio_blend")
+        assert calls == [(12 if signed else 6) * len(lengths)], (rule, calls)
+        assert close(own, expected[index]), (i, chosen)
+        alone = token_weights_packed(*shard, **chosen).numpy()
+        alone_error[rule] = max(alone_error[rule], float(np.abs(alone - expected[index]).max()))
+    assert min(alone_error.values()) > 0.1, alone_error  # without the group: shards, not responses
+
+
+@pytest.mark.parametrize("cp", [2, 4])
+def test_rules_context_parallel(cp):
+    run_world(cp, check_rules_context_parallel, cp)
+
+
+def rules_of(gap, **kwargs):
+    """Every new rule's weights of one response, gamma 0.5, share 0.3, the schedule half-way."""
+    return {
+        rule: iw(gap, rule=rule, alpha=1.0, step=1, total_steps=2, **kwargs) for rule in NEW_RULES
+    }
+
+
+def test_rules_on_degenerate_responses():
+    one = rules_of([3.0])  # T = 1: no prefix
+    assert one == {
+        "surrogate": [1.0], "iw_signed": [1.5], "log_ratio": [1.0], "ratio": [1.0],
+        "ratio_blend": [1.5], "linear": [1.5], "prefix_boost": [1.5], "schedule": [1.0],
+    }  # fmt: skip
+    equal = rules_of([0.0] * 4)  # S is constant: rescaled to 1
+    assert equal["iw_signed"] == equal["ratio_blend"] == [1.5] * 4
+    assert equal["surrogate"] == equal["log_ratio"] == equal["ratio"] == [1.0] * 4
+    assert rules_of([0.0] * 3 + [9.0])["log_ratio"] == [1.0] * 4  # the last gap is in no prefix
+    assert rules_of([0.0, -2.0, 0.0, 0.0])["log_ratio"] == [1.0, 1.0, 0.0, 0.0]
+    assert rules_of([0.0, 2.0, 0.0, 0.0])["iw_signed"] == [1.0, 1.0, 1.5, 1.5]
+    nothing = rules_of([1.0, 2.0], mask=[False, False])
+    assert all(weights == [0.0, 0.0] for weights in nothing.values())
+    for rule in NEW_RULES:
+        kwargs = dict(rule=rule, step=1, total_steps=2, ratio_mean=ratio_mean([], 1.0))
+        empty = torch.zeros(0)
+        assert token_weights_packed(empty, empty.long(), empty.bool(), **kwargs).shape == (0,)
+
+
+def test_ratio_by_hand():
+    """Two responses of lengths 3 and 2: the third position has one, so its ratio is 1."""
+    gap = torch.tensor([[1.0, 1.0, 5.0], [-1.0, 3.0, 9.0]])
+    mask = torch.tensor([[True] * 3, [True, True, False]])
+    e, z = np.exp(0.5), (np.exp(0.5) + np.exp(-0.5)) / 2
+    weights = token_weights(gap, mask, rule="ratio", alpha=0.5)
+    assert weights[0].tolist() == pytest.approx([1.0, e / z, 1.0])
+    assert weights[1].tolist() == pytest.approx([1.0, 1 / e / z, 0.0])
+    mean = ratio_mean([[1.0, 1.0, 5.0], [], [-1.0, 3.0]], 0.5)
+    assert mean.dtype == torch.float64
+    assert mean.tolist() == pytest.approx([1.0, z, np.exp(1.0)])
+
+
+def test_ratio_stays_finite():
+    mean = ratio_mean([[1e4] * 3, [-1e4] * 3], 1.0)
+    assert mean.tolist() == [1.0, np.cosh(80), np.cosh(80)]
+    weights = token_weights(
+        torch.tensor([[1e4] * 3, [-1e4] * 3]), torch.ones(2, 3).bool(), rule="ratio", alpha=1.0
+    )
+    assert weights.tolist() == [[1.0, 2.0, 2.0], [1.0, 0.0, 0.0]]
+
+
+def test_schedule_share():
+    shares = [scheduled_share(step, 4, 0.2, 1.0, "linear") for step in range(6)]
+    assert shares == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+    shares = [scheduled_share(step, 4, 1.0, 0.2, "cosine") for step in range(5)]
+    quarter = 0.8 * (1 - np.sqrt(0.5)) / 2
+    assert shares == pytest.approx([1.0, 1.0 - quarter, 0.6, 0.2 + quarter, 0.2])
+
+
+def test_signed_sums_beside_huge_ones():
+    """Segments of huge gaps before, and a huge last gap, leave a small response's sums exact."""
+    small = [1e-6, -3e-6, 4e-6, 2e-6]  # S = 0, 1, -2, 2, 4, all e-6
+    gap = torch.tensor([1e4] * 50 + [-1e4] * 7 + [*small, 1e4], dtype=torch.float32)
+    segments = torch.tensor([0] * 57 + [1] * 5)
+    weights = token_weights_packed(gap, segments, torch.ones(62).bool(), rule="log_ratio")
+    assert weights[57:].tolist() == pytest.approx([1 / 3, 1 / 2, 0, 2 / 3, 1], abs=1e-6)
+
+
+@pytest.mark.parametrize("rule", NEW_RULES)
+def test_long_response_in_every_rule(rule):
+    random = np.random.default_rng(5)
+    gap = random.standard_normal(100_000).astype(np.float32) - np.float32(0.1)
+    d, t = gap.astype(np.float64), np.arange(100_000)
+    s, used = np.cumsum(d) - d, (np.cumsum(np.abs(d)) - np.abs(d)) / np.abs(d[:-1]).sum()
+    scaled, first = (s - s.min()) / (s.max() - s.min()), t < 30_000
+    expected = {
+        "surrogate": 1 - used, "iw_signed": 1 + 0.5 * scaled, "log_ratio": scaled,
+        "ratio": np.ones(len(t)), "ratio_blend": np.full(len(t), 1.5),
+        "linear": 1 + 0.5 * (1 - t / 99_999), "prefix_boost": 1 + 0.5 * first, "schedule": first,
+    }[rule]  # fmt: skip
+    weights = token_weights(
+        torch.tensor(gap)[None], torch.ones(1, len(t)).bool(), rule=rule, step=0, total_steps=1
+    )
+    assert close(weights[0], expected)
+
+
+def test_what_a_rule_needs():
+    gap = torch.ones(3)
+    tokens = gap, gap.long(), gap.bool()
+    for rule in ("ratio", "ratio_blend"):
+        with pytest.raises(ValueError, match=f"'{rule}' on packed tokens needs ratio_mean=; [^.]*"):
+            token_weights_packed(*tokens, rule=rule)
+    for given_steps in ({}, {"step": 1}, {"total_steps": 2}):
+        with pytest.raises(ValueError, match="'schedule' needs step= and total_steps="):
+            token_weights_packed(*tokens, rule="schedule", **given_steps)
+    with pytest.raises(ValueError, match="unknown anneal 'cos'; use cosine or linear"):
+        token_weights_packed(*tokens, rule="schedule", step=0, total_steps=1, anneal="cos")
+
+
 def test_every_rule_is_tested():
-    assert {case[0] for case in CASES} == set(RULES)
+    assert {case[0] for case in CASES} | set(NEW_RULES) == set(RULES)
+
+
+def test_config_names_the_same_choices_and_defaults():
+    fields = Weighting.model_fields
+    assert set(get_args(fields["rule"].annotation)) == set(RULES)
+    assert set(get_args(fields["denominator"].annotation)) == set(DENOMINATORS)
+    assert set(get_args(fields["anneal"].annotation)) == set(ANNEALS)
+    for function in (token_weights, token_weights_packed):
+        defaults = {name: p.default for name, p in signature(function).parameters.items()}
+        assert Weighting().model_dump().items() <= defaults.items()
