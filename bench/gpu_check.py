@@ -28,11 +28,12 @@ from iwopd_megatron import (  # noqa: E402
     parity,
 )
 from iwopd_megatron.actor import Schedule  # noqa: E402
-from iwopd_megatron.config import Layout, Train, load_recipe, read_hf_config  # noqa: E402
+from iwopd_megatron.config import Layout, Train, load_recipe  # noqa: E402
 from iwopd_megatron.model import build_model, wrap_precision  # noqa: E402
 from iwopd_megatron.objective import PolicyObjective  # noqa: E402
 from iwopd_megatron.optimizer import build_optimizer, wrap_data_parallel  # noqa: E402
 from iwopd_megatron.parallel import initialise, local_context, shutdown, start_local  # noqa: E402
+from iwopd_megatron.preflight import read_hf_config  # noqa: E402
 from iwopd_megatron.progress import Progress  # noqa: E402
 from iwopd_megatron.runlog import read_metrics  # noqa: E402
 from iwopd_megatron.trainer import Trainer  # noqa: E402
