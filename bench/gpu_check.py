@@ -21,12 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from iwopd_megatron import (  # noqa: E402
-    backend,
-    device,
-    hf_reference,  # noqa: E402
-    parity,
-)
+from iwopd_megatron import backend, device, hf_reference, parity  # noqa: E402
 from iwopd_megatron.actor import Schedule  # noqa: E402
 from iwopd_megatron.config import Layout, Train, load_recipe  # noqa: E402
 from iwopd_megatron.model import build_model, wrap_precision  # noqa: E402
