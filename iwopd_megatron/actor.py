@@ -86,7 +86,11 @@ class Schedule:
         return self.run(batches, length, on_output)
 
     def logprobs(
-        self, hidden: torch.Tensor, model: HiddenStateModel, batch: MicroBatch
+        self,
+        hidden: torch.Tensor,
+        model: HiddenStateModel,
+        batch: MicroBatch,
+        with_entropy: bool = True,
     ) -> LogProbs:
         """Log-probs (`[N]`, nats) of the targets from last-stage hidden states `[T / tp, 1, D]`."""
         return linear_logprobs(
@@ -97,4 +101,5 @@ class Schedule:
             sequence_parallel=self.parallel.tp.size > 1,
             rows=batch.rows,
             temperature=self.temperature,
+            with_entropy=with_entropy,
         )

@@ -160,9 +160,7 @@ class SdpaAttention(MegatronModule):
     def _batched(self, query, key, value, packing: Packing):
         """Packed sequences as a right-padded batch; causal masks keep padding from real tokens."""
         lengths, longest = packing.lengths, max(packing.lengths)
-        if (
-            longest * len(lengths) > 2 * query.shape[0]
-        ):  # ragged: padding would cost more than the calls
+        if longest * len(lengths) > 2 * query.shape[0]:  # padding would cost more than the calls
             parts = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
             return torch.cat([self._attend(*part) for part in parts])
         token_SL, place_T = packing.padded

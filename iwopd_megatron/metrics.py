@@ -15,7 +15,7 @@ POLICY_SUMS = {
     "tokens": 1, "loss": 1, "gap": 1, "abs_gap": 1, "weight": 1, "entropy": 1, "drift": 1,
     "tis_capped": 1, "decile_tokens": 10, "gap_deciles": 10, "weight_deciles": 10,
 }  # fmt: skip
-NLL_SUMS = {"tokens": 1, "loss": 1, "entropy": 1}
+NLL_SUMS = {"tokens": 1, "loss": 1}
 
 
 def reduce_sums(

@@ -90,7 +90,6 @@ def nll_objective(logprobs: LogProbs, batch: MicroBatch) -> tuple[torch.Tensor, 
     return value, {
         "tokens": torch.tensor(len(batch.rows), device=value.device),
         "loss": value.detach(),
-        "entropy": logprobs.entropy.detach().sum(),
     }
 
 

@@ -96,7 +96,7 @@ def build_optimizer(wrapped: list[DistributedDataParallel], train: Train):
         megatron_optimizer.OptimizerConfig(
             optimizer="adam",
             lr=train.lr,
-            min_lr=train.min_lr if train.schedule == "cosine" else 0.0,
+            min_lr=train.min_lr,
             weight_decay=train.weight_decay,
             adam_beta1=train.betas[0],
             adam_beta2=train.betas[1],
@@ -113,12 +113,12 @@ def build_optimizer(wrapped: list[DistributedDataParallel], train: Train):
 
 
 def build_scheduler(optimizer, train: Train) -> OptimizerParamScheduler:
-    """Linear warm-up, then constant or cosine; one step a round."""
-    return OptimizerParamScheduler(
+    """Linear warm-up, then constant or cosine; one step a round, the first already counted."""
+    scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=train.lr,
-        min_lr=train.min_lr if train.schedule == "cosine" else 0.0,
+        min_lr=train.min_lr,
         lr_warmup_steps=train.warmup_rounds,
         lr_decay_steps=max(train.rounds, train.warmup_rounds + 1),
         lr_decay_style=train.schedule,
@@ -127,3 +127,5 @@ def build_scheduler(optimizer, train: Train) -> OptimizerParamScheduler:
         wd_incr_steps=0,
         wd_incr_style="constant",
     )
+    scheduler.step(1)
+    return scheduler

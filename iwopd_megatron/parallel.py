@@ -43,7 +43,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Parallel:
-    """The mesh as this rank sees it. `dp_cp` and `model` are products of axes."""
+    """The mesh as this rank sees it. `dp_cp` and `expert_model` are products of axes."""
 
     layout: Layout
     tp: Axis

@@ -32,7 +32,6 @@ class Student:
         self.chunks = wrap_data_parallel(wrap_precision(chunks), recipe.train)
         self.optimizer = build_optimizer(self.chunks, recipe.train)
         self.scheduler = build_scheduler(self.optimizer, recipe.train)
-        self.scheduler.step(1)  # the learning rate of round 1
         temperature = recipe.rollout.temperature if recipe.teacher is not None else 1.0
         self.schedule = Schedule(self.chunks, parallel, temperature)
 

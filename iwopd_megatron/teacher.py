@@ -42,7 +42,7 @@ class EmbeddedTeacher:
         first = dict(zip((sample.index for sample in samples), starts, strict=False))
 
         def on_output(hidden, model, batch):
-            logp = self.schedule.logprobs(hidden, model, batch).logp
+            logp = self.schedule.logprobs(hidden, model, batch, with_entropy=False).logp
             return logp.sum(), (batch, logp)
 
         for batch, logp in self.schedule.run(batches, length, on_output, forward_only=True):

@@ -206,13 +206,19 @@ def random_pack(random, cp):
     return lengths, gap, segments, mask
 
 
-def check_context_parallel(cp: int) -> None:
-    dist.init_process_group("gloo")
-    calls = []
+def record_gathers() -> list[int]:
+    """From now on every all-gather of this process appends the size of what it sends."""
+    calls: list[int] = []
     gather = dist.all_gather_into_tensor
     dist.all_gather_into_tensor = lambda *args, **kwargs: (
         calls.append(args[1].numel()), gather(*args, **kwargs),
     )  # fmt: skip
+    return calls
+
+
+def check_context_parallel(cp: int) -> None:
+    dist.init_process_group("gloo")
+    calls = record_gathers()
     random = np.random.default_rng(cp)
     naive_error = 0.0
     for i in range(60):
@@ -310,11 +316,7 @@ def test_padded_rules_equal_formula(rule, pack, seed):
 
 def check_rules_context_parallel(cp: int) -> None:
     dist.init_process_group("gloo")
-    calls = []
-    gather = dist.all_gather_into_tensor
-    dist.all_gather_into_tensor = lambda *args, **kwargs: (
-        calls.append(args[1].numel()), gather(*args, **kwargs),
-    )  # fmt: skip
+    calls = record_gathers()
     random = np.random.default_rng(10 + cp)
     alone_error = dict.fromkeys(NEW_RULES, 0.0)
     for i in range(30 * len(NEW_RULES)):
