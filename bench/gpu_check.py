@@ -23,16 +23,17 @@ import torch  # noqa: E402
 
 from iwopd_megatron import backend, device, hf_reference, parity  # noqa: E402
 from iwopd_megatron.actor import Schedule  # noqa: E402
-from iwopd_megatron.config import Layout, Train, load_recipe  # noqa: E402
+from iwopd_megatron.config import Layout, Train  # noqa: E402
 from iwopd_megatron.model import build_model, wrap_precision  # noqa: E402
-from iwopd_megatron.objective import PolicyObjective  # noqa: E402
+from iwopd_megatron.objective import DistillationObjective  # noqa: E402
 from iwopd_megatron.optimizer import build_optimizer, wrap_data_parallel  # noqa: E402
+from iwopd_megatron.packing import Packer  # noqa: E402
 from iwopd_megatron.parallel import initialise, local_context, shutdown, start_local  # noqa: E402
 from iwopd_megatron.preflight import read_hf_config  # noqa: E402
 from iwopd_megatron.progress import Progress  # noqa: E402
+from iwopd_megatron.recipe import load_recipe  # noqa: E402
 from iwopd_megatron.runlog import read_metrics  # noqa: E402
 from iwopd_megatron.trainer import Trainer  # noqa: E402
-from iwopd_megatron.trajectory import pack  # noqa: E402
 
 STEPS, WARM_UP = 8, 3
 QWEN = dict(
@@ -86,9 +87,9 @@ def time_slice(hf, lengths, recompute, queue):
     wrapped = wrap_data_parallel(wrap_precision(chunks), train)
     optimizer = build_optimizer(wrapped, train)
     schedule = Schedule(wrapped, parallel)
-    objective = PolicyObjective(hf_reference.LOSS, parallel.cp.group)
+    objective = DistillationObjective(hf_reference.LOSS, parallel.cp.group)
     samples = hf_reference.make_samples(hf["vocab_size"], lengths)
-    batches, length = pack(samples, parallel, sum(lengths), "seq_mean_token_mean")
+    batches, length = Packer(parallel, sum(lengths))(samples, "seq_mean_token_mean")
 
     def on_output(hidden, model, batch):
         return objective(schedule.logprobs(hidden, model, batch), batch)

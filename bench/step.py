@@ -20,11 +20,11 @@ from iwopd_megatron.actor import Schedule
 from iwopd_megatron.config import Layout, Train
 from iwopd_megatron.hf_io import HfTensors, load_shards
 from iwopd_megatron.model import build_model
-from iwopd_megatron.objective import PolicyObjective
+from iwopd_megatron.objective import DistillationObjective
 from iwopd_megatron.optimizer import build_optimizer, wrap_data_parallel
+from iwopd_megatron.packing import Packer
 from iwopd_megatron.parallel import initialise, local_context, start_local
 from iwopd_megatron.preflight import read_hf_config
-from iwopd_megatron.trajectory import pack
 from iwopd_megatron.weighting import token_weights
 
 FOLDER = Path("recipes/demo/student")
@@ -72,10 +72,10 @@ def trainer_step(layout):
     wrapped = wrap_data_parallel(chunks, TRAIN)
     optimizer = build_optimizer(wrapped, TRAIN)
     schedule = Schedule(wrapped, parallel)
-    objective = PolicyObjective(hf_reference.LOSS, parallel.cp.group)
+    objective = DistillationObjective(hf_reference.LOSS, parallel.cp.group)
 
     def step():
-        batches, length = pack(SAMPLES, parallel, 4096, "seq_mean_token_mean")
+        batches, length = Packer(parallel, 4096)(SAMPLES, "seq_mean_token_mean")
         schedule.accumulate(optimizer, batches, length, objective)
         optimizer.step()
 

@@ -1,18 +1,21 @@
-"""Run micro-batches through Megatron's pipeline schedule; turn hidden states into log-probs."""
+"""Run micro-batches through Megatron's pipeline schedule: log-probs to train on, or to score."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from iwopd_megatron import device
 from iwopd_megatron.logprobs import LogProbs, linear_logprobs
 from iwopd_megatron.model import HiddenStateModel
+from iwopd_megatron.packing import MicroBatch, Packer
 from iwopd_megatron.parallel import Parallel
-from iwopd_megatron.trajectory import MicroBatch
+from iwopd_megatron.trajectory import Trajectory
 
 device.install()
 
@@ -24,6 +27,9 @@ OnOutput = Callable[[torch.Tensor, HiddenStateModel, MicroBatch], tuple[torch.Te
 
 # (log-probs of the loss tokens, batch) -> (loss, sums of metrics)
 Objective = Callable[[LogProbs, MicroBatch], tuple[torch.Tensor, Any]]
+
+# A teacher's likeliest ids and their log-probs, [N, K] each, of one micro-batch
+Support = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class Schedule:
         """What `on_output` kept of every micro-batch on last-stage ranks, [] elsewhere.
 
         Computes gradients unless `forward_only`. length: tokens of a micro-batch before the
-        context-parallel cut (`trajectory.pack` returns it).
+        context-parallel cut (`Packer` returns it).
         """
 
         def step(iterator, chunk):
@@ -85,14 +91,46 @@ class Schedule:
 
         return self.run(batches, length, on_output)
 
+    def score(
+        self, samples: list[Trajectory], packer: Packer, topk: int = 0
+    ) -> tuple[list[list[float]], list[Support]]:
+        """Log-probs (nats) of every response token, in the order of the samples. Collective.
+
+        One all-reduce of an fp32 per response token. With `topk` also the K likeliest ids of this
+        rank's micro-batches, those of `packer(samples)` in order, on the last stage; they stay
+        where the student's loss reads them.
+        """
+        starts = [0, *accumulate(len(sample.response_ids) for sample in samples)]
+        first = torch.zeros(1 + max(sample.index for sample in samples), dtype=torch.long)
+        first[[sample.index for sample in samples]] = torch.tensor(starts[:-1])
+        scores = torch.zeros(starts[-1], device=device.current_device())
+        first = first.to(scores.device)
+
+        def on_output(hidden, model, batch):
+            found = self.logprobs(hidden, model, batch, with_entropy=False, topk=topk)
+            return found.logp.sum(), (batch, found)
+
+        kept = self.run(*packer(samples), on_output, forward_only=True)
+        if self.parallel.tp.rank == 0:
+            for batch, found in kept:
+                scores[first[batch.owner] + batch.offset] = found.logp
+        dist.all_reduce(scores)
+        values = scores.tolist()
+        supports = [(found.topk_ids, found.topk_logp) for _, found in kept if topk]
+        return [values[a:b] for a, b in zip(starts, starts[1:], strict=False)], supports
+
     def logprobs(
         self,
         hidden: torch.Tensor,
         model: HiddenStateModel,
         batch: MicroBatch,
         with_entropy: bool = True,
+        topk: int = 0,
     ) -> LogProbs:
-        """Log-probs (`[N]`, nats) of the targets from last-stage hidden states `[T / tp, 1, D]`."""
+        """Log-probs (`[N]`, nats) of the targets from last-stage hidden states `[T / tp, 1, D]`.
+
+        And of the batch's `topk_ids` where it has them, or of the `topk` likeliest ids.
+        """
         return linear_logprobs(
             hidden.squeeze(1),
             model.head_weight(),
@@ -102,4 +140,6 @@ class Schedule:
             rows=batch.rows,
             temperature=self.temperature,
             with_entropy=with_entropy,
+            topk_ids=batch.topk_ids,
+            topk=topk,
         )

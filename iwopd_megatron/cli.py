@@ -10,9 +10,12 @@ from typing import Annotated
 
 import typer
 
-from iwopd_megatron.config import Layout, Recipe, load_recipe
+from iwopd_megatron import doctor
+from iwopd_megatron.config import Layout, Recipe
+from iwopd_megatron.data import encode_problems, read_problems
 from iwopd_megatron.errors import RecipeError, UserError
 from iwopd_megatron.preflight import check_layout, check_resume, read_hf_config
+from iwopd_megatron.recipe import load_recipe
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -67,6 +70,23 @@ def _train(recipe: Recipe, resume: bool) -> None:
         check_resume(recipe)
     worker = _workers()
     sys.exit(worker.execute(recipe.world, worker.train, (recipe, resume)))
+
+
+@app.command("doctor")
+def examine(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Say what a recipe minimises, and which of its settings do nothing or not what they say."""
+    loaded = load_recipe(recipe, overrides or [])
+    print(f"objective: {doctor.objective_line(loaded)}.")
+    from transformers import AutoTokenizer
+
+    problems = read_problems(loaded.data.train, need_response=loaded.teacher is None)
+    limit = loaded.rollout.max_prompt_tokens
+    kept = encode_problems(AutoTokenizer.from_pretrained(loaded.student.hf), problems, limit)
+    dropped = len(problems) - len(kept)
+    print(f"data: {len(kept)} prompts of at most {limit} tokens, {dropped} longer ones left out.")
+    notes = doctor.findings(loaded) + doctor.long_prompts(dropped, len(problems), limit)
+    for note in notes:
+        print(f"note: {note}")
 
 
 @app.command()

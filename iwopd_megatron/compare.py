@@ -13,8 +13,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from iwopd_megatron.config import Recipe, load_recipe
+from iwopd_megatron.config import Recipe
 from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.recipe import load_recipe
 from iwopd_megatron.runlog import read_metrics
 
 ARM_NAMES = {"uniform": "opd"}  # uniform token weights are plain OPD

@@ -1,21 +1,15 @@
-"""The typed recipe: frozen pydantic models from YAML plus dotted overrides, checked up front.
+"""The typed recipe: frozen pydantic models, one section each. `recipe.py` reads them from YAML.
 
-Imports no torch, so a wrong recipe is refused at once. A problem is one `RecipeError` sentence that
-names the key and says what to write instead. Paths are relative to the current directory.
+Imports no torch. Paths are relative to the current directory.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError
-
-from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.preflight import check
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -68,8 +62,8 @@ class Student(Model):
     )
 
 
-class Teacher(Model):
-    """The embedded teacher: same processes and layout as the student, its own sizes."""
+class Frozen(Model):
+    """An embedded model that only scores: same processes and layout as the student, own sizes."""
 
     offload: bool = Field(False, description="keep its weights in host memory except while scoring")
 
@@ -84,6 +78,9 @@ class Rollout(_Section):
     )
     temperature: float = Field(
         1.0, gt=0, description="sampling temperature; teacher scores use it too"
+    )
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="sample from the likeliest tokens of this joint probability"
     )
     batch_size: PositiveInt = Field(512, description="prompts one rank generates for at a time")
 
@@ -122,23 +119,67 @@ class Weighting(_Section):
     )
 
 
+class TopK(_Section):
+    """The dense variant's support: the teacher's K likeliest tokens at each position."""
+
+    k: PositiveInt = Field(64, description="tokens of the support")
+    support: Literal["renormalised", "tail", "truncated"] = Field(
+        "renormalised",
+        description="both models renormalised on the support, or a bucket for the rest of the "
+        "vocabulary; truncated has neither and is not a divergence",
+    )
+
+
 class Loss(_Section):
+    objective: Literal["policy", "topk_kl"] = Field(
+        "policy",
+        description="policy: the sampled token's advantage (the paper); topk_kl: "
+        "KL(student || teacher) on the teacher's top K, differentiated as a loss",
+    )
+    advantage: Literal["sampled_gap", "topk_kl"] = Field(
+        "sampled_gap", description="policy: teacher's minus student's log-prob of the sampled token"
+    )
+    extrapolation: float = Field(
+        1.0,
+        gt=0,
+        description="policy: lambda of ExOPD, lambda (teacher - base) - (student - base); 1 is OPD",
+    )
     weighting: Weighting = Weighting()
     clip: float = Field(
-        0.2, gt=0, description="PPO clip range; inert with one optimiser step a round"
+        0.2, gt=0, description="policy: PPO clip range; inert with one optimiser step a round"
     )
-    tis_cap: float = Field(
-        5.0, gt=0, description="cap of the truncated importance weight trainer / engine"
+    dual_clip: float | None = Field(
+        None,
+        gt=1,
+        description="policy: where the advantage is negative, a token's loss is at most this "
+        "times -advantage (authors' code: 3.0); null: no bound",
+    )
+    tis_cap: float | None = Field(
+        5.0,
+        gt=0,
+        description="policy: cap of the truncated importance weight trainer / engine; null: off",
     )
     aggregation: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum"] = Field(
         "seq_mean_token_mean",
-        description="seq_mean_token_mean reproduces the paper: every response counts the same",
+        description="seq_mean_token_mean reproduces the paper: every response counts the same; "
+        "token_mean: every token does",
     )
+    mask_special_tokens: Literal["none", "all_but_eos", "all"] = Field(
+        "none", description="tokens the tokenizer calls special that no loss and no sum reads"
+    )
+    mask_truncated: bool = Field(
+        False, description="no loss reads a response that was cut at rollout.max_response_tokens"
+    )
+    topk: TopK = TopK()
 
 
 class Train(_Section):
-    rounds: PositiveInt = Field(100, description="rounds; one optimiser step each")
+    rounds: PositiveInt = Field(100, description="rounds of rollout and training")
     prompts_per_round: PositiveInt = Field(1024, description="prompts, one response each")
+    minibatches: PositiveInt = Field(
+        1, description="parts a round's responses are dealt into, an optimiser step each"
+    )
+    epochs: PositiveInt = Field(1, description="times a round's responses are trained on")
     microbatch_tokens: PositiveInt = Field(
         20480, description="token budget of one packed micro-batch"
     )
@@ -182,7 +223,10 @@ class Recipe(_Section):
 
     out: Path = Field(description="run folder")
     student: Student
-    teacher: Teacher | None = Field(None, description="absent: supervised fine-tuning only")
+    teacher: Frozen | None = Field(None, description="absent: supervised fine-tuning only")
+    base: Frozen | None = Field(
+        None, description="ExOPD: the base student; default: what student.hf holds"
+    )
     data: Data
     rollout: Rollout = Rollout()
     loss: Loss = Loss()
@@ -198,77 +242,14 @@ class Recipe(_Section):
     def world(self) -> int:
         return self.processes or self.student.parallel.unit
 
+    @property
+    def steps_per_round(self) -> int:
+        """Optimiser steps a round; with more than one, old log-probs are computed up front."""
+        return self.train.minibatches * self.train.epochs
 
-def load_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
-    """Read YAML, apply `a.b=value` overrides (YAML syntax), and check everything checkable."""
-    if not path.is_file():
-        raise RecipeError(
-            f"recipe {path} does not exist; "
-            "recipes ship in recipes/, e.g. recipes/demo_tiny_moe.yaml."
-        )
-    try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            f"recipe {path} is not valid YAML: {' '.join(str(error).split())}."
-        ) from None
-    if not isinstance(tree, dict):
-        raise RecipeError(
-            f"recipe {path} must hold 'key: value' lines, not a {type(tree).__name__}."
-        )
-    for override in overrides:
-        _apply(tree, override)
-    recipe = parse_recipe(tree, str(path))
-    check(recipe)
-    return recipe
-
-
-def parse_recipe(tree: dict[str, Any], where: str) -> Recipe:
-    """Validate types and key names; the first problem becomes a RecipeError."""
-    try:
-        return Recipe.model_validate(tree)
-    except ValidationError as error:
-        raise RecipeError(f"{where}: {_sentence(error.errors()[0])}") from None
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"override '{override}' is not key=value; write e.g. train.lr=3e-4.")
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        if tree.get(parent) is None:
-            tree[parent] = {}
-        tree = tree[parent]
-        if not isinstance(tree, dict):
-            raise RecipeError(f"override '{override}': '{parent}' holds a value, not a section.")
-    try:
-        tree[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise RecipeError(
-            f"override '{override}': cannot read '{value}' as a YAML value."
-        ) from None
-
-
-def _sentence(error: dict[str, Any]) -> str:
-    path = [str(part) for part in error["loc"]]
-    key = ".".join(path)
-    if error["type"] == "extra_forbidden":
-        section: Any = Recipe
-        for part in path[:-1]:
-            section = _section_class(section.model_fields[part].annotation)
-        close = difflib.get_close_matches(path[-1], section.model_fields, 1)
-        hint = (
-            f"did you mean '{close[0]}'?"
-            if close
-            else f"known keys: {', '.join(section.model_fields)}."
-        )
-        return f"unknown key '{key}'; {hint}"
-    if error["type"] == "missing":
-        return f"'{key}' is missing; add it to the recipe or write {key}=... on the command line."
-    return f"'{key}' is {error.get('input')!r}: {error['msg'][0].lower()}{error['msg'][1:]}."
-
-
-def _section_class(annotation: Any) -> type[_Section]:
-    options = getattr(annotation, "__args__", (annotation,))
-    return next(o for o in options if isinstance(o, type) and issubclass(o, _Section))
+    @property
+    def base_model(self) -> Frozen | None:
+        """The model ExOPD extrapolates from; None where it does not."""
+        if self.loss.extrapolation == 1.0:
+            return None
+        return self.base or Frozen(hf=self.student.hf, dtype=self.student.dtype)

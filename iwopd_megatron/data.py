@@ -80,6 +80,14 @@ def encode_prompt(tokenizer: Any, question: str) -> list[int]:
     return tokenizer.encode(question, add_special_tokens=False)
 
 
+def encode_problems(
+    tokenizer: Any, problems: list[Problem], limit: int
+) -> list[tuple[Problem, list[int]]]:
+    """The problems whose prompts have at most `limit` tokens, with those tokens; none is cut."""
+    encoded = [(problem, encode_prompt(tokenizer, problem.question)) for problem in problems]
+    return [(problem, ids) for problem, ids in encoded if len(ids) <= limit]
+
+
 class PromptOrder:
     """An endless order: every epoch permuted anew (or in file order). `cursor` is all its state."""
 

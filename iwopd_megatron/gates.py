@@ -52,15 +52,21 @@ def rollouts(samples: list[Trajectory], version: int, vocab_size: int) -> None:
 
 
 def teacher_scores(samples: list[Trajectory], vocab_size: int) -> None:
-    """Teacher log-probs are finite, not positive, and not one constant such as -log V."""
-    values = [value for sample in samples for value in sample.teacher_logp]
+    """Teacher log-probs are finite, not positive, and not one constant such as -log V.
+
+    Where no loss reads a token it has none.
+    """
+    values = []
     for sample in samples:
         if len(sample.teacher_logp) != len(sample.response_ids):
             raise GateError(
                 f"sample {sample.index} has {len(sample.response_ids)} tokens but "
                 f"{len(sample.teacher_logp)} teacher log-probs; each token needs one."
             )
-        bad = [v for v in sample.teacher_logp if not math.isfinite(v) or v > 1e-4]
+        read = sample.loss_mask or [True] * len(sample.response_ids)
+        own = [v for v, is_read in zip(sample.teacher_logp, read, strict=True) if is_read]
+        values += own
+        bad = [v for v in own if not math.isfinite(v) or v > 1e-4]
         if bad:
             raise GateError(
                 f"sample {sample.index}: teacher log-prob {bad[0]} is not a finite number <= 0; "

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from iwopd_megatron import device
+from iwopd_megatron.topk import RunningTopK
 
 device.install()
 
@@ -32,6 +33,7 @@ class LogProbs(NamedTuple):
     logp: torch.Tensor  # [N]
     entropy: torch.Tensor | None  # [N]
     topk_logp: torch.Tensor | None = None  # [N, K]
+    topk_ids: torch.Tensor | None = None  # [N, K] int64, of topk_logp; likeliest first if found
 
 
 def linear_logprobs(
@@ -45,6 +47,7 @@ def linear_logprobs(
     temperature: float = 1.0,
     with_entropy: bool = True,
     topk_ids: torch.Tensor | None = None,
+    topk: int = 0,
     chunk_tokens: int | None = None,
     chunk_vocab: int | None = None,
 ) -> LogProbs:
@@ -53,10 +56,13 @@ def linear_logprobs(
     hidden: `[N, D]`, or this rank's `[N / tp, D]` when `sequence_parallel`; weight: `[V, D]`, this
     rank's rows of the vocabulary; targets: int64, one per kept row; rows: int64 indices of the
     tokens some loss reads (default all); topk_ids: int64 `[N, K]`, more ids to score (a teacher's
-    top K). Matrix products run in the weight's dtype, everything else in fp32. Over tp: two
-    all-reduces forward ([N] max, [3 + K, N] sum) and one collective backward, however many tiles of
-    `chunk_tokens` x `chunk_vocab` logits there are.
+    top K); topk: find the K likeliest ids of the whole vocabulary and their log-probs (those
+    without gradient). Matrix products run in the weight's dtype, everything else in fp32. Over tp:
+    two all-reduces forward ([N] max, [3 + K, N] sum), for topk an all-gather of [N, 2 topk], and
+    one collective backward, however many tiles of `chunk_tokens` x `chunk_vocab` logits there are.
     """
+    if topk and topk_ids is not None:
+        raise ValueError("score given topk_ids or topk, not both.")
     if sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, group=tp_group)
     elif tp_group is not None and tp_group.size() > 1:
@@ -66,11 +72,11 @@ def linear_logprobs(
     default = GPU_TILE if device.has_gpu() else CPU_TILE
     tile = chunk_tokens or default[0], chunk_vocab or default[1]
     hidden = hidden.to(weight.dtype)
-    return LogProbs(
-        *_LinearLogProbs.apply(
-            hidden, weight, targets, topk_ids, 1 / temperature, tp_group, tile, with_entropy
-        )
+    best = RunningTopK(len(targets), topk, targets.device) if topk else None
+    logp, entropy, topk_logp = _LinearLogProbs.apply(
+        hidden, weight, targets, topk_ids, 1 / temperature, tp_group, tile, with_entropy, best
     )
+    return LogProbs(logp, entropy, topk_logp, best.id_NK if best else topk_ids)
 
 
 def _tiles(tokens: int, vocab: int, tile: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
@@ -96,8 +102,9 @@ class _LinearLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden_ND, weight_VD, target_N, topk_NK, inv_temperature, group, tile, with_entropy
-    ):
+        ctx, hidden_ND, weight_VD, target_N, topk_NK, inv_temperature, group, tile, with_entropy,
+        best,
+    ):  # fmt: skip
         parallel = group is not None and group.size() > 1
         start = group.rank() * weight_VD.shape[0] if parallel else 0
         # Ids to score, the target first; outside [0, V) where another rank owns them.
@@ -112,6 +119,8 @@ class _LinearLogProbs(torch.autograd.Function):
             logits_CU = _logits(hidden_ND, weight_VD, s, v, inv_temperature)
             place_CK, is_here_CK = _places(ids_NK[s], v)
             found_KN[:, s] += logits_CU.gather(1, place_CK).where(is_here_CK, 0).t()
+            if best is not None:
+                best.add(logits_CU, s, start + v.start)
             new_max_C = torch.maximum(max_N[s], logits_CU.amax(-1))
             rescale_C = (max_N[s] - new_max_C).exp_()
             max_N[s] = new_max_C
@@ -127,6 +136,8 @@ class _LinearLogProbs(torch.autograd.Function):
             dist.all_reduce(max_N, dist.ReduceOp.MAX, group=group)
             stats[:2] *= (own_max_N - max_N).exp_()
             dist.all_reduce(stats, group=group)
+            if best is not None:
+                best.merge(group)
         logz_N = max_N + sum_N.log()
         mean_logit_N = weighted_N / sum_N
         ctx.save_for_backward(hidden_ND, weight_VD, ids_NK, logz_N, mean_logit_N)
@@ -134,7 +145,11 @@ class _LinearLogProbs(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         logp_KN = found_KN - logz_N
         entropy_N = logz_N - mean_logit_N if with_entropy else None
-        return logp_KN[0].clone(), entropy_N, None if topk_NK is None else logp_KN[1:].t().clone()
+        topk_logp_NK = None if topk_NK is None else logp_KN[1:].t().clone()
+        if best is not None:
+            topk_logp_NK = best.value_NK - logz_N[:, None]
+            ctx.mark_non_differentiable(topk_logp_NK)
+        return logp_KN[0].clone(), entropy_N, topk_logp_NK
 
     @staticmethod
     def backward(ctx, dlogp_N, dentropy_N, dtopk_NK):
@@ -162,7 +177,7 @@ class _LinearLogProbs(torch.autograd.Function):
             dlogits_CU = dlogits_CU.to(weight_VD.dtype)
             _add_product(dhidden_ND[s], dlogits_CU, weight_VD[v])
             _add_product(dweight_VD[v], dlogits_CU.t(), hidden_ND[s])
-        return dhidden_ND.to(hidden_ND.dtype), dweight_VD.to(weight_VD.dtype), *[None] * 6
+        return dhidden_ND.to(hidden_ND.dtype), dweight_VD.to(weight_VD.dtype), *[None] * 7
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

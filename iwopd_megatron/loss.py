@@ -3,9 +3,12 @@
 A_t = teacher_logp_t - old_logp_t (Eq. 6), times w_t;  eta_t = exp(logp_t - old_logp_t);
 loss = sum_t c_t * -min(eta_t A_t, clip(eta_t, 1 - eps, 1 + eps) A_t) / denominator_t   (Eq. 67)
 with c_t = min(exp(old_logp_t - rollout_logp_t), cap), truncated importance weight trainer / engine.
+Dual clip (the authors' code): where A_t < 0 the term in front of c_t is at most -dual_clip * A_t.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -39,21 +42,36 @@ def policy_loss(
     mask: torch.Tensor,
     *,
     clip: float = 0.2,
+    dual_clip: float | None = None,
     rollout_logp: torch.Tensor | None = None,
-    tis_cap: float = 5.0,
+    tis_cap: float | None = 5.0,
     denominator: float | torch.Tensor,
 ) -> torch.Tensor:
     """Scalar: this rank's masked-in sum of the clipped objective divided by `denominator`.
 
     All tensors fp32 of one shape; `denominator` is the global count, or one per token
     (`token_denominator`), so that sums over micro-batches and ranks give the mean over the whole
-    optimiser step. Log-ratios are clamped to +-20 before exp.
+    optimiser step. Without `rollout_logp` or `tis_cap` there is no importance weight. Log-ratios
+    are clamped to +-20 before exp.
     """
     ratio = (logp - old_logp).clamp(-20, 20).exp()
     objective = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
-    if rollout_logp is not None:
+    if dual_clip is not None:
+        bounded = torch.maximum(objective, dual_clip * advantage)
+        objective = torch.where(advantage < 0, bounded, objective)
+    if rollout_logp is not None and tis_cap is not None:
         objective = objective * importance_weight(old_logp, rollout_logp, tis_cap)
     return -(objective / denominator).where(mask, 0).sum()
+
+
+def is_clipped(
+    logp: torch.Tensor, old_logp: torch.Tensor, advantage: torch.Tensor, clip: float
+) -> torch.Tensor:
+    """Bool per token: the PPO clip holds its gradient back."""
+    log_ratio = (logp - old_logp).detach()
+    too_far_up = (log_ratio > math.log1p(clip)) & (advantage > 0)
+    too_far_down = (log_ratio < math.log1p(-min(clip, 1 - 1e-6))) & (advantage < 0)
+    return too_far_up | too_far_down
 
 
 def importance_weight(

@@ -11,11 +11,17 @@ from iwopd_megatron import device
 from iwopd_megatron.parallel import Parallel
 from iwopd_megatron.trajectory import Trajectory
 
-POLICY_SUMS = {
-    "tokens": 1, "loss": 1, "gap": 1, "abs_gap": 1, "weight": 1, "entropy": 1, "drift": 1,
-    "tis_capped": 1, "decile_tokens": 10, "gap_deciles": 10, "weight_deciles": 10,
-}  # fmt: skip
 NLL_SUMS = {"tokens": 1, "loss": 1}
+_DISTILLATION_SUMS = NLL_SUMS | {
+    "gap": 1, "abs_gap": 1, "weight": 1, "entropy": 1, "drift": 1,
+    "decile_tokens": 10, "gap_deciles": 10, "weight_deciles": 10,
+}  # fmt: skip
+# What each objective's sums are, and how many numbers each.
+SUMS = {
+    "policy": _DISTILLATION_SUMS | {"clipped": 1, "tis_capped": 1},
+    "topk_kl": _DISTILLATION_SUMS
+    | {"topk_kl": 1, "topk_mass_teacher": 1, "topk_mass_student": 1, "topk_hit": 1},
+}
 
 
 def reduce_sums(
@@ -34,10 +40,10 @@ def reduce_sums(
     return dict(zip(sizes, total.cpu().split(list(sizes.values())), strict=True))
 
 
-def policy_means(sums: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Means per token over the whole step; deciles without a token are null."""
+def token_means(sums: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Means per loss token; deciles without a token are null."""
     tokens = sums["tokens"].item()
-    names = ("gap", "abs_gap", "weight", "entropy", "drift", "tis_capped")
+    names = [name for name in sums if sums[name].numel() == 1 and name not in NLL_SUMS]
     means = {name: sums[name].item() / max(tokens, 1) for name in names}
     deciles = {
         name: [

@@ -27,7 +27,8 @@ class FusedAdam(torch.optim.Optimizer):
     def __init__(
         self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True
     ):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=0)
+        super().__init__(params, defaults)
         self.update = adamw if adam_w_mode else adam
 
     @torch.no_grad()
@@ -36,12 +37,7 @@ class FusedAdam(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            for p in params:
-                if not self.state[p]:
-                    self.state[p].update(
-                        exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
-                    )
-            done = group.get("step", 0)
+            done = group["step"]
             group["step"] = done + 1
             on_gpu = device.has_gpu()
             self.update(
@@ -109,6 +105,8 @@ def build_optimizer(wrapped: list[DistributedDataParallel], train: Train):
         wrapped,
     )
     config.grad_scale_func = optimizer.scale_loss
+    for part in optimizer.chained_optimizers:
+        part.init_state_fn(part.optimizer, part.config)  # a checkpoint may come before any step
     return optimizer
 
 

@@ -19,10 +19,11 @@ from iwopd_megatron.hf_reference import LOSS, TRAIN, Reference, max_error, mean_
 from iwopd_megatron.mapping import entries
 from iwopd_megatron.metrics import reduce_sums
 from iwopd_megatron.model import HiddenStateModel, build_model, wrap_precision
-from iwopd_megatron.objective import PolicyObjective
+from iwopd_megatron.objective import DistillationObjective
 from iwopd_megatron.optimizer import build_optimizer, wrap_data_parallel
+from iwopd_megatron.packing import Packer
 from iwopd_megatron.parallel import Parallel, initialise
-from iwopd_megatron.trajectory import Trajectory, pack
+from iwopd_megatron.trajectory import Trajectory
 
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  # isort: skip
 
@@ -45,7 +46,7 @@ def compare(
     With and without the distributed optimizer; the gradient norm's difference is relative.
     """
     parallel = initialise(layout)
-    batches, length = pack(ref.samples, parallel, budget, LOSS.aggregation)
+    batches, length = Packer(parallel, budget)(ref.samples, LOSS.aggregation)
     result = {"grad_norm_error": 0.0}
     for distributed in (False, True):
         train = TRAIN.model_copy(update={"distributed_optimizer": distributed})
@@ -56,7 +57,7 @@ def compare(
         schedule = Schedule(wrapped, parallel)
         if not distributed:
             result["logits"] = _logit_error(schedule, ref, budget, dtype)
-        objective = PolicyObjective(LOSS, parallel.cp.group)
+        objective = DistillationObjective(LOSS, parallel.cp.group)
         kept = schedule.accumulate(optimizer, batches, length, objective)
         if not distributed:  # with it, no rank but the owner of a slice holds the whole gradient
             loss = reduce_sums(kept, parallel, {"loss": 1})["loss"].item()
@@ -79,7 +80,7 @@ def _all_response(sample: Trajectory) -> Trajectory:
 
 def _logit_error(schedule: Schedule, ref: Reference, budget: int, dtype: str) -> float:
     """This rank's vocabulary columns of all its tokens but padding, against the reference's."""
-    batches, length = pack([_all_response(s) for s in ref.samples], schedule.parallel, budget)
+    batches, length = Packer(schedule.parallel, budget)([_all_response(s) for s in ref.samples])
     tp = schedule.parallel.tp
     columns = slice(
         tp.rank * ref.hf["vocab_size"] // tp.size, (tp.rank + 1) * ref.hf["vocab_size"] // tp.size

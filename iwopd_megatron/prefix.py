@@ -75,14 +75,10 @@ def prefix_sums(
     own = slice(rank, 2 * ranks - rank, 2 * ranks - 1 - 2 * rank)  # rank and 2R-1-rank
     is_segment_last_T = is_last_T & is_final_KS[own].flatten()[chunk_T]
     # Shares sum to 1 in every segment, so one running sum over the pack is exact next to huge gaps.
-    share_T = (distance_T.where(~is_segment_last_T, 0) / total_S[segment_T]).nan_to_num(
-        0.0, 0.0, 0.0
-    )
-    prior_sum_C = (sum_KS.cumsum(0) - sum_KS)[own] / total_S
-    prior_T = (
-        _running(share_T, chunk_T, start_S, tokens_S)
-        + prior_sum_C.nan_to_num(0.0).flatten()[chunk_T]
-    )
+    unit_S = total_S.where(total_S != 0, 1.0)
+    share_T = distance_T.where(~is_segment_last_T, 0) / unit_S[segment_T]
+    prior_share_C = ((sum_KS.cumsum(0) - sum_KS)[own] / unit_S).flatten()
+    prior_T = _running(share_T, chunk_T, start_S, tokens_S) + prior_share_C[chunk_T]
     before_C = (count_KS.cumsum(0) - count_KS)[own].flatten()
     index_T = _running(mask_T.double(), chunk_T, start_S, tokens_S) + before_C[chunk_T]
     signed = (None, None, None)

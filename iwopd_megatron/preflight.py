@@ -106,7 +106,10 @@ def check(recipe: Recipe) -> None:
             f"{describe(layout)} needs; write processes={layout.unit} or leave it out."
         )
     if recipe.teacher is not None:
-        _check_teacher(recipe, hf)
+        _check_scorer(recipe, recipe.teacher.hf, hf, "teacher")
+    if recipe.base_model is not None:
+        _check_scorer(recipe, recipe.base_model.hf, hf, "base")
+    _check_loss(recipe, hf)
     for name in ("train", "eval"):
         file = getattr(recipe.data, name)
         if file is not None and not file.is_file():
@@ -114,29 +117,58 @@ def check(recipe: Recipe) -> None:
     _check_sizes(recipe, hf)
 
 
-def _check_teacher(recipe: Recipe, student: dict[str, Any]) -> None:
-    teacher = read_hf_config(recipe.teacher.hf)
-    check_layout(recipe.student.parallel, teacher, "teacher")
-    check_model_files(recipe.teacher.hf, weights=True)
-    if teacher["vocab_size"] != student["vocab_size"]:
+def _check_scorer(recipe: Recipe, folder: Path, student: dict[str, Any], role: str) -> None:
+    scorer = read_hf_config(folder)
+    check_layout(recipe.student.parallel, scorer, role)
+    check_model_files(folder, weights=True)
+    if scorer["vocab_size"] != student["vocab_size"]:
         raise RecipeError(
-            f"teacher vocab_size={teacher['vocab_size']} differs from the student's "
+            f"{role} vocab_size={scorer['vocab_size']} differs from the student's "
             f"{student['vocab_size']}; on-policy distillation needs one vocabulary: "
             "choose models of one family."
         )
-
-    ours, theirs = eos_ids(recipe.student.hf), eos_ids(recipe.teacher.hf)
+    ours, theirs = eos_ids(recipe.student.hf), eos_ids(folder)
     if ours != theirs:
         raise RecipeError(
-            f"eos_token_id is {sorted(ours)} for the student and {sorted(theirs)} for the teacher; "
+            f"eos_token_id is {sorted(ours)} for the student and {sorted(theirs)} for the {role}; "
             "make both generation_config.json name the same ids."
         )
 
 
+def _check_loss(recipe: Recipe, hf: dict[str, Any]) -> None:
+    """Refuse objectives that cannot mean what they say."""
+    loss = recipe.loss
+    if loss.advantage == "topk_kl":
+        raise RecipeError(
+            "loss.advantage=topk_kl is the same number whichever token was sampled, and the "
+            "expected gradient of such an advantage is zero (E[grad log pi] = 0); "
+            "write loss.objective=topk_kl, which differentiates it as a loss."
+        )
+    if loss.objective == "topk_kl":
+        if loss.extrapolation != 1.0:
+            raise RecipeError(
+                f"loss.extrapolation={loss.extrapolation:g} scales an advantage, which "
+                "loss.objective=topk_kl does not have; write extrapolation=1 or objective=policy."
+            )
+        if loss.topk.k > hf["vocab_size"]:
+            raise RecipeError(
+                f"loss.topk.k={loss.topk.k} exceeds the vocabulary of {hf['vocab_size']}; lower it."
+            )
+    if loss.extrapolation != 1.0:
+        if recipe.teacher is None:
+            raise RecipeError(f"loss.extrapolation={loss.extrapolation:g} needs a teacher; add it.")
+        if recipe.base is None and recipe.student.random_init is not None:
+            raise RecipeError(
+                f"loss.extrapolation={loss.extrapolation:g} needs a base student, and random_init "
+                "has no folder to take it from; write base.hf=FOLDER."
+            )
+
+
 # What a resumed run may change without becoming another run.
 MAY_CHANGE = (
-    "processes", "student.parallel", "student.recompute", "teacher.offload", "rollout.batch_size",
-    "train.rounds", "train.microbatch_tokens", "evaluate", "checkpoint", "gates",
+    "processes", "student.parallel", "student.recompute", "teacher.offload", "base.offload",
+    "rollout.batch_size", "train.rounds", "train.microbatch_tokens", "evaluate", "checkpoint",
+    "gates",
 )  # fmt: skip
 
 
@@ -167,6 +199,12 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _check_sizes(recipe: Recipe, hf: dict[str, Any]) -> None:
     train, rollout = recipe.train, recipe.rollout
+    if train.prompts_per_round % train.minibatches:
+        raise RecipeError(
+            f"train.minibatches={train.minibatches} does not divide "
+            f"train.prompts_per_round={train.prompts_per_round}; every optimiser step of a round "
+            "trains on as many responses."
+        )
     if train.warmup_rounds >= train.rounds:
         raise RecipeError(
             f"train.warmup_rounds={train.warmup_rounds} must be smaller than "
@@ -214,7 +252,7 @@ def check_layout(layout: Layout, hf: dict[str, Any], role: str) -> None:
             raise RecipeError(
                 f"{role}: {axis}={degree} does not divide {name} ({size}); use one of {fits}."
             )
-    if role != "teacher" and not experts and layout.ep * layout.etp > 1:
+    if role not in ("teacher", "base") and not experts and layout.ep * layout.etp > 1:
         raise RecipeError(
             f"{role} is a dense model: ep={layout.ep} etp={layout.etp} need experts; "
             "write ep=1 etp=1."

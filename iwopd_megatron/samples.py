@@ -24,16 +24,18 @@ def keep_samples(
     tokenizer: Any,
     weighting: dict[str, Any],
 ) -> None:
-    """Write the round's first samples to samples/round_<n>.jsonl; gaps are against the engine.
+    """Write the round's first samples to samples/round_<n>.jsonl.
 
-    weighting: the settings of `token_weights_packed`, those of the round's training.
+    Gaps are `Trajectory.gaps`, 0 where no loss reads the token. weighting: the settings of
+    `token_weights_packed`, those of the round's first optimiser step.
     """
     lines = []
     for sample, problem in list(zip(samples, problems, strict=True))[:KEPT]:
-        gap = torch.tensor(sample.teacher_logp) - torch.tensor(sample.rollout_logp)
-        gap = gap.to(device.current_device())
-        segment_ids, mask = torch.zeros_like(gap).long(), torch.ones_like(gap).bool()
-        weight = token_weights_packed(gap, segment_ids, mask, **weighting)
+        count = len(sample.response_ids)
+        mask = torch.tensor(sample.loss_mask or [True] * count)
+        gap = torch.zeros(count).masked_scatter(mask, torch.tensor(sample.gaps()))
+        gap, mask = (x.to(device.current_device()) for x in (gap, mask))
+        weight = token_weights_packed(gap, mask.new_zeros(count).long(), mask, **weighting)
         lines.append({
             "prompt": problem.question,
             "response": tokenizer.decode(sample.response_ids),

@@ -13,10 +13,11 @@ from iwopd_megatron.config import Recipe
 from iwopd_megatron.hf_io import HfTensors, load_shards, random_weights
 from iwopd_megatron.model import build_model, wrap_precision
 from iwopd_megatron.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+from iwopd_megatron.packing import MicroBatch, Packer
 from iwopd_megatron.parallel import Parallel
 from iwopd_megatron.preflight import read_hf_config
 from iwopd_megatron.sync import WeightStream
-from iwopd_megatron.trajectory import MicroBatch
+from iwopd_megatron.trajectory import Trajectory
 
 
 class Student:
@@ -47,18 +48,29 @@ class Student:
         """Gradients of `objective` over the micro-batches; what it kept of each."""
         return self.schedule.accumulate(self.optimizer, batches, length, objective)
 
-    def step(self) -> tuple[float, float, bool]:
-        """Clip, AdamW, schedule: gradient norm, learning rate used, and whether it was applied.
+    def score(self, samples: list[Trajectory], packer: Packer) -> list[list[float]]:
+        """Log-probs of every loss token under the present weights, as training computes them."""
+        return self.schedule.score(samples, packer)[0]
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of this round's steps."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def step(self) -> float:
+        """Clip and AdamW; the gradient norm.
 
         A step whose gradient norm is not finite is left out, as in the authors' code.
         """
-        lr = self.optimizer.param_groups[0]["lr"]
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
         if math.isfinite(norm):
             self.optimizer.step()
+        return norm
+
+    def end_round(self) -> None:
+        """Go on to the next round's learning rate."""
         self.scheduler.step(1)
-        return norm, lr, math.isfinite(norm)
 
     def save(self, run: Path, round_number: int, cursor: int, keep: int) -> None:
         """A resume point after this round."""

@@ -7,22 +7,26 @@ denominators and gates need no messages.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
-from dataclasses import replace
 from typing import Any
 
+import torch
 import yaml
 from transformers import AutoTokenizer
 
-from iwopd_megatron import checkpoint, device, gates
-from iwopd_megatron.config import Recipe
-from iwopd_megatron.data import PromptOrder, encode_prompt, read_problems
+from iwopd_megatron import checkpoint, device, doctor, gates
+from iwopd_megatron.config import Frozen, Recipe
+from iwopd_megatron.data import PromptOrder, encode_problems, read_problems
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.evaluate import Evaluator, grade_samples
+from iwopd_megatron.flops import attention_cost
 from iwopd_megatron.hf_io import save_folder
-from iwopd_megatron.metrics import NLL_SUMS, POLICY_SUMS, policy_means, reduce_sums, response_means
+from iwopd_megatron.metrics import NLL_SUMS, SUMS, reduce_sums, response_means, token_means
+from iwopd_megatron.minibatch import Minibatch
 from iwopd_megatron.model import DTYPES
-from iwopd_megatron.objective import PolicyObjective, nll_objective
+from iwopd_megatron.objective import DistillationObjective, nll_objective
+from iwopd_megatron.packing import Packer, deal
 from iwopd_megatron.parallel import Parallel, any_rank
 from iwopd_megatron.preflight import eos_ids
 from iwopd_megatron.progress import Progress
@@ -32,8 +36,8 @@ from iwopd_megatron.runlog import MetricsLog
 from iwopd_megatron.samples import keep_samples
 from iwopd_megatron.stop import stop_requested
 from iwopd_megatron.student import Student
-from iwopd_megatron.teacher import EmbeddedTeacher
-from iwopd_megatron.trajectory import Trajectory, pack
+from iwopd_megatron.teacher import EmbeddedScorer
+from iwopd_megatron.trajectory import Trajectory, mask_tokens
 from iwopd_megatron.weighting import RATIO_RULES, ratio_mean
 
 
@@ -53,7 +57,11 @@ class Trainer:
             eos_ids(recipe.student.hf),
             recipe.rollout.batch_size,
         )
-        self.teacher = self._build_teacher() if recipe.teacher is not None else None
+        cost = attention_cost(self.student.hf)
+        self.packer = Packer(parallel, recipe.train.microbatch_tokens, cost)
+        self.teacher = self._build_scorer(recipe.teacher)
+        self.base = self._build_scorer(recipe.base_model)
+        self.unread = self._unread_ids()
         self.round, self.seconds = 0, {}
         found = checkpoint.newest(recipe.out) if resume else None
         if found is not None:
@@ -69,8 +77,7 @@ class Trainer:
         recipe = self.recipe
         limit = recipe.rollout.max_prompt_tokens
         problems = read_problems(recipe.data.train, need_response=recipe.teacher is None)
-        encoded = [(p, encode_prompt(self.tokenizer, p.question)) for p in problems]
-        self.problems = [(problem, ids) for problem, ids in encoded if len(ids) <= limit]
+        self.problems = encode_problems(self.tokenizer, problems, limit)
         if not self.problems:
             raise RecipeError(
                 f"every prompt of {recipe.data.train} is longer than "
@@ -79,6 +86,8 @@ class Trainer:
         dropped = len(problems) - len(self.problems)
         if dropped:
             self.progress.say(f"{dropped} prompts longer than {limit} tokens are left out.")
+        for finding in doctor.long_prompts(dropped, len(problems), limit):
+            self.progress.say(f"note: {finding}")
         self.order = PromptOrder(len(self.problems), recipe.train.seed, recipe.data.shuffle)
         self.evaluator = None
         if recipe.data.eval is not None:
@@ -89,12 +98,19 @@ class Trainer:
                 recipe.evaluate.temperature,
             )
 
-    def _build_teacher(self) -> EmbeddedTeacher:
-        recipe = self.recipe
-        tokenizer = AutoTokenizer.from_pretrained(recipe.teacher.hf)
-        gates.same_vocabulary(recipe.student.hf, recipe.teacher.hf, self.tokenizer, tokenizer)
-        budget = recipe.train.microbatch_tokens
-        return EmbeddedTeacher(recipe.teacher, self.parallel, recipe.rollout.temperature, budget)
+    def _build_scorer(self, settings: Frozen | None) -> EmbeddedScorer | None:
+        """The teacher or the base student, if the recipe has one."""
+        if settings is None:
+            return None
+        student, tokenizer = self.recipe.student.hf, AutoTokenizer.from_pretrained(settings.hf)
+        gates.same_vocabulary(student, settings.hf, self.tokenizer, tokenizer)
+        return EmbeddedScorer(settings, self.packer, self.recipe.rollout.temperature)
+
+    def _unread_ids(self) -> set[int]:
+        """Token ids that no loss reads."""
+        mode = self.recipe.loss.mask_special_tokens
+        kept = eos_ids(self.recipe.student.hf) if mode == "all_but_eos" else set()
+        return set() if mode == "none" else set(self.tokenizer.all_special_ids) - kept
 
     def run(self) -> bool:
         """Train to the last round; False if a stop was asked for and the state saved instead."""
@@ -130,67 +146,77 @@ class Trainer:
 
     def _round(self) -> dict[str, Any]:
         """One round; returns its metrics line, clock figures included."""
-        start, recipe = time.perf_counter(), self.recipe
+        start = time.perf_counter()
         self.seconds = {}
         own = self.teacher is not None
-        samples = self._own_responses() if own else self._given_responses()
-        with self._phase("pack"):
-            budget, aggregation = recipe.train.microbatch_tokens, recipe.loss.aggregation
-            batches, length = pack(samples, self.parallel, budget, aggregation)
+        self.samples = self._own_responses() if own else self._given_responses()
+        with self._phase("score"):
+            minibatches = self._minibatches()
         line = {"kind": "round", "round": self.round}
         with self._phase("train"):
-            objective = self._policy_objective(samples) if own else nll_objective
-            kept = self.student.accumulate(batches, length, objective)
-            sums = reduce_sums(kept, self.parallel, POLICY_SUMS if own else NLL_SUMS)
-            tokens = int(sums["tokens"].item())
-            line |= {"loss": sums["loss"].item(), "response_tokens": tokens}
-            if own:
-                line |= policy_means(sums) | response_means(samples)
-                gates.drift(line["drift"], recipe.gates.max_drift)
-            line["grad_norm"], line["lr"], applied = self.student.step()
-        if not applied:
-            self.progress.say(
-                f"round {self.round}: the gradient norm is {line['grad_norm']}; "
-                "this optimiser step is left out."
-            )
+            line |= self._train(minibatches)
+        if own:
+            line |= response_means(self.samples)
         with self._phase("sync"):
             self.engine.update(self.student.stream, self.round)
         seconds = time.perf_counter() - start
-        clock = {"tokens_per_second": tokens / seconds, "seconds": seconds, "time": self.seconds}
+        tokens_per_second = line["response_tokens"] / seconds
+        clock = {"tokens_per_second": tokens_per_second, "seconds": seconds, "time": self.seconds}
         self._write(line, clock)
         self.progress.round(line | clock)
-        self.samples, self.objective = samples, objective
         return line | clock
 
-    def _policy_objective(self, samples: list[Trajectory]) -> PolicyObjective:
-        """With Z_t of the whole round, from the engine's log-probs, which every rank knows."""
-        loss, mean = self.recipe.loss, None
-        if loss.weighting.rule in RATIO_RULES:
-            gaps = [
-                [teacher - rollout for teacher, rollout in zip(*scores, strict=True)]
-                for scores in ((s.teacher_logp, s.rollout_logp) for s in samples)
-            ]
-            mean = ratio_mean(gaps, loss.weighting.alpha).to(device.current_device())
-        done, rounds = self.round - 1, self.recipe.train.rounds
-        return PolicyObjective(loss, self.parallel.cp.group, mean, done, rounds)
+    def _train(self, minibatches: list[Minibatch]) -> dict[str, Any]:
+        """The round's optimiser steps; means over all of them."""
+        recipe, sizes = self.recipe, NLL_SUMS
+        if self.teacher is not None:
+            sizes = SUMS[recipe.loss.objective]
+        total, norms = {name: torch.zeros(n).double() for name, n in sizes.items()}, []
+        for _ in range(recipe.train.epochs):
+            for minibatch in minibatches:
+                if not any(sample.loss_tokens for sample in minibatch.samples):
+                    self._say_skipped("every response token is masked")
+                    continue
+                batches, length = minibatch.pack(self.packer, recipe.loss.aggregation)
+                kept = self.student.accumulate(batches, length, minibatch.objective)
+                sums = reduce_sums(kept, self.parallel, sizes)
+                if self.teacher is not None:
+                    gates.drift((sums["drift"] / sums["tokens"]).item(), recipe.gates.max_drift)
+                norms.append(self.student.step())
+                if not math.isfinite(norms[-1]):
+                    self._say_skipped(f"the gradient norm is {norms[-1]}")
+                total = {name: total[name] + sums[name] for name in sizes}
+        line = {
+            "loss": total["loss"].item() / max(len(norms), 1),
+            "response_tokens": sum(len(sample.response_ids) for sample in self.samples),
+            "loss_tokens": round(total["tokens"].item() / recipe.train.epochs),
+        }
+        if self.teacher is not None:
+            line |= token_means(total)
+        line |= {"grad_norm": sum(norms) / max(len(norms), 1), "lr": self.student.lr}
+        self.student.end_round()
+        return line
+
+    def _say_skipped(self, reason: str) -> None:
+        self.progress.say(f"round {self.round}: {reason}; this optimiser step is left out.")
 
     def _own_responses(self) -> list[Trajectory]:
-        """The student's answers to the next prompts, graded and scored by the teacher."""
+        """The student's answers to the next prompts, graded and masked."""
         rollout, vocab = self.recipe.rollout, self.student.hf["vocab_size"]
         chosen = self.order.take(self.recipe.train.prompts_per_round)
         self.round_problems = [self.problems[i][0] for i in chosen]
         prompts = [Prompt(place, self.problems[i][1]) for place, i in enumerate(chosen)]
         seed = self.recipe.train.seed
-        sampling = Sampling(rollout.max_response_tokens, rollout.temperature, seed, self.round)
+        sampling = Sampling(
+            rollout.max_response_tokens, rollout.temperature, rollout.top_p, seed, self.round
+        )
         with self._phase("generate"):
             samples = self.engine.generate(prompts, sampling)
         gates.rollouts(samples, self.round - 1, vocab)
         with self._phase("grade"):
             grades = grade_samples(samples, self.round_problems, self.tokenizer)
-        with self._phase("score"):
-            samples = self.teacher.score(samples)
-        gates.teacher_scores(samples, vocab)
-        return [replace(s, correct=grade) for s, grade in zip(samples, grades, strict=True)]
+        graded = [s.with_scores(correct=grade) for s, grade in zip(samples, grades, strict=True)]
+        return [mask_tokens(s, self.unread, self.recipe.loss.mask_truncated) for s in graded]
 
     def _given_responses(self) -> list[Trajectory]:
         """The next problems with the responses of the data file."""
@@ -198,8 +224,42 @@ class Trainer:
         for place, i in enumerate(self.order.take(self.recipe.train.prompts_per_round)):
             problem, ids = self.problems[i]
             response = self.tokenizer.encode(problem.response, add_special_tokens=False)
-            samples.append(Trajectory(place, ids, [*response, self.tokenizer.eos_token_id]))
+            sample = Trajectory(place, ids, [*response, self.tokenizer.eos_token_id])
+            samples.append(mask_tokens(sample, self.unread))
         return samples
+
+    def _minibatches(self) -> list[Minibatch]:
+        """The round's samples with all their scores, one part an optimiser step."""
+        parts = deal(self.samples, self.recipe.train.minibatches)
+        if self.teacher is None:
+            return [Minibatch(part, nll_objective) for part in parts]
+        minibatches = [self._scored(part) for part in parts]
+        self.weighting = minibatches[0].objective.weighting
+        self.samples = [sample for minibatch in minibatches for sample in minibatch.samples]
+        gates.teacher_scores(self.samples, self.student.hf["vocab_size"])
+        return minibatches
+
+    def _scored(self, samples: list[Trajectory]) -> Minibatch:
+        """With the log-probs of the teacher, and of the base and old student where one is read."""
+        loss, weighting = self.recipe.loss, self.recipe.loss.weighting
+        topk = loss.topk.k if loss.objective == "topk_kl" else 0
+        teacher, support = self.teacher.score(samples, topk)
+        scores = {"teacher_logp": teacher}
+        if self.base is not None:
+            scores["base_logp"], _ = self.base.score(samples)
+        if self.recipe.steps_per_round > 1:
+            scores["old_logp"] = self.student.score(samples, self.packer)
+        samples = [
+            sample.with_scores(**dict(zip(scores, values, strict=True)))
+            for sample, *values in zip(samples, *scores.values(), strict=True)
+        ]
+        mean = None
+        if weighting.rule in RATIO_RULES:  # Z_t from log-probs that every rank knows
+            mean = ratio_mean([sample.gaps() for sample in samples], weighting.alpha)
+            mean = mean.to(device.current_device())
+        progress = self.round - 1, self.recipe.train.rounds
+        objective = DistillationObjective(loss, self.parallel.cp.group, mean, *progress)
+        return Minibatch(samples, objective, support)
 
     def _evaluate(self, last_round: dict[str, Any]) -> None:
         if self.evaluator is None:
@@ -213,7 +273,7 @@ class Trainer:
         if self.teacher is not None and self.round > 0 and self.parallel.is_main:
             keep_samples(
                 self.recipe.out, self.round, self.samples, self.round_problems, self.tokenizer,
-                self.objective.weighting,
+                self.weighting,
             )  # fmt: skip
 
     def _write(self, line: dict[str, Any], clock: dict[str, Any]) -> None:

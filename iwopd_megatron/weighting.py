@@ -57,8 +57,16 @@ def token_weights(
 ) -> torch.Tensor:
     """Weights `[B, T]` fp32 for signed gaps `[B, T]` (nats) and a bool mask; 0 where False.
 
-    The B rows are all the responses of the step: ratio rules take their Z_t from them.
+    The B rows are all the responses of the step: ratio rules take their Z_t from them. ValueError
+    names the first row with a gap that is not finite, e.g. from a teacher log-prob of -inf.
     """
+    wrong = (mask & ~gap.isfinite()).nonzero()
+    if len(wrong):
+        row, column = wrong[0].tolist()
+        raise ValueError(
+            f"sample {row}: the gap of token {column} is {gap[row, column].item()}; "
+            "teacher and student log-probs must be finite."
+        )
     segment_ids = torch.arange(gap.shape[0], device=gap.device)[:, None].expand(gap.shape)
     mean = None
     if rule in RATIO_RULES:
@@ -96,8 +104,10 @@ def token_weights_packed(
     rank; mask: `[T]` bool; ratio_mean: `[longest response]` fp64, Z_t of the whole optimiser step;
     step: optimiser steps done, of total_steps. With `cp_group` of R ranks every segment is
     zigzag-cut: this rank holds its chunks `rank` and `2R-1-rank`, equally long
-    (parallel.zigzag_index). Whatever the length, one all-gather of 6 * S doubles a rank, or of
-    12 * S for a rule with S_t; none for uniform.
+    (parallel.zigzag_index). A segment may also lie on one rank alone; then pass `num_segments`,
+    the same on every rank. Whatever the length, one all-gather of 6 * S doubles a rank, or of
+    12 * S for a rule with S_t; none for uniform. A gap that is not finite makes weights NaN, and
+    with them the loss: nothing here waits for the device to look for one (`gates` does, by name).
     """
     if rule not in RULES:
         raise ValueError(f"unknown weighting rule '{rule}'; use one of {', '.join(RULES)}.")
@@ -166,12 +176,12 @@ def _prior_share(place: Prefix, s: _Settings) -> torch.Tensor:  # F_t
     total = place.total
     if s.denominator == "inclusive":
         total = place.total + place.last_gap + 1e-8
-    return (place.prior_share * (place.total / total)).nan_to_num(0.0)
+    return torch.where(place.total == 0, 0.0, place.prior_share * (place.total / total))
 
 
 def _rescaled(place: Prefix, s: _Settings) -> torch.Tensor:  # N_t
     rescaled = (place.signed - place.low) / (place.high - place.low)
-    return rescaled.where(place.total > 0, 1.0)  # no gap before the last token: S is constant
+    return torch.where(place.total == 0, 1.0, rescaled)  # no gap before the last: S is constant
 
 
 def _ratio(place: Prefix, s: _Settings) -> torch.Tensor:  # Eq. 46

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from iwopd_megatron import parity
+from iwopd_megatron import doctor, parity
 from iwopd_megatron.compare import Arm, is_finished
 from iwopd_megatron.config import Layout, Recipe
 from iwopd_megatron.errors import GateError, RecipeError
@@ -35,6 +35,8 @@ def run_arms(arms: list[Arm], resume: bool) -> None:
     watch_signals()
     parallel = initialise(arms[0].recipe.student.parallel, arms[0].recipe.train.seed)
     with Progress(sum(arm.recipe.train.rounds for arm in arms), parallel.is_main) as progress:
+        for note in dict.fromkeys(note for arm in arms for note in doctor.findings(arm.recipe)):
+            progress.say(f"note: {note}")
         for arm in arms:
             name = f"{arm.name} seed {arm.seed}"
             if resume and is_finished(arm):

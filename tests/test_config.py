@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 import iwopd_megatron
-from iwopd_megatron.config import Layout, load_recipe
+from iwopd_megatron.config import Layout
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.preflight import check_resume, describe
+from iwopd_megatron.recipe import load_recipe
 
 HF = dict(
     model_type="qwen3_moe", vocab_size=512, num_attention_heads=4, num_key_value_heads=2,
@@ -117,6 +118,16 @@ def test_layout_arithmetic():
         (["loss.weighting.alpha=1.5"], ["'loss.weighting.alpha' is 1.5", "equal to 1"]),
         (["loss.weighting.start=0"], ["'loss.weighting.start' is 0", "greater than 0"]),
         (["loss.weighting.end=2"], ["'loss.weighting.end' is 2", "equal to 1"]),
+        (["loss.advantage=topk_kl"], ["expected gradient", "zero", "write loss.objective=topk_kl"]),
+        (["loss.objective=topk_kl", "loss.extrapolation=1.2"], ["extrapolation=1.2", "advantage"]),
+        (["loss.objective=topk_kl", "loss.topk.k=513"], ["loss.topk.k=513", "vocabulary of 512"]),
+        (["loss.topk.support=all"], ["'loss.topk.support'", "'renormalised', 'tail'"]),
+        (["loss.extrapolation=0"], ["'loss.extrapolation' is 0", "greater than 0"]),
+        (["loss.extrapolation=1.2", "student.random_init=0"], ["base student", "base.hf=FOLDER"]),
+        (["loss.dual_clip=1"], ["'loss.dual_clip' is 1", "greater than 1"]),
+        (["loss.mask_special_tokens=true"], ["'loss.mask_special_tokens'", "'all_but_eos'"]),
+        (["train.minibatches=3"], ["train.minibatches=3", "prompts_per_round=1024", "divide"]),
+        (["rollout.top_p=0"], ["'rollout.top_p' is 0", "greater than 0"]),
         (["loss.weighting.anneal=cos"], ["'loss.weighting.anneal'", "'cosine' or 'linear'"]),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else None,
@@ -180,6 +191,22 @@ def test_config_json_holds_an_object(recipe):
 def test_vocabularies_must_match(recipe):
     message = refusal(recipe, f"teacher.hf={recipe.parent / 'other'}")
     assert "teacher vocab_size=500" in message and "student's 512" in message
+
+
+def test_base_student_of_extrapolation(recipe):
+    """By default what training starts from; loaded where it is read, checked like a teacher."""
+    assert load_recipe(recipe).base_model is None
+    loaded = load_recipe(recipe, ["loss.extrapolation=1.25"])
+    assert loaded.base_model.hf == loaded.student.hf and loaded.base is None
+    other = f"base.hf={recipe.parent / 'other'}"
+    assert load_recipe(recipe, [other]).base_model is None
+    message = refusal(recipe, other, "loss.extrapolation=1.25")
+    assert message.startswith("base vocab_size=500 differs from the student's 512")
+
+
+def test_steps_per_round(recipe):
+    assert load_recipe(recipe).steps_per_round == 1
+    assert load_recipe(recipe, ["train.minibatches=4", "train.epochs=2"]).steps_per_round == 8
 
 
 @pytest.mark.parametrize("name", ["train", "eval"])

@@ -140,14 +140,17 @@ def test_seed_stream_and_prompt_each_change_the_draw():
     assert (_uniform(Sampling(20, seed=1, stream=2), 0) == draws[0][:20]).all()
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_sampled_frequencies_follow_the_softmax(temperature):
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.7, 1.0), (1.0, 1.0), (1.0, 0.8)])
+def test_sampled_frequencies_follow_the_softmax(temperature, top_p):
+    """With top_p the likeliest that reach it, 0.61 and 0.22 of the mass here, in proportion."""
     count = 100_000
     logits = torch.tensor([-float("inf"), 1.0, -2.0, 0.3, 2.0, -0.5, -float("inf")])
     uniform = torch.from_numpy(_uniform(Sampling(count, seed=3), 0))
-    token, logp = _sample(logits.expand(count, -1), uniform, temperature)
+    token, logp = _sample(logits.expand(count, -1), uniform, Sampling(1, temperature, top_p))
     prob = (logits / temperature).softmax(-1)
-    assert torch.allclose(logp.exp(), prob[token], atol=1e-6)
+    assert torch.allclose(logp.exp(), prob[token], atol=1e-6)  # of the whole distribution
+    if top_p < 1:
+        prob = prob.where(torch.tensor([0, 1, 0, 0, 1, 0, 0]).bool(), 0) / prob[[1, 4]].sum()
     seen = torch.bincount(token, minlength=len(logits)).double()
     deviation = (count * prob * (1 - prob)).sqrt()
     assert ((seen - count * prob).abs() <= 4 * deviation).all(), seen / count - prob

@@ -8,6 +8,7 @@ import torch
 from iwopd_megatron.loss import (
     AGGREGATIONS,
     importance_weight,
+    is_clipped,
     opd_advantage,
     policy_loss,
     token_denominator,
@@ -18,31 +19,37 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def naive(logp, old, advantage, mask, clip, rollout, cap, denominator):
+def naive(logp, old, advantage, mask, clip, rollout, cap, denominator, dual):
     """Eq. 67 one token at a time in Python floats: the loss and its gradient by logp."""
     value, gradient = 0.0, []
     for t in range(len(logp)):
         ratio, a = math.exp(logp[t] - old[t]), advantage[t]
         clipped = min(max(ratio, 1 - clip), 1 + clip)
-        scale = 1.0 if rollout is None else min(math.exp(old[t] - rollout[t]), cap)
+        scale = 1.0 if None in (rollout, cap) else min(math.exp(old[t] - rollout[t]), cap)
         scale = mask[t] * scale / denominator[t]
-        value -= scale * min(ratio * a, clipped * a)
-        gradient.append(-scale * ratio * a if ratio * a <= clipped * a else 0.0)
+        term, is_free = min(ratio * a, clipped * a), ratio * a <= clipped * a
+        if dual is not None and a < 0 and term < dual * a:
+            term, is_free = dual * a, False
+        value -= scale * term
+        gradient.append(-scale * ratio * a if is_free else 0.0)
     return value, gradient
 
 
-def check(logp, old, advantage, mask, *, clip=0.2, rollout=None, cap=5.0, denominator=None):
+def check(
+    logp, old, advantage, mask, *, clip=0.2, rollout=None, cap=5.0, denominator=None, dual=None
+):
     denominator = torch.full_like(logp, 7.0) if denominator is None else denominator
     logp = logp.clone().requires_grad_()
     loss = policy_loss(
         logp, old, advantage, mask,
-        clip=clip, rollout_logp=rollout, tis_cap=cap, denominator=denominator,
+        clip=clip, dual_clip=dual, rollout_logp=rollout, tis_cap=cap, denominator=denominator,
     )  # fmt: skip
     loss.backward()
     lists = [x.tolist() for x in (logp, old, advantage, mask)]
     value, gradient = naive(
-        *lists, clip, None if rollout is None else rollout.tolist(), cap, denominator.tolist()
-    )
+        *lists, clip, None if rollout is None else rollout.tolist(), cap, denominator.tolist(),
+        dual,
+    )  # fmt: skip
     assert loss.item() == pytest.approx(value, rel=1e-5, abs=1e-6)
     assert logp.grad.tolist() == pytest.approx(gradient, rel=1e-5, abs=1e-6)
 
@@ -81,6 +88,8 @@ def test_ratio_far_from_one():
     check(logp, old, random(200, seed=3), mask, rollout=rollout)
     check(logp, old, random(200, seed=3), mask, clip=0.05, rollout=rollout, cap=1.5)
     check(logp, old, random(200, seed=3), mask, denominator=1 + random(200, seed=5).abs())
+    check(logp, old, random(200, seed=3), mask, rollout=rollout, dual=1.1)
+    check(logp, old, random(200, seed=3), mask, rollout=rollout, cap=None, dual=3.0)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +110,31 @@ def test_clip_by_hand(log_ratio, advantage, value, gradient):
     loss.backward()
     assert loss.item() == pytest.approx(value, rel=1e-5)
     assert logp.grad.item() == pytest.approx(gradient, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("log_ratio", "advantage", "value"),
+    [(2.0, -2.0, 6.0), (1.0, -2.0, 2 * math.e), (2.0, 2.0, -2.4), (-0.5, -2.0, 1.6)],
+)
+def test_dual_clip_by_hand(log_ratio, advantage, value):
+    """Only a negative advantage whose ratio exceeds the bound, 3, is held back."""
+    logp = torch.tensor([log_ratio - 3], requires_grad=True)
+    old, mask = torch.tensor([-3.0]), torch.tensor([True])
+    loss = policy_loss(logp, old, torch.tensor([advantage]), mask, dual_clip=3.0, denominator=1)
+    loss.backward()
+    assert loss.item() == pytest.approx(value, rel=1e-5)
+    assert (logp.grad.item() == 0) == (value in (6.0, -2.4, 1.6))
+
+
+def test_is_clipped_where_the_gradient_is_held_back():
+    old, advantage = random(300), random(300, seed=3)
+    logp = (old + 0.5 * random(300, seed=1)).requires_grad_()
+    mask = torch.ones(300, dtype=torch.bool)
+    policy_loss(logp, old, advantage, mask, denominator=1).backward()
+    clipped = is_clipped(logp, old, advantage, 0.2)
+    assert torch.equal(clipped, logp.grad == 0) and 50 < clipped.sum() < 250
+    assert not is_clipped(old, old, advantage, 0.2).any()
+    assert is_clipped(old - 9, old, -advantage.abs(), 2.0).sum() == 0  # 1 - clip is below any ratio
 
 
 def test_importance_weight_is_capped_and_constant():

@@ -13,16 +13,18 @@ import pytest
 import torch
 from worlds import run_world
 
-from iwopd_megatron.config import Layout, Teacher, load_recipe
+from iwopd_megatron.config import Frozen, Layout
 from iwopd_megatron.hf_io import HfTensors
 from iwopd_megatron.hf_reference import hf_model, make_samples
+from iwopd_megatron.packing import Packer
 from iwopd_megatron.parallel import initialise, local_context, shutdown
 from iwopd_megatron.preflight import read_hf_config
 from iwopd_megatron.progress import Progress
+from iwopd_megatron.recipe import load_recipe
 from iwopd_megatron.rollout import Prompt, Sampling
 from iwopd_megatron.rollout.hf import HfEngine
 from iwopd_megatron.runlog import read_jsonl, read_metrics
-from iwopd_megatron.teacher import EmbeddedTeacher
+from iwopd_megatron.teacher import EmbeddedScorer
 from iwopd_megatron.toy_task import write_task
 from iwopd_megatron.trainer import Trainer
 
@@ -143,6 +145,15 @@ def test_run_folder_holds_what_the_readme_says(runs):
     assert "".join(sample["tokens"]) == sample["response"]
 
 
+def test_resume_with_several_steps_a_round_is_identical(variants, tmp_path):
+    original = variants / "several steps/tp2_ep2"
+    shutil.copytree(original, tmp_path / "run", ignore=shutil.ignore_patterns("hf", "round_000005"))
+    recipe = small_recipe(tmp_path / "run", LAYOUTS["tp2_ep2"], *VARIANTS["several steps"])
+    run_world(2, train_here, [recipe], True)
+    assert records(tmp_path / "run") == records(original)
+    assert same_weights(tmp_path / "run", original)
+
+
 @pytest.mark.parametrize("name", ["tp2_ep2", "pp2", "dp2"])
 def test_resume_goes_on_from_the_checkpoint(name, runs, tmp_path):
     """To the bit in the same layout, along the same curve in another one."""
@@ -219,6 +230,93 @@ def test_schedule_moves_with_the_rounds(tmp_path):
         assert line["weight"] == pytest.approx(weight_BT.nanmean().item(), rel=1e-6)
         shares.append(line["weight"])
     assert 0.15 < shares[0] < 0.35 < 0.45 < shares[1] < 0.6
+
+
+VARIANTS = {
+    "several steps": ["train.minibatches=2", "train.epochs=2", "loss.clip=0.01"],
+    "top-K": ["loss.objective=topk_kl", "loss.topk.k=4", "rollout.top_p=0.95"],
+    "ExOPD": ["loss.extrapolation=1.5", "loss.mask_special_tokens=all_but_eos"],
+    "masks": ["loss.mask_truncated=true", "loss.mask_special_tokens=all",
+              "rollout.max_response_tokens=34"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory):
+    """Every variant of the objective for five rounds, in three layouts."""
+    folder = tmp_path_factory.mktemp("variants")
+    recipes = {
+        layout: [
+            small_recipe(folder / name / layout, LAYOUTS[layout], *settings)
+            for name, settings in VARIANTS.items()
+        ]
+        for layout in ("one", "tp2_ep2", "pp2")
+    }
+    run_world(1, train_here, recipes["one"])
+    run_world(2, train_here, recipes["tp2_ep2"] + recipes["pp2"])
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["tp2_ep2", "pp2"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_follow_the_same_curve_in_every_layout(name, layout, variants):
+    pairs = zip(records(variants / name / layout), records(variants / name / "one"), strict=True)
+    for a, b in pairs:
+        assert a.keys() == b.keys()
+        for key in a.keys() - {"kind", "drift"}:
+            # A token near the bound of the clip may fall on either side.
+            loose = 0.02 if key == "clipped" else 1e-6
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=loose), (key, a["round"])
+
+
+def test_several_steps_a_round_move_on_from_the_same_old_log_probs(variants, runs):
+    ours, theirs = (rounds_of(run)[0] for run in (variants / "several steps/one", runs / "one"))
+    assert ours["drift"] < 1e-5  # old log-probs are the ones before the first step
+    assert ours["abs_gap"] == pytest.approx(theirs["abs_gap"], rel=1e-4)  # and so are the gaps
+    assert theirs["clipped"] == 0 < ours["clipped"]  # in later steps the ratio has left 1
+    assert ours["loss_tokens"] == ours["response_tokens"] == theirs["response_tokens"]
+
+
+def test_the_dense_variant_nears_the_teacher(variants):
+    lines = rounds_of(variants / "top-K/one")
+    assert lines[-1]["topk_kl"] < 0.9 * lines[0]["topk_kl"]
+    assert lines[-1]["reverse_kl"] < lines[0]["reverse_kl"]
+    assert all(0.9 < line["topk_mass_teacher"] <= 1 for line in lines)
+    assert all(line["topk_hit"] <= 1 and line["topk_mass_student"] <= 1 for line in lines)
+
+
+def test_extrapolation_starts_from_the_plain_loss_times_lambda(variants, runs):
+    """At the first step the student is its base: the advantage is lambda times the gap."""
+    ours, theirs = (rounds_of(run)[0] for run in (variants / "ExOPD/one", runs / "one"))
+    assert ours["loss"] == pytest.approx(1.5 * theirs["loss"], rel=1e-4)
+    assert ours["weight"] == pytest.approx(theirs["weight"], rel=1e-5)
+    later = [rounds_of(run)[-1]["loss"] for run in (variants / "ExOPD/one", runs / "one")]
+    assert later[0] != pytest.approx(1.5 * later[1], rel=1e-2)
+
+
+def test_masks_leave_out_what_they_name(variants):
+    for line in rounds_of(variants / "masks/one"):
+        assert 0 < line["truncated"] < 1
+        whole = round(16 * (1 - line["truncated"]))  # responses that end, EOS masked in each
+        assert line["loss_tokens"] < line["response_tokens"] - whole
+    lines = (variants / "masks/one/samples/round_000005.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
+    cut = [s for s in samples if len(s["tokens"]) == 34 and s["tokens"][-1] != "$"]
+    assert cut and all(not any(s["weight"]) and not any(s["gap"]) for s in cut)
+    ended = [s for s in samples if s not in cut]
+    assert ended and all(s["weight"][-1] == 0 < s["weight"][-2] for s in ended)
+
+
+def test_a_round_without_a_loss_token_leaves_the_weights_alone(tmp_path):
+    """Every response is truncated and masked: said, and no step by momentum or weight decay."""
+    settings = ["rollout.max_response_tokens=3", "loss.mask_truncated=true", "train.rounds=3"]
+    run = tmp_path / "run"
+    process = iwopd("train", RECIPE, *SMALL, *settings, "student.parallel={}", f"out={run}")
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert output.count("every response token is masked; this optimiser step is left out") == 3
+    before = HfTensors(ROOT / "recipes/demo/student")
+    assert all(torch.equal(tensor, before[name][:]) for name, tensor in weights(run).items())
 
 
 def iwopd(*arguments, **kwargs):
@@ -344,9 +442,9 @@ def test_fine_tuning_lowers_the_loss(tmp_path, monkeypatch):
 
 def score(settings, layout, samples, queue):
     parallel = initialise(layout)
-    scored = EmbeddedTeacher(settings, parallel, 0.7, 256).score(samples)
+    scores, _ = EmbeddedScorer(settings, Packer(parallel, 256), 0.7).score(samples)
     if parallel.is_main:
-        queue.put([sample.teacher_logp for sample in scored])
+        queue.put(scores)
     shutdown()
 
 
@@ -357,7 +455,7 @@ def test_teacher_scores_like_transformers(kind, offload, moe_folder, dense_folde
     folder = {"moe": moe_folder, "dense": dense_folder}[kind]
     samples = make_samples(512, [20, 37, 11])
     queue = local_context().SimpleQueue()
-    settings = Teacher(hf=folder, offload=offload)
+    settings = Frozen(hf=folder, offload=offload)
     run_world(2, score, settings, Layout(tp=2, ep=2), samples, queue)
     model = hf_model(folder, torch.float32)
     for sample, scores in zip(samples, queue.get(), strict=True):

@@ -191,6 +191,40 @@ def test_trailing_segments_without_tokens():
     assert token_weights_packed(gap, segments, mask, num_segments=5).tolist() == [1.5, 1.0, 1.5]
 
 
+def test_a_gap_that_is_not_finite_names_its_sample():
+    """Padded: a sentence. Packed: NaN, so that no optimiser step takes it for a weight."""
+    gap = torch.ones(3, 4)
+    gap[1, 2] = -torch.inf  # a teacher that rules the token out
+    mask = torch.ones(3, 4, dtype=torch.bool)
+    with pytest.raises(ValueError, match="sample 1: the gap of token 2 is -inf; teacher and .*"):
+        token_weights(gap, mask)
+    mask[1, 2] = False
+    assert token_weights(gap, mask).isfinite().all()
+    packed = gap.flatten(), torch.arange(3).repeat_interleave(4), torch.ones(12).bool()
+    for rule in ("iw", "surrogate", "iw_signed", "log_ratio"):
+        assert token_weights_packed(*packed, rule=rule)[4:8].isnan().any(), rule
+
+
+def whole_on_one_rank(cp: int) -> None:
+    """Segment 1 lies on rank 1 alone, the others are cut in zigzag."""
+    dist.init_process_group("gloo")
+    random = np.random.default_rng(0)
+    gap = random.standard_normal(8 * cp + 7).astype(np.float32)
+    segments = np.repeat([0, 1, 2], [4 * cp, 7, 4 * cp])
+    expected = ours(gap, segments, np.ones(len(gap), bool), CASES[1]).numpy()
+    first, last = (zigzag_index([4 * cp], cp, dist.get_rank()).numpy() for _ in range(2))
+    middle = np.arange(7) + 4 * cp if dist.get_rank() == 1 else np.arange(0)
+    index = np.concatenate([first, middle, last + 4 * cp + 7])
+    shard = gap[index], segments[index], np.ones(len(index), bool)
+    own = ours(*shard, CASES[1], num_segments=3, cp_group=dist.group.WORLD)
+    assert relative_error(own, expected[index].astype(np.float64)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("cp", [2, 4])
+def test_a_segment_on_one_rank_alone(cp):
+    run_world(cp, whole_on_one_rank, cp)
+
+
 def test_unknown_rule():
     with pytest.raises(ValueError, match="unknown weighting rule 'iww'.*uniform"):
         iw([1.0, 2.0], rule="iww")

@@ -25,6 +25,7 @@ class Sampling:
 
     max_tokens: int
     temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0  # draw from the likeliest tokens of this joint probability
     seed: int = 0
     stream: int = 0  # e.g. the round
 
@@ -33,7 +34,10 @@ class RolloutEngine(Protocol):
     """Collective: every rank of the trainer's world calls both methods with the same arguments."""
 
     def generate(self, prompts: list[Prompt], sampling: Sampling) -> list[Trajectory]:
-        """One answer a prompt, in order, with the engine's log-probs of its tokens (nats)."""
+        """One answer a prompt, in order, with the engine's log-probs of its tokens (nats).
+
+        Log-probs are those of the whole distribution at the temperature, also with top_p < 1.
+        """
         ...
 
     def update(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:

@@ -96,7 +96,7 @@ class HfEngine:
                 past_key_values=cache,
                 logits_to_keep=1,
             )
-            token, logp = _sample(out.logits[:, -1].float(), uniform[:, step], sampling.temperature)
+            token, logp = _sample(out.logits[:, -1].float(), uniform[:, step], sampling)
             tokens[:, step], logps[:, step] = token, logp
             done |= torch.isin(token, self.eos_ids)
             if done.all():
@@ -124,14 +124,23 @@ def _uniform(sampling: Sampling, index: int) -> numpy.ndarray:
 
 
 def _sample(
-    logits: torch.Tensor, uniform: torch.Tensor, temperature: float
+    logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One token a row of `[B, V]` and its log-prob at the temperature (at 1 when greedy)."""
-    logp = (logits / (temperature or 1.0)).log_softmax(-1)
-    if temperature == 0:
+    logp = (logits / (sampling.temperature or 1.0)).log_softmax(-1)
+    if sampling.temperature == 0:
         token = logp.argmax(-1)
     else:
-        cdf = logp.double().exp().cumsum(-1)
+        cdf = _nucleus(logp.double().exp(), sampling.top_p).cumsum(-1)
         token = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True).squeeze(1)
         token = token.clamp(max=logp.shape[-1] - 1)
     return token, logp.gather(-1, token[:, None]).squeeze(1)
+
+
+def _nucleus(prob: torch.Tensor, top_p: float) -> torch.Tensor:
+    """`[B, V]` with zeros but at the fewest likeliest tokens whose probabilities reach top_p."""
+    if top_p == 1:
+        return prob
+    ordered, order = prob.sort(-1, descending=True)
+    is_kept = ordered.cumsum(-1) - ordered < top_p
+    return torch.zeros_like(prob).scatter(-1, order, ordered * is_kept)
