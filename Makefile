@@ -8,7 +8,7 @@ SEEDS ?= 5
 TORCH_INDEX ?=
 OUT ?= runs/demo
 
-.PHONY: setup demo test lint bench bench-loss gpu-check gpu-check-venv demo-models
+.PHONY: setup demo test lint bench bench-loss bench-trl gpu-check gpu-check-venv demo-models
 
 setup: $(VENV)/ready
 
@@ -51,6 +51,18 @@ bench: setup bench-loss
 # The LM head against the bare matrix products of its shape.
 bench-loss: setup
 	$(RUN) bench/loss.py
+
+# A whole round against TRL's IW-OPD trainer, which needs an environment of its own (3 minutes).
+bench-trl: setup build/trl-venv/ready
+	$(RUN) bench/trl.py
+
+build/trl-venv/ready: constraints.txt
+	$(PYTHON) -m venv build/trl-venv
+	build/trl-venv/bin/pip install --quiet --disable-pip-version-check \
+		$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	build/trl-venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		trl==1.16.0 transformers==5.23.0 accelerate==1.15.0 datasets==5.2.0
+	touch $@
 
 # For a machine with one GPU and torch already there: torch is left as it is, missing packages go beside it.
 gpu-check:

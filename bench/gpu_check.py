@@ -91,9 +91,6 @@ def time_slice(hf, lengths, recompute, queue):
     samples = hf_reference.make_samples(hf["vocab_size"], lengths)
     batches, length = Packer(parallel, sum(lengths))(samples, "seq_mean_token_mean")
 
-    def on_output(hidden, model, batch):
-        return objective(schedule.logprobs(hidden, model, batch), batch)
-
     times = {"forward + backward": [], "optimiser": [], "forward only": []}
     for _ in range(STEPS + WARM_UP):
         marks = [_now()]
@@ -101,7 +98,7 @@ def time_slice(hf, lengths, recompute, queue):
         marks.append(_now())
         optimizer.step()
         marks.append(_now())
-        schedule.run(batches, length, on_output, forward_only=True)
+        schedule.run(batches, length, schedule.loss_of(objective), forward_only=True)
         marks.append(_now())
         for name, start, end in zip(times, marks, marks[1:], strict=False):
             times[name].append(end - start)

@@ -11,8 +11,10 @@ import torch
 import torch.distributed as dist
 
 from iwopd_megatron import device
+from iwopd_megatron.linear_loss import linear_loss
 from iwopd_megatron.logprobs import LogProbs, linear_logprobs
 from iwopd_megatron.model import HiddenStateModel
+from iwopd_megatron.objective import Objective
 from iwopd_megatron.packing import MicroBatch, Packer
 from iwopd_megatron.parallel import Parallel
 from iwopd_megatron.trajectory import Trajectory
@@ -24,9 +26,6 @@ from megatron.core.utils import unwrap_model  # noqa: E402
 
 # (last stage's hidden states, its model chunk, batch) -> (loss, whatever the caller wants kept)
 OnOutput = Callable[[torch.Tensor, HiddenStateModel, MicroBatch], tuple[torch.Tensor, Any]]
-
-# (log-probs of the loss tokens, batch) -> (loss, sums of metrics)
-Objective = Callable[[LogProbs, MicroBatch], tuple[torch.Tensor, Any]]
 
 # A teacher's likeliest ids and their log-probs, [N, K] each, of one micro-batch
 Support = tuple[torch.Tensor, torch.Tensor]
@@ -86,10 +85,30 @@ class Schedule:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
 
-        def on_output(hidden, model, batch):
-            return objective(self.logprobs(hidden, model, batch), batch)
+        return self.run(batches, length, self.loss_of(objective))
 
-        return self.run(batches, length, on_output)
+    def loss_of(self, objective: Objective) -> OnOutput:
+        """What the last stage makes of its hidden states: the objective's loss and sums."""
+
+        def on_output(hidden, model, batch):
+            if objective.is_known(batch) and self.parallel.tp.size == 1:
+                terms = objective.terms(batch)
+                loss, logprobs = linear_loss(
+                    hidden.squeeze(1),
+                    model.head_weight(),
+                    batch.targets,
+                    terms.loss,
+                    rows=batch.rows,
+                    temperature=self.temperature,
+                    topk_ids=batch.topk_ids,
+                )
+            else:
+                logprobs = self.logprobs(hidden, model, batch)
+                terms = objective.terms(batch, logprobs.logp.detach())
+                loss = terms.loss(logprobs)
+            return loss, terms.sums(logprobs, loss)
+
+        return on_output
 
     def score(
         self, samples: list[Trajectory], packer: Packer, topk: int = 0

@@ -66,6 +66,9 @@ class Frozen(Model):
     """An embedded model that only scores: same processes and layout as the student, own sizes."""
 
     offload: bool = Field(False, description="keep its weights in host memory except while scoring")
+    microbatch_tokens: PositiveInt | None = Field(
+        None, description="token budget of its micro-batches; default: train.microbatch_tokens"
+    )
 
 
 class Rollout(_Section):

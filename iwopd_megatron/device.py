@@ -64,14 +64,15 @@ def peak_memory_bytes() -> int:
     return torch.cuda.max_memory_allocated() if has_gpu() else 0
 
 
-def grouped_mm_kernel() -> Callable[..., torch.Tensor] | None:
-    """torch's grouped matrix product for bf16, or None where it has no kernel for this device."""
+def grouped_mm_kernel(dtype: torch.dtype) -> Callable[..., torch.Tensor] | None:
+    """torch's grouped matrix product, or None where it has none for this device and dtype."""
+    public = getattr(torch.nn.functional, "grouped_mm", None)
     if not has_gpu():
-        return None
+        return public if dtype == torch.float32 else None
     capability, _ = torch.cuda.get_device_capability()
-    if hasattr(torch.nn.functional, "grouped_mm"):
-        return torch.nn.functional.grouped_mm if capability >= 8 else None
-    return getattr(torch, "_grouped_mm", None) if capability == 9 else None  # Hopper only
+    if dtype != torch.bfloat16 or capability < 8:
+        return None
+    return public or (getattr(torch, "_grouped_mm", None) if capability == 9 else None)  # Hopper
 
 
 class _CudaToCpu(TorchFunctionMode):
@@ -90,6 +91,11 @@ class _CudaToCpu(TorchFunctionMode):
             # Megatron's DDP sorts parameters by type string, e.g. "torch.cuda.FloatTensor".
             return func(*args).replace("torch.", "torch.cuda.", 1)
         return func(*args)
+
+
+def plain_torch() -> contextlib.AbstractContextManager:
+    """Inside, torch's arguments are not rewritten: for many small calls that never name CUDA."""
+    return torch._C.DisableTorchFunction() if _installed else contextlib.nullcontext()
 
 
 def _names_cuda(device: object) -> bool:

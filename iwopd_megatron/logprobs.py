@@ -23,8 +23,9 @@ from megatron.core.tensor_parallel import (  # noqa: E402
     gather_from_sequence_parallel_region,
 )
 
-# A CPU tile stays in the cache; on a GPU few large kernels are faster.
-CPU_TILE, GPU_TILE = (128, 2048), (2048, 2**20)
+# A CPU tile stays in the cache, though top-K selection prefers width; on a GPU few large kernels
+# are faster.
+CPU_TILE, CPU_TOPK_TILE, GPU_TILE = (128, 2048), (128, 16384), (2048, 2**20)
 
 
 class LogProbs(NamedTuple):
@@ -69,55 +70,65 @@ def linear_logprobs(
         hidden = copy_to_tensor_model_parallel_region(hidden, group=tp_group)
     if rows is not None:
         hidden = hidden.index_select(0, rows)
-    default = GPU_TILE if device.has_gpu() else CPU_TILE
+    default = default_tile(topk)
     tile = chunk_tokens or default[0], chunk_vocab or default[1]
-    hidden = hidden.to(weight.dtype)
     best = RunningTopK(len(targets), topk, targets.device) if topk else None
     logp, entropy, topk_logp = _LinearLogProbs.apply(
-        hidden, weight, targets, topk_ids, 1 / temperature, tp_group, tile, with_entropy, best
-    )
-    return LogProbs(logp, entropy, topk_logp, best.id_NK if best else topk_ids)
-
-
-def _tiles(tokens: int, vocab: int, tile: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
-    """All (token, vocabulary) tiles; the vocabulary outermost, so that its weights stay cached."""
-    for v in range(0, vocab, tile[1]):
-        for c in range(0, tokens, tile[0]):
-            yield slice(c, c + tile[0]), slice(v, min(v + tile[1], vocab))
-
-
-def _places(ids_CK: torch.Tensor, vocab: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Columns of these ids in a tile, 0 where they lie outside it; and which lie inside."""
-    is_here_CK = (ids_CK >= vocab.start) & (ids_CK < vocab.stop)
-    return (ids_CK - vocab.start).where(is_here_CK, 0), is_here_CK
-
-
-def _logits(hidden_ND, weight_VD, tokens, vocab, inv_temperature) -> torch.Tensor:
-    logits_CU = (hidden_ND[tokens] @ weight_VD[vocab].t()).float()
-    return logits_CU if inv_temperature == 1 else logits_CU.mul_(inv_temperature)
-
-
-class _LinearLogProbs(torch.autograd.Function):
-    """Its hidden gradient covers this rank's vocabulary only; the caller's region op sums it."""
-
-    @staticmethod
-    def forward(
-        ctx, hidden_ND, weight_VD, target_N, topk_NK, inv_temperature, group, tile, with_entropy,
+        hidden.to(weight.dtype),
+        weight,
+        scored_ids(targets, topk_ids),
+        1 / temperature,
+        tp_group,
+        tile,
+        with_entropy,
         best,
-    ):  # fmt: skip
-        parallel = group is not None and group.size() > 1
-        start = group.rank() * weight_VD.shape[0] if parallel else 0
-        # Ids to score, the target first; outside [0, V) where another rank owns them.
-        ids_NK = (
-            target_N[:, None] if topk_NK is None else torch.cat([target_N[:, None], topk_NK], 1)
-        )
-        ids_NK = ids_NK - start
-        stats = hidden_ND.new_zeros(2 + ids_NK.shape[1], len(target_N), dtype=torch.float32)
-        sum_N, weighted_N, found_KN = stats[0], stats[1], stats[2:]  # sums of exp, of exp * logit
+    )
+    if best is not None:
+        return LogProbs(logp, entropy, topk_logp, best.id_NK)
+    return LogProbs(logp, entropy, None if topk_ids is None else topk_logp, topk_ids)
+
+
+def default_tile(topk: int = 0) -> tuple[int, int]:
+    """Tokens and vocabulary entries of a tile of logits on this device."""
+    if device.has_gpu():
+        return GPU_TILE
+    return CPU_TOPK_TILE if topk else CPU_TILE
+
+
+class Head(NamedTuple):
+    """Hidden states and this rank's vocabulary, whose logits exist one tile at a time."""
+
+    hidden_ND: torch.Tensor
+    weight_VD: torch.Tensor
+    inv_temperature: float
+    tile: tuple[int, int]
+
+    def tiles(self) -> Iterator[tuple[slice, slice]]:
+        """(tokens, vocabulary) of all tiles; vocabulary outermost, so that weights stay cached."""
+        (tokens, vocab), (rows, columns) = self.tile, (len(self.hidden_ND), len(self.weight_VD))
+        for v in range(0, columns, vocab):
+            for c in range(0, rows, tokens):
+                yield slice(c, min(c + tokens, rows)), slice(v, min(v + vocab, columns))
+
+    def logits(self, s: slice, v: slice) -> torch.Tensor:
+        """fp32 `[C, U]`."""
+        logits_CU = (self.hidden_ND[s] @ self.weight_VD[v].t()).float()
+        if self.inv_temperature != 1:
+            logits_CU.mul_(self.inv_temperature)
+        return logits_CU
+
+    def statistics(
+        self, ids_NK: torch.Tensor, with_entropy: bool, best: RunningTopK | None, start: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Maxima `[N]`, and `[2 + K, N]`: sums of exp, of exp * logit, both relative to the maxima,
+        and the logits of `ids_NK`, 0 where another rank has them. `start`: id of the first column.
+        """
+        stats = ids_NK.new_zeros(2 + ids_NK.shape[1], len(ids_NK), dtype=torch.float32)
+        sum_N, weighted_N, found_KN = stats[0], stats[1], stats[2:]
         max_N = torch.full_like(sum_N, -torch.inf)
-        for s, v in _tiles(len(target_N), weight_VD.shape[0], tile):
-            logits_CU = _logits(hidden_ND, weight_VD, s, v, inv_temperature)
-            place_CK, is_here_CK = _places(ids_NK[s], v)
+        for s, v in self.tiles():
+            logits_CU = self.logits(s, v)
+            place_CK, is_here_CK = places(ids_NK[s], v)
             found_KN[:, s] += logits_CU.gather(1, place_CK).where(is_here_CK, 0).t()
             if best is not None:
                 best.add(logits_CU, s, start + v.start)
@@ -131,6 +142,63 @@ class _LinearLogProbs(torch.autograd.Function):
             else:
                 exp_CU = logits_CU.sub_(new_max_C[:, None]).exp_()
             sum_N[s] = sum_N[s] * rescale_C + exp_CU.sum(-1)
+        return max_N, stats
+
+    def add_gradients(
+        self,
+        ids_NK: torch.Tensor,
+        logz_N: torch.Tensor,
+        dids_NK: torch.Tensor,
+        entropy: tuple[torch.Tensor, torch.Tensor] | None,
+        dhidden_ND: torch.Tensor,
+        dweight_VD: torch.Tensor,
+    ) -> None:
+        """Add to both gradients, fp32, those of sum(dids * log-prob of ids).
+
+        entropy: its upstream gradient and the mean logits, `[N]` each.
+        """
+        dlogz_N = dids_NK.sum(1)  # every scored log-prob subtracts the normaliser once
+        for s, v in self.tiles():
+            logits_CU = self.logits(s, v)
+            if entropy is None:
+                dlogits_CU = logits_CU.sub_(logz_N[s, None]).exp_().mul_(-dlogz_N[s, None])
+            else:
+                dentropy_C, mean_logit_C = entropy[0][s, None], entropy[1][s, None]
+                prob_CU = (logits_CU - logz_N[s, None]).exp_()
+                scale_CU = logits_CU.sub_(mean_logit_C).mul_(dentropy_C)
+                dlogits_CU = prob_CU.mul_(scale_CU.add_(dlogz_N[s, None])).neg_()
+            place_CK, is_here_CK = places(ids_NK[s], v)
+            dlogits_CU.scatter_add_(1, place_CK, dids_NK[s].where(is_here_CK, 0))
+            if self.inv_temperature != 1:
+                dlogits_CU.mul_(self.inv_temperature)
+            dlogits_CU = dlogits_CU.to(self.weight_VD.dtype)
+            add_product(dhidden_ND[s], dlogits_CU, self.weight_VD[v])
+            add_product(dweight_VD[v], dlogits_CU.t(), self.hidden_ND[s])
+
+
+def scored_ids(target_N: torch.Tensor, topk_NK: torch.Tensor | None) -> torch.Tensor:
+    """Ids whose log-probs are wanted, `[N, 1 + K]`, the target first."""
+    return target_N[:, None] if topk_NK is None else torch.cat([target_N[:, None], topk_NK], 1)
+
+
+def places(ids_CK: torch.Tensor, vocab: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns of these ids in a tile, 0 where they lie outside it; and which lie inside."""
+    is_here_CK = (ids_CK >= vocab.start) & (ids_CK < vocab.stop)
+    return (ids_CK - vocab.start).where(is_here_CK, 0), is_here_CK
+
+
+class _LinearLogProbs(torch.autograd.Function):
+    """Its hidden gradient covers this rank's vocabulary only; the caller's region op sums it."""
+
+    @staticmethod
+    def forward(
+        ctx, hidden_ND, weight_VD, ids_NK, inv_temperature, group, tile, with_entropy, best
+    ):
+        parallel = group is not None and group.size() > 1
+        start = group.rank() * weight_VD.shape[0] if parallel else 0
+        ids_NK = ids_NK - start  # outside [0, V) where another rank owns them
+        head = Head(hidden_ND, weight_VD, inv_temperature, tile)
+        max_N, stats = head.statistics(ids_NK, with_entropy, best, start)
         if parallel:
             own_max_N = max_N.clone()
             dist.all_reduce(max_N, dist.ReduceOp.MAX, group=group)
@@ -138,14 +206,14 @@ class _LinearLogProbs(torch.autograd.Function):
             dist.all_reduce(stats, group=group)
             if best is not None:
                 best.merge(group)
-        logz_N = max_N + sum_N.log()
-        mean_logit_N = weighted_N / sum_N
+        logz_N = max_N + stats[0].log()
+        mean_logit_N = stats[1] / stats[0]
         ctx.save_for_backward(hidden_ND, weight_VD, ids_NK, logz_N, mean_logit_N)
         ctx.inv_temperature, ctx.tile = inv_temperature, tile
         ctx.set_materialize_grads(False)
-        logp_KN = found_KN - logz_N
+        logp_KN = stats[2:] - logz_N
         entropy_N = logz_N - mean_logit_N if with_entropy else None
-        topk_logp_NK = None if topk_NK is None else logp_KN[1:].t().clone()
+        topk_logp_NK = logp_KN[1:].t().clone()
         if best is not None:
             topk_logp_NK = best.value_NK - logz_N[:, None]
             ctx.mark_non_differentiable(topk_logp_NK)
@@ -159,28 +227,15 @@ class _LinearLogProbs(torch.autograd.Function):
             dids_NK[:, 0] = dlogp_N
         if dtopk_NK is not None:
             dids_NK[:, 1:] = dtopk_NK
-        dlogz_N = dids_NK.sum(1)  # every scored log-prob subtracts the normaliser once
         dhidden_ND = torch.zeros_like(hidden_ND, dtype=torch.float32)
         dweight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-        for s, v in _tiles(len(logz_N), weight_VD.shape[0], ctx.tile):
-            logits_CU = _logits(hidden_ND, weight_VD, s, v, ctx.inv_temperature)
-            if dentropy_N is None:
-                dlogits_CU = logits_CU.sub_(logz_N[s, None]).exp_().mul_(-dlogz_N[s, None])
-            else:
-                prob_CU = (logits_CU - logz_N[s, None]).exp_()
-                scale_CU = logits_CU.sub_(mean_logit_N[s, None]).mul_(dentropy_N[s, None])
-                dlogits_CU = prob_CU.mul_(scale_CU.add_(dlogz_N[s, None])).neg_()
-            place_CK, is_here_CK = _places(ids_NK[s], v)
-            dlogits_CU.scatter_add_(1, place_CK, dids_NK[s].where(is_here_CK, 0))
-            if ctx.inv_temperature != 1:
-                dlogits_CU.mul_(ctx.inv_temperature)
-            dlogits_CU = dlogits_CU.to(weight_VD.dtype)
-            _add_product(dhidden_ND[s], dlogits_CU, weight_VD[v])
-            _add_product(dweight_VD[v], dlogits_CU.t(), hidden_ND[s])
-        return dhidden_ND.to(hidden_ND.dtype), dweight_VD.to(weight_VD.dtype), *[None] * 7
+        entropy = None if dentropy_N is None else (dentropy_N, mean_logit_N)
+        head = Head(hidden_ND, weight_VD, ctx.inv_temperature, ctx.tile)
+        head.add_gradients(ids_NK, logz_N, dids_NK, entropy, dhidden_ND, dweight_VD)
+        return dhidden_ND.to(hidden_ND.dtype), dweight_VD.to(weight_VD.dtype), *[None] * 6
 
 
-def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total += a @ b, with an fp32 total whatever the product's dtype."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from iwopd_megatron.actor import Objective, Support
+from iwopd_megatron.actor import Support
+from iwopd_megatron.objective import Objective
 from iwopd_megatron.packing import MicroBatch, Packer
 from iwopd_megatron.trajectory import Trajectory
 

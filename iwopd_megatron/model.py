@@ -108,7 +108,9 @@ def transformer_config(
     elif recompute == "selective":
         modules = ["core_attn", "moe"] if num_experts(hf) else ["core_attn", "mlp"]
         settings.update(recompute_granularity="selective", recompute_modules=modules)
-    return TransformerConfig(**settings)
+    config = TransformerConfig(**settings)
+    config.rotary_base = rope_theta(hf)
+    return config
 
 
 def build_model(
@@ -117,6 +119,7 @@ def build_model(
     """This rank's chunks (vpp of them), initial weights, cast if bf16. Load weights afterwards."""
     layout = parallel.layout
     config = transformer_config(hf, layout, dtype, recompute)
+    fused = backend.has_transformer_engine(config.params_dtype)
     chunks = []
     for stage in range(layout.vpp):
         vp_stage = stage if layout.vpp > 1 else None
@@ -127,8 +130,9 @@ def build_model(
             max_sequence_length=hf["max_position_embeddings"],
             pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
-            position_embedding_type="rope",
-            rotary_base=rope_theta(hf),
+            # native attention turns queries and keys itself, once per micro-batch computed
+            position_embedding_type="rope" if fused else "none",
+            rotary_base=config.rotary_base,
             share_embeddings_and_output_weights=hf.get("tie_word_embeddings", False),
             vp_stage=vp_stage,
         ).to(device.current_device())

@@ -1,14 +1,16 @@
-"""What one micro-batch contributes: log-probs -> loss and the sums its metrics are made of.
+"""What one micro-batch contributes: its tokens' losses, and the sums its metrics are made of.
 
-Token weights are computed here. With one optimiser step a round the old log-probs are this same
-forward's, detached, and no extra forward pass is needed; with several they come with the batch.
-Shapes: T tokens of this rank, N loss tokens.
+Token weights are computed here, from old log-probs. With one optimiser step a round those are this
+same forward's, detached, and no extra forward pass is needed. With several they come with the
+batch, and then a token's loss is known as soon as its log-prob is (`linear_loss`).
+Shapes: T tokens of this rank, N loss tokens, C of them in a chunk.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,31 @@ from iwopd_megatron.topk import topk_kl
 from iwopd_megatron.weighting import token_weights_packed
 
 Sums = dict[str, torch.Tensor]
+ALL = slice(None)
+
+
+class Terms(Protocol):
+    """A micro-batch's loss with everything fixed but the student's log-probs."""
+
+    def loss(self, logprobs: LogProbs, part: slice = ALL) -> torch.Tensor:
+        """Summed over the tokens of `part`, whose log-probs these are."""
+        ...
+
+    def sums(self, logprobs: LogProbs, loss: torch.Tensor) -> Sums:
+        """What metrics are made of, detached."""
+        ...
+
+
+class Objective(Protocol):
+    """What a minibatch is trained on."""
+
+    def is_known(self, batch: MicroBatch) -> bool:
+        """Whether `terms` needs no log-probs of this forward pass."""
+        ...
+
+    def terms(self, batch: MicroBatch, own_logp: torch.Tensor | None = None) -> Terms:
+        """own_logp: `[N]`, this forward's, detached; None if `is_known`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -39,67 +66,14 @@ class DistillationObjective:
         progress = {"step": self.step, "total_steps": self.total_steps}
         return {**self.loss.weighting.model_dump(), **progress, "ratio_mean": self.ratio_mean}
 
-    def __call__(self, logprobs: LogProbs, batch: MicroBatch) -> tuple[torch.Tensor, Sums]:
-        old_logp = logprobs.logp.detach() if batch.old_logp is None else batch.old_logp
-        gap_N = batch.teacher_logp - old_logp
-        weight_N = self.weights(gap_N, batch)
-        term = self._topk_kl if self.loss.objective == "topk_kl" else self._policy
-        value, sums = term(logprobs, batch, old_logp, weight_N)
-        drift_N = (old_logp - batch.rollout_logp).abs()
-        return value, sums | {
-            "tokens": torch.tensor(len(gap_N), device=gap_N.device),
-            "loss": value.detach(),
-            "gap": gap_N.sum(),
-            "abs_gap": gap_N.abs().sum(),
-            "weight": weight_N.sum(),
-            "entropy": logprobs.entropy.detach().sum(),
-            "drift": drift_N.sum(),
-            "decile_tokens": by_decile(batch.place, torch.ones_like(gap_N)),
-            "gap_deciles": by_decile(batch.place, gap_N.abs()),
-            "weight_deciles": by_decile(batch.place, weight_N),
-        }
+    def is_known(self, batch: MicroBatch) -> bool:
+        return batch.old_logp is not None
 
-    def _policy(
-        self, logprobs: LogProbs, batch: MicroBatch, old_logp: torch.Tensor, weight_N: torch.Tensor
-    ) -> tuple[torch.Tensor, Sums]:
-        """Eq. 67 with weighted advantages; ExOPD's advantage, the plain gap's weight."""
-        settings = self.loss
-        exopd = settings.extrapolation != 1.0
-        advantage_N = weight_N * opd_advantage(
-            batch.teacher_logp,
-            old_logp,
-            base_logp=batch.base_logp if exopd else None,
-            extrapolation=settings.extrapolation,
-        )
-        value = policy_loss(
-            logprobs.logp,
-            old_logp,
-            advantage_N,
-            torch.ones_like(advantage_N, dtype=torch.bool),
-            clip=settings.clip,
-            dual_clip=settings.dual_clip,
-            rollout_logp=batch.rollout_logp,
-            tis_cap=settings.tis_cap,
-            denominator=batch.denominator,
-        )
-        cap = settings.tis_cap or float("inf")
-        correction_N = importance_weight(old_logp, batch.rollout_logp, cap)
-        return value, {
-            "clipped": is_clipped(logprobs.logp, old_logp, advantage_N, settings.clip).sum(),
-            "tis_capped": (correction_N >= cap).sum(),
-        }
-
-    def _topk_kl(
-        self, logprobs: LogProbs, batch: MicroBatch, old_logp: torch.Tensor, weight_N: torch.Tensor
-    ) -> tuple[torch.Tensor, Sums]:
-        """The dense variant: no sampled token in it, hence neither ratio nor importance weight."""
-        kl_N = topk_kl(logprobs.topk_logp, batch.topk_logp, self.loss.topk.support)
-        return (weight_N * kl_N / batch.denominator).sum(), {
-            "topk_kl": kl_N.detach().sum(),
-            "topk_mass_teacher": batch.topk_logp.exp().sum(),
-            "topk_mass_student": logprobs.topk_logp.detach().exp().sum(),
-            "topk_hit": (batch.topk_ids == batch.targets[:, None]).sum(),
-        }
+    def terms(self, batch: MicroBatch, own_logp: torch.Tensor | None = None) -> DistillationTerms:
+        old_N = own_logp if batch.old_logp is None else batch.old_logp
+        weight_N = self.weights(batch.teacher_logp - old_N, batch)
+        kind = TopKTerms if self.loss.objective == "topk_kl" else PolicyTerms
+        return kind(self.loss, batch, old_N, weight_N)
 
     def weights(self, gap_N: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
         """Token weights of the loss tokens; prefix sums run over all context-parallel shards."""
@@ -116,13 +90,107 @@ class DistillationObjective:
         return weight_T[batch.rows]
 
 
-def nll_objective(logprobs: LogProbs, batch: MicroBatch) -> tuple[torch.Tensor, Sums]:
-    """Supervised fine-tuning: the negative log-likelihood of the given responses."""
-    value = -(logprobs.logp / batch.denominator).sum()
-    return value, {
-        "tokens": torch.tensor(len(batch.rows), device=value.device),
-        "loss": value.detach(),
-    }
+@dataclass(frozen=True)
+class DistillationTerms:
+    """What both objectives have: old log-probs, weights, and the metrics of the gap."""
+
+    settings: Loss
+    batch: MicroBatch
+    old_N: torch.Tensor
+    weight_N: torch.Tensor
+
+    def sums(self, logprobs: LogProbs, loss: torch.Tensor) -> Sums:
+        batch, gap_N = self.batch, self.batch.teacher_logp - self.old_N
+        return self.own_sums(logprobs) | {
+            "tokens": torch.tensor(len(gap_N), device=gap_N.device),
+            "loss": loss.detach(),
+            "gap": gap_N.sum(),
+            "abs_gap": gap_N.abs().sum(),
+            "weight": self.weight_N.sum(),
+            "entropy": logprobs.entropy.detach().sum(),
+            "drift": (self.old_N - batch.rollout_logp).abs().sum(),
+            "decile_tokens": by_decile(batch.place, torch.ones_like(gap_N)),
+            "gap_deciles": by_decile(batch.place, gap_N.abs()),
+            "weight_deciles": by_decile(batch.place, self.weight_N),
+        }
+
+
+class PolicyTerms(DistillationTerms):
+    """Eq. 67 with weighted advantages; ExOPD's advantage, the plain gap's weight."""
+
+    @cached_property
+    def advantage_N(self) -> torch.Tensor:
+        extrapolation = self.settings.extrapolation
+        advantage_N = opd_advantage(
+            self.batch.teacher_logp,
+            self.old_N,
+            base_logp=self.batch.base_logp if extrapolation != 1.0 else None,
+            extrapolation=extrapolation,
+        )
+        return self.weight_N * advantage_N
+
+    def loss(self, logprobs: LogProbs, part: slice = ALL) -> torch.Tensor:
+        return policy_loss(
+            logprobs.logp,
+            self.old_N[part],
+            self.advantage_N[part],
+            torch.ones_like(logprobs.logp, dtype=torch.bool),
+            clip=self.settings.clip,
+            dual_clip=self.settings.dual_clip,
+            rollout_logp=self.batch.rollout_logp[part],
+            tis_cap=self.settings.tis_cap,
+            denominator=self.batch.denominator[part],
+        )
+
+    def own_sums(self, logprobs: LogProbs) -> Sums:
+        cap = self.settings.tis_cap or float("inf")
+        correction_N = importance_weight(self.old_N, self.batch.rollout_logp, cap)
+        clipped_N = is_clipped(logprobs.logp, self.old_N, self.advantage_N, self.settings.clip)
+        return {"clipped": clipped_N.sum(), "tis_capped": (correction_N >= cap).sum()}
+
+
+class TopKTerms(DistillationTerms):
+    """The dense variant: no sampled token in it, hence neither ratio nor importance weight."""
+
+    def loss(self, logprobs: LogProbs, part: slice = ALL) -> torch.Tensor:
+        kl_C = self._kl(logprobs.topk_logp, part)
+        return (self.weight_N[part] * kl_C / self.batch.denominator[part]).sum()
+
+    def own_sums(self, logprobs: LogProbs) -> Sums:
+        teacher_NK, student_NK = self.batch.topk_logp, logprobs.topk_logp.detach()
+        return {
+            "topk_kl": self._kl(student_NK, ALL).sum(),
+            "topk_mass_teacher": teacher_NK.exp().sum(),
+            "topk_mass_student": student_NK.exp().sum(),
+            "topk_hit": (self.batch.topk_ids == self.batch.targets[:, None]).sum(),
+        }
+
+    def _kl(self, student_CK: torch.Tensor, part: slice) -> torch.Tensor:
+        return topk_kl(student_CK, self.batch.topk_logp[part], self.settings.topk.support)
+
+
+class LikelihoodObjective:
+    """Supervised fine-tuning on given responses."""
+
+    def is_known(self, batch: MicroBatch) -> bool:
+        return True
+
+    def terms(self, batch: MicroBatch, own_logp: torch.Tensor | None = None) -> LikelihoodTerms:
+        return LikelihoodTerms(batch)
+
+
+@dataclass(frozen=True)
+class LikelihoodTerms:
+    """The negative log-likelihood of the responses."""
+
+    batch: MicroBatch
+
+    def loss(self, logprobs: LogProbs, part: slice = ALL) -> torch.Tensor:
+        return -(logprobs.logp / self.batch.denominator[part]).sum()
+
+    def sums(self, logprobs: LogProbs, loss: torch.Tensor) -> Sums:
+        tokens = torch.tensor(len(self.batch.rows), device=loss.device)
+        return {"tokens": tokens, "loss": loss.detach()}
 
 
 def by_decile(place_N: torch.Tensor, value_N: torch.Tensor) -> torch.Tensor:

@@ -142,6 +142,7 @@ class Packing:
     def __init__(self, lengths: list[int]):
         self.lengths = lengths  # on the host: reading cu_seqlens would wait for the device
         self._context_order: torch.Tensor | None = None
+        self._rotation: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @cached_property
     def padded(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,6 +165,19 @@ class Packing:
             shards = [zigzag_index(self.lengths, size, rank) for rank in range(size)]
             self._context_order = torch.cat(shards).argsort().to(device.current_device())
         return self._context_order
+
+    def rotation(
+        self, base: float, head: int, dtype: torch.dtype, cp_group: Group
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin `[T, 1, head / 2]` of the rotary angles of this context rank's tokens."""
+        key = base, head, dtype
+        if key not in self._rotation:
+            place = torch.cat([torch.arange(length) for length in self.lengths])
+            place_T = place[zigzag_index(self.lengths, cp_group.size(), cp_group.rank())]
+            frequency = base ** (-torch.arange(0, head, 2, dtype=torch.float32) / head)
+            angle = (place_T[:, None].float() * frequency).unsqueeze(1).to(device.current_device())
+            self._rotation[key] = angle.cos().to(dtype), angle.sin().to(dtype)
+        return self._rotation[key]
 
 
 def packed_seq_params(lengths: list[int]) -> PackedSeqParams:

@@ -150,6 +150,11 @@ def _check_loss(recipe: Recipe, hf: dict[str, Any]) -> None:
                 f"loss.extrapolation={loss.extrapolation:g} scales an advantage, which "
                 "loss.objective=topk_kl does not have; write extrapolation=1 or objective=policy."
             )
+        if recipe.teacher is not None and recipe.teacher.microbatch_tokens is not None:
+            raise RecipeError(
+                "teacher.microbatch_tokens must be left out with loss.objective=topk_kl: the "
+                "teacher's top K stays in the micro-batches that the student trains on."
+            )
         if loss.topk.k > hf["vocab_size"]:
             raise RecipeError(
                 f"loss.topk.k={loss.topk.k} exceeds the vocabulary of {hf['vocab_size']}; lower it."
@@ -166,7 +171,8 @@ def _check_loss(recipe: Recipe, hf: dict[str, Any]) -> None:
 
 # What a resumed run may change without becoming another run.
 MAY_CHANGE = (
-    "processes", "student.parallel", "student.recompute", "teacher.offload", "base.offload",
+    "processes", "student.parallel", "student.recompute", "teacher.offload",
+    "teacher.microbatch_tokens", "base.offload", "base.microbatch_tokens",
     "rollout.batch_size", "train.rounds", "train.microbatch_tokens", "evaluate", "checkpoint",
     "gates",
 )  # fmt: skip
@@ -213,11 +219,13 @@ def _check_sizes(recipe: Recipe, hf: dict[str, Any]) -> None:
     if train.min_lr > train.lr:
         raise RecipeError(f"train.min_lr={train.min_lr} must not exceed train.lr={train.lr}.")
     longest = rollout.max_prompt_tokens + rollout.max_response_tokens
-    if longest > train.microbatch_tokens:
-        raise RecipeError(
-            f"train.microbatch_tokens={train.microbatch_tokens} cannot hold the longest sample, "
-            f"rollout.max_prompt_tokens + max_response_tokens = {longest}; raise it to that."
-        )
+    for name in ("train", "teacher", "base"):
+        budget = getattr(getattr(recipe, name), "microbatch_tokens", None)
+        if budget is not None and longest > budget:
+            raise RecipeError(
+                f"{name}.microbatch_tokens={budget} cannot hold the longest sample, "
+                f"rollout.max_prompt_tokens + max_response_tokens = {longest}; raise it to that."
+            )
     if longest > hf["max_position_embeddings"]:
         raise RecipeError(
             f"rollout.max_prompt_tokens + max_response_tokens = {longest} exceeds the student's "

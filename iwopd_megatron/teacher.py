@@ -5,6 +5,8 @@ The teacher is one; ExOPD's base student is another.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from iwopd_megatron import device
@@ -21,7 +23,8 @@ class EmbeddedScorer:
     """Scores every response token at the rollout temperature. Collective over the world."""
 
     def __init__(self, settings: Frozen, packer: Packer, temperature: float):
-        self.packer, self.offload = packer, settings.offload
+        self.offload = settings.offload
+        self.packer = replace(packer, budget=settings.microbatch_tokens or packer.budget)
         hf = read_hf_config(settings.hf)
         chunks = build_model(hf, packer.parallel, settings.dtype)
         load_shards(chunks, HfTensors(settings.hf), hf, packer.parallel)

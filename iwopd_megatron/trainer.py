@@ -25,7 +25,7 @@ from iwopd_megatron.hf_io import save_folder
 from iwopd_megatron.metrics import NLL_SUMS, SUMS, reduce_sums, response_means, token_means
 from iwopd_megatron.minibatch import Minibatch
 from iwopd_megatron.model import DTYPES
-from iwopd_megatron.objective import DistillationObjective, nll_objective
+from iwopd_megatron.objective import DistillationObjective, LikelihoodObjective
 from iwopd_megatron.packing import Packer, deal
 from iwopd_megatron.parallel import Parallel, any_rank
 from iwopd_megatron.preflight import eos_ids
@@ -232,7 +232,7 @@ class Trainer:
         """The round's samples with all their scores, one part an optimiser step."""
         parts = deal(self.samples, self.recipe.train.minibatches)
         if self.teacher is None:
-            return [Minibatch(part, nll_objective) for part in parts]
+            return [Minibatch(part, LikelihoodObjective()) for part in parts]
         minibatches = [self._scored(part) for part in parts]
         self.weighting = minibatches[0].objective.weighting
         self.samples = [sample for minibatch in minibatches for sample in minibatch.samples]

@@ -156,6 +156,31 @@ def test_sampled_frequencies_follow_the_softmax(temperature, top_p):
     assert ((seen - count * prob).abs() <= 4 * deviation).all(), seen / count - prob
 
 
+@pytest.mark.parametrize("kind", ["moe_no_norm", "dense", "tied"])
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_other_models(kind, batch_size, request):
+    """Greedy answers and log-probs of a plain forward pass; ragged prompts, and equal ones."""
+    folder = request.getfixturevalue(f"{kind}_folder")
+    runs = [({NO_EOS}, batch_size, Sampling(MAX_TOKENS, 0.0))]
+    (answers,) = generate_in_world(1, folder, runs)
+    model = hf_model(folder, torch.float32)
+    for sample in answers:
+        logp = plain_logprobs(model, sample, 1.0)
+        response = torch.tensor(sample.response_ids)
+        assert torch.equal(logp.argmax(-1), response)
+        expected = logp.gather(-1, response[:, None])[:, 0]
+        assert (torch.tensor(sample.rollout_logp) - expected).abs().max() < 1e-5
+
+
+def test_weights_are_named_as_on_disk(moe_folder, dense_folder, tied_folder):
+    for folder in (moe_folder, dense_folder, tied_folder):
+        engine, disk = HfEngine(folder, torch.float32, {NO_EOS}, 8), dict(weights(folder))
+        shapes = {name: tensor.shape for name, tensor in engine.weights.items()}
+        assert shapes == {name: tensor.shape for name, tensor in disk.items()}
+        engine.update(disk.items(), 0)
+        assert all(torch.equal(engine.weights[name], disk[name]) for name in disk)
+
+
 def test_an_update_that_lacks_a_tensor_is_an_error(moe_folder):
     engine = HfEngine(moe_folder, torch.float32, {NO_EOS}, 8)
     name = "model.layers.2.self_attn.q_norm.weight"

@@ -1,8 +1,9 @@
-"""The embedded engine: a transformers model in every rank's process, prompts split over the ranks.
+"""The embedded engine: the whole student in every rank's process, prompts split over the ranks.
 
-Keys and values live in a preallocated cache. A token is drawn by inverting the cumulative
-distribution at one uniform number per (seed, stream, prompt, position), so the answer to a prompt
-depends neither on the number of ranks nor on its neighbours in the batch.
+It reads a Hugging Face folder's configuration; weights come under Hugging Face names. A token is
+drawn by inverting the cumulative distribution at one uniform number per (seed, stream, prompt,
+position), so the answer to a prompt depends neither on the number of ranks nor on its neighbours in
+the batch.
 """
 
 from __future__ import annotations
@@ -15,22 +16,18 @@ import torch
 import torch.distributed as dist
 
 from iwopd_megatron import device
-from iwopd_megatron.hf_io import named_views
+from iwopd_megatron.preflight import read_hf_config
 from iwopd_megatron.rollout import Prompt, Sampling
+from iwopd_megatron.rollout.decoder import Decoder
 from iwopd_megatron.trajectory import Trajectory
 
 
 class HfEngine:
-    """`RolloutEngine` on transformers; weights come only through `update`."""
+    """`RolloutEngine` on `Decoder`; weights come only through `update`."""
 
     def __init__(self, folder: Path, dtype: torch.dtype, eos_ids: set[int], batch_size: int):
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        config = AutoConfig.from_pretrained(folder)
-        self.model = (
-            AutoModelForCausalLM.from_config(config, dtype=dtype).to(device.current_device()).eval()
-        )
-        self.weights = named_views(self.model)
+        self.model = Decoder(read_hf_config(folder), dtype, device.current_device())
+        self.weights = self.model.weights
         self.eos_ids = torch.tensor(sorted(eos_ids), device=device.current_device())
         self.batch_size = batch_size
         self.version = -1
@@ -50,8 +47,9 @@ class HfEngine:
     def generate(self, prompts: list[Prompt], sampling: Sampling) -> list[Trajectory]:
         mine = prompts[dist.get_rank() :: dist.get_world_size()]
         own: list[Trajectory] = []
-        for start in range(0, len(mine), self.batch_size):
-            own += self._generate_batch(mine[start : start + self.batch_size], sampling)
+        with device.plain_torch():
+            for start in range(0, len(mine), self.batch_size):
+                own += self._generate_batch(mine[start : start + self.batch_size], sampling)
         parts: list[list[Trajectory]] = [None] * dist.get_world_size()
         dist.all_gather_object(parts, own)
         by_index = {sample.index: sample for part in parts for sample in part}
@@ -80,28 +78,23 @@ class HfEngine:
 
     def _decode(self, ids, visible, uniform, sampling) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and log-probs `[B, max_tokens]`; columns after the last row's EOS stay zero."""
-        from transformers import StaticCache
-
         rows, width = ids.shape
-        cache = StaticCache(config=self.model.config, max_cache_len=visible.shape[1])
+        cache = self.model.new_cache(rows, visible.shape[1])
         tokens = ids.new_zeros(rows, sampling.max_tokens)
         logps = torch.zeros(rows, sampling.max_tokens, device=ids.device)
         done = torch.zeros(rows, dtype=torch.bool, device=ids.device)
         positions = (visible[:, :width].cumsum(1) - 1).clamp(min=0)
+        is_padded = not bool(visible.all())
+        start, mask = 0, _causal_mask(visible[:, :width]) if is_padded else None
         for step in range(sampling.max_tokens):
-            out = self.model(
-                ids,
-                attention_mask=visible[:, : width + step],
-                position_ids=positions,
-                past_key_values=cache,
-                logits_to_keep=1,
-            )
-            token, logp = _sample(out.logits[:, -1].float(), uniform[:, step], sampling)
+            logits = self.model(ids, positions, cache, start, mask)
+            token, logp = _sample(logits.float(), uniform[:, step], sampling)
             tokens[:, step], logps[:, step] = token, logp
             done |= torch.isin(token, self.eos_ids)
             if done.all():
                 break
-            ids, positions = token[:, None], positions[:, -1:] + 1
+            ids, positions, start = token[:, None], positions[:, -1:] + 1, width + step
+            mask = visible[:, None, None, : start + 1] if is_padded else None
         return tokens, logps
 
     def _trajectory(self, prompt: Prompt, tokens: list[int], logps: list[float]) -> Trajectory:
@@ -121,6 +114,14 @@ def _uniform(sampling: Sampling, index: int) -> numpy.ndarray:
     """`[max_tokens]` uniform numbers in [0, 1), a function of (seed, stream, index) alone."""
     key = numpy.random.SeedSequence([sampling.seed, sampling.stream, index])
     return numpy.random.Generator(numpy.random.Philox(key)).random(sampling.max_tokens)
+
+
+def _causal_mask(visible: torch.Tensor) -> torch.Tensor:
+    """`[B, 1, S, S]` of a left-padded prompt `[B, S]`; padding sees itself, or it would be NaN."""
+    width = visible.shape[1]
+    causal = torch.ones(width, width, dtype=torch.bool, device=visible.device).tril()
+    itself = torch.eye(width, dtype=torch.bool, device=visible.device)
+    return (causal & (visible[:, None, :] | itself))[:, None]
 
 
 def _sample(

@@ -1,0 +1,161 @@
+"""The embedded engine's model: Qwen3 and Qwen3-MoE as one function over a preallocated cache.
+
+Plain tensors under Hugging Face names, so that a decoding step of a small model costs its
+arithmetic and not its calls; query, key and value weights lie together, as do gate and up.
+Shapes: B rows, S new positions, L cache slots, D hidden, H query heads, G key-value heads, d head
+size, E experts, F ffn, N = B S tokens, K experts of a token.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from iwopd_megatron.model import rope_theta
+from iwopd_megatron.native_ops import grouped_mm, swiglu
+from iwopd_megatron.preflight import num_experts
+
+
+class Layer(NamedTuple):
+    """One layer's weights. Dense: one expert and no router."""
+
+    attention_norm: torch.Tensor  # [D]
+    qkv: torch.Tensor  # [(H + 2 G) d, D]
+    qk_norm: torch.Tensor  # [2, d]
+    out: torch.Tensor  # [D, H d]
+    ffn_norm: torch.Tensor  # [D]
+    router: torch.Tensor | None  # [E, D]
+    gate_up: torch.Tensor  # [E, 2 F, D]
+    down: torch.Tensor  # [E, D, F]
+
+
+class Decoder:
+    """`weights`: every tensor by its Hugging Face name, a view to be filled."""
+
+    def __init__(self, hf: dict[str, Any], dtype: torch.dtype, on: torch.device):
+        self.hf, self.on, self.dtype = hf, on, dtype
+        self.head_dim, self.heads = hf["head_dim"], hf["num_attention_heads"]
+        self.groups, self.eps = hf["num_key_value_heads"], hf["rms_norm_eps"]
+        hidden = hf["hidden_size"]
+        self.embedding, self.norm = self._new(hf["vocab_size"], hidden), self._new(hidden)
+        tied = hf.get("tie_word_embeddings", False)
+        self.head = self.embedding if tied else self._new(hf["vocab_size"], hidden)
+        self.weights = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.norm}
+        if not tied:
+            self.weights["lm_head.weight"] = self.head
+        self.layers = [self._layer(i) for i in range(hf["num_hidden_layers"])]
+        half = torch.arange(0, self.head_dim, 2, device=on, dtype=torch.float32)
+        self.frequency = rope_theta(hf) ** (-half / self.head_dim)
+
+    def _new(self, *shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=self.dtype, device=self.on)
+
+    def _layer(self, i: int) -> Layer:
+        hf, hidden, head = self.hf, self.hf["hidden_size"], self.head_dim
+        experts = num_experts(hf)
+        ffn = hf["moe_intermediate_size"] if experts else hf["intermediate_size"]
+        layer = Layer(
+            attention_norm=self._new(hidden),
+            qkv=self._new((self.heads + 2 * self.groups) * head, hidden),
+            qk_norm=self._new(2, head),
+            out=self._new(hidden, self.heads * head),
+            ffn_norm=self._new(hidden),
+            router=self._new(experts, hidden) if experts else None,
+            gate_up=self._new(experts or 1, 2 * ffn, hidden),
+            down=self._new(experts or 1, hidden, ffn),
+        )
+        rows = [self.heads * head, self.groups * head, self.groups * head]
+        own = dict(zip(("q_proj", "k_proj", "v_proj"), layer.qkv.split(rows), strict=True))
+        own |= {"q_norm": layer.qk_norm[0], "k_norm": layer.qk_norm[1], "o_proj": layer.out}
+        own = {f"self_attn.{name}": tensor for name, tensor in own.items()}
+        own |= {"input_layernorm": layer.attention_norm, "post_attention_layernorm": layer.ffn_norm}
+        if experts:
+            own["mlp.gate"] = layer.router
+        for e, (gate_up, down) in enumerate(zip(layer.gate_up, layer.down, strict=True)):
+            prefix = f"mlp.experts.{e}." if experts else "mlp."
+            gate, up = gate_up.chunk(2)
+            own |= {prefix + "gate_proj": gate, prefix + "up_proj": up, prefix + "down_proj": down}
+        self.weights |= {f"model.layers.{i}.{name}.weight": tensor for name, tensor in own.items()}
+        return layer
+
+    def new_cache(self, rows: int, slots: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys `[B, G, d, L]` and values `[B, G, L, d]` of every layer."""
+        shape = rows, self.groups, slots, self.head_dim
+        return [(self._new(*shape).mT.contiguous(), self._new(*shape)) for _ in self.layers]
+
+    def __call__(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        cache: list[tuple[torch.Tensor, torch.Tensor]],
+        start: int,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Logits `[B, V]` after the last of the new positions, whose keys go to slots `start` on.
+
+        Either start is 0, or S is 1. ids, positions: int64 `[B, S]`; mask: bool
+        `[B, 1, S, start + S]`, True where a query sees a slot, or None: every earlier one.
+        """
+        angle = positions[..., None, None] * self.frequency
+        turn = angle.cos().to(self.dtype), angle.sin().to(self.dtype)
+        x = F.embedding(ids, self.embedding)
+        for layer, slots in zip(self.layers, cache, strict=True):
+            x = x + self._attention(
+                layer, self._normed(x, layer.attention_norm), turn, slots, start, mask
+            )
+            x = x + self._ffn(layer, self._normed(x, layer.ffn_norm).flatten(0, 1)).view_as(x)
+        return self._normed(x[:, -1], self.norm) @ self.head.t()
+
+    def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+        scale = square.div_(x.shape[-1]).add_(self.eps).rsqrt_()
+        return (wide * scale).to(x.dtype).mul_(weight)
+
+    def _attention(self, layer, x, turn, slots, start, mask) -> torch.Tensor:
+        rows, new = x.shape[:2]
+        qkv = (x @ layer.qkv.t()).view(rows, new, -1, self.head_dim)
+        query, key, value = qkv.split([self.heads, self.groups, self.groups], 2)
+        query = self._turned(self._normed(query, layer.qk_norm[0]), turn).transpose(1, 2)
+        key = self._turned(self._normed(key, layer.qk_norm[1]), turn).transpose(1, 2)
+        value = value.transpose(1, 2)
+        keys, values = slots[0][..., : start + new], slots[1][:, :, : start + new]
+        keys[..., start:], values[:, :, start:] = key.mT, value
+        if start == 0:
+            out = F.scaled_dot_product_attention(
+                query, key, value, mask, is_causal=mask is None, enable_gqa=True
+            )
+        else:
+            out = self._attend_last(query, keys, values, mask)
+        return out.transpose(1, 2).flatten(2) @ layer.out.t()
+
+    def _attend_last(self, query, keys, values, mask) -> torch.Tensor:
+        """One query a row: two products, cheaper than a fused kernel's call."""
+        grouped = query.view(len(query), self.groups, -1, self.head_dim)  # [B, G, H / G, d]
+        score = (grouped @ keys).float().mul_(self.head_dim**-0.5)
+        if mask is not None:
+            score = score.masked_fill_(~mask, -torch.inf)
+        return (score.softmax(-1).to(values.dtype) @ values).view(query.shape)
+
+    @staticmethod
+    def _turned(x: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        a, b = x.chunk(2, -1)
+        cos, sin = turn
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    def _ffn(self, layer, x_ND: torch.Tensor) -> torch.Tensor:
+        if layer.router is None:
+            return swiglu(x_ND @ layer.gate_up[0].t()) @ layer.down[0].t()
+        count = self.hf["num_experts_per_tok"]
+        prob_NK, expert_NK = (x_ND @ layer.router.t()).float().softmax(-1).topk(count)
+        if self.hf["norm_topk_prob"]:
+            prob_NK = prob_NK / prob_NK.sum(-1, keepdim=True)
+        expert, order = expert_NK.flatten().sort(stable=True)
+        token = order // count
+        counts = torch.bincount(expert, minlength=len(layer.router))
+        act = swiglu(grouped_mm(x_ND[token], layer.gate_up.transpose(1, 2), counts))
+        out = grouped_mm(act, layer.down.transpose(1, 2), counts)
+        scale = prob_NK.flatten()[order, None].to(out.dtype)
+        return torch.zeros_like(x_ND).index_add_(0, token, out * scale)
