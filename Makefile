@@ -48,8 +48,10 @@ bench: setup bench-loss
 	$(RUN) bench/step.py
 	$(RUN) bench/round.py
 
-# The LM head against the bare matrix products of its shape.
+# Token weights, packing, and the LM head against the bare matrix products of its shape.
 bench-loss: setup
+	$(RUN) bench/weighting.py
+	$(RUN) bench/packing.py
 	$(RUN) bench/loss.py
 
 # A whole round against TRL's IW-OPD trainer, which needs an environment of its own (3 minutes).
