@@ -46,6 +46,9 @@ def objective_line(recipe: Recipe) -> str:
         parts.append(
             " ".join(["weights", weighting.rule, *(f"{name}={v}" for name, v in read.items())])
         )
+        if loss.objective == "policy":
+            cap = loss.tis_cap
+            parts.append(f"importance weight capped at {cap:g}" if cap else "no importance weight")
     parts.append(f"{loss.aggregation} ({AGGREGATIONS[loss.aggregation]})")
     steps = recipe.steps_per_round
     parts.append(f"{steps} optimiser step{'s' if steps > 1 else ''} a round")

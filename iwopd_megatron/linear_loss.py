@@ -35,6 +35,7 @@ def linear_loss(
     temperature: float = 1.0,
     topk_ids: torch.Tensor | None = None,
     chunk_tokens: int | None = None,
+    chunk_vocab: int | None = None,
 ) -> tuple[torch.Tensor, LogProbs]:
     """The summed loss, differentiable in `hidden` and `weight`, and the log-probs, detached.
 
@@ -45,8 +46,17 @@ def linear_loss(
     if rows is not None:
         hidden = hidden.index_select(0, rows)
     chunk = chunk_tokens or (GPU_CHUNK if device.has_gpu() else CPU_CHUNK)
+    default = default_tile()
+    tile = default[0], chunk_vocab or default[1]
     loss, logp, entropy, topk_logp = _LinearLoss.apply(
-        hidden.to(weight.dtype), weight, targets, topk_ids, 1 / temperature, chunk, token_loss
+        hidden.to(weight.dtype),
+        weight,
+        scored_ids(targets, topk_ids),
+        1 / temperature,
+        chunk,
+        tile,
+        token_loss,
+        topk_ids,
     )
     return loss, LogProbs(logp, entropy, topk_logp, topk_ids)
 
@@ -97,9 +107,10 @@ class _Chunk:
 
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, target_N, topk_NK, inv_temperature, chunk, token_loss):
-        ids_NK = scored_ids(target_N, topk_NK)
-        on, tokens = hidden_ND.device, len(target_N)
+    def forward(
+        ctx, hidden_ND, weight_VD, ids_NK, inv_temperature, chunk, tile, token_loss, topk_NK
+    ):
+        on, tokens = hidden_ND.device, len(ids_NK)
         logp_NK = torch.empty(ids_NK.shape, device=on)
         entropy_N = torch.empty(tokens, device=on)
         loss = torch.zeros((), device=on)
@@ -108,7 +119,7 @@ class _LinearLoss(torch.autograd.Function):
         workspace = torch.empty(min(chunk, tokens) * weight_VD.shape[0], device=on)
         for start in range(0, tokens, chunk):
             s = slice(start, min(start + chunk, tokens))
-            head = Head(hidden_ND[s], weight_VD, inv_temperature, default_tile())
+            head = Head(hidden_ND[s], weight_VD, inv_temperature, tile)
             part = _Chunk(head, ids_NK[s], workspace)
             log_sum_C = part.sum_C.log()
             logz_C = part.max_C + log_sum_C
@@ -127,7 +138,7 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss, *_):
         gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *((gradient * dloss).to(dtype) for gradient, dtype in gradients), *[None] * 5
+        return *((gradient * dloss).to(dtype) for gradient, dtype in gradients), *[None] * 6
 
 
 def _differentiate(token_loss, logp_CK, entropy_C, topk_NK, s):

@@ -16,7 +16,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from iwopd_megatron import checkpoint, device, doctor, gates
-from iwopd_megatron.config import Frozen, Recipe
+from iwopd_megatron.config import Recipe
 from iwopd_megatron.data import PromptOrder, encode_problems, read_problems
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.evaluate import Evaluator, grade_samples
@@ -25,8 +25,7 @@ from iwopd_megatron.hf_io import save_folder
 from iwopd_megatron.metrics import NLL_SUMS, SUMS, reduce_sums, response_means, token_means
 from iwopd_megatron.minibatch import Minibatch
 from iwopd_megatron.model import DTYPES
-from iwopd_megatron.objective import DistillationObjective, LikelihoodObjective
-from iwopd_megatron.packing import Packer, deal
+from iwopd_megatron.packing import Packer
 from iwopd_megatron.parallel import Parallel, any_rank
 from iwopd_megatron.preflight import eos_ids
 from iwopd_megatron.progress import Progress
@@ -36,9 +35,8 @@ from iwopd_megatron.runlog import MetricsLog
 from iwopd_megatron.samples import keep_samples
 from iwopd_megatron.stop import stop_requested
 from iwopd_megatron.student import Student
-from iwopd_megatron.teacher import EmbeddedScorer
-from iwopd_megatron.trajectory import Trajectory, mask_tokens
-from iwopd_megatron.weighting import RATIO_RULES, ratio_mean
+from iwopd_megatron.supervision import Supervision
+from iwopd_megatron.trajectory import Trajectory
 
 
 class Trainer:
@@ -59,9 +57,8 @@ class Trainer:
         )
         cost = attention_cost(self.student.hf)
         self.packer = Packer(parallel, recipe.train.microbatch_tokens, cost)
-        self.teacher = self._build_scorer(recipe.teacher)
-        self.base = self._build_scorer(recipe.base_model)
-        self.unread = self._unread_ids()
+        self.supervision = Supervision(recipe, self.student, self.packer, self.tokenizer)
+        self.is_distilling = recipe.teacher is not None
         self.round, self.seconds = 0, {}
         found = checkpoint.newest(recipe.out) if resume else None
         if found is not None:
@@ -97,20 +94,6 @@ class Trainer:
                 recipe.rollout.max_response_tokens,
                 recipe.evaluate.temperature,
             )
-
-    def _build_scorer(self, settings: Frozen | None) -> EmbeddedScorer | None:
-        """The teacher or the base student, if the recipe has one."""
-        if settings is None:
-            return None
-        student, tokenizer = self.recipe.student.hf, AutoTokenizer.from_pretrained(settings.hf)
-        gates.same_vocabulary(student, settings.hf, self.tokenizer, tokenizer)
-        return EmbeddedScorer(settings, self.packer, self.recipe.rollout.temperature)
-
-    def _unread_ids(self) -> set[int]:
-        """Token ids that no loss reads."""
-        mode = self.recipe.loss.mask_special_tokens
-        kept = eos_ids(self.recipe.student.hf) if mode == "all_but_eos" else set()
-        return set() if mode == "none" else set(self.tokenizer.all_special_ids) - kept
 
     def run(self) -> bool:
         """Train to the last round; False if a stop was asked for and the state saved instead."""
@@ -148,14 +131,15 @@ class Trainer:
         """One round; returns its metrics line, clock figures included."""
         start = time.perf_counter()
         self.seconds = {}
-        own = self.teacher is not None
-        self.samples = self._own_responses() if own else self._given_responses()
+        samples = self._own_responses() if self.is_distilling else self._given_responses()
         with self._phase("score"):
-            minibatches = self._minibatches()
+            minibatches = self.supervision.minibatches(samples, self.round)
+        self.samples = [sample for minibatch in minibatches for sample in minibatch.samples]
+        self.objective = minibatches[0].objective
         line = {"kind": "round", "round": self.round}
         with self._phase("train"):
             line |= self._train(minibatches)
-        if own:
+        if self.is_distilling:
             line |= response_means(self.samples)
         with self._phase("sync"):
             self.engine.update(self.student.stream, self.round)
@@ -169,7 +153,7 @@ class Trainer:
     def _train(self, minibatches: list[Minibatch]) -> dict[str, Any]:
         """The round's optimiser steps; means over all of them."""
         recipe, sizes = self.recipe, NLL_SUMS
-        if self.teacher is not None:
+        if self.is_distilling:
             sizes = SUMS[recipe.loss.objective]
         total, norms = {name: torch.zeros(n).double() for name, n in sizes.items()}, []
         for _ in range(recipe.train.epochs):
@@ -180,7 +164,7 @@ class Trainer:
                 batches, length = minibatch.pack(self.packer, recipe.loss.aggregation)
                 kept = self.student.accumulate(batches, length, minibatch.objective)
                 sums = reduce_sums(kept, self.parallel, sizes)
-                if self.teacher is not None:
+                if self.is_distilling:
                     gates.drift((sums["drift"] / sums["tokens"]).item(), recipe.gates.max_drift)
                 norms.append(self.student.step())
                 if not math.isfinite(norms[-1]):
@@ -191,7 +175,7 @@ class Trainer:
             "response_tokens": sum(len(sample.response_ids) for sample in self.samples),
             "loss_tokens": round(total["tokens"].item() / recipe.train.epochs),
         }
-        if self.teacher is not None:
+        if self.is_distilling:
             line |= token_means(total)
         line |= {"grad_norm": sum(norms) / max(len(norms), 1), "lr": self.student.lr}
         self.student.end_round()
@@ -216,7 +200,7 @@ class Trainer:
         with self._phase("grade"):
             grades = grade_samples(samples, self.round_problems, self.tokenizer)
         graded = [s.with_scores(correct=grade) for s, grade in zip(samples, grades, strict=True)]
-        return [mask_tokens(s, self.unread, self.recipe.loss.mask_truncated) for s in graded]
+        return [self.supervision.masked(sample) for sample in graded]
 
     def _given_responses(self) -> list[Trajectory]:
         """The next problems with the responses of the data file."""
@@ -225,41 +209,8 @@ class Trainer:
             problem, ids = self.problems[i]
             response = self.tokenizer.encode(problem.response, add_special_tokens=False)
             sample = Trajectory(place, ids, [*response, self.tokenizer.eos_token_id])
-            samples.append(mask_tokens(sample, self.unread))
+            samples.append(self.supervision.masked(sample))
         return samples
-
-    def _minibatches(self) -> list[Minibatch]:
-        """The round's samples with all their scores, one part an optimiser step."""
-        parts = deal(self.samples, self.recipe.train.minibatches)
-        if self.teacher is None:
-            return [Minibatch(part, LikelihoodObjective()) for part in parts]
-        minibatches = [self._scored(part) for part in parts]
-        self.weighting = minibatches[0].objective.weighting
-        self.samples = [sample for minibatch in minibatches for sample in minibatch.samples]
-        gates.teacher_scores(self.samples, self.student.hf["vocab_size"])
-        return minibatches
-
-    def _scored(self, samples: list[Trajectory]) -> Minibatch:
-        """With the log-probs of the teacher, and of the base and old student where one is read."""
-        loss, weighting = self.recipe.loss, self.recipe.loss.weighting
-        topk = loss.topk.k if loss.objective == "topk_kl" else 0
-        teacher, support = self.teacher.score(samples, topk)
-        scores = {"teacher_logp": teacher}
-        if self.base is not None:
-            scores["base_logp"], _ = self.base.score(samples)
-        if self.recipe.steps_per_round > 1:
-            scores["old_logp"] = self.student.score(samples, self.packer)
-        samples = [
-            sample.with_scores(**dict(zip(scores, values, strict=True)))
-            for sample, *values in zip(samples, *scores.values(), strict=True)
-        ]
-        mean = None
-        if weighting.rule in RATIO_RULES:  # Z_t from log-probs that every rank knows
-            mean = ratio_mean([sample.gaps() for sample in samples], weighting.alpha)
-            mean = mean.to(device.current_device())
-        progress = self.round - 1, self.recipe.train.rounds
-        objective = DistillationObjective(loss, self.parallel.cp.group, mean, *progress)
-        return Minibatch(samples, objective, support)
 
     def _evaluate(self, last_round: dict[str, Any]) -> None:
         if self.evaluator is None:
@@ -270,10 +221,10 @@ class Trainer:
         line["problems"] = len(self.evaluator.problems)
         self._write(line, {"seconds": time.perf_counter() - start})
         self.progress.evaluation(line, last_round)
-        if self.teacher is not None and self.round > 0 and self.parallel.is_main:
+        if self.is_distilling and self.round > 0 and self.parallel.is_main:
             keep_samples(
                 self.recipe.out, self.round, self.samples, self.round_problems, self.tokenizer,
-                self.weighting,
+                self.objective.weighting,
             )  # fmt: skip
 
     def _write(self, line: dict[str, Any], clock: dict[str, Any]) -> None:

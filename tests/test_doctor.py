@@ -118,6 +118,7 @@ def test_command():
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0].startswith("objective: ExOPD lambda 1.25; weights iw gamma=0.5 denominator=")
+    assert "importance weight capped at 5" in lines[0]
     assert "every response counts the same" in lines[0] and "1 optimiser step a round" in lines[0]
     assert lines[1].startswith("data: 0 prompts of at most 8 tokens")
     assert lines[2].startswith("note: loss.clip cannot bind")

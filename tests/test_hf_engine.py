@@ -15,7 +15,7 @@ from iwopd_megatron.hf_io import HfTensors
 from iwopd_megatron.hf_reference import hf_model
 from iwopd_megatron.parallel import initialise, local_context, shutdown
 from iwopd_megatron.rollout import Prompt, Sampling
-from iwopd_megatron.rollout.hf import HfEngine, _sample, _uniform
+from iwopd_megatron.rollout.hf import HfEngine, _causal_mask, _sample, _uniform
 
 LENGTHS, MAX_TOKENS, VOCAB = [3, 17, 9, 25, 1, 6, 12], 20, 512
 TEMPERATURES = (0.0, 0.7, 1.0)
@@ -170,6 +170,13 @@ def test_other_models(kind, batch_size, request):
         assert torch.equal(logp.argmax(-1), response)
         expected = logp.gather(-1, response[:, None])[:, 0]
         assert (torch.tensor(sample.rollout_logp) - expected).abs().max() < 1e-5
+
+
+def test_causal_mask():
+    """Left padding is seen by itself only: a row that sees nothing would be NaN in some kernels."""
+    mask = _causal_mask(torch.tensor([[False, False, True, True]]))
+    assert mask.shape == (1, 1, 4, 4)
+    assert mask[0, 0].int().tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
 
 
 def test_weights_are_named_as_on_disk(moe_folder, dense_folder, tied_folder):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from worlds import run_world
 
+from iwopd_megatron import linear_loss
 from iwopd_megatron.actor import Schedule
 from iwopd_megatron.config import Layout, Loss, Train
 from iwopd_megatron.hf_io import HfTensors, load_shards, named_views
@@ -161,6 +162,7 @@ def gradients(schedule, optimizer, samples, support, loss, budget):
 
 
 def check_layouts(folder, layouts, references, queue):
+    linear_loss.CPU_CHUNK = 16  # several chunks a micro-batch where the loss is formed in one pass
     hf, train = read_hf_config(folder), Train(distributed_optimizer=False)
     for axes in layouts:
         parallel = initialise(Layout(**axes))
