@@ -8,7 +8,7 @@ SEEDS ?= 5
 TORCH_INDEX ?=
 OUT ?= runs/demo
 
-.PHONY: setup demo test lint bench bench-loss bench-trl gpu-check gpu-check-venv demo-models
+.PHONY: setup demo test lint bench bench-loss bench-trl drill gpu-check gpu-check-venv demo-models
 
 setup: $(VENV)/ready
 
@@ -65,6 +65,10 @@ build/trl-venv/ready: constraints.txt
 	build/trl-venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		trl==1.16.0 transformers==5.23.0 accelerate==1.15.0 datasets==5.2.0
 	touch $@
+
+# SIGKILL at 20 random points, resume, compare with the run never killed (about 5 minutes).
+drill: setup
+	$(RUN) bench/drill.py
 
 # For a machine with one GPU and torch already there: torch is left as it is, missing packages go beside it.
 gpu-check:

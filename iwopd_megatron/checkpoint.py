@@ -1,19 +1,25 @@
 """Resume points: weights and optimiser by Megatron dist_checkpointing, and a round's other state.
 
-checkpoints/round_000010/ appears by one rename when it is complete. Any layout can load it
-(`fully_reshardable`; Megatron's default optimiser format is refused by its own writer in 0.16.1).
+checkpoints/round_000010/ appears by one rename when it is complete; files.json in it has the size
+and xxh3 of every file, so that a damaged one is found before anything is loaded. Any layout can
+load it (`fully_reshardable`; Megatron's default optimiser format is refused by its own writer in
+0.16.1).
 """
 
 from __future__ import annotations
 
+import json
+import os
 import queue
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import xxhash
 
 from iwopd_megatron.parallel import Parallel
 
@@ -26,6 +32,7 @@ from megatron.core.utils import unwrap_model  # isort: skip
 # them, which imports everything again and takes seconds.
 filesystem_async._results_queue = queue.Queue()
 
+LISTING = "files.json"
 METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "singleton_local_shards": False,
@@ -33,12 +40,70 @@ METADATA = {
 }
 
 
-def newest(run: Path) -> Path | None:
-    """The newest complete checkpoint of a run folder."""
+def newest(run: Path, parallel: Parallel, say: Callable[[str], None]) -> Path | None:
+    """The newest sound checkpoint of a run folder; damaged ones are named and skipped. Collective.
+
+    Every rank reads its share of the files once.
+    """
     found = [
         p for p in (run / "checkpoints").glob("round_*") if re.fullmatch(r"round_\d{6}", p.name)
     ]
-    return max(found, default=None)
+    for folder in sorted(found, reverse=True):
+        problems: list[str | None] = [None] * parallel.world
+        dist.all_gather_object(problems, _damage(folder, parallel))
+        damage = next((problem for problem in problems if problem), None)
+        if damage is None:
+            return folder
+        say(f"checkpoint {folder} is damaged and skipped: {damage}")
+    return None
+
+
+def _damage(folder: Path, parallel: Parallel) -> str | None:
+    """What is wrong with this rank's share of the files."""
+    listing = folder / LISTING
+    if not listing.is_file():
+        return f"{LISTING} is missing."
+    expected = json.loads(listing.read_text())
+    for name in sorted(expected)[parallel.rank :: parallel.world]:
+        size, digest = expected[name]
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing."
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, not {size}."
+        if _digest(file) != digest:
+            return f"the content of {name} has changed."
+    return None
+
+
+def _digest(file: Path) -> str:
+    state = xxhash.xxh3_64()
+    with file.open("rb") as stream:
+        while block := stream.read(2**24):
+            state.update(block)
+    return state.hexdigest()
+
+
+def _write_listing(folder: Path, parallel: Parallel) -> None:
+    """files.json of a complete folder, every rank reading its share; all of it on disk."""
+    names = sorted(path.name for path in folder.iterdir())
+    own = {}
+    for name in names[parallel.rank :: parallel.world]:
+        own[name] = (folder / name).stat().st_size, _digest(folder / name)
+        _sync(folder / name)
+    parts: list[dict] = [None] * parallel.world
+    dist.all_gather_object(parts, own)
+    if parallel.is_main:
+        (folder / LISTING).write_text(json.dumps({k: v for part in parts for k, v in part.items()}))
+        _sync(folder / LISTING)
+        _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def save(
@@ -61,10 +126,12 @@ def save(
     state |= {"scheduler": scheduler.state_dict(), "extra": extra}
     dist_checkpointing.save(state, str(partial), content_metadata=METADATA)
     dist.barrier()
+    _write_listing(partial, parallel)
     if parallel.is_main:
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
+        _sync(final.parent)
         for old in sorted(final.parent.glob("round_??????"))[:-keep]:
             shutil.rmtree(old)
     dist.barrier()

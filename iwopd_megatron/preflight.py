@@ -171,7 +171,7 @@ def _check_loss(recipe: Recipe, hf: dict[str, Any]) -> None:
 
 # What a resumed run may change without becoming another run.
 MAY_CHANGE = (
-    "processes", "student.parallel", "student.recompute", "teacher.offload",
+    "out", "processes", "student.parallel", "student.recompute", "teacher.offload",
     "teacher.microbatch_tokens", "base.offload", "base.microbatch_tokens",
     "rollout.batch_size", "train.rounds", "train.microbatch_tokens", "evaluate", "checkpoint",
     "gates",

@@ -1,6 +1,8 @@
 """Ctrl-C and SIGTERM ask a run to stop: it saves after its round and exits with `EXIT_STOPPED`."""
 
+import ctypes
 import signal
+import sys
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: saved, run again with --resume
 _requested = False
@@ -10,6 +12,17 @@ def watch_signals() -> None:
     """From now on the first SIGINT or SIGTERM only sets a flag; a second one ends the process."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _request)
+
+
+def die_with_parent() -> None:
+    """From now on the kernel kills this process when the one that started it dies.
+
+    A rank that outlived a killed launcher would go on writing into the folder of the run that
+    resumes. Linux only; elsewhere nothing happens.
+    """
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def _request(number: int, frame: object) -> None:

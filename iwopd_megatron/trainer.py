@@ -60,7 +60,7 @@ class Trainer:
         self.supervision = Supervision(recipe, self.student, self.packer, self.tokenizer)
         self.is_distilling = recipe.teacher is not None
         self.round, self.seconds = 0, {}
-        found = checkpoint.newest(recipe.out) if resume else None
+        found = checkpoint.newest(recipe.out, parallel, progress.say) if resume else None
         if found is not None:
             self.round, self.order.cursor = self.student.restore(found)
             progress.say(f"resumed after round {self.round} from {found}")

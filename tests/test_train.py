@@ -277,8 +277,10 @@ def test_several_steps_a_round_move_on_from_the_same_old_log_probs(variants, run
     assert ours["loss_tokens"] == ours["response_tokens"] == theirs["response_tokens"]
 
 
-def test_the_dense_variant_nears_the_teacher(variants):
+def test_the_dense_variant_nears_the_teacher(variants, runs):
     lines = rounds_of(variants / "top-K/one")
+    plain = rounds_of(runs / "one")[0]["gap"]
+    assert lines[0]["gap"] != pytest.approx(plain, rel=1e-3)  # top_p drew other answers
     assert lines[-1]["topk_kl"] < 0.9 * lines[0]["topk_kl"]
     assert lines[-1]["reverse_kl"] < lines[0]["reverse_kl"]
     assert all(0.9 < line["topk_mass_teacher"] <= 1 for line in lines)

@@ -85,7 +85,9 @@ def save_and_load(folder, run, metadata, queue):
     try:
         extra = {"world": 2, "round": 1}
         checkpoint.save(run, wrapped, optimizer, scheduler, extra, parallel, keep=1)
-        checkpoint.load(checkpoint.newest(run), wrapped, optimizer, scheduler, parallel)
+        checkpoint.load(
+            checkpoint.newest(run, parallel, print), wrapped, optimizer, scheduler, parallel
+        )
     except Exception as error:
         problem = str(error)
     if parallel.is_main:

@@ -1,0 +1,102 @@
+"""Resuming: after SIGKILL at a chosen point to the bit, and past a damaged checkpoint."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RECIPE = "recipes/demo_tiny_moe.yaml"
+SETTINGS = [
+    "train.rounds=5", "train.warmup_rounds=2", "train.prompts_per_round=16", "checkpoint.every=2",
+    "evaluate.every=10", "evaluate.problems=16", "checkpoint.keep=3",
+]  # fmt: skip
+PYTHON = [sys.executable, "-W", "ignore"]
+
+
+def run(*arguments):
+    return subprocess.run(
+        [*PYTHON, *map(str, arguments)], cwd=ROOT, env=os.environ, capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+
+
+def train(out, *more):
+    result = run("-m", "iwopd_megatron", "train", RECIPE, *SETTINGS, f"out={out}", *more)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def results(out):
+    return {name: (out / name).read_bytes() for name in ("hf/model.safetensors", "metrics.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that nothing disturbs."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train(out)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("at_round", "point", "seconds", "resumed"),
+    [(3, "train", 0.02, 2), (4, "save", 0.3, 2), (1, "sync", 0.0, 0)],
+)
+def test_killed_and_resumed_is_identical(at_round, point, seconds, resumed, whole, tmp_path):
+    out = tmp_path / "run"
+    killed = run("bench/killed_run.py", at_round, point, seconds, RECIPE, *SETTINGS, f"out={out}")
+    assert killed.returncode == -9, killed.stderr
+    assert not (out / "hf").exists()
+    said = train(out, "--resume")
+    assert (f"resumed after round {resumed} " in said) == (resumed > 0), said
+    assert results(out) == results(whole)
+
+
+def largest(folder):
+    return max(folder.glob("*.distcp"), key=lambda file: file.stat().st_size)
+
+
+def truncate(folder):
+    file = largest(folder)
+    os.truncate(file, file.stat().st_size - 100)
+    return f"{file.name} has"
+
+
+def flip_a_bit(folder):
+    file = largest(folder)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    return f"the content of {file.name} has changed"
+
+
+def remove_listing(folder):
+    (folder / "files.json").unlink()
+    return "files.json is missing"
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, remove_listing])
+def test_a_damaged_checkpoint_is_skipped(damage, whole, tmp_path):
+    """Named in a sentence; the one before it is used, and the run ends the same."""
+    out = tmp_path / "run"
+    shutil.copytree(whole, out, ignore=shutil.ignore_patterns("hf", "round_000005"))
+    newest = out / "checkpoints/round_000004"
+    words = damage(newest)
+    said = train(out, "--resume")
+    assert f"{newest} is damaged and skipped: " in said and words in said
+    assert "resumed after round 2 from" in said
+    assert results(out) == results(whole)
+
+
+def test_no_sound_checkpoint_starts_over(whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out, ignore=shutil.ignore_patterns("hf"))
+    for folder in (out / "checkpoints").iterdir():
+        remove_listing(folder)
+    said = train(out, "--resume")
+    assert said.count("is damaged and skipped") == 3 and "resumed after" not in said
+    assert results(out) == results(whole)
