@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import xxhash
 
-from iwopd_megatron.parallel import Parallel
+from iwopd_megatron.parallel import Parallel, gather
 
 from megatron.core import dist_checkpointing  # isort: skip
 from megatron.core.dist_checkpointing.mapping import ShardedObject  # isort: skip
@@ -49,8 +49,7 @@ def newest(run: Path, parallel: Parallel, say: Callable[[str], None]) -> Path | 
         p for p in (run / "checkpoints").glob("round_*") if re.fullmatch(r"round_\d{6}", p.name)
     ]
     for folder in sorted(found, reverse=True):
-        problems: list[str | None] = [None] * parallel.world
-        dist.all_gather_object(problems, _damage(folder, parallel))
+        problems = gather(_damage(folder, parallel), parallel.world)
         damage = next((problem for problem in problems if problem), None)
         if damage is None:
             return folder
@@ -91,8 +90,7 @@ def _write_listing(folder: Path, parallel: Parallel) -> None:
     for name in names[parallel.rank :: parallel.world]:
         own[name] = (folder / name).stat().st_size, _digest(folder / name)
         _sync(folder / name)
-    parts: list[dict] = [None] * parallel.world
-    dist.all_gather_object(parts, own)
+    parts = gather(own, parallel.world)
     if parallel.is_main:
         (folder / LISTING).write_text(json.dumps({k: v for part in parts for k, v in part.items()}))
         _sync(folder / LISTING)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -62,11 +63,19 @@ class HfTensors(Mapping):
         return len(self._files)
 
 
+class Loaded(NamedTuple):
+    """What this rank read."""
+
+    nbytes: int
+    seconds: float
+
+
 @torch.no_grad()
 def load_shards(
     chunks: list[torch.nn.Module], sources: Mapping, hf: dict[str, Any], parallel: Parallel
-) -> None:
+) -> Loaded:
     """Fill this rank's parameters from its own slices of `sources` (tensors or lazy, by name)."""
+    start, nbytes = time.perf_counter(), 0
     for chunk in chunks:
         for entry in entries(chunk, hf):
             axis = parallel.etp if entry.is_expert else parallel.tp
@@ -79,6 +88,8 @@ def load_shards(
                     f"{tuple(shard.shape)}, config.json implies {tuple(entry.parameter.shape)}."
                 )
             entry.parameter.copy_(shard)
+            nbytes += shard.nbytes
+    return Loaded(nbytes, time.perf_counter() - start)
 
 
 def named_views(model: torch.nn.Module, gradients: bool = False) -> dict[str, torch.Tensor]:

@@ -116,6 +116,13 @@ def any_rank(flag: bool) -> bool:
     return bool(tensor.item())
 
 
+def gather(value: Any, world: int) -> list[Any]:
+    """`value` of every rank, on every rank. One all-gather of pickled objects."""
+    values: list[Any] = [None] * world
+    dist.all_gather_object(values, value)
+    return values
+
+
 def zigzag_index(lengths: list[int], size: int, rank: int) -> torch.Tensor:
     """Positions in the packed stream that context rank `rank` of `size` holds, int64 on the CPU.
 

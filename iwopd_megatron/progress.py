@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+
+if TYPE_CHECKING:
+    from iwopd_megatron.hf_io import Loaded
 
 
 class Progress:
@@ -27,6 +30,7 @@ class Progress:
         )
         self._task = self._bar.add_task("", total=total_rounds, figures="")
         self._name, self._accuracy = "", float("nan")
+        self._roles: set[str] = set()
 
     def __enter__(self) -> Progress:
         self._bar.start()
@@ -55,6 +59,17 @@ class Progress:
 
     def say(self, text: str) -> None:
         self.console.print(text, soft_wrap=True)
+
+    def loaded(self, role: str, ranks: list[Loaded]) -> None:
+        """What the ranks read of a model; said once a world, for runs of a comparison repeat it."""
+        if role in self._roles:
+            return
+        self._roles.add(role)
+        sizes, seconds = ([x[i] for x in ranks] for i in (0, 1))
+        self.say(
+            f"{role}: {min(sizes) / 1e6:,.1f} to {max(sizes) / 1e6:,.1f} MB read a rank "
+            f"({sum(sizes) / 1e6:,.1f} MB in all), in {min(seconds):.2f} to {max(seconds):.2f} s"
+        )
 
     def _figures(self, line: dict[str, Any]) -> str:
         parts = [f"accuracy {self._accuracy:.3f}"] if self._accuracy == self._accuracy else []

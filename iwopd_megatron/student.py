@@ -28,7 +28,7 @@ class Student:
         self.parallel = parallel
         self.hf = read_hf_config(settings.hf)
         chunks = build_model(self.hf, parallel, settings.dtype, settings.recompute)
-        load_shards(chunks, self.sources(recipe), self.hf, parallel)
+        self.loaded = load_shards(chunks, self.sources(recipe), self.hf, parallel)
         self.stream = WeightStream(chunks, self.hf, parallel)
         self.chunks = wrap_data_parallel(wrap_precision(chunks), recipe.train)
         self.optimizer = build_optimizer(self.chunks, recipe.train)

@@ -40,6 +40,12 @@ class Supervision:
         gates.same_vocabulary(student, settings.hf, self.tokenizer, tokenizer)
         return EmbeddedScorer(settings, self.packer, self.recipe.rollout.temperature)
 
+    @property
+    def models(self) -> dict[str, Student | EmbeddedScorer]:
+        """All models of the trainer's processes, by role."""
+        every = {"student": self.student, "teacher": self.teacher, "base": self.base}
+        return {role: model for role, model in every.items() if model is not None}
+
     def masked(self, sample: Trajectory) -> Trajectory:
         """Without what the recipe keeps from every loss; before any scoring."""
         return mask_tokens(sample, self.unread, self.recipe.loss.mask_truncated)

@@ -26,7 +26,7 @@ from iwopd_megatron.metrics import NLL_SUMS, SUMS, reduce_sums, response_means, 
 from iwopd_megatron.minibatch import Minibatch
 from iwopd_megatron.model import DTYPES
 from iwopd_megatron.packing import Packer
-from iwopd_megatron.parallel import Parallel, any_rank
+from iwopd_megatron.parallel import Parallel, any_rank, gather
 from iwopd_megatron.preflight import eos_ids
 from iwopd_megatron.progress import Progress
 from iwopd_megatron.rollout import Prompt, Sampling
@@ -59,6 +59,8 @@ class Trainer:
         self.packer = Packer(parallel, recipe.train.microbatch_tokens, cost)
         self.supervision = Supervision(recipe, self.student, self.packer, self.tokenizer)
         self.is_distilling = recipe.teacher is not None
+        for role, model in self.supervision.models.items():
+            progress.loaded(role, gather(model.loaded, parallel.world))
         self.round, self.seconds = 0, {}
         found = checkpoint.newest(recipe.out, parallel, progress.say) if resume else None
         if found is not None:

@@ -362,6 +362,26 @@ def test_a_signal_saves_and_resume_finishes(number, runs, tmp_path):
     assert got == expected
 
 
+def test_every_rank_reads_only_its_slices(runs):
+    """tp2 ep2: half of what is cut, all of what is not; said once for all arms of a comparison."""
+    out = runs / "loaded"
+    settings = [
+        *SMALL,
+        "train.rounds=1",
+        "train.warmup_rounds=0",
+        "student.parallel={tp: 2, ep: 2}",
+    ]
+    process = iwopd("compare", RECIPE, *settings, "data.eval=null", "--seeds", 1, "--out", out)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    for role in ("student", "teacher"):
+        (line,) = (x for x in output.splitlines() if x.startswith(f"{role}: "))
+        least, most, whole = (float(line.split()[i].strip("(")) for i in (1, 3, 8))
+        size = (ROOT / f"recipes/demo/{role}/model.safetensors").stat().st_size / 1e6
+        assert least == most and 0.5 * size < most + 0.1 and most < 0.6 * size + 0.1
+        assert whole == pytest.approx(2 * most, abs=0.11)
+
+
 def test_an_existing_run_is_not_overwritten(runs):
     process = iwopd("train", RECIPE, *SMALL, f"out={runs / 'one'}")
     _, errors = process.communicate(timeout=60)
