@@ -1,4 +1,4 @@
-"""Compare two Hugging Face folders, or their manifests: config, every tensor, and what they compute.
+"""Compare two Hugging Face folders or manifests: config, every tensor, and what they compute.
 
 Bytes are compared by hash. Where both are folders, tensors that differ are measured, and models of
 at most SMALL bytes run on a fixed batch: the largest difference of their logits, and
@@ -73,6 +73,7 @@ def compare(a: Side, b: Side, tolerance: float = 0.0) -> Difference:
         if a.config.get(key) != b.config.get(key):
             result.problems.append(f"config: {key} is {a.config.get(key)} and {b.config.get(key)}")
     has_same_shapes = a.tensors.keys() == b.tensors.keys()
+    twins = {found["xxh3_64"]: name for name, found in b.tensors.items()}
     for name in sorted(a.tensors.keys() | b.tensors.keys()):
         if name not in a.tensors or name not in b.tensors:
             only = a.path if name in a.tensors else b.path
@@ -80,7 +81,7 @@ def compare(a: Side, b: Side, tolerance: float = 0.0) -> Difference:
         elif a.tensors[name] != b.tensors[name]:
             result.figures["different"] += 1
             has_same_shapes &= a.tensors[name]["shape"] == b.tensors[name]["shape"]
-            _explain(result, name, a, b, tolerance)
+            _explain(result, name, a, b, twins, tolerance)
     is_small = max(a.nbytes, b.nbytes) <= SMALL
     if has_same_shapes and is_small and a.source is not None and b.source is not None:
         logits, kl = _outputs(a.path, b.path, a.config["vocab_size"])
@@ -105,14 +106,16 @@ def _hash(tensors: HfTensors, name: str) -> dict[str, Any]:
     return entry(shape, whole.get_dtype(), digest.hex())
 
 
-def _explain(result: Difference, name: str, a: Side, b: Side, tolerance: float) -> None:
+def _explain(
+    result: Difference, name: str, a: Side, b: Side, twins: dict[str, str], tolerance: float
+) -> None:
     """One sentence on why a tensor differs, unless it does so within the tolerance."""
     ours, theirs = a.tensors[name], b.tensors[name]
     for what in ("shape", "dtype"):
         if ours[what] != theirs[what]:
             result.problems.append(f"{name}: {what} is {ours[what]} and {theirs[what]}")
             return
-    twin = next((x for x, found in b.tensors.items() if found == ours), None)
+    twin = twins.get(ours["xxh3_64"])
     also = f"; {a.path} has there what {b.path} has as {twin}" if twin else ""
     if a.source is None or b.source is None:
         result.problems.append(f"{name}: bytes differ{also}")
@@ -136,7 +139,9 @@ def _largest_error(ours: Any, theirs: Any) -> float:
 def _outputs(a: Path, b: Path, vocabulary: int) -> tuple[float, float]:
     """(largest difference of logits, mean KL) on a fixed batch, by transformers in fp32."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (ROWS, TOKENS), generator=generator)
     logits = []
