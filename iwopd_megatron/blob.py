@@ -10,13 +10,13 @@ from __future__ import annotations
 import functools
 import io
 import math
-import zipfile
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 ALIGN = 64
+_LARGE = 2**20
 
 
 @dataclass(frozen=True)
@@ -30,26 +30,48 @@ class Envelope:
         return len(self.before) + nbytes + len(self.after)
 
 
+class _Parts:
+    """A file that keeps what is written to it in parts, and of large ones only their size."""
+
+    def __init__(self) -> None:
+        self.parts: list[bytes | int] = []
+
+    def write(self, part: memoryview) -> int:
+        self.parts.append(bytes(part) if len(part) < _LARGE else len(part))
+        return len(part)
+
+    def flush(self) -> None:
+        """torch.save calls it."""
+
+
 @functools.cache
 def envelope(shape: tuple[int, ...], dtype: torch.dtype, checksums: bool = False) -> Envelope:
-    """Of a contiguous CPU tensor. Costs that tensor's memory, once a shape."""
-    blob = serialise(torch.empty(shape, dtype=dtype), checksums)
-    with zipfile.ZipFile(io.BytesIO(blob)) as archive:
-        record = next(x for x in archive.infolist() if x.filename.endswith("/data/0"))
-    title = blob.index(record.filename.encode(), record.header_offset)
-    extra = int.from_bytes(blob[title - 2 : title], "little")
-    start = title + len(record.filename) + extra
-    return Envelope(blob[:start], blob[start + record.file_size :])
+    """Of a contiguous CPU tensor; takes no memory of that size, for no page of it is touched."""
+    is_large = math.prod(shape) * dtype.itemsize >= _LARGE
+    file = _Parts()
+    _save((torch.empty if is_large else torch.zeros)(shape, dtype=dtype), file, checksums)
+    title = file.parts.index(b"archive/data/0")
+    # a record is header, title, padding, data, descriptor
+    data = next(
+        i - 1
+        for i, part in enumerate(file.parts)
+        if i > title and isinstance(part, bytes) and part[:4] == b"PK\x07\x08"
+    )
+    return Envelope(b"".join(file.parts[:data]), b"".join(file.parts[data + 1 :]))
 
 
 def serialise(thing: Any, checksums: bool = False) -> bytes:
     """torch.save, without checksums unless asked for."""
     buffer = io.BytesIO()
+    _save(thing, buffer, checksums)
+    return buffer.getvalue()
+
+
+def _save(thing: Any, file: Any, checksums: bool) -> None:
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(checksums)
-    torch.save(thing, buffer)
+    torch.save(thing, file)
     torch.serialization.set_crc32_options(before)
-    return buffer.getvalue()
 
 
 def data_start(blob: memoryview, shape: tuple[int, ...], dtype: torch.dtype) -> int | None:

@@ -2,6 +2,7 @@
 
 import math
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -221,3 +222,16 @@ def test_envelope_is_what_torch_saves(tmp_path, dtype):
     assert data_start(blob, (7, 3, 5), dtype) is None
     blob = memoryview(serialise(tensor.transpose(0, 1)))
     assert data_start(blob, (7, 3, 5), dtype) is None  # left to torch.load
+
+
+def test_an_envelope_takes_no_memory():
+    """Of a tensor as large as a layer's experts in a checkpoint of one process, 9.7 GB."""
+
+    def anonymous() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(x for x in lines if x.startswith("VmHWM")).split()[1])
+
+    before = anonymous()
+    edge = envelope((1, 128, 4096, 1536 * 6), torch.bfloat16)
+    assert b"data.pkl" in edge.before and len(edge.before + edge.after) < 4000
+    assert anonymous() - before < 100_000
