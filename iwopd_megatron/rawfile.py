@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,9 +50,10 @@ def complete_folder(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
-        yield partial
-        for file in [*(x for x in partial.rglob("*") if x.is_file()), partial]:
-            _flush(file)
+        with _flushing(partial):
+            yield partial
+        for path in [*partial.rglob("*"), partial]:
+            _flush(path)
         if out.exists():
             old = out.with_name(out.name + ".replaced")
             shutil.rmtree(old, ignore_errors=True)
@@ -97,6 +99,25 @@ def is_own(folder: Path) -> bool:
         return False
     known = ("config.json", "metadata.json", "manifest.json")
     return not any(folder.iterdir()) or any((folder / name).is_file() for name in known)
+
+
+@contextlib.contextmanager
+def _flushing(folder: Path) -> Iterator[None]:
+    """Send what is written to the disk meanwhile, so that the last flush finds little to do."""
+    done = threading.Event()
+
+    def work() -> None:
+        while not done.wait(0.1):
+            for path in folder.rglob("*"):
+                _flush(path)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _flush(path: Path) -> None:
