@@ -2,8 +2,10 @@
 
 Random bf16 models of Qwen3-30B-A3B's width with 32 experts, 1, 2 and 4 GB, in a temporary folder
 (first argument: where). Every target is flushed to disk, cp's by `sync` after it. The source is in
-the page cache; cp2 copies the copy, as export reads what import wrote. Runs take turns, medians of
-ROUNDS after one that warms up; memory is RssAnon above the interpreter's after its imports.
+the page cache: the model for cp and import, its checkpoint for cp2 and export. Runs take turns, and
+each begins when the last one's output was just removed, since memory long unused is slow to get back on
+a virtual machine. Medians of ROUNDS after one that warms up; memory is RssAnon above the
+interpreter's after its imports.
 """
 
 import json
@@ -58,7 +60,9 @@ def anonymous_mb() -> float:
 
 
 def convert_here(direction: str, source: str, out: str, template: str) -> None:
-    """One conversion in this process, watched; prints [seconds, peak MB]."""
+    """One conversion in this process, watched, when told to; prints [seconds, peak MB]."""
+    print("ready", flush=True)
+    input()
     start, peak, done = anonymous_mb(), 0.0, threading.Event()
 
     def watch() -> None:
@@ -81,12 +85,17 @@ def convert_here(direction: str, source: str, out: str, template: str) -> None:
 
 def convert(direction: str, source: Path, out: Path, template: Path) -> list[float]:
     command = [sys.executable, "-W", "ignore", __file__, direction, source, out, template]
-    done = subprocess.run([str(x) for x in command], check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    pipe = subprocess.PIPE
+    child = subprocess.Popen([str(x) for x in command], stdin=pipe, stdout=pipe, text=True)
+    child.stdout.readline()
+    shutil.rmtree(out, ignore_errors=True)
+    text, _ = child.communicate("\n")
+    return json.loads(text.splitlines()[-1])
 
 
 def copy(source: Path, out: Path) -> tuple[float, float]:
     """Seconds of `cp -r` until it returns, and until its files are on disk."""
+    shutil.rmtree(out, ignore_errors=True)
     start = time.perf_counter()
     subprocess.run(["cp", "-r", source, out], check=True)
     returned = time.perf_counter() - start
@@ -99,21 +108,18 @@ def measure(folder: Path, gigabytes: int) -> dict[str, float]:
     subprocess.run(["sync"], check=True)
     runs: dict[str, list[float]] = {}
     peak = {"import": 0.0, "export": 0.0}
+    hf_to_megatron(source, folder / "checkpoint", workers=WORKERS)
     for i in range(ROUNDS + 1):
         if i == 1:  # the first round only warms up
-            runs = {key: [] for key in ("cp", "cp_sync", "cp2", "cp2_sync", "import", "export")}
-        for key, a, b in (("cp", "hf", "copy"), ("cp2", "copy", "copy2")):
-            returned, flushed = copy(folder / a, folder / b)
-            runs.setdefault(key, []).append(returned)
-            runs.setdefault(f"{key}_sync", []).append(flushed)
-        for name in ("copy", "copy2"):
-            shutil.rmtree(folder / name)
-        for direction, a, b in (("import", "hf", "megatron"), ("export", "megatron", "back")):
-            seconds, mb = convert(direction, folder / a, folder / b, source)
-            runs.setdefault(direction, []).append(seconds)
-            peak[direction] = max(peak[direction], mb)
-        for name in ("megatron", "back"):
-            shutil.rmtree(folder / name)
+            runs.clear()
+        for name, key, read in (("import", "cp", "hf"), ("export", "cp2", "checkpoint")):
+            returned, flushed = copy(folder / read, folder / "out")
+            seconds, mb = convert(name, folder / read, folder / "out", source)
+            for what, value in ((key, returned), (f"{key}_sync", flushed), (name, seconds)):
+                runs.setdefault(what, []).append(value)
+            peak[name] = max(peak[name], mb)
+    shutil.rmtree(folder / "checkpoint")
+    shutil.rmtree(folder / "out")
     shutil.rmtree(source)
     rates = {key: nbytes / 1e9 / statistics.median(seconds) for key, seconds in runs.items()}
     return rates | {"gb": nbytes / 1e9, "import_mb": peak["import"], "export_mb": peak["export"]}
