@@ -8,7 +8,8 @@ SEEDS ?= 5
 TORCH_INDEX ?=
 OUT ?= runs/demo
 
-.PHONY: setup demo test lint bench bench-loss bench-trl drill gpu-check gpu-check-venv demo-models
+.PHONY: setup demo test lint bench bench-loss bench-convert bench-trl drill gpu-check gpu-check-venv \
+	demo-models
 
 setup: $(VENV)/ready
 
@@ -53,6 +54,10 @@ bench-loss: setup
 	$(RUN) bench/weighting.py
 	$(RUN) bench/packing.py
 	$(RUN) bench/loss.py
+
+# Checkpoint conversion against cp -r, on models of 1, 2 and 4 GB in a temporary folder.
+bench-convert: setup
+	$(RUN) bench/convert.py
 
 # A whole round against TRL's IW-OPD trainer, which needs an environment of its own (3 minutes).
 bench-trl: setup build/trl-venv/ready

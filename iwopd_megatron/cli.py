@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from iwopd_megatron import doctor
+from iwopd_megatron import cli_convert, doctor
 from iwopd_megatron.config import Layout, Recipe
 from iwopd_megatron.data import encode_problems, read_problems
 from iwopd_megatron.errors import RecipeError, UserError
@@ -23,6 +23,8 @@ app = typer.Typer(
 )  # fmt: skip
 RecipePath = Annotated[Path, typer.Argument(help="recipe YAML")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.lr=3e-4")]
+for _command in (cli_convert.convert, cli_convert.export, cli_convert.check):
+    app.command()(_command)
 Resume = Annotated[
     bool, typer.Option("--resume", help="go on from the newest checkpoint of the run folder")
 ]

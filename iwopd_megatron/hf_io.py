@@ -28,7 +28,7 @@ class HfTensors(Mapping):
         self.folder = folder
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            files = json.loads(index.read_text())["weight_map"]
+            files = _weight_map(index)
         elif (folder / "model.safetensors").is_file():
             files = dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
         else:
@@ -37,6 +37,7 @@ class HfTensors(Mapping):
             )
         self._files = files
         self._handles: dict[str, Any] = {}
+        self._names: dict[str, frozenset[str]] = {}
 
     def _open(self, file: str) -> Any:
         try:
@@ -53,8 +54,15 @@ class HfTensors(Mapping):
             )
         file = self._files[name]
         if file not in self._handles:
-            self._handles[file] = self._open(file)
+            handle = self._open(file)
+            self._names[file] = frozenset(handle.keys())
+            self._handles[file] = handle
+        if name not in self._names[file]:
+            raise RecipeError(f"{self.folder / file} lacks the tensor '{name}' of the index.")
         return self._handles[file].get_slice(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
 
     def __iter__(self):
         return iter(self._files)
@@ -68,6 +76,13 @@ class Loaded(NamedTuple):
 
     nbytes: int
     seconds: float
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecipeError(f"{index} is not a safetensors index: {error!r}.") from None
 
 
 @torch.no_grad()
@@ -144,7 +159,8 @@ def save_folder(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], templ
     save_file(shard, partial / f"shard-{count}", metadata={"format": "pt"})
     _name_shards(partial, weight_map, count + 1, total)
     for file in template.iterdir():
-        if file.suffix in (".json", ".jinja", ".txt") and not file.name.endswith(".index.json"):
+        is_text = file.suffix in (".json", ".jinja", ".txt")
+        if is_text and not file.name.endswith((".index.json", "manifest.json")):
             shutil.copy2(file, partial / file.name)
     if folder.exists():
         shutil.rmtree(folder)

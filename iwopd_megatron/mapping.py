@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from iwopd_megatron.preflight import num_experts
+
 Tensor = torch.Tensor
 # shard(sources, rank, size, hf): sources are tensors or lazy safetensors slices, only sliced
 Shard = Callable[[list[Any], int, int, dict], Tensor]
@@ -26,6 +28,7 @@ class Cut:
 
     shard: Shard
     unshard: Unshard
+    is_stack: bool = True  # the whole (rank 0 of 1) is its sources' rows, one after the other
 
 
 def _rows(source: Any, rank: int, size: int) -> Tensor:
@@ -52,7 +55,9 @@ def _shard_qkv(sources: list[Any], rank: int, size: int, hf: dict) -> Tensor:
 
 
 def _unshard_qkv(parts: list[Tensor], hf: dict) -> list[Tensor]:
-    whole = torch.cat(parts).unflatten(0, (hf["num_key_value_heads"], -1, hf["head_dim"]))
+    # one part needs no copy
+    whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+    whole = whole.unflatten(0, (hf["num_key_value_heads"], -1, hf["head_dim"]))
     queries = whole.shape[1] - 2
     return [x.flatten(0, 2) for x in whole.split([queries, 1, 1], 1)]
 
@@ -96,10 +101,10 @@ ROWS = Cut(
     lambda parts, hf: [torch.cat(parts)],
 )
 COLUMNS = Cut(_shard_columns, lambda parts, hf: [torch.cat(parts, 1)])
-QKV = Cut(_shard_qkv, _unshard_qkv)
+QKV = Cut(_shard_qkv, _unshard_qkv, is_stack=False)
 GATED = Cut(_shard_gated, _unshard_gated)
-GROUPED_GATED = Cut(_shard_grouped_gated, _unshard_grouped_gated)
-GROUPED_DOWN = Cut(_shard_grouped_down, _unshard_grouped_down)
+GROUPED_GATED = Cut(_shard_grouped_gated, _unshard_grouped_gated, is_stack=False)
+GROUPED_DOWN = Cut(_shard_grouped_down, _unshard_grouped_down, is_stack=False)
 
 _LAYER = r"decoder\.layers\.(?P<layer>\d+)\."
 _QKV = [f"model.layers.{{layer}}.self_attn.{x}_proj.weight" for x in "qkv"]
@@ -173,3 +178,67 @@ def _find_row(name: str) -> tuple[Cut, list[str], re.Match]:
         if match:
             return cut, templates, match
     raise KeyError(f"mapping.TABLE has no row for Megatron parameter {name}")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One slice `tensor[place]` of a checkpoint's global tensor and the tensors it is made of.
+
+    Checkpoints stack layers, and a layer's experts: `place` is (), (layer,) or (layer, expert).
+    """
+
+    key: str
+    place: tuple[int, ...]
+    cut: Cut
+    hf_names: list[str]
+
+
+def blocks(hf: dict[str, Any], names: str = "native") -> Iterator[Block]:
+    """Every weight of a config without a model, in the order of the network.
+
+    `names` is `native` or `te`: TransformerEngine keeps the norm before a linear inside it.
+    """
+    yield _block("embedding.word_embeddings.weight", (), hf)
+    before_qkv, before_mlp = "input_layernorm.weight", "pre_mlp_layernorm.weight"
+    if names == "te":
+        before_qkv = "self_attention.linear_qkv.layer_norm_weight"
+        before_mlp = before_mlp if num_experts(hf) else "mlp.linear_fc1.layer_norm_weight"
+    attention = [f"self_attention.{x}.weight" for x in _ATTENTION]
+    mlp = ["mlp.router.weight"] if num_experts(hf) else [f"mlp.{x}.weight" for x in _MLP]
+    for layer in range(hf["num_hidden_layers"]):
+        for name in (before_qkv, *attention, before_mlp, *mlp):
+            yield _block(f"decoder.layers.{layer}.{name}", (layer,), hf)
+        for expert in range(num_experts(hf)):
+            for x in _MLP:
+                name = f"decoder.layers.{layer}.mlp.experts.{x}.weight{expert}"
+                yield _block(name, (layer, expert), hf)
+    yield _block("decoder.final_layernorm.weight", (), hf)
+    if not hf.get("tie_word_embeddings", False):
+        yield _block("output_layer.weight", (), hf)
+
+
+_ATTENTION = ["linear_qkv", "q_layernorm", "k_layernorm", "linear_proj"]
+_MLP = ["linear_fc1", "linear_fc2"]
+
+
+def _block(name: str, place: tuple[int, ...], hf: dict[str, Any]) -> Block:
+    cut, templates, match = _find_row(name)
+    key = re.sub(r"^decoder\.layers\.\d+", "decoder.layers", name)
+    if len(place) == 2:
+        key = re.sub(r"\d+$", "", key).replace(".mlp.experts.", ".mlp.experts.experts.")
+    return Block(key, place, cut, [t.format(**match.groupdict()) for t in templates])
+
+
+def hf_shape(name: str, hf: dict[str, Any]) -> tuple[int, ...]:
+    """The shape that config.json implies for a Hugging Face tensor."""
+    hidden, head = hf["hidden_size"], hf["head_dim"]
+    queries, keys = (hf[f"num_{x}_heads"] * head for x in ("attention", "key_value"))
+    ffn = hf["moe_intermediate_size"] if ".experts." in name else hf["intermediate_size"]
+    shapes = {
+        "embed_tokens": (hf["vocab_size"], hidden), "lm_head": (hf["vocab_size"], hidden),
+        "q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden),
+        "o_proj": (hidden, queries), "q_norm": (head,), "k_norm": (head,),
+        "gate": (num_experts(hf), hidden),
+        "gate_proj": (ffn, hidden), "up_proj": (ffn, hidden), "down_proj": (hidden, ffn),
+    }  # fmt: skip
+    return shapes.get(name.split(".")[-2], (hidden,))

@@ -1,0 +1,8 @@
+"""The same as `iwopd check`; --help says how."""
+
+import sys
+
+from iwopd_megatron.cli import main
+
+sys.argv.insert(1, "check")
+main()

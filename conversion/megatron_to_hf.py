@@ -1,0 +1,8 @@
+"""The same as `iwopd export`; --help says how."""
+
+import sys
+
+from iwopd_megatron.cli import main
+
+sys.argv.insert(1, "export")
+main()

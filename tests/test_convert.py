@@ -1,0 +1,447 @@
+"""Conversion there and back is the identity on bytes, and refuses what it cannot vouch for."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from iwopd_megatron import cli, pieces, rawfile, safetensors_file, torch_dist
+from iwopd_megatron.check import compare, read_side
+from iwopd_megatron.convert import hf_to_megatron, megatron_to_hf
+from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.mapping import QKV
+from iwopd_megatron.torch_dist_reader import Reader
+
+
+def on_disk(folder: Path) -> dict[str, torch.Tensor]:
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: x for file in files for name, x in load_file(file).items()}
+
+
+def random_bits(tensors: dict, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Every bit pattern, NaNs with payloads too: a cast or any arithmetic would show."""
+    generator = torch.Generator().manual_seed(3)
+    return {
+        name: torch.randint(
+            0, 256, (*x.shape, dtype.itemsize), generator=generator, dtype=torch.uint8
+        )
+        .view(dtype)
+        .squeeze(-1)
+        for name, x in tensors.items()
+    }
+
+
+def write_folder(folder: Path, template: Path, tensors: dict, files: int = 1) -> Path:
+    """A Hugging Face folder whose tensors are dealt to `files` files like cards."""
+    folder.mkdir()
+    for file in template.iterdir():
+        if file.suffix == ".json" and "index" not in file.name:
+            shutil.copy(file, folder / file.name)
+    if files == 1:
+        save_file(tensors, folder / "model.safetensors")
+        return folder
+    weight_map = {}
+    for i in range(files):
+        part = dict(list(tensors.items())[i::files])
+        name = f"model-{i + 1:05d}-of-{files:05d}.safetensors"
+        save_file(part, folder / name)
+        weight_map |= dict.fromkeys(part, name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def assert_same_bytes(got: dict, want: dict) -> None:
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        assert got[name].dtype == tensor.dtype and got[name].shape == tensor.shape, name
+        assert rawfile.raw(got[name]) == rawfile.raw(tensor), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("names", ["native", "te"])
+@pytest.mark.parametrize(("files", "workers", "limit"), [(1, 1, 2**25), (5, 3, 3000)])
+def test_there_and_back(
+    moe_folder, dense_folder, tied_folder, tmp_path, monkeypatch, dtype, names, files, workers,
+    limit,
+):  # fmt: skip
+    monkeypatch.setattr(pieces, "LIMIT", limit)
+    monkeypatch.setattr(safetensors_file, "SHARD_BYTES", 10 * limit)
+    for template in (moe_folder, dense_folder, tied_folder):
+        tensors = random_bits(on_disk(template), dtype)
+        source = write_folder(tmp_path / template.name, template, tensors, files)
+        checkpoint, back = tmp_path / f"{template.name}_m", tmp_path / f"{template.name}_b"
+        hf_to_megatron(source, checkpoint, names, workers)
+        megatron_to_hf(checkpoint, back, source, workers)
+        assert_same_bytes(on_disk(back), tensors)
+        assert (len(list(back.glob("*.safetensors"))) > 3) == (limit == 3000)
+        ours, theirs = (json.loads((x / "manifest.json").read_text()) for x in (checkpoint, back))
+        assert ours == theirs and ours["tensors"].keys() == tensors.keys()
+        hf_to_megatron(back, tmp_path / "again", names, force=True)  # from our own shards
+        assert not list(tmp_path.glob("*.partial")) + list(tmp_path.glob("*.replaced"))
+
+
+def test_mixed_dtypes_are_kept(dense_folder, tmp_path):
+    """Odd bytes before wide ones: fp32 norms beside bf16 matrices."""
+    tensors = {
+        name: x if "norm" in name else x.bfloat16() for name, x in on_disk(dense_folder).items()
+    }
+    source = write_folder(tmp_path / "hf", dense_folder, tensors)
+    hf_to_megatron(source, tmp_path / "m")
+    megatron_to_hf(tmp_path / "m", tmp_path / "b", source)
+    assert_same_bytes(on_disk(tmp_path / "b"), tensors)
+    with safe_open(tmp_path / "b" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    tensors["model.layers.1.input_layernorm.weight"] = torch.ones(64, dtype=torch.float16)
+    source = write_folder(tmp_path / "torn", dense_folder, tensors)
+    with pytest.raises(RecipeError, match="layernorm.weight is F16, the same weight of another"):
+        hf_to_megatron(source, tmp_path / "m2")
+
+
+def test_companion_files_are_carried(moe_folder, tmp_path):
+    source = write_folder(tmp_path / "hf", moe_folder, on_disk(moe_folder), files=2)
+    extra = {
+        "tokenizer.json": "{}", "tokenizer_config.json": "{}", "chat_template.jinja": "{{ x }}",
+        "merges.txt": "a b", "additional_chat_templates/tool.jinja": "t", "LICENSE": "free",
+    }  # fmt: skip
+    for name, text in extra.items():
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(text)
+    hf_to_megatron(source, tmp_path / "m")
+    megatron_to_hf(tmp_path / "m", tmp_path / "b", source)
+    back = tmp_path / "b"
+    for name in (*extra, "config.json", "generation_config.json"):
+        assert (back / name).read_bytes() == (source / name).read_bytes()
+    kept = {str(x.relative_to(back)) for x in back.rglob("*") if x.is_file()}
+    own = {"config.json", "generation_config.json", "model.safetensors", "manifest.json"}
+    assert kept == set(extra) | own
+
+
+def test_a_tied_head_on_disk(tied_folder, tmp_path):
+    """Some tied models store their head as well; it comes back, and must be the embedding."""
+    tensors = on_disk(tied_folder)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    source = write_folder(tmp_path / "hf", tied_folder, tensors)
+    hf_to_megatron(source, tmp_path / "m")
+    megatron_to_hf(tmp_path / "m", tmp_path / "b", source)
+    assert_same_bytes(on_disk(tmp_path / "b"), tensors)
+    tensors["lm_head.weight"][3, 3] += 1
+    source = write_folder(tmp_path / "other", tied_folder, tensors)
+    with pytest.raises(RecipeError, match="lm_head.weight differs from model.embed_tokens.weight"):
+        hf_to_megatron(source, tmp_path / "m2")
+
+
+# What a wrong conversion makes of a folder's tensors or config.
+
+
+def unpermuted(tensors: dict, config: dict) -> None:
+    names = [f"model.layers.1.self_attn.{x}_proj.weight" for x in "qkv"]
+    sources = [tensors[name] for name in names]
+    whole = QKV.shard(sources, 0, 1, config)
+    parts = whole.split([len(x) for x in sources])
+    tensors.update(zip(names, (x.clone() for x in parts), strict=True))
+
+
+def swapped_gate(tensors: dict, config: dict) -> None:
+    _swap(tensors, *(f"model.layers.2.mlp.experts.3.{x}_proj.weight" for x in ("gate", "up")))
+
+
+def exchanged_experts(tensors: dict, config: dict) -> None:
+    for x in ("gate", "up", "down"):
+        _swap(tensors, *(f"model.layers.0.mlp.experts.{e}.{x}_proj.weight" for e in (1, 6)))
+
+
+def padded_vocabulary(tensors: dict, config: dict) -> None:
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = torch.cat([tensors[name], torch.zeros(16, 64)])
+
+
+def other_epsilon(tensors: dict, config: dict) -> None:
+    config["rms_norm_eps"] = 1e-5
+
+
+def one_bit(tensors: dict, config: dict) -> None:
+    tensors["model.norm.weight"].view(torch.int32)[5] ^= 1
+
+
+def lost_norm(tensors: dict, config: dict) -> None:
+    del tensors["model.layers.3.self_attn.k_norm.weight"]
+
+
+def _swap(tensors: dict, a: str, b: str) -> None:
+    tensors[a], tensors[b] = tensors[b], tensors[a]
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (unpermuted, "layers.1.self_attn.k_proj.weight differs by"),
+        (swapped_gate, "as model.layers.2.mlp.experts.3.up_proj.weight"),
+        (exchanged_experts, "as model.layers.0.mlp.experts.6.gate_proj.weight"),
+        (padded_vocabulary, "model.embed_tokens.weight: shape is [512, 64] and [528, 64]"),
+        (other_epsilon, "config: rms_norm_eps is 1e-06 and 1e-05"),
+        (one_bit, "model.norm.weight differs by"),
+        (lost_norm, "k_norm.weight is in"),
+    ],
+)
+def test_check_catches(moe_folder, tmp_path, damage, said):
+    tensors = on_disk(moe_folder)
+    config = json.loads((moe_folder / "config.json").read_text())
+    damage(tensors, config)
+    other = write_folder(tmp_path / "other", moe_folder, tensors)
+    (other / "config.json").write_text(json.dumps(config))
+    result = compare(read_side(moe_folder), read_side(other))
+    assert any(said in problem for problem in result.problems), result.problems
+    if damage not in (padded_vocabulary, lost_norm):  # the others run, and compute something else
+        assert (result.figures["logits"] > 1e-9) == any("logits" in x for x in result.problems)
+        assert result.figures["logits"] > (0 if damage is one_bit else 1e-5)
+        assert damage is one_bit or result.figures["kl"] > 1e-12
+
+
+def test_check_of_equal_models(moe_folder, tmp_path):
+    hf_to_megatron(moe_folder, tmp_path / "m")
+    source = write_folder(tmp_path / "hf", moe_folder, on_disk(moe_folder), files=3)
+    result = compare(read_side(moe_folder), read_side(source, workers=2))
+    assert result.problems == []
+    assert result.figures == {
+        "tensors": 135, "different": 0, "max_weight_error": 0.0, "logits": 0.0, "kl": 0.0,
+    }  # fmt: skip
+    for manifest in (tmp_path / "m", tmp_path / "m" / "manifest.json"):
+        assert compare(read_side(manifest), read_side(source)).problems == []
+
+
+def test_check_within_a_tolerance(dense_folder, tmp_path):
+    tensors = on_disk(dense_folder)
+    tensors["model.norm.weight"] += 1e-6
+    other = write_folder(tmp_path / "other", dense_folder, tensors)
+    sides = read_side(dense_folder), read_side(other)
+    assert compare(*sides, tolerance=1e-4).problems == []
+    assert len(compare(*sides, tolerance=1e-9).problems) >= 2
+
+
+def test_commands(moe_folder, tmp_path):
+    def run(*words: str | Path) -> tuple[int, str]:
+        result = CliRunner().invoke(cli.app, [str(word) for word in words])
+        return result.exit_code, result.output
+
+    code, text = run("convert", moe_folder, tmp_path / "m", "--names", "te", "--workers", "2")
+    assert code == 0 and text.startswith(f"wrote {tmp_path / 'm'}: 135 tensors")
+    assert run("export", tmp_path / "m", tmp_path / "b", "--hf", moe_folder)[0] == 0
+    assert run("check", tmp_path / "b", moe_folder)[0] == 0
+    tensors = on_disk(moe_folder)
+    swapped_gate(tensors, {})
+    write_folder(tmp_path / "other", moe_folder, tensors)
+    command = [sys.executable, "conversion/check.py", str(moe_folder), str(tmp_path / "other")]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[1], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]) + os.pathsep
+                          + os.environ.get("PYTHONPATH", "")},
+    )  # fmt: skip
+    assert done.returncode == 1 and "error: model.layers.2.mlp.experts.3.gate_proj" in done.stderr
+    assert json.loads(done.stdout)["different"] == 2
+
+
+# Refusals: one sentence each, and nothing is left behind.
+
+
+def refuse(match: str, function, *args, **kwargs) -> None:
+    with pytest.raises(RecipeError, match=match) as error:
+        function(*args, **kwargs)
+    text = str(error.value)
+    assert "\n" not in text and text.endswith(".")
+
+
+def truncated(folder: Path) -> str:
+    file = folder / "model-00002-of-00003.safetensors"
+    os.truncate(file, file.stat().st_size - 7)
+    return "model-00002-of-00003.safetensors cannot be read as safetensors"
+
+
+def missing_shard(folder: Path) -> str:
+    (folder / "model-00003-of-00003.safetensors").unlink()
+    return "model-00003-of-00003.safetensors cannot be read as safetensors"
+
+
+def torn_index(folder: Path) -> str:
+    file = folder / "model.safetensors.index.json"
+    file.write_text(file.read_text()[:-9])
+    return "index.json is not a safetensors index"
+
+
+def lying_index(folder: Path) -> str:
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"]["model.norm.weight"] = index["weight_map"]["lm_head.weight"]
+    names = sorted(index["weight_map"].items(), key=lambda item: item[1])
+    index["weight_map"]["model.norm.weight"] = next(f for _, f in names if not has_norm(folder, f))
+    file.write_text(json.dumps(index))
+    return "lacks the tensor 'model.norm.weight' of the index"
+
+
+def has_norm(folder: Path, file: str) -> bool:
+    return "model.norm.weight" in load_file(folder / file)
+
+
+def missing_tensor(folder: Path) -> str:
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    del index["weight_map"]["model.layers.0.mlp.gate.weight"]
+    file.write_text(json.dumps(index))
+    return "has no tensor 'model.layers.0.mlp.gate.weight' although its config.json implies it"
+
+
+def extra_tensor(folder: Path) -> str:
+    edit_config(folder, num_hidden_layers=3)
+    return "has the tensor 'model.layers.3.input_layernorm.weight', which its config.json does not"
+
+
+def wrong_shape(folder: Path) -> str:
+    edit_config(folder, vocab_size=500)
+    return r"lm_head.weight is \(512, 64\), config.json implies \(500, 64\)"
+
+
+def other_heads(folder: Path) -> str:
+    edit_config(folder, num_key_value_heads=4)
+    return r"k_proj.weight is \(32, 64\), config.json implies \(64, 64\)"
+
+
+def unknown_architecture(folder: Path) -> str:
+    edit_config(folder, model_type="llama")
+    return "model_type 'llama' is not supported"
+
+
+def edit_config(folder: Path, **changes) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [truncated, missing_shard, torn_index, lying_index, missing_tensor, extra_tensor, wrong_shape,
+     other_heads, unknown_architecture],
+)  # fmt: skip
+def test_unfit_folders(moe_folder, tmp_path, damage):
+    source = write_folder(tmp_path / "hf", moe_folder, on_disk(moe_folder), files=3)
+    refuse(damage(source), hf_to_megatron, source, tmp_path / "out")
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["hf"]
+
+
+@pytest.fixture
+def checkpoint(moe_folder, tmp_path):
+    hf_to_megatron(moe_folder, tmp_path / "m")
+    return tmp_path / "m"
+
+
+def export_refused(match: str, checkpoint: Path, template: Path) -> None:
+    refuse(match, megatron_to_hf, checkpoint, checkpoint.with_name("out"), template)
+    assert not checkpoint.with_name("out").exists()
+
+
+def test_unfit_checkpoints(checkpoint, moe_folder, dense_folder, tmp_path):
+    file = checkpoint / "__0_0.distcp"
+    whole = file.read_bytes()
+    place = Reader(checkpoint).places
+    at = max(x.offset for x in place.values() if x.relative_path == file.name) - 2000
+    file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    export_refused("the files are damaged", checkpoint, moe_folder)
+    file.write_bytes(whole[:-5000])
+    export_refused("is truncated: it has", checkpoint, moe_folder)
+    file.unlink()
+    export_refused("distcp is missing although .metadata names it", checkpoint, moe_folder)
+    file.write_bytes(whole)
+    other = tmp_path / "eps"
+    shutil.copytree(moe_folder, other)
+    edit_config(other, rms_norm_eps=1e-5)
+    export_refused("rms_norm_eps is 1e-05, but 1e-06 in the input's manifest", checkpoint, other)
+    (checkpoint / "manifest.json").unlink()
+    edit_config(other, vocab_size=500)
+    export_refused("word_embeddings.weight is .512, 64., config.json implies", checkpoint, other)
+    export_refused("which config.json does not imply|has no 'decoder", checkpoint, dense_folder)
+    edit_config(other, vocab_size=512, tie_word_embeddings=True)
+    export_refused("has 'output_layer.weight', which config.json does not imply", checkpoint, other)
+    (checkpoint / ".metadata").write_bytes(b"torn")
+    export_refused(".metadata cannot be read", checkpoint, moe_folder)
+    (checkpoint / "metadata.json").write_text('{"sharded_backend": "zarr"}')
+    export_refused("sharded_backend 'zarr' is not supported", checkpoint, moe_folder)
+    (checkpoint / "metadata.json").unlink()
+    export_refused("is not a torch_dist checkpoint", checkpoint, moe_folder)
+
+
+def test_a_changed_folder_with_an_old_manifest(checkpoint, moe_folder, tmp_path):
+    megatron_to_hf(checkpoint, tmp_path / "b", moe_folder)
+    tensors = on_disk(tmp_path / "b")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, tmp_path / "b" / "model.safetensors")
+    refuse("or were changed and manifest.json has to go", hf_to_megatron, tmp_path / "b",
+           tmp_path / "m2")  # fmt: skip
+    assert not (tmp_path / "m2").exists()
+
+
+def test_nothing_is_overwritten_without_force(checkpoint, moe_folder, tmp_path):
+    before = {x.name: x.read_bytes() for x in checkpoint.iterdir()}
+    refuse("already exists; choose another folder, or add --force", hf_to_megatron, moe_folder,
+           checkpoint)  # fmt: skip
+    assert {x.name: x.read_bytes() for x in checkpoint.iterdir()} == before
+    (checkpoint / "left-over").write_text("of an earlier run")
+    hf_to_megatron(moe_folder, checkpoint, force=True)
+    assert {x.name for x in checkpoint.iterdir()} == before.keys()
+    other = tmp_path / "thesis"
+    other.mkdir()
+    (other / "chapter1.tex").write_text("It was a dark night.")
+    refuse("is no model folder or checkpoint", hf_to_megatron, moe_folder, other, force=True)
+    source = write_folder(tmp_path / "hf", moe_folder, on_disk(moe_folder))
+    refuse("holds the input", hf_to_megatron, source, source, force=True)
+    refuse("holds the input", megatron_to_hf, checkpoint, source, source, force=True)
+    assert (source / "model.safetensors").exists() and (other / "chapter1.tex").exists()
+
+
+def test_a_small_disk_is_refused_first(moe_folder, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(rawfile.shutil, "disk_usage", lambda path: usage)
+    refuse("its disk has 0.0 GB free", hf_to_megatron, moe_folder, tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("call", ["posix_fallocate", "pwrite"])
+def test_a_disk_that_becomes_full(moe_folder, tmp_path, monkeypatch, call):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(rawfile.os, call, full)
+    refuse("became full; free", hf_to_megatron, moe_folder, tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_run_starts_over(moe_folder, tmp_path, monkeypatch):
+    """Killed half-way, once there was nothing and once there was a complete folder."""
+    out, real, count = tmp_path / "m", torch_dist.write_at, 0
+
+    def dying(*args):
+        nonlocal count
+        count += 1
+        if count > 100:
+            os._exit(9)
+        real(*args)
+
+    for force in (False, True):
+        monkeypatch.setattr(torch_dist, "write_at", dying)
+        child = os.fork()
+        if child == 0:
+            hf_to_megatron(moe_folder, out, force=force)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        assert out.exists() == force and (tmp_path / "m.partial").is_dir()
+        monkeypatch.setattr(torch_dist, "write_at", real)
+        hf_to_megatron(moe_folder, out, force=force)
+        assert [x.name for x in tmp_path.iterdir()] == ["m"]
+    megatron_to_hf(out, tmp_path / "b", moe_folder)
+    assert_same_bytes(on_disk(tmp_path / "b"), on_disk(moe_folder))
