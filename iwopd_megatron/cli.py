@@ -15,6 +15,7 @@ from iwopd_megatron.config import Layout, Recipe
 from iwopd_megatron.data import encode_problems, read_problems
 from iwopd_megatron.errors import RecipeError, UserError
 from iwopd_megatron.preflight import check_layout, check_resume, read_hf_config
+from iwopd_megatron.quiet import quiet
 from iwopd_megatron.recipe import load_recipe
 
 app = typer.Typer(
@@ -190,15 +191,8 @@ def parity(
 
 
 def _workers():
-    """Import torch, Megatron and transformers, quietly, with one thread a process."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    import logging
-    import warnings
-
-    warnings.filterwarnings("ignore", module=r"megatron|torch|transformers")
-    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-    for name in ("megatron", "torch.multiprocessing.spawn"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    """The module that imports torch, Megatron and transformers."""
+    quiet()
     from iwopd_megatron import worker
 
     return worker

@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from iwopd_megatron.quiet import quiet
+
 Workers = Annotated[int, typer.Option(min=1, help="threads, each with one weight at a time")]
 Force = Annotated[bool, typer.Option("--force", help="replace OUT when the new one is complete")]
 
@@ -24,6 +26,7 @@ def convert(
     force: Force = False,
 ) -> None:
     """Write a Megatron torch_dist checkpoint, which loads in any layout, of a model folder."""
+    quiet()
     from iwopd_megatron.convert import hf_to_megatron
 
     start = time.perf_counter()
@@ -41,6 +44,7 @@ def export(
     force: Force = False,
 ) -> None:
     """Write a Hugging Face folder of a Megatron checkpoint."""
+    quiet()
     from iwopd_megatron.convert import megatron_to_hf
 
     start = time.perf_counter()
@@ -57,6 +61,7 @@ def check(
     workers: Workers = 2,
 ) -> None:
     """Compare two models tensor by tensor, and by their logits if small; exit 1 if they differ."""
+    quiet()
     from iwopd_megatron.check import compare, read_side
 
     result = compare(read_side(a, workers), read_side(b, workers), tolerance)
