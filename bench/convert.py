@@ -2,8 +2,8 @@
 
 Random bf16 models of Qwen3-30B-A3B's width with 32 experts, 1, 2 and 4 GB, in a temporary folder
 (first argument: where). Every target is flushed to disk, cp's by `sync` after it. The source is in
-the page cache: the model for cp and import, its checkpoint for cp2 and export. Runs take turns, and
-each begins when the last one's output was just removed, since memory long unused is slow to get back on
+the page cache: the model for cp and import, its checkpoint for cp2 and export. Runs take turns,
+each right after the last one's output was removed, since memory long unused is slow to get back on
 a virtual machine. Medians of ROUNDS after one that warms up; memory is RssAnon above the
 interpreter's after its imports.
 """
