@@ -33,7 +33,7 @@ CONFIG = dict(
     moe_intermediate_size=768, norm_topk_prob=True, rope_theta=1e6, tie_word_embeddings=False,
 )  # fmt: skip
 LAYERS = {1: 2, 2: 5, 4: 11}  # gigabytes -> layers
-ROUNDS, WORKERS = 3, 2
+ROUNDS, WORKERS = 2, 2
 
 
 def write_model(folder: Path, layers: int) -> int:
