@@ -2,9 +2,9 @@
 
 Random bf16 models of Qwen3-30B-A3B's width with 32 experts, 1, 2 and 4 GB, in a temporary folder
 (first argument: where). Every target is flushed to disk, cp's by `sync` after it. The source is in
-the page cache: the model for cp and import, its checkpoint for cp2 and export. Runs take turns, and
-each begins when the last one's output was just removed, since memory long unused is slow to get
-back on a virtual machine. Medians of ROUNDS after one that warms up; memory is RssAnon above the
+the page cache: the model for cp and import, its checkpoint for cp2 and export. Runs take turns,
+each right after the last one's output was removed, since memory long unused is slow to get back on
+a virtual machine. Medians of ROUNDS after one that warms up; memory is RssAnon above the
 interpreter's after its imports.
 """
 
@@ -33,7 +33,7 @@ CONFIG = dict(
     moe_intermediate_size=768, norm_topk_prob=True, rope_theta=1e6, tie_word_embeddings=False,
 )  # fmt: skip
 LAYERS = {1: 2, 2: 5, 4: 11}  # gigabytes -> layers
-ROUNDS, WORKERS = 3, 2
+ROUNDS, WORKERS = 2, 2
 
 
 def write_model(folder: Path, layers: int) -> int:

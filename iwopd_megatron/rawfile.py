@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -20,11 +21,10 @@ def raw(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
 
 
-def reserve(file: Path, size: int) -> int:
-    """Create a file of `size` bytes that the disk is known to hold; its descriptor."""
+def create(file: Path, size: int) -> int:
+    """Create a file of `size` bytes, without blocks (writing into reserved ones is slower)."""
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-    if size:
-        os.posix_fallocate(descriptor, 0, size)
+    os.ftruncate(descriptor, size)
     return descriptor
 
 
@@ -111,13 +111,13 @@ def _flushing(folder: Path) -> Iterator[None]:
             for path in folder.rglob("*"):
                 _flush(path)
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+    with ThreadPoolExecutor(1) as pool:
+        flushing = pool.submit(work)
+        try:
+            yield
+        finally:
+            done.set()
+        flushing.result()  # the disk reports an error once, and may have done so there
 
 
 def _flush(path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from iwopd_megatron.hf_io import SHARD_BYTES
 from iwopd_megatron.manifest import DTYPES
-from iwopd_megatron.rawfile import reserve, write_at
+from iwopd_megatron.rawfile import create, write_at
 
 
 class SafetensorsWriter:
@@ -48,7 +48,7 @@ class SafetensorsWriter:
         self._descriptors = []
         for file, shard in zip(names, self.shards, strict=True):
             header, size = _header(shard)
-            descriptor = reserve(folder / file, size)
+            descriptor = create(folder / file, size)
             os.pwrite(descriptor, header, 0)
             self._descriptors.append(descriptor)
             layout = json.loads(header[8:])

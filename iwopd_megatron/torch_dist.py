@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 from iwopd_megatron.blob import ALIGN, envelope, serialise
 from iwopd_megatron.mapping import Block, blocks, hf_shape
 from iwopd_megatron.preflight import num_experts
-from iwopd_megatron.rawfile import reserve, write_at
+from iwopd_megatron.rawfile import create, write_at
 
 FILE_BYTES = 5 * 10**9
 CONFIG = {
@@ -145,10 +145,10 @@ class Writer:
         return sum(self.ends)
 
     def open(self, folder: Path) -> None:
-        """Create the files at their full size; OSError where the disk cannot hold them."""
+        """Create the files at their full size."""
         self.folder = folder
         self.files = {
-            f"__0_{i}.distcp": reserve(folder / f"__0_{i}.distcp", size)
+            f"__0_{i}.distcp": create(folder / f"__0_{i}.distcp", size)
             for i, size in enumerate(self.ends)
         }
         for file, position, edge in self.edges:

@@ -411,7 +411,7 @@ def test_a_small_disk_is_refused_first(moe_folder, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("call", ["posix_fallocate", "pwrite"])
+@pytest.mark.parametrize("call", ["ftruncate", "pwrite", "fsync"])
 def test_a_disk_that_becomes_full(moe_folder, tmp_path, monkeypatch, call):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
