@@ -206,6 +206,16 @@ def _replace_megatron() -> None:
     moe_utils.maybe_move_tensor_to_cpu = to_cpu
     token_dispatcher.maybe_move_tensor_to_cpu = to_cpu
 
+    sort_chunks = token_dispatcher.sort_chunks_by_idxs
+
+    def sort_chunks_unless_sorted(x, split_sizes, order, probs=None, fused=False):
+        """Megatron copies all tokens of a rank that has every expert, twice, to where they are."""
+        if torch.equal(order, torch.arange(len(order))):
+            return x, probs
+        return sort_chunks(x, split_sizes, order, probs=probs, fused=fused)
+
+    token_dispatcher.sort_chunks_by_idxs = sort_chunks_unless_sorted
+
     gather = mappings._gather_along_first_dim  # called by its global name, in mappings.py only
 
     def gather_along_first_dim(x, group, output_split_sizes=None, use_global_buffer=False):

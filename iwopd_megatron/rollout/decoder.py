@@ -27,8 +27,8 @@ class Layer(NamedTuple):
     out: torch.Tensor  # [D, H d]
     ffn_norm: torch.Tensor  # [D]
     router: torch.Tensor | None  # [E, D]
-    gate_up: torch.Tensor  # [E, 2 F, D]
-    down: torch.Tensor  # [E, D, F]
+    gate_up: torch.Tensor  # [E, D, 2 F]
+    down: torch.Tensor  # [E, F, D]
 
 
 class Decoder:
@@ -63,8 +63,8 @@ class Decoder:
             out=self._new(hidden, self.heads * head),
             ffn_norm=self._new(hidden),
             router=self._new(experts, hidden) if experts else None,
-            gate_up=self._new(experts or 1, 2 * ffn, hidden),
-            down=self._new(experts or 1, hidden, ffn),
+            gate_up=self._new(experts or 1, hidden, 2 * ffn),
+            down=self._new(experts or 1, ffn, hidden),
         )
         rows = [self.heads * head, self.groups * head, self.groups * head]
         own = dict(zip(("q_proj", "k_proj", "v_proj"), layer.qkv.split(rows), strict=True))
@@ -73,7 +73,7 @@ class Decoder:
         own |= {"input_layernorm": layer.attention_norm, "post_attention_layernorm": layer.ffn_norm}
         if experts:
             own["mlp.gate"] = layer.router
-        for e, (gate_up, down) in enumerate(zip(layer.gate_up, layer.down, strict=True)):
+        for e, (gate_up, down) in enumerate(zip(layer.gate_up.mT, layer.down.mT, strict=True)):
             prefix = f"mlp.experts.{e}." if experts else "mlp."
             gate, up = gate_up.chunk(2)
             own |= {prefix + "gate_proj": gate, prefix + "up_proj": up, prefix + "down_proj": down}
@@ -108,18 +108,21 @@ class Decoder:
             x = x + self._ffn(layer, self._normed(x, layer.ffn_norm).flatten(0, 1)).view_as(x)
         return self._normed(x[:, -1], self.norm) @ self.head.t()
 
-    def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def _normed(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
         wide = x.float()
         square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
         scale = square.div_(x.shape[-1]).add_(self.eps).rsqrt_()
-        return (wide * scale).to(x.dtype).mul_(weight)
+        normed = (wide * scale).to(x.dtype)
+        return normed if weight is None else normed.mul_(weight)
 
     def _attention(self, layer, x, turn, slots, start, mask) -> torch.Tensor:
         rows, new = x.shape[:2]
         qkv = (x @ layer.qkv.t()).view(rows, new, -1, self.head_dim)
-        query, key, value = qkv.split([self.heads, self.groups, self.groups], 2)
-        query = self._turned(self._normed(query, layer.qk_norm[0]), turn).transpose(1, 2)
-        key = self._turned(self._normed(key, layer.qk_norm[1]), turn).transpose(1, 2)
+        qk, value = qkv.split([self.heads + self.groups, self.groups], 2)
+        qk, sizes = self._normed(qk), [self.heads, self.groups]
+        for part, weight in zip(qk.split(sizes, 2), layer.qk_norm, strict=True):
+            part.mul_(weight)
+        query, key = self._turned(qk, turn).transpose(1, 2).split(sizes, 1)
         value = value.transpose(1, 2)
         keys, values = slots[0][..., : start + new], slots[1][:, :, : start + new]
         keys[..., start:], values[:, :, start:] = key.mT, value
@@ -133,7 +136,7 @@ class Decoder:
 
     def _attend_last(self, query, keys, values, mask) -> torch.Tensor:
         """One query a row: two products, cheaper than a fused kernel's call."""
-        grouped = query.view(len(query), self.groups, -1, self.head_dim)  # [B, G, H / G, d]
+        grouped = query.reshape(len(query), self.groups, -1, self.head_dim)  # [B, G, H / G, d]
         score = (grouped @ keys).float().mul_(self.head_dim**-0.5)
         if mask is not None:
             score = score.masked_fill_(~mask, -torch.inf)
@@ -147,7 +150,7 @@ class Decoder:
 
     def _ffn(self, layer, x_ND: torch.Tensor) -> torch.Tensor:
         if layer.router is None:
-            return swiglu(x_ND @ layer.gate_up[0].t()) @ layer.down[0].t()
+            return swiglu(x_ND @ layer.gate_up[0]) @ layer.down[0]
         count = self.hf["num_experts_per_tok"]
         prob_NK, expert_NK = (x_ND @ layer.router.t()).float().softmax(-1).topk(count)
         if self.hf["norm_topk_prob"]:
@@ -155,7 +158,7 @@ class Decoder:
         expert, order = expert_NK.flatten().sort(stable=True)
         token = order // count
         counts = torch.bincount(expert, minlength=len(layer.router))
-        act = swiglu(grouped_mm(x_ND[token], layer.gate_up.transpose(1, 2), counts))
-        out = grouped_mm(act, layer.down.transpose(1, 2), counts)
+        act = swiglu(grouped_mm(x_ND[token], layer.gate_up, counts))
+        out = grouped_mm(act, layer.down, counts)
         scale = prob_NK.flatten()[order, None].to(out.dtype)
         return torch.zeros_like(x_ND).index_add_(0, token, out * scale)
