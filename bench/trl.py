@@ -80,21 +80,15 @@ def symbol(token):
 def write_model(folder, model_class, config_class, sizes, seed):
     """A Hugging Face folder; its tokenizer's last id, EOS, has no row in the model."""
     import torch
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+
+    from iwopd_megatron.toy_task import write_tokenizer
 
     torch.manual_seed(seed)
     special = dict(pad_token_id=None, bos_token_id=None, eos_token_id=VOCABULARY)
     config = config_class(vocab_size=VOCABULARY, max_position_embeddings=128, **special, **sizes)
     model_class(config).save_pretrained(folder)
-    vocabulary = {symbol(token): token for token in range(VOCABULARY)} | {EOS: VOCABULARY}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=EOS))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, unk_token=EOS
-    )
-    fast.save_pretrained(folder)
+    symbols = [*map(symbol, range(VOCABULARY)), EOS]
+    write_tokenizer(folder, symbols, pad=EOS, eos=EOS, unknown=EOS)
 
 
 def run_ours(folder, run):

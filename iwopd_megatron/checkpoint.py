@@ -9,7 +9,6 @@ load it (`fully_reshardable`; Megatron's default optimiser format is refused by 
 from __future__ import annotations
 
 import json
-import os
 import queue
 import re
 import shutil
@@ -22,6 +21,8 @@ import torch.distributed as dist
 import xxhash
 
 from iwopd_megatron.parallel import Parallel, gather
+from iwopd_megatron.rawfile import flush
+from iwopd_megatron.torch_dist import METADATA
 
 from megatron.core import dist_checkpointing  # isort: skip
 from megatron.core.dist_checkpointing.mapping import ShardedObject  # isort: skip
@@ -33,11 +34,6 @@ from megatron.core.utils import unwrap_model  # isort: skip
 filesystem_async._results_queue = queue.Queue()
 
 LISTING = "files.json"
-METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "singleton_local_shards": False,
-    "chained_optim_avoid_prefix": True,
-}
 
 
 def newest(run: Path, parallel: Parallel, say: Callable[[str], None]) -> Path | None:
@@ -49,7 +45,7 @@ def newest(run: Path, parallel: Parallel, say: Callable[[str], None]) -> Path | 
         p for p in (run / "checkpoints").glob("round_*") if re.fullmatch(r"round_\d{6}", p.name)
     ]
     for folder in sorted(found, reverse=True):
-        problems = gather(_damage(folder, parallel), parallel.world)
+        problems = gather(_damage(folder, parallel))
         damage = next((problem for problem in problems if problem), None)
         if damage is None:
             return folder
@@ -89,19 +85,12 @@ def _write_listing(folder: Path, parallel: Parallel) -> None:
     own = {}
     for name in names[parallel.rank :: parallel.world]:
         own[name] = (folder / name).stat().st_size, _digest(folder / name)
-        _sync(folder / name)
-    parts = gather(own, parallel.world)
+        flush(folder / name)
+    parts = gather(own)
     if parallel.is_main:
         (folder / LISTING).write_text(json.dumps({k: v for part in parts for k, v in part.items()}))
-        _sync(folder / LISTING)
-        _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file or folder is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+        flush(folder / LISTING)
+        flush(folder)
 
 
 def save(
@@ -129,7 +118,7 @@ def save(
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
-        _sync(final.parent)
+        flush(final.parent)
         for old in sorted(final.parent.glob("round_??????"))[:-keep]:
             shutil.rmtree(old)
     dist.barrier()

@@ -22,6 +22,7 @@ from iwopd_megatron.preflight import read_hf_config
 from iwopd_megatron.rawfile import check_free, complete_folder
 from iwopd_megatron.safetensors_file import SafetensorsWriter
 from iwopd_megatron.torch_dist import (
+    METADATA,
     Slot,
     Writer,
     expected_tensors,
@@ -31,11 +32,6 @@ from iwopd_megatron.torch_dist import (
 )
 from iwopd_megatron.torch_dist_reader import Reader
 
-CONTENT = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "singleton_local_shards": False,
-    "chained_optim_avoid_prefix": True,
-}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Tensors = dict[str, dict[str, Any]]  # manifest entries by Hugging Face name
 
@@ -75,7 +71,7 @@ def hf_to_megatron(
             found[HEAD] = _same_head(tensors, found[EMBEDDING], source)
         manifest.verify_tensors(before, found, source)
         manifest.write(folder, hf, found)
-        writer.finish(CONTENT)
+        writer.finish(METADATA)
     return {"tensors": len(found), "bytes": writer.nbytes}
 
 

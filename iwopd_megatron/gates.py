@@ -63,8 +63,8 @@ def teacher_scores(samples: list[Trajectory], vocab_size: int) -> None:
                 f"sample {sample.index} has {len(sample.response_ids)} tokens but "
                 f"{len(sample.teacher_logp)} teacher log-probs; each token needs one."
             )
-        read = sample.loss_mask or [True] * len(sample.response_ids)
-        own = [v for v, is_read in zip(sample.teacher_logp, read, strict=True) if is_read]
+        scores = zip(sample.teacher_logp, sample.is_read, strict=True)
+        own = [v for v, is_read in scores if is_read]
         values += own
         bad = [v for v in own if not math.isfinite(v) or v > 1e-4]
         if bad:

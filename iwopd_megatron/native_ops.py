@@ -19,16 +19,18 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return _RmsNorm.apply(x, weight, eps)
 
 
+def rms_scale(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last dim, fp32, one pass over x."""
+    square = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True).square_()
+    return square.div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
-        wide = x.float()
-        mean_square = (
-            torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        )
-        scale = mean_square.add_(eps).rsqrt_()
+        scale = rms_scale(x, eps)
         ctx.save_for_backward(x, scale, weight)
-        return (wide * scale).to(x.dtype).mul_(weight)
+        return (x * scale).to(x.dtype).mul_(weight)
 
     @staticmethod
     def backward(ctx, dout):
@@ -42,7 +44,7 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding, half-split form, of `[T, h, d]`; cos and sin `[T, 1, d / 2]`, its dtype."""
+    """Rotary embedding, half-split form, of `[..., h, d]`; cos and sin `[..., 1, d / 2]`."""
     return _Rotate.apply(x, cos, sin)
 
 

@@ -181,7 +181,7 @@ def _build(
         response = len(sample.response_ids)
         loss = slice(start + len(sample.prompt_ids) - 1, start + sample.inputs)
         token[start : start + sample.inputs] = (sample.prompt_ids + sample.response_ids)[:-1]
-        is_loss[loss] = True if sample.loss_mask is None else sample.loss_mask
+        is_loss[loss] = sample.is_read
         target[loss] = sample.response_ids
         offset[loss] = numpy.arange(response)
         owner[loss] = sample.index

@@ -116,9 +116,9 @@ def any_rank(flag: bool) -> bool:
     return bool(tensor.item())
 
 
-def gather(value: Any, world: int) -> list[Any]:
-    """`value` of every rank, on every rank. One all-gather of pickled objects."""
-    values: list[Any] = [None] * world
+def gather(value: Any) -> list[Any]:
+    """`value` of every rank of the world, on every rank. One all-gather of pickled objects."""
+    values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 

@@ -22,7 +22,7 @@ from iwopd_megatron.model import HiddenStateModel, build_model, wrap_precision
 from iwopd_megatron.objective import DistillationObjective
 from iwopd_megatron.optimizer import build_optimizer, wrap_data_parallel
 from iwopd_megatron.packing import Packer
-from iwopd_megatron.parallel import Parallel, initialise
+from iwopd_megatron.parallel import Parallel, gather, initialise
 from iwopd_megatron.trajectory import Trajectory
 
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  # isort: skip
@@ -128,9 +128,7 @@ def _error(pairs: list[tuple[torch.Tensor, torch.Tensor]], dtype: str) -> float:
 
 def _worst(error: float) -> float:
     """The largest error of all ranks; NaN, which max() may pass over, counts as infinite."""
-    errors: list[float] = [0.0] * dist.get_world_size()
-    dist.all_gather_object(errors, error if error == error else float("inf"))
-    return max(errors)
+    return max(gather(error if error == error else float("inf")))
 
 
 def failures(result: dict[str, float], ref: Reference, dtype: str) -> list[str]:

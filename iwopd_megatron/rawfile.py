@@ -53,7 +53,7 @@ def complete_folder(
         with _flushing(partial):
             yield partial
         for path in [*partial.rglob("*"), partial]:
-            _flush(path)
+            flush(path)
         if out.exists():
             old = out.with_name(out.name + ".replaced")
             shutil.rmtree(old, ignore_errors=True)
@@ -62,7 +62,7 @@ def complete_folder(
             shutil.rmtree(old)
         else:
             partial.rename(out)
-        _flush(out.parent)
+        flush(out.parent)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -109,7 +109,7 @@ def _flushing(folder: Path) -> Iterator[None]:
     def work() -> None:
         while not done.wait(0.1):
             for path in folder.rglob("*"):
-                _flush(path)
+                flush(path)
 
     with ThreadPoolExecutor(1) as pool:
         flushing = pool.submit(work)
@@ -120,7 +120,8 @@ def _flushing(folder: Path) -> Iterator[None]:
         flushing.result()  # the disk reports an error once, and may have done so there
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

@@ -32,7 +32,7 @@ def keep_samples(
     lines = []
     for sample, problem in list(zip(samples, problems, strict=True))[:KEPT]:
         count = len(sample.response_ids)
-        mask = torch.tensor(sample.loss_mask or [True] * count)
+        mask = torch.tensor(sample.is_read)
         gap = torch.zeros(count).masked_scatter(mask, torch.tensor(sample.gaps()))
         gap, mask = (x.to(device.current_device()) for x in (gap, mask))
         weight = token_weights_packed(gap, mask.new_zeros(count).long(), mask, **weighting)

@@ -35,6 +35,12 @@ from iwopd_megatron.preflight import num_experts
 from iwopd_megatron.rawfile import create, write_at
 
 FILE_BYTES = 5 * 10**9
+# How Megatron is asked to cut optimiser states and name things: what any layout can load.
+METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "singleton_local_shards": False,
+    "chained_optim_avoid_prefix": True,
+}
 CONFIG = {
     "sharded_backend": "torch_dist", "sharded_backend_version": 1,
     "common_backend": "torch", "common_backend_version": 1,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -123,16 +123,19 @@ def write_model(folder: Path, **sizes: int) -> None:
     write_tokenizer(folder)
 
 
-def write_tokenizer(folder: Path) -> None:
-    """One token a character, saved as a normal Hugging Face tokenizer."""
+def write_tokenizer(
+    folder: Path, symbols: Sequence[str] = SYMBOLS, pad: str = PAD, eos: str = EOS,
+    unknown: str = UNUSED,
+) -> None:  # fmt: skip
+    """One token a character, ids in the order of `symbols`, saved as a Hugging Face tokenizer."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {symbol: i for i, symbol in enumerate(SYMBOLS)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNUSED))
+    vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNUSED
+        tokenizer_object=tokenizer, pad_token=pad, eos_token=eos, unk_token=unknown
     )
     fast.save_pretrained(folder)

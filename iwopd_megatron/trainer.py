@@ -60,7 +60,7 @@ class Trainer:
         self.supervision = Supervision(recipe, self.student, self.packer, self.tokenizer)
         self.is_distilling = recipe.teacher is not None
         for role, model in self.supervision.models.items():
-            progress.loaded(role, gather(model.loaded, parallel.world))
+            progress.loaded(role, gather(model.loaded))
         self.round, self.seconds = 0, {}
         found = checkpoint.newest(recipe.out, parallel, progress.say) if resume else None
         if found is not None:

@@ -31,17 +31,20 @@ class Trajectory:
         return len(self.prompt_ids) + len(self.response_ids) - 1
 
     @property
+    def is_read(self) -> list[bool]:
+        """Whether some loss reads it, of every response token."""
+        return [True] * len(self.response_ids) if self.loss_mask is None else self.loss_mask
+
+    @property
     def loss_tokens(self) -> int:
         """Response tokens some loss reads."""
-        return len(self.response_ids) if self.loss_mask is None else sum(self.loss_mask)
+        return sum(self.is_read)
 
     def gaps(self) -> list[float]:
         """Teacher minus student log-prob of the loss tokens; the engine's where no old one is."""
         old = self.old_logp or self.rollout_logp
-        gaps = [teacher - own for teacher, own in zip(self.teacher_logp, old, strict=True)]
-        if self.loss_mask is None:
-            return gaps
-        return [gap for gap, is_read in zip(gaps, self.loss_mask, strict=True) if is_read]
+        tokens = zip(self.teacher_logp, old, self.is_read, strict=True)
+        return [teacher - own for teacher, own, is_read in tokens if is_read]
 
     def with_scores(self, **scores: Any) -> Trajectory:
         """A copy with e.g. `teacher_logp=[...]`."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from iwopd_megatron.model import rope_theta
-from iwopd_megatron.native_ops import grouped_mm, swiglu
+from iwopd_megatron.native_ops import grouped_mm, rms_scale, rotate, swiglu
 from iwopd_megatron.preflight import num_experts
 
 
@@ -109,10 +109,7 @@ class Decoder:
         return self._normed(x[:, -1], self.norm) @ self.head.t()
 
     def _normed(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
-        wide = x.float()
-        square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
-        scale = square.div_(x.shape[-1]).add_(self.eps).rsqrt_()
-        normed = (wide * scale).to(x.dtype)
+        normed = (x * rms_scale(x, self.eps)).to(x.dtype)
         return normed if weight is None else normed.mul_(weight)
 
     def _attention(self, layer, x, turn, slots, start, mask) -> torch.Tensor:
@@ -122,7 +119,7 @@ class Decoder:
         qk, sizes = self._normed(qk), [self.heads, self.groups]
         for part, weight in zip(qk.split(sizes, 2), layer.qk_norm, strict=True):
             part.mul_(weight)
-        query, key = self._turned(qk, turn).transpose(1, 2).split(sizes, 1)
+        query, key = rotate(qk, *turn).transpose(1, 2).split(sizes, 1)
         value = value.transpose(1, 2)
         keys, values = slots[0][..., : start + new], slots[1][:, :, : start + new]
         keys[..., start:], values[:, :, start:] = key.mT, value
@@ -141,12 +138,6 @@ class Decoder:
         if mask is not None:
             score = score.masked_fill_(~mask, -torch.inf)
         return (score.softmax(-1).to(values.dtype) @ values).view(query.shape)
-
-    @staticmethod
-    def _turned(x: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        a, b = x.chunk(2, -1)
-        cos, sin = turn
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
     def _ffn(self, layer, x_ND: torch.Tensor) -> torch.Tensor:
         if layer.router is None:

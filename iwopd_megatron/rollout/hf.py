@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from iwopd_megatron import device
+from iwopd_megatron.parallel import gather
 from iwopd_megatron.preflight import read_hf_config
 from iwopd_megatron.rollout import Prompt, Sampling
 from iwopd_megatron.rollout.decoder import Decoder
@@ -50,9 +51,7 @@ class HfEngine:
         with device.plain_torch():
             for start in range(0, len(mine), self.batch_size):
                 own += self._generate_batch(mine[start : start + self.batch_size], sampling)
-        parts: list[list[Trajectory]] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, own)
-        by_index = {sample.index: sample for part in parts for sample in part}
+        by_index = {sample.index: sample for part in gather(own) for sample in part}
         return [by_index[prompt.index] for prompt in prompts]
 
     @torch.inference_mode()
