@@ -23,7 +23,8 @@ import torch  # noqa: E402
 
 from iwopd_megatron import backend, device, hf_reference, parity  # noqa: E402
 from iwopd_megatron.actor import Schedule  # noqa: E402
-from iwopd_megatron.config import Layout, Train  # noqa: E402
+from iwopd_megatron.config import Train  # noqa: E402
+from iwopd_megatron.config_models import Layout  # noqa: E402
 from iwopd_megatron.model import build_model, wrap_precision  # noqa: E402
 from iwopd_megatron.objective import DistillationObjective  # noqa: E402
 from iwopd_megatron.optimizer import build_optimizer, wrap_data_parallel  # noqa: E402

@@ -17,7 +17,8 @@ import torch
 
 from iwopd_megatron import hf_reference
 from iwopd_megatron.actor import Schedule
-from iwopd_megatron.config import Layout, Train
+from iwopd_megatron.config import Train
+from iwopd_megatron.config_models import Layout
 from iwopd_megatron.hf_io import HfTensors, load_shards
 from iwopd_megatron.model import build_model
 from iwopd_megatron.objective import DistillationObjective

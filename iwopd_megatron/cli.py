@@ -11,7 +11,8 @@ from typing import Annotated
 import typer
 
 from iwopd_megatron import cli_convert, doctor
-from iwopd_megatron.config import Layout, Recipe
+from iwopd_megatron.config import Recipe
+from iwopd_megatron.config_models import Layout
 from iwopd_megatron.data import encode_problems, read_problems
 from iwopd_megatron.errors import RecipeError, UserError
 from iwopd_megatron.preflight import check_layout, check_resume, read_hf_config

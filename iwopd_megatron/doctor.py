@@ -5,7 +5,8 @@ Recipes that cannot mean what they say are refused in preflight.py; these can ru
 
 from __future__ import annotations
 
-from iwopd_megatron.config import Recipe, Weighting
+from iwopd_megatron.config import Recipe
+from iwopd_megatron.config_loss import Weighting
 
 LONG_PROMPT_SHARE = 0.2
 

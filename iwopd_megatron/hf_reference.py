@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from iwopd_megatron.config import Loss, Train
+from iwopd_megatron.config import Train
+from iwopd_megatron.config_loss import Loss
 from iwopd_megatron.hf_io import named_views
 from iwopd_megatron.loss import token_denominator
 from iwopd_megatron.preflight import read_hf_config

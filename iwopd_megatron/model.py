@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from iwopd_megatron import backend, device
-from iwopd_megatron.config import Layout
+from iwopd_megatron.config_models import Layout
 from iwopd_megatron.parallel import Parallel, mpu
 from iwopd_megatron.preflight import num_experts
 

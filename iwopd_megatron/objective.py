@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from iwopd_megatron.config import Loss
+from iwopd_megatron.config_loss import Loss
 from iwopd_megatron.logprobs import LogProbs
 from iwopd_megatron.loss import importance_weight, is_clipped, opd_advantage, policy_loss
 from iwopd_megatron.packing import MicroBatch

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from iwopd_megatron import device
-from iwopd_megatron.config import Layout
+from iwopd_megatron.config_models import Layout
 from iwopd_megatron.errors import RecipeError
 
 device.install()

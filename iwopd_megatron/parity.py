@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from iwopd_megatron.actor import Schedule
-from iwopd_megatron.config import Layout
+from iwopd_megatron.config_models import Layout
 from iwopd_megatron.hf_io import HfTensors, load_shards
 from iwopd_megatron.hf_reference import LOSS, TRAIN, Reference, max_error, mean_error
 from iwopd_megatron.mapping import entries

@@ -11,7 +11,8 @@ import yaml
 from iwopd_megatron.errors import RecipeError
 
 if TYPE_CHECKING:
-    from iwopd_megatron.config import Layout, Recipe
+    from iwopd_megatron.config import Recipe
+    from iwopd_megatron.config_models import Layout
 
 # What a layout is checked against; config.json must have them.
 HF_KEYS = (

@@ -11,7 +11,8 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from iwopd_megatron import device, gates
-from iwopd_megatron.config import Frozen, Recipe
+from iwopd_megatron.config import Recipe
+from iwopd_megatron.config_models import Frozen
 from iwopd_megatron.minibatch import Minibatch
 from iwopd_megatron.objective import DistillationObjective, LikelihoodObjective
 from iwopd_megatron.packing import Packer, deal

@@ -11,7 +11,7 @@ import torch
 
 from iwopd_megatron import device
 from iwopd_megatron.actor import Schedule, Support
-from iwopd_megatron.config import Frozen
+from iwopd_megatron.config_models import Frozen
 from iwopd_megatron.hf_io import HfTensors, load_shards
 from iwopd_megatron.model import build_model, wrap_precision
 from iwopd_megatron.packing import Packer

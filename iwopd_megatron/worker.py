@@ -15,7 +15,8 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from iwopd_megatron import doctor, parity
 from iwopd_megatron.compare import Arm, is_finished
-from iwopd_megatron.config import Layout, Recipe
+from iwopd_megatron.config import Recipe
+from iwopd_megatron.config_models import Layout
 from iwopd_megatron.errors import GateError, RecipeError
 from iwopd_megatron.parallel import initialise, shutdown, start_local
 from iwopd_megatron.progress import Progress

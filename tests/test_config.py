@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import iwopd_megatron
-from iwopd_megatron.config import Layout
+from iwopd_megatron.config_models import Layout
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.preflight import check_resume, describe
 from iwopd_megatron.recipe import load_recipe

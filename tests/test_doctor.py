@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 
 from iwopd_megatron import doctor
-from iwopd_megatron.config import Weighting
+from iwopd_megatron.config_loss import Weighting
 from iwopd_megatron.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent

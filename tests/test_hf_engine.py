@@ -10,7 +10,7 @@ import pytest
 import torch
 from worlds import run_world
 
-from iwopd_megatron.config import Layout
+from iwopd_megatron.config_models import Layout
 from iwopd_megatron.hf_io import HfTensors
 from iwopd_megatron.hf_reference import hf_model
 from iwopd_megatron.parallel import initialise, local_context, shutdown

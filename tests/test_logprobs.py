@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from worlds import run_world
 
-from iwopd_megatron.config import Layout
+from iwopd_megatron.config_models import Layout
 from iwopd_megatron.logprobs import linear_logprobs
 from iwopd_megatron.parallel import initialise
 

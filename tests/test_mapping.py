@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from worlds import run_world
 
 from iwopd_megatron import hf_io, sync
-from iwopd_megatron.config import Layout
+from iwopd_megatron.config_models import Layout
 from iwopd_megatron.hf_io import HfTensors, load_shards, named_views, random_weights, save_folder
 from iwopd_megatron.mapping import GATED, QKV, entries
 from iwopd_megatron.model import build_model

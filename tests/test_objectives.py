@@ -11,7 +11,9 @@ from worlds import run_world
 
 from iwopd_megatron import linear_loss
 from iwopd_megatron.actor import Schedule
-from iwopd_megatron.config import Layout, Loss, Train
+from iwopd_megatron.config import Train
+from iwopd_megatron.config_loss import Loss
+from iwopd_megatron.config_models import Layout
 from iwopd_megatron.hf_io import HfTensors, load_shards, named_views
 from iwopd_megatron.hf_reference import hf_model, make_samples, max_error
 from iwopd_megatron.mapping import entries

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iwopd_megatron.config import Layout
+from iwopd_megatron.config_models import Layout
 from iwopd_megatron.packing import Packer, deal, plan_microbatches, round_up
 from iwopd_megatron.parallel import Axis, Parallel, zigzag_index
 from iwopd_megatron.trajectory import Trajectory, mask_tokens

@@ -9,7 +9,7 @@ import pytest
 from worlds import run_world
 
 from iwopd_megatron import hf_reference, parity
-from iwopd_megatron.config import Layout
+from iwopd_megatron.config_models import Layout
 from iwopd_megatron.parallel import local_context, shutdown
 
 UNEQUAL, EQUAL = [24, 16, 32, 20, 28, 12, 24, 32], [32] * 8

@@ -11,7 +11,8 @@ from worlds import run_world
 
 from iwopd_megatron import checkpoint, pieces, torch_dist
 from iwopd_megatron.blob import data_start, envelope, serialise
-from iwopd_megatron.config import Layout, Train
+from iwopd_megatron.config import Train
+from iwopd_megatron.config_models import Layout
 from iwopd_megatron.convert import hf_to_megatron, megatron_to_hf
 from iwopd_megatron.hf_io import HfTensors, load_shards
 from iwopd_megatron.mapping import blocks, hf_shape

@@ -13,7 +13,7 @@ import pytest
 import torch
 from worlds import run_world
 
-from iwopd_megatron.config import Frozen, Layout
+from iwopd_megatron.config_models import Frozen, Layout
 from iwopd_megatron.hf_io import HfTensors
 from iwopd_megatron.hf_reference import hf_model, make_samples
 from iwopd_megatron.packing import Packer

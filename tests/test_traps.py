@@ -9,7 +9,8 @@ import pytest
 from worlds import run_world
 
 from iwopd_megatron import checkpoint, hf_reference, model, parity
-from iwopd_megatron.config import Layout, Train
+from iwopd_megatron.config import Train
+from iwopd_megatron.config_models import Layout
 from iwopd_megatron.hf_io import HfTensors, load_shards
 from iwopd_megatron.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from iwopd_megatron.parallel import initialise, local_context, shutdown

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import run_world
 
-from iwopd_megatron.config import Weighting
+from iwopd_megatron.config_loss import Weighting
 from iwopd_megatron.parallel import zigzag_index
 from iwopd_megatron.weighting import (
     ANNEALS,
