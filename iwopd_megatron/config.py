@@ -68,6 +68,9 @@ class Gates(Section):
     max_drift: float = Field(
         0.5, gt=0, description="stop when mean |trainer - engine| log-prob exceeds this (nats)"
     )
+    same_chat_template: bool = Field(
+        True, description="stop when a teacher's chat template is not the student's"
+    )
 
 
 class Recipe(Section):

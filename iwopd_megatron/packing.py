@@ -148,6 +148,17 @@ def _spread(bins: list[list[int]], costs: list[float], dp: int) -> list[list[lis
     return plan
 
 
+def response_places(samples: list[Trajectory]) -> tuple[list[int], torch.Tensor]:
+    """Where each sample's tokens begin and the last's end among all response tokens in a row.
+
+    And, int64 on the CPU, where those of a `Trajectory.index` begin.
+    """
+    starts = [0, *accumulate(len(sample.response_ids) for sample in samples)]
+    first = torch.zeros(1 + max(sample.index for sample in samples), dtype=torch.long)
+    first[[sample.index for sample in samples]] = torch.tensor(starts[:-1])
+    return starts, first
+
+
 def deal(samples: list[Trajectory], parts: int) -> list[list[Trajectory]]:
     """A round's samples in `parts` runs, the minibatches of its optimiser steps."""
     bounds = [len(samples) * i // parts for i in range(parts + 1)]

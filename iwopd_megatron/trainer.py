@@ -118,7 +118,9 @@ class Trainer:
                 keep = self.recipe.checkpoint.keep
                 self.student.save(self.recipe.out, self.round, self.order.cursor, keep)
             if stop and not is_last:
+                self.supervision.close()
                 return False
+        self.supervision.close()
         self._export()
         return True
 
@@ -203,7 +205,10 @@ class Trainer:
         gates.rollouts(samples, self.round - 1, vocab)
         with self._phase("grade"):
             grades = grade_samples(samples, self.round_problems, self.tokenizer)
-        graded = [s.with_scores(correct=grade) for s, grade in zip(samples, grades, strict=True)]
+        graded = [
+            sample.with_scores(correct=grade, source=problem.source)
+            for sample, grade, problem in zip(samples, grades, self.round_problems, strict=True)
+        ]
         return [self.supervision.masked(sample) for sample in graded]
 
     def _given_responses(self) -> list[Trajectory]:
