@@ -1,4 +1,4 @@
-"""An asyncio loop in a thread of its own: the HTTP side of rank 0, whose own thread runs Megatron."""
+"""An asyncio loop in a thread of its own: rank 0's HTTP, beside the thread that runs Megatron."""
 
 from __future__ import annotations
 
