@@ -1,4 +1,4 @@
-"""An asyncio loop in a thread of its own: rank 0's HTTP, beside the thread that runs Megatron."""
+"""An asyncio loop in a thread of its own: HTTP beside the thread that runs Megatron."""
 
 from __future__ import annotations
 
