@@ -141,13 +141,6 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def share(value: Any) -> Any:
-    """Rank 0's `value` on every rank of the world. One broadcast of a pickled object."""
-    values = [value]
-    dist.broadcast_object_list(values)
-    return values[0]
-
-
 def zigzag_index(lengths: list[int], size: int, rank: int) -> torch.Tensor:
     """Positions in the packed stream that context rank `rank` of `size` holds, int64 on the CPU.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_models import Teacher
 from iwopd_megatron.fingerprint import identity
 from iwopd_megatron.packing import Packer
-from iwopd_megatron.parallel import free_port, share
+from iwopd_megatron.parallel import free_port
 from iwopd_megatron.scores import Scores, Support, by_batch
 from iwopd_megatron.services import Keeper, Server, outer_environment
 from iwopd_megatron.teacher_client import ScoringClient
 from iwopd_megatron.trajectory import Trajectory
-from iwopd_megatron.waiting import wait_together
+
+POLL_SECONDS = 0.5  # how soon a server that is not restarted any more is noticed
 
 
 class RemoteScorer:
@@ -36,7 +37,7 @@ class RemoteScorer:
 
     def connect(self) -> None:
         """Return when all servers are there and hold the right models. Collective."""
-        wait_together(lambda: all(line.is_connected() for line in self.lines.values()))
+        self.packer.parallel.on_main(lambda: [line.connect() for line in self.lines.values()])
 
     def begin(self, sample: Trajectory, topk: int = 0) -> None:
         """Start scoring one sample; `score` awaits it. Rank 0 only."""
@@ -50,37 +51,43 @@ class RemoteScorer:
 
         One broadcast of all log-probs; with `topk` another of K ids and log-probs for each sample.
         """
+        on_main = self.packer.parallel.on_main
         wanted = [sample for sample in samples if sample.loss_tokens]
-        futures: list[Future[Scores]] = []
-        if self.lines is not None:
-            for sample in wanted:
-                self.begin(sample, topk)
-            futures = [self._line(sample).take(sample, topk) for sample in wanted]
-        wait_together(lambda: self._is_done(futures))
-        found = [future.result() for future in futures]
-        logps = dict(zip((s.index for s in wanted), share([f.logp for f in found]), strict=True))
+        found: list[Scores] = []
+
+        def ask() -> list[numpy.ndarray]:
+            found.extend(self._found(wanted, topk))
+            return [scores.logp for scores in found]
+
+        logps = dict(zip((sample.index for sample in wanted), on_main(ask), strict=True))
         values = [_read_only(sample, logps.get(sample.index)) for sample in samples]
         return values, self._supports(wanted, found) if topk else []
 
+    def _found(self, samples: list[Trajectory], topk: int) -> list[Scores]:
+        for sample in samples:
+            self.begin(sample, topk)
+        futures = [self._line(sample).take(sample, topk) for sample in samples]
+        pending = set(futures)
+        while pending:
+            for line in self.lines.values():
+                line.check_alive()
+            done, pending = wait(pending, POLL_SECONDS, FIRST_COMPLETED)
+            for future in done:
+                future.result()  # raises what went wrong at once
+        return [future.result() for future in futures]
+
     def _supports(self, samples: list[Trajectory], found: list[Scores]) -> list[Support]:
         """Of this rank's micro-batches; every rank hears of all samples and keeps its own."""
+        parallel = self.packer.parallel
         batches, _ = self.packer(samples)
-        is_last = self.packer.parallel.is_last_stage
+        is_last = parallel.is_last_stage
         owners = {int(i) for batch in batches if is_last for i in batch.owner.unique()}
         own = {}
         for place, sample in enumerate(samples):
-            scores = share(found[place] if found else None)
+            scores = parallel.on_main(lambda place=place: found[place])
             if sample.index in owners:
                 own[sample.index] = scores
         return by_batch(batches, own) if is_last else []
-
-    def _is_done(self, futures: list[Future[Scores]]) -> bool:
-        for line in self.lines.values():
-            line.check_alive()
-        for future in futures:
-            if future.done():
-                future.result()  # raises what went wrong
-        return all(future.done() for future in futures)
 
     def _line(self, sample: Trajectory) -> Line:
         return self.lines[sample.source if sample.source in self.lines else ""]
@@ -125,20 +132,14 @@ class Line:
             teacher.max_in_flight,
             teacher.patience_s,
         )
-        self._described: Future[dict[str, dict[str, Any]]] | None = None
         self._begun: dict[tuple, Future[Scores]] = {}
 
-    def is_connected(self) -> bool:
-        """Whether all its servers are there; GateError if one holds the wrong model."""
-        if self.keeper is not None and not self.keeper.is_ready():
-            return False
-        if self._described is None:
-            self._described = self.background.submit(self.client.describe())
-        if not self._described.done():
-            return False
-        for url, info in self._described.result().items():
+    def connect(self) -> None:
+        """Return when all its servers are there; GateError if one holds the wrong model."""
+        if self.keeper is not None:
+            self.keeper.wait_ready()
+        for url, info in self.background.submit(self.client.describe()).result().items():
             self._check(url, info)
-        return True
 
     def _check(self, url: str, info: dict[str, Any]) -> None:
         recipe, rollout = self.recipe, self.recipe.rollout

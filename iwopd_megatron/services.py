@@ -167,6 +167,11 @@ class Keeper:
             raise self.failure
         return all(one.was_ready for one in self.watched)
 
+    def wait_ready(self) -> None:
+        """Return when `is_ready`."""
+        while not self.is_ready():
+            time.sleep(0.05)
+
     def stop(self) -> None:
         """Stop all servers; no-op when repeated."""
         self._stopping.set()

@@ -22,7 +22,7 @@ from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.fingerprint import identity
 from iwopd_megatron.flops import attention_cost
 from iwopd_megatron.packing import Packer
-from iwopd_megatron.parallel import Parallel, initialise, share, shutdown
+from iwopd_megatron.parallel import Parallel, initialise, shutdown
 from iwopd_megatron.preflight import read_hf_config
 from iwopd_megatron.scores import Scores, by_sample
 from iwopd_megatron.scoring_api import Front, create_app
@@ -31,8 +31,8 @@ from iwopd_megatron.scoring_queue import Job, ScoringQueue
 from iwopd_megatron.stop import die_with_parent, stop_requested, watch_signals
 from iwopd_megatron.teacher import EmbeddedScorer
 from iwopd_megatron.trajectory import Trajectory
-from iwopd_megatron.waiting import HEARTBEAT_SECONDS
 
+HEARTBEAT_SECONDS = 60.0  # between broadcasts of an idle service
 POLL_SECONDS = 0.2  # how soon a signal is seen
 GRACE_SECONDS = 30  # for clients to read their answers at the end
 
@@ -55,7 +55,7 @@ def serve(teacher: Teacher, service: Service) -> None:
     scorer = ServiceScorer(teacher, service, parallel)
     if desk is not None:
         desk.open(scorer.model_info(), scorer.limits(), scorer.batch_tokens)
-    while (work := share(desk.next_work() if desk is not None else None)) is not None:
+    while (work := parallel.on_main(lambda: desk.next_work())) is not None:
         if work.samples:
             scores = scorer.score(work)
             if desk is not None:
