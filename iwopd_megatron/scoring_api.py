@@ -28,14 +28,19 @@ PROBE_SECONDS = 30.0
 
 
 class Front:
-    """What the paths answer from. `status` is loading, ready or draining."""
+    """What the paths answer from; loading until there is a `model_info`."""
 
-    def __init__(self, queue: ScoringQueue):
-        self.queue = queue
-        self.status = "loading"
+    def __init__(self, queue: ScoringQueue, is_stopping: Callable[[], bool] = lambda: False):
+        self.queue, self.is_stopping = queue, is_stopping
         self.model_info: dict[str, Any] = {}
         self.limits = Limits(0, 0, queue.max_tokens)
         self.answered = 0
+
+    @property
+    def status(self) -> str:
+        if self.queue.is_closed or self.is_stopping():
+            return "draining"
+        return "ready" if self.model_info else "loading"
 
     @property
     def is_ready(self) -> bool:

@@ -127,7 +127,7 @@ class Desk:
         """Listens at once, so that /health says 503 while the model is loaded."""
         self.service = service
         self.socket = _listen(service.host, service.port)
-        self.front = Front(ScoringQueue(service.max_queue_tokens))
+        self.front = Front(ScoringQueue(service.max_queue_tokens), stop_requested)
         self.batch_tokens = 0
         self._jobs: list[Job] = []
         config = uvicorn.Config(
@@ -148,9 +148,8 @@ class Desk:
 
     def open(self, model_info: dict, limits: Limits, batch_tokens: int) -> None:
         """Take requests from now on."""
-        self.front.model_info, self.front.limits = model_info, limits
-        self.batch_tokens = batch_tokens
-        self.front.status = "ready"
+        self.batch_tokens, self.front.limits = batch_tokens, limits
+        self.front.model_info = model_info
         print(f"teacher {model_info['model_path']} is served at {self.url}", flush=True)
 
     def next_work(self) -> Work | None:
@@ -158,7 +157,6 @@ class Desk:
         queue, end = self.front.queue, time.monotonic() + HEARTBEAT_SECONDS
         while time.monotonic() < end:
             if stop_requested():
-                self.front.status = "draining"
                 queue.close()
             self._jobs = queue.take(self.batch_tokens, POLL_SECONDS, self.service.batch_ms / 1000)
             if self._jobs:
