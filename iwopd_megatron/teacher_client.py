@@ -90,7 +90,8 @@ class ScoringClient:
                     self.retries += 1
                     self._leave_alone(server)
                     end = time.monotonic() + self.patience_s
-                    await asyncio.sleep(BACKOFF_SECONDS * 2 ** (len(failures) - 1))
+                    if len(failures) < MAX_ATTEMPTS:
+                        await asyncio.sleep(BACKOFF_SECONDS * 2 ** (len(failures) - 1))
                 finally:
                     server.in_flight -= 1
         raise ServiceError(

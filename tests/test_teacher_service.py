@@ -199,7 +199,7 @@ def test_clients_that_leave_do_not_disturb_others(service, reference):
 
 
 def test_a_full_queue_says_come_again_and_clients_do(reference):
-    samples = make_samples([(20, 40)] * 24)
+    samples = make_samples([(20, 40)] * 10)
     with served(microbatch_tokens=64, max_queue_tokens=130, batch_ms=50) as service:
         answers = []
 
