@@ -18,6 +18,7 @@ from test_teacher_service import SAMPLES
 from transformers import AutoTokenizer
 from worlds import run_world
 
+from iwopd_megatron.grading import GRADERS
 from iwopd_megatron.hf_io import HfTensors
 from iwopd_megatron.packing import Packer
 from iwopd_megatron.parallel import initialise, local_context, shutdown, start_local
@@ -259,8 +260,10 @@ def test_each_source_has_its_teacher(kind, tmp_path):
         assert len(queue.get()) == len(samples)
 
 
-def test_a_run_with_a_teacher_for_each_source(tmp_path):
+def test_a_run_with_a_teacher_for_each_source(tmp_path, monkeypatch):
     """One embedded, one in a service of the run's own."""
+    for source in ("math", "code"):
+        monkeypatch.setitem(GRADERS, source, GRADERS["selection_sort"])
     service = f"{{hf: {STUDENT}, service: {{}}}}"
     recipe = by_source(tmp_path, f"{{hf: {TEACHER}}}", service)
     run_world(1, train_here, recipe)
