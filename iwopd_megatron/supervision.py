@@ -51,6 +51,9 @@ class Supervision:
         """Without what the recipe keeps from every loss; before any scoring."""
         return mask_tokens(sample, self.unread, self.recipe.loss.mask_truncated)
 
+    def begin(self, sample: Trajectory) -> None:
+        pass
+
     def minibatches(self, samples: list[Trajectory], round_number: int) -> list[Minibatch]:
         """The round's samples with all their scores, one part an optimiser step. Collective."""
         parts = deal(samples, self.recipe.train.minibatches)

@@ -25,6 +25,7 @@ class Trajectory:
     truncated: bool = False
     weight_version: int = 0
     correct: float = 0.0
+    source: str = ""  # the problem's; chooses among several teachers
 
     @property
     def inputs(self) -> int:
