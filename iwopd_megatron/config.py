@@ -71,6 +71,12 @@ class Gates(Section):
     same_chat_template: bool = Field(
         True, description="stop when a teacher's chat template is not the student's"
     )
+    max_canary: float = Field(
+        0.1, gt=0, description="the same for a fixed prompt, right after a weight update"
+    )
+    max_truncation_jump: float = Field(
+        0.5, gt=0, description="stop when the truncated share exceeds the last 10 rounds' by this"
+    )
 
 
 class Recipe(Section):

@@ -12,6 +12,8 @@ import torch
 from iwopd_megatron.errors import GateError
 from iwopd_megatron.trajectory import Trajectory
 
+TRUNCATION_ROUNDS = 10  # whose mean is the usual share of truncated answers
+
 
 def same_vocabulary(
     student: Path, teacher: Path, student_tokenizer: Any, teacher_tokenizer: Any
@@ -100,10 +102,15 @@ def server_fits(url: str, info: Mapping[str, Any], longest: int, temperature: fl
         )
 
 
-def rollouts(samples: list[Trajectory], version: int, vocab_size: int) -> None:
-    """Every answer is by the believed weights, not empty and inside the vocabulary."""
+def rollouts(
+    samples: list[Trajectory], version: int, vocab_size: int, max_staleness: int = 0
+) -> None:
+    """Every answer is by the believed weights, not empty and inside the vocabulary.
+
+    max_staleness: versions before `version` that may have written a part of it.
+    """
     for sample in samples:
-        if sample.weight_version != version:
+        if not version - max_staleness <= sample.weight_version <= version:
             raise GateError(
                 f"sample {sample.index} was written by weight version {sample.weight_version}, "
                 f"not {version}; the engine did not take the last update."
@@ -183,4 +190,37 @@ def drift(mean_drift: float, limit: float) -> None:
             f"engine and trainer log-probs differ by {mean_drift:.3g} nats on average, "
             f"limit gates.max_drift={limit}; "
             "engine and trainer do not hold the same weights, temperature or dtype."
+        )
+
+
+def canary(trainer: list[float], engine: Mapping[str, list[float]], limit: float) -> float:
+    """Every engine scores a fixed prompt as the trainer does; the largest mean difference (nats).
+
+    engine: log-probs by the server's URL.
+    """
+    worst = 0.0
+    for url, theirs in engine.items():
+        mean = sum(abs(a - b) for a, b in zip(trainer, theirs, strict=True)) / len(trainer)
+        if not mean <= limit:
+            raise GateError(
+                f"{url} scores a canary prompt {mean:.3g} nats from the trainer on average, limit "
+                f"gates.max_canary={limit:g}; it does not hold the weights that were pushed, or "
+                "its dtype differs."
+            )
+        worst = max(worst, mean)
+    return worst
+
+
+def truncation(before: list[float], samples: list[Trajectory], limit: float) -> None:
+    """The share of answers cut at the length limit does not jump above that of recent rounds."""
+    recent = before[-TRUNCATION_ROUNDS:]
+    if not recent:
+        return
+    share = sum(sample.truncated for sample in samples) / len(samples)
+    usual = sum(recent) / len(recent)
+    if share - usual > limit:
+        raise GateError(
+            f"{share:.0%} of the answers are cut at rollout.max_response_tokens, {usual:.0%} in "
+            f"the rounds before, limit gates.max_truncation_jump={limit:g}; the student forgot to "
+            "stop, or the engine lost its EOS: look at the last samples."
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,11 @@ class Student:
     def score(self, samples: list[Trajectory], packer: Packer) -> list[list[float]]:
         """Log-probs of every loss token under the present weights, as training computes them."""
         return self.schedule.score(samples, packer)[0]
+
+    def probe(self, ids: list[int], packer: Packer) -> list[float]:
+        """Log-probs (nats, temperature 1) of ids[1:] under the present weights. Collective."""
+        plain = replace(self.schedule, temperature=1.0)
+        return plain.score([Trajectory(0, ids[:1], ids[1:])], packer)[0][0]
 
     @property
     def lr(self) -> float:

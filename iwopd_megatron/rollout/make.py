@@ -18,29 +18,35 @@ from iwopd_megatron.rollout import RolloutEngine
 from iwopd_megatron.rollout.hf import HfEngine
 from iwopd_megatron.rollout.pool import Place, Pool
 from iwopd_megatron.rollout.push import BroadcastPush, FolderPush, Push, RequestPush, Targets
-from iwopd_megatron.rollout.servers import ServerEngine
+from iwopd_megatron.rollout.servers import Canary, ServerEngine
 from iwopd_megatron.rollout.sglang import SglangServer
 from iwopd_megatron.services import Keeper, Server, outer_environment
 
 KINDS = {"sglang": SglangServer}
 
 
-def make_engine(recipe: Recipe, parallel: Parallel, say: Callable[[str], None]) -> RolloutEngine:
+def make_engine(
+    recipe: Recipe, parallel: Parallel, say: Callable[[str], None], canary: Canary | None = None
+) -> RolloutEngine:
     """Collective; servers are ready when it returns."""
     student, rollout = recipe.student, recipe.rollout
     eos = eos_ids(student.hf)
     if rollout.engine == "hf":
         return HfEngine(student.hf, DTYPES[student.dtype], eos, rollout.batch_size)
     if not parallel.is_main:
-        engine = ServerEngine(parallel, None, None, None, rollout.verify_every)
+        engine = ServerEngine(parallel, None, None, None, rollout.verify_every, canary)
     else:
-        engine = _main_engine(recipe, parallel, eos, say)
+        engine = _main_engine(recipe, parallel, eos, say, canary)
     parallel.on_main(lambda: engine.wait_ready())
     return engine
 
 
 def _main_engine(
-    recipe: Recipe, parallel: Parallel, eos: set[int], say: Callable[[str], None]
+    recipe: Recipe,
+    parallel: Parallel,
+    eos: set[int],
+    say: Callable[[str], None],
+    canary: Canary | None,
 ) -> ServerEngine:
     rollout, servers = recipe.rollout, recipe.rollout.servers
     started = [] if servers.urls else [_server(recipe, i) for i in range(servers.start)]
@@ -63,7 +69,7 @@ def _main_engine(
     pool.max_staleness = rollout.max_staleness
     push = _push(recipe, Targets(loop, pool.lose))
     pool.catch_up = push.catch_up
-    return ServerEngine(parallel, pool, push, loop, rollout.verify_every, keeper)
+    return ServerEngine(parallel, pool, push, loop, rollout.verify_every, canary, keeper)
 
 
 def _push(recipe: Recipe, targets: Targets) -> Push:

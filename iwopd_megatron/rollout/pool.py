@@ -124,6 +124,7 @@ class Pool:
             rollout_logp=answer.logp,
             truncated=answer.ids[-1] not in self.eos_ids,
             weight_version=min(map(int, answer.versions)),
+            source=prompt.source,
         )
 
     async def _acquire(self) -> Place:
