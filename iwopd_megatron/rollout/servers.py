@@ -20,6 +20,7 @@ from iwopd_megatron.rollout import OnSample, Prompt, Sampling
 from iwopd_megatron.rollout.pool import NoServer, Pool
 from iwopd_megatron.rollout.proof import Fingerprints, check_landed
 from iwopd_megatron.rollout.push import Push, buckets
+from iwopd_megatron.rollout.server import ServerLost
 from iwopd_megatron.services import Keeper
 from iwopd_megatron.trajectory import Trajectory
 
@@ -74,7 +75,7 @@ class ServerEngine:
         self.verify_every, self.canary, self.keeper = verify_every, canary, keeper
         self.weights: Weights = []
         self.version = -1
-        self.updates = 0
+        self.updates, self.proven = 0, -1  # proven: the last version whose checksums were compared
         self.job: Job | None = None
 
     def wait_ready(self) -> None:
@@ -139,10 +140,10 @@ class ServerEngine:
             failure = self._send(weights)
             is_last = attempt == ATTEMPTS - 1
             self.parallel.on_main(lambda f=failure, last=is_last: self._end(f, last))
+        self.parallel.on_main(self._resume)
         if is_proof_due and self.canary is not None and len(self.canary.ids) > 1:
             found = self.parallel.on_main(self._score_canary)
             gates.canary(self.canary.probe(), found, self.canary.limit)
-        self.parallel.on_main(self._resume)
         self.updates += 1
 
     def _begin(self, version: int, is_proof_due: bool) -> int:
@@ -181,15 +182,21 @@ class ServerEngine:
             except GateError as error:
                 if is_last:
                     raise
-                self.loop.submit(self.pool.lose(place, str(error))).result()
+                lost = self.pool.lose(place, str(error), is_dead=False)
+                self.loop.submit(lost).result()
+        if self.fingerprints:
+            self.proven = self.version
 
     def _score_canary(self) -> dict[str, list[float]]:
         """By URL, from every server that holds the weights."""
         found = {}
         for place in self.pool.live:
             if place.version == self.version:
-                score = place.server.score(self.canary.ids)
-                found[place.server.url] = self.loop.submit(score).result()
+                try:
+                    score = self.loop.submit(place.server.score(self.canary.ids))
+                    found[place.server.url] = score.result()
+                except ServerLost as error:
+                    self.loop.submit(self.pool.lose(place, str(error))).result()
         return found
 
     def _resume(self) -> None:
