@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.preflight import check
+from iwopd_megatron.preflight_rollout import check_rollout
 from iwopd_megatron.preflight_scorers import check_scorers
 
 
@@ -41,6 +42,7 @@ def load_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
     recipe = parse_recipe(tree, str(path))
     check(recipe)
     check_scorers(recipe)
+    check_rollout(recipe)
     return recipe
 
 

@@ -20,14 +20,18 @@ import httpx
 
 from iwopd_megatron.errors import ServiceError
 
-# Becomes `argv[2:]`, to be killed by the kernel when the process argv[1] that started it is gone.
+# Runs argv[2:] and ends as it does. When the process argv[1] that started it is gone, the kernel
+# tells it so, and it kills its whole process group: an engine's children would outlive the engine.
 _LAUNCHER = """
-import ctypes, os, signal, sys
+import ctypes, os, signal, subprocess, sys
+signal.signal(signal.SIGTERM, lambda *_: None)  # sent to the whole group: the command decides
+signal.signal(signal.SIGUSR1, lambda *_: os.killpg(0, signal.SIGKILL))
 if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(1, signal.SIGUSR1)
     if os.getppid() != int(sys.argv[1]):
         sys.exit(1)
-os.execvp(sys.argv[2], sys.argv[2:])
+code = subprocess.Popen(sys.argv[2:]).wait()
+sys.exit(code if code >= 0 else 128 - code)
 """
 PROBE_SECONDS = 5.0  # for an answer of /health
 

@@ -1,0 +1,62 @@
+"""What can be refused of rollout servers before any process starts. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import TYPE_CHECKING
+
+from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.preflight import num_experts, read_hf_config
+
+if TYPE_CHECKING:
+    from iwopd_megatron.config import Recipe
+
+
+def check_rollout(recipe: Recipe) -> None:
+    """Refuse settings that the engine does not have, and servers that cannot be."""
+    rollout, servers = recipe.rollout, recipe.rollout.servers
+    if rollout.engine == "hf":
+        _check_embedded(recipe)
+        return
+    if not servers.urls and not servers.start:
+        raise RecipeError(
+            f"rollout.engine={rollout.engine} needs servers; name running ones in "
+            "rollout.servers.urls, or write rollout.servers.start=1 to start one here."
+        )
+    for url in servers.urls:
+        if not url.startswith(("http://", "https://")):
+            raise RecipeError(
+                f"rollout.servers.urls: '{url}' is not a URL; write http://HOST:PORT."
+            )
+    if not servers.urls and servers.python is not None:
+        found = shutil.which(servers.python)
+        if found is None or not os.access(found, os.X_OK):
+            raise RecipeError(
+                f"rollout.servers.python={servers.python} is not there; install {rollout.engine} "
+                "in an environment and name its Python (make test-sglang builds one for CPUs)."
+            )
+    if rollout.max_staleness and recipe.loss.tis_cap is None:
+        raise RecipeError(
+            "rollout.max_staleness=1 trains on answers of older weights, which only the truncated "
+            "importance weight corrects; set loss.tis_cap=5, or max_staleness=0."
+        )
+    if rollout.routing_replay and not num_experts(read_hf_config(recipe.student.hf)):
+        raise RecipeError(
+            "rollout.routing_replay needs a student with experts; write routing_replay=false."
+        )
+
+
+def _check_embedded(recipe: Recipe) -> None:
+    """The embedded engine has no servers, and its weights are the trainer's own."""
+    rollout = recipe.rollout
+    for name in ("max_staleness", "routing_replay"):
+        if getattr(rollout, name):
+            raise RecipeError(
+                f"rollout.{name} needs rollout servers; set rollout.engine=sglang, or leave it out."
+            )
+    if rollout.servers.urls or rollout.servers.start:
+        raise RecipeError(
+            "rollout.servers has no use with rollout.engine=hf, the embedded engine; set "
+            "rollout.engine=sglang, or remove rollout.servers."
+        )
