@@ -8,7 +8,7 @@ SEEDS ?= 5
 TORCH_INDEX ?=
 OUT ?= runs/demo
 
-.PHONY: setup demo test lint bench bench-loss bench-convert bench-trl drill gpu-check gpu-check-venv \
+.PHONY: setup demo demo-sglang test test-sglang lint bench bench-loss bench-convert bench-trl drill gpu-check gpu-check-venv \
 	demo-models
 
 setup: $(VENV)/ready
@@ -74,6 +74,25 @@ build/trl-venv/ready: constraints.txt
 # SIGKILL at 20 random points, resume, compare with the run never killed (about 5 minutes).
 drill: setup
 	$(RUN) bench/drill.py
+
+# The demo with a real SGLang server and a Megatron teacher service, in processes of their own.
+demo-sglang: setup build/sglang-venv/ready
+	rm -rf runs/demo_sglang
+	$(RUN) -m iwopd_megatron train recipes/demo_sglang.yaml
+	$(RUN) -m iwopd_megatron report runs/demo_sglang
+
+# Against real servers, on CPUs.
+test-sglang: setup build/sglang-venv/ready
+	$(RUN) -m pytest tests/with_sglang
+
+build/sglang-venv/ready: tests/with_sglang/environment/requirements.txt tests/with_sglang/environment/prepare.py
+	$(PYTHON) -m venv build/sglang-venv
+	build/sglang-venv/bin/pip install --quiet --disable-pip-version-check \
+		$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	build/sglang-venv/bin/pip install --quiet --disable-pip-version-check --no-deps \
+		--requirement tests/with_sglang/environment/requirements.txt
+	build/sglang-venv/bin/python tests/with_sglang/environment/prepare.py
+	touch $@
 
 # For a machine with one GPU and torch already there: torch is left as it is, missing packages go beside it.
 gpu-check:

@@ -63,6 +63,10 @@ class RemoteScorer:
         values = [_read_only(sample, logps.get(sample.index)) for sample in samples]
         return values, self._supports(wanted, found) if topk else []
 
+    def scored_early(self, samples: list[Trajectory], topk: int = 0) -> int:
+        """How many of these were begun and are scored already. Rank 0 only."""
+        return sum(self._line(sample).is_scored(sample, topk) for sample in samples)
+
     def _found(self, samples: list[Trajectory], topk: int) -> list[Scores]:
         for sample in samples:
             self.begin(sample, topk)
@@ -164,6 +168,11 @@ class Line:
         key = _key(sample, topk)
         if key not in self._begun:
             self._begun[key] = self.background.submit(self.client.score(sample, topk))
+
+    def is_scored(self, sample: Trajectory, topk: int) -> bool:
+        """Whether it was begun and is done."""
+        future = self._begun.get(_key(sample, topk))
+        return future is not None and future.done()
 
     def take(self, sample: Trajectory, topk: int) -> Future[Scores]:
         """The scores of a sample that was begun, once."""

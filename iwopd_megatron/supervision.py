@@ -66,6 +66,10 @@ class Supervision:
         """
         self.teachers.begin(sample, self.topk)
 
+    def scored_early(self, samples: list[Trajectory]) -> float | None:
+        """Share of a round's samples whose scoring generation hid; None where nothing could."""
+        return self.teachers and self.teachers.scored_early(samples, self.topk)
+
     def close(self) -> None:
         """Stop what was started beside the trainer's processes; no-op when nothing was."""
         if self.teachers is not None:

@@ -56,6 +56,14 @@ class Teachers:
         if self._embedded(sample) is None:
             self.remote.begin(sample, topk)
 
+    def scored_early(self, samples: list[Trajectory], topk: int = 0) -> float | None:
+        """Share of these that remote teachers have scored already; None: all teachers are embedded.
+
+        Rank 0 only.
+        """
+        away = [sample for sample in samples if self._embedded(sample) is None]
+        return self.remote.scored_early(away, topk) / len(away) if away else None
+
     def score(
         self, samples: list[Trajectory], topk: int = 0
     ) -> tuple[list[list[float]], list[Support]]:

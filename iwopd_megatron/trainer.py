@@ -147,6 +147,7 @@ class Trainer:
         start = time.perf_counter()
         self.seconds = {}
         samples = self._own_responses() if self.is_distilling else self._given_responses()
+        early = self.supervision.scored_early(samples) if self.parallel.is_main else None
         with self._phase("score"):
             minibatches = self.supervision.minibatches(samples, self.round)
         self.samples = [sample for minibatch in minibatches for sample in minibatch.samples]
@@ -164,6 +165,8 @@ class Trainer:
         seconds = time.perf_counter() - start
         tokens_per_second = line["response_tokens"] / seconds
         clock = {"tokens_per_second": tokens_per_second, "seconds": seconds, "time": self.seconds}
+        if early is not None:
+            clock["scored_early"] = early
         self._write(line, clock)
         self.collector.end_round(self.round)
         self.progress.round(line | clock)
