@@ -106,6 +106,7 @@ def read_request(body: bytes, limits: Limits) -> Asked:
     jobs = []
     for ids, start, topk, asked in zip(sequences, starts, topks, asks, strict=True):
         _check(ids, start, topk, limits)
+        start = start if start < len(ids) else -1  # SGLang has nothing to say then, too
         jobs.append(Job(ids, start, topk, request.logprob_temperature))
         if not asked or start in (-1, len(ids) - 1):
             jobs[-1].future.set_result(NOTHING)
@@ -122,11 +123,8 @@ def _check(ids: list[int], start: int, topk: int, limits: Limits) -> None:
     wrong = next((i for i in ids if not 0 <= i < limits.vocab_size), None)
     if wrong is not None:
         raise BadRequest(f"id {wrong} is outside the vocabulary of {limits.vocab_size}.")
-    if not -1 <= start < len(ids):
-        raise BadRequest(
-            f"logprob_start_len={start} must be -1, or at least 0 and less than the "
-            f"{len(ids)} input ids."
-        )
+    if start < -1:
+        raise BadRequest(f"logprob_start_len={start} must be at least 0, or -1 for none.")
     if not 0 <= topk <= limits.vocab_size:
         raise BadRequest(
             f"top_logprobs_num={topk} must be between 0 and the vocabulary of {limits.vocab_size}."
@@ -206,8 +204,11 @@ def read_answer(
         count = len(entries) if isinstance(entries, list) else "no"
         raise BadAnswer(f"it has {count} log-probs, {len(ids) - start} are due")
     logp, echoed = _columns(entries[1:])
-    if echoed.tolist() != ids[start + 1 :]:
-        raise BadAnswer("the ids it scored are not those sent")
+    # SGLang calls the vocabulary's last id 0 in its answer, though it scores what was sent.
+    last = vocab_size - 1
+    for sent, scored in zip(ids[start + 1 :], echoed.tolist(), strict=True):
+        if sent != scored and (sent, scored) != (last, 0):
+            raise BadAnswer(f"it scored id {scored} where {sent} was sent")
     if not topk:
         return Scores(logp)
     if not isinstance(rows, list) or len(rows) != len(entries):

@@ -172,6 +172,19 @@ def test_top_k_must_be_complete_and_inside_the_vocabulary():
         read(good, 7)
 
 
+def test_the_last_id_may_be_called_zero_and_no_other():
+    """As SGLang does."""
+
+    def read(sent, echoed):
+        meta = {"prompt_tokens": 2, "input_token_logprobs": [[None, 4, None], [-1.0, echoed, None]]}
+        return read_answer({"meta_info": meta}, [4, sent], 0, 0, 1.0, 16)
+
+    assert read(15, 0).logp.tolist() == read(15, 15).logp.tolist() == [-1.0]
+    for sent, echoed in [(14, 0), (0, 15), (15, 1)]:
+        with pytest.raises(BadAnswer, match=f"scored id {echoed} where {sent} was sent"):
+            read(sent, echoed)
+
+
 def test_background_runs_coroutines_from_any_thread_and_cancels_at_the_end():
     background = Background()
     assert background.submit(asyncio.sleep(0, "done")).result(5) == "done"

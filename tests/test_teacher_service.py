@@ -125,7 +125,7 @@ def test_logprob_start_len_chooses_what_is_scored(service):
     assert len(every) == 4 and every[0] == [None, 3, None]
     assert entries(logprob_start_len=2) == [[None, 5, None], every[3]]
     assert entries(logprob_start_len=3) == [[None, 6, None]]
-    assert entries(logprob_start_len=-1) == []
+    assert entries(logprob_start_len=-1) == entries(logprob_start_len=4) == []
     meta = service.generate(request(return_logprob=False)).json()["meta_info"]
     assert "input_token_logprobs" not in meta and meta["prompt_tokens"] == 4
 
@@ -154,7 +154,7 @@ def test_a_list_is_answered_in_order(service):
         (request(["a"]), "must be a list of token ids"),
         (request(None), "must be a list of token ids"),
         ({"text": "hello", "sampling_params": {"max_new_tokens": 0}}, "must be a list of token"),
-        (request(logprob_start_len=4), "logprob_start_len=4 must be"),
+        (request(logprob_start_len=-2), "logprob_start_len=-2 must be"),
         (request(logprob_start_len=[1, 2]), "logprob_start_len has 2 values for 1 sequences"),
         (request(top_logprobs_num=17), "top_logprobs_num=17 must be"),
         (request(logprob_temperature=0), "logprob_temperature"),
