@@ -7,6 +7,8 @@ SEEDS ?= 5
 # Where torch comes from; https://download.pytorch.org/whl/cpu has builds without gigabytes of CUDA.
 TORCH_INDEX ?=
 OUT ?= runs/demo
+DISK ?=
+KILLS ?= 20
 
 .PHONY: setup demo demo-sglang test test-sglang lint bench bench-loss bench-convert bench-trl drill gpu-check gpu-check-venv \
 	demo-models
@@ -55,9 +57,10 @@ bench-loss: setup
 	$(RUN) bench/packing.py
 	$(RUN) bench/loss.py
 
-# Checkpoint conversion against cp -r, on models of 1, 2 and 4 GB in a temporary folder.
+# Checkpoint conversion against cp -r, on models of 1, 4 and 8 GB and a layer of Qwen3-235B-A22B, in a
+# temporary folder of DISK (33 GB free).
 bench-convert: setup
-	$(RUN) bench/convert.py
+	$(RUN) bench/convert.py $(DISK)
 
 # A whole round against TRL's IW-OPD trainer, which needs an environment of its own (3 minutes).
 bench-trl: setup build/trl-venv/ready
@@ -71,9 +74,9 @@ build/trl-venv/ready: constraints.txt
 		trl==1.16.0 transformers==5.23.0 accelerate==1.15.0 datasets==5.2.0
 	touch $@
 
-# SIGKILL at 20 random points, resume, compare with the run never killed (about 5 minutes).
+# SIGKILL at KILLS random points, resume, compare with the run never killed (about 5 minutes for 20).
 drill: setup
-	$(RUN) bench/drill.py
+	$(RUN) bench/drill.py $(KILLS)
 
 # The demo with a real SGLang server and a Megatron teacher service, in processes of their own.
 demo-sglang: setup build/sglang-venv/ready

@@ -62,6 +62,9 @@ class Checkpoint(Section):
         50, description="rounds between checkpoints; null: only when stopped"
     )
     keep: PositiveInt = Field(2, description="newest complete checkpoints kept")
+    async_save: bool = Field(
+        True, description="train on while a process writes; false: wait for the disk"
+    )
 
 
 class Gates(Section):

@@ -17,6 +17,7 @@ from iwopd_megatron.optimizer import build_optimizer, build_scheduler, wrap_data
 from iwopd_megatron.packing import MicroBatch, Packer
 from iwopd_megatron.parallel import Parallel
 from iwopd_megatron.preflight import read_hf_config
+from iwopd_megatron.saver import Saver
 from iwopd_megatron.sync import WeightStream
 from iwopd_megatron.trajectory import Trajectory
 
@@ -78,11 +79,11 @@ class Student:
         """Go on to the next round's learning rate."""
         self.scheduler.step(1)
 
-    def save(self, run: Path, round_number: int, cursor: int, keep: int) -> None:
-        """A resume point after this round."""
+    def save(self, saver: Saver, round_number: int, cursor: int) -> None:
+        """Begin a resume point after this round."""
         extra = {"round": round_number, "cursor": cursor, "world": self.parallel.world}
         parts = self.chunks, self.optimizer, self.scheduler
-        checkpoint.save(run, *parts, extra, self.parallel, keep)
+        checkpoint.save(saver, *parts, extra, self.parallel)
 
     def restore(self, folder: Path) -> tuple[int, int]:
         """Go back to a resume point; its round and data cursor."""

@@ -34,6 +34,7 @@ from iwopd_megatron.rollout.make import make_engine
 from iwopd_megatron.rollout.servers import Canary
 from iwopd_megatron.runlog import MetricsLog, read_metrics
 from iwopd_megatron.samples import keep_samples
+from iwopd_megatron.saver import Saver
 from iwopd_megatron.stop import stop_requested
 from iwopd_megatron.student import Student
 from iwopd_megatron.supervision import Supervision
@@ -62,6 +63,8 @@ class Trainer:
         for role, model in self.supervision.models.items():
             progress.loaded(role, gather(model.loaded))
         self.round, self.seconds = 0, {}
+        settings = recipe.checkpoint
+        self.saver = Saver(recipe.out, settings.keep, settings.async_save, parallel)
         found = checkpoint.newest(recipe.out, parallel, progress.say) if resume else None
         if found is not None:
             self.round, self.collector.order.cursor = self.student.restore(found)
@@ -126,10 +129,12 @@ class Trainer:
                 self._evaluate(line)
             stop = any_rank(stop_requested())
             if stop or (every and (is_last or self.round % every == 0)):
-                keep = self.recipe.checkpoint.keep
-                self.student.save(self.recipe.out, self.round, self.collector.cursor, keep)
+                self.student.save(self.saver, self.round, self.collector.cursor)
+            self.saver.poll()
             if stop and not is_last:
+                self.saver.finish()
                 return False
+        self.saver.finish()
         self._export()
         return True
 
