@@ -99,7 +99,8 @@ def eos_ids(folder: Path) -> set[int]:
 def check(recipe: Recipe) -> None:
     """Refuse what cannot run: missing files, impossible layouts, a world of the wrong size.
 
-    `preflight_scorers.check_scorers` does the same for teachers and base student.
+    `preflight_scorers.check_scorers` does the same for teachers and base student,
+    `preflight_rollout.check_rollout` for rollout engines.
     """
     student, layout = recipe.student, recipe.student.parallel
     hf = read_hf_config(student.hf)

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.preflight import check
+from iwopd_megatron.preflight_rollout import check_rollout
 from iwopd_megatron.preflight_scorers import check_scorers
 
 
@@ -40,6 +41,7 @@ def load_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
         _apply(tree, override)
     recipe = parse_recipe(tree, str(path))
     check(recipe)
+    check_rollout(recipe)
     check_scorers(recipe)
     return recipe
 
