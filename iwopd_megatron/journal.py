@@ -59,7 +59,7 @@ def _encoded(array: numpy.ndarray) -> dict[str, Any]:
 
 
 def _decoded(line: dict[str, Any]) -> dict[str, Any]:
-    if (experts := line["experts"]) is None:
+    if (experts := line.get("experts")) is None:
         return line
     flat = numpy.frombuffer(base64.b64decode(experts["values"]), experts["dtype"])
     return line | {"experts": flat.reshape(experts["shape"])}

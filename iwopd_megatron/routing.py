@@ -54,7 +54,7 @@ class RoutingReplay:
         self._routes = None if experts is None else experts.to(device.current_device())
 
     def _choose(self, router: TopKRouter, _inputs: tuple, waiting: Waiting) -> None:
-        """Before a router runs. Recomputation meets micro-batches in the order of their forwards."""
+        """Before a router runs. Micro-batches are recomputed in the order of their forwards."""
         if is_checkpointing() and torch.is_grad_enabled():
             routes = waiting.popleft()
         else:

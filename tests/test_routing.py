@@ -35,7 +35,10 @@ LAYOUTS = {
         ({"cp": 2}, "none"), ({"cp": 2}, "full"), ({"pp": 2}, "none"), ({"pp": 2}, "full"),
         ({"pp": 2}, "selective"), ({"pp": 2, "vpp": 2}, "none"), ({"pp": 2, "vpp": 2}, "full"),
     ],
-    4: [({"tp": 2, "cp": 2, "ep": 2}, "full"), ({"tp": 2, "pp": 2, "vpp": 2, "ep": 2}, "selective")],
+    4: [
+        ({"tp": 2, "cp": 2, "ep": 2}, "full"),
+        ({"tp": 2, "pp": 2, "vpp": 2, "ep": 2}, "selective"),
+    ],
 }  # fmt: skip
 
 
