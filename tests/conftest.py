@@ -22,7 +22,7 @@ EXPERTS = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32)
 
 
 @torch.no_grad()
-def write_folder(folder: Path, kind: str, round_to_bf16: bool = False, **settings) -> Path:
+def _write_folder(folder: Path, kind: str, **settings) -> Path:
     """A model whose every kind of weight matters: norms not at one, routers that choose."""
     import transformers
 
@@ -35,27 +35,29 @@ def write_folder(folder: Path, kind: str, round_to_bf16: bool = False, **setting
             parameter.copy_(1 + 0.2 * noise)
         else:
             parameter.copy_((0.5 if "mlp.gate.weight" in name else 0.08) * noise)
-    (model.bfloat16().float() if round_to_bf16 else model).save_pretrained(folder)
+    model.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def moe_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("hf") / "moe"
-    return write_folder(folder, "Qwen3Moe", **EXPERTS, norm_topk_prob=True)
+    return _write_folder(folder, "Qwen3Moe", **EXPERTS, norm_topk_prob=True)
 
 
 @pytest.fixture(scope="session")
 def moe_no_norm_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("hf") / "moe_no_norm"
-    return write_folder(folder, "Qwen3Moe", **EXPERTS, norm_topk_prob=False)
+    return _write_folder(folder, "Qwen3Moe", **EXPERTS, norm_topk_prob=False)
 
 
 @pytest.fixture(scope="session")
 def dense_folder(tmp_path_factory) -> Path:
-    return write_folder(tmp_path_factory.mktemp("hf") / "dense", "Qwen3", tie_word_embeddings=False)
+    return _write_folder(
+        tmp_path_factory.mktemp("hf") / "dense", "Qwen3", tie_word_embeddings=False
+    )
 
 
 @pytest.fixture(scope="session")
 def tied_folder(tmp_path_factory) -> Path:
-    return write_folder(tmp_path_factory.mktemp("hf") / "tied", "Qwen3", tie_word_embeddings=True)
+    return _write_folder(tmp_path_factory.mktemp("hf") / "tied", "Qwen3", tie_word_embeddings=True)

@@ -49,7 +49,7 @@ def _main_engine(
     canary: Canary | None,
 ) -> ServerEngine:
     rollout, servers = recipe.rollout, recipe.rollout.servers
-    started = [] if servers.urls else [make_server(recipe, i) for i in range(servers.start)]
+    started = [] if servers.urls else [_server(recipe, i) for i in range(servers.start)]
     keeper = Keeper(
         started, servers.ready_timeout_s, servers.max_restarts, servers.hang_timeout_s, say
     )
@@ -81,7 +81,7 @@ def _push(recipe: Recipe, targets: Targets) -> Push:
     return BroadcastPush(targets, rollout.sync_address)
 
 
-def make_server(recipe: Recipe, number: int) -> Server:
+def _server(recipe: Recipe, number: int) -> Server:
     """The process of one started server; its log is RUN/logs/rollout-N.log."""
     servers, kind = recipe.rollout.servers, KINDS[recipe.rollout.engine]
     port = free_port()
