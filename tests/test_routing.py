@@ -17,6 +17,7 @@ from iwopd_megatron.config_models import Layout
 from iwopd_megatron.errors import GateError
 from iwopd_megatron.hf_io import HfTensors, load_shards, named_views
 from iwopd_megatron.hf_reference import hf_model, make_samples, max_error
+from iwopd_megatron.journal import Journal
 from iwopd_megatron.mapping import entries
 from iwopd_megatron.model import build_model
 from iwopd_megatron.objective import LikelihoodObjective
@@ -24,6 +25,7 @@ from iwopd_megatron.optimizer import build_optimizer, wrap_data_parallel
 from iwopd_megatron.packing import Packer
 from iwopd_megatron.parallel import initialise, local_context, shutdown
 from iwopd_megatron.preflight import read_hf_config
+from iwopd_megatron.rollout import Prompt
 from iwopd_megatron.routing import RoutingReplay
 
 LENGTHS = [24, 17, 32, 20, 28, 19, 24]  # inputs; an odd number, so that a rank has fewer
@@ -195,3 +197,16 @@ def test_samples_without_experts_are_refused():
     short = sample.with_scores(experts=fits.experts[:-1])
     with pytest.raises(GateError, match=r"\(23, 4, 2\), expected \(24, 4, 2\)"):
         gates.routes([fits, short], hf)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16])
+def test_the_journal_keeps_experts(tmp_path, dtype):
+    experts = np.arange(24 * 4 * 2, dtype=dtype).reshape(24, 4, 2)
+    sample, other = make_samples(512, [24, 24])
+    journal = Journal(tmp_path)
+    journal.add(1, sample.with_scores(experts=experts))
+    journal.add(1, other)
+    kept = journal.read(1, [Prompt(s.index, s.prompt_ids) for s in (sample, other)])
+    assert kept[0] == sample and kept[1] == other
+    assert kept[0].experts.dtype == dtype and np.array_equal(kept[0].experts, experts)
+    assert kept[1].experts is None
