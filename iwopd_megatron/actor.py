@@ -16,6 +16,7 @@ from iwopd_megatron.model import HiddenStateModel
 from iwopd_megatron.objective import Objective
 from iwopd_megatron.packing import MicroBatch, Packer, response_places
 from iwopd_megatron.parallel import Parallel
+from iwopd_megatron.routing import RoutingReplay
 from iwopd_megatron.scores import Support
 from iwopd_megatron.trajectory import Trajectory
 
@@ -35,6 +36,7 @@ class Schedule:
     chunks: list[torch.nn.Module]
     parallel: Parallel
     temperature: float = 1.0
+    replay: RoutingReplay | None = None  # of the chunks' routers
 
     def run(
         self,
@@ -49,8 +51,13 @@ class Schedule:
         context-parallel cut (`Packer` returns it).
         """
 
+        if self.replay is not None:
+            self.replay.restart()
+
         def step(iterator, chunk):
             batch = next(iterator)
+            if self.replay is not None:
+                self.replay.follow(batch.experts)
             hidden = chunk(batch.tokens, batch.positions, None, packed_seq_params=batch.packed)
 
             def on_last_stage(hidden):

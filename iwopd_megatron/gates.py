@@ -126,6 +126,19 @@ def rollouts(
             )
 
 
+def routes(samples: list[Trajectory], hf: Mapping[str, Any]) -> None:
+    """Every answer brings the engine's experts for all its inputs and layers."""
+    for sample in samples:
+        expected = sample.inputs, hf["num_hidden_layers"], hf["num_experts_per_tok"]
+        found = None if sample.experts is None else sample.experts.shape
+        if found != expected:
+            raise GateError(
+                f"sample {sample.index} came with experts of shape {found}, expected {expected} "
+                "(inputs, layers, top k); start every rollout server with "
+                "--enable-return-routed-experts, or set rollout.routing_replay=false."
+            )
+
+
 def teacher_scores(samples: list[Trajectory], vocab_size: int) -> None:
     """Teacher log-probs are finite, not positive, and not one constant such as -log V.
 

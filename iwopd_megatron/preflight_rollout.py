@@ -41,20 +41,35 @@ def check_rollout(recipe: Recipe) -> None:
             "rollout.max_staleness=1 trains on answers of older weights, which only the truncated "
             "importance weight corrects; set loss.tis_cap=5, or max_staleness=0."
         )
-    if rollout.routing_replay and not num_experts(read_hf_config(recipe.student.hf)):
+    if rollout.routing_replay:
+        _check_replay(recipe)
+
+
+def _check_replay(recipe: Recipe) -> None:
+    """Refuse to replay experts that nobody chooses or nobody tells."""
+    if not num_experts(read_hf_config(recipe.student.hf)):
         raise RecipeError(
-            "rollout.routing_replay needs a student with experts; write routing_replay=false."
+            f"rollout.routing_replay needs a student with experts, and {recipe.student.hf} is "
+            "dense; write rollout.routing_replay=false."
+        )
+    if recipe.rollout.engine != "sglang":
+        raise RecipeError(
+            "rollout.routing_replay needs an engine that returns the experts it chose, and "
+            f"{recipe.rollout.engine} does not; write rollout.engine=sglang, or "
+            "rollout.routing_replay=false."
         )
 
 
 def _check_embedded(recipe: Recipe) -> None:
     """The embedded engine has no servers, and its weights are the trainer's own."""
     rollout = recipe.rollout
-    for name in ("max_staleness", "routing_replay"):
-        if getattr(rollout, name):
-            raise RecipeError(
-                f"rollout.{name} needs rollout servers; set rollout.engine=sglang, or leave it out."
-            )
+    if rollout.routing_replay:
+        _check_replay(recipe)
+    if rollout.max_staleness:
+        raise RecipeError(
+            "rollout.max_staleness needs rollout servers; set rollout.engine=sglang, or leave it "
+            "out."
+        )
     if rollout.servers.urls or rollout.servers.start:
         raise RecipeError(
             "rollout.servers has no use with rollout.engine=hf, the embedded engine; set "

@@ -41,6 +41,7 @@ def load_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
         _apply(tree, override)
     recipe = parse_recipe(tree, str(path))
     check(recipe)
+    check_rollout(recipe)
     check_scorers(recipe)
     check_rollout(recipe)
     return recipe

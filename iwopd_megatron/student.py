@@ -17,6 +17,7 @@ from iwopd_megatron.optimizer import build_optimizer, build_scheduler, wrap_data
 from iwopd_megatron.packing import MicroBatch, Packer
 from iwopd_megatron.parallel import Parallel
 from iwopd_megatron.preflight import read_hf_config
+from iwopd_megatron.routing import RoutingReplay
 from iwopd_megatron.saver import Saver
 from iwopd_megatron.sync import WeightStream
 from iwopd_megatron.trajectory import Trajectory
@@ -36,7 +37,8 @@ class Student:
         self.optimizer = build_optimizer(self.chunks, recipe.train)
         self.scheduler = build_scheduler(self.optimizer, recipe.train)
         temperature = recipe.rollout.temperature if recipe.is_distilling else 1.0
-        self.schedule = Schedule(self.chunks, parallel, temperature)
+        replay = RoutingReplay(self.chunks) if recipe.rollout.routing_replay else None
+        self.schedule = Schedule(self.chunks, parallel, temperature, replay)
 
     @staticmethod
     def sources(recipe: Recipe) -> Mapping[str, Any]:

@@ -218,6 +218,8 @@ class Trainer:
             self.round_problems, samples = self.collector.answers(self.round)
         gates.rollouts(samples, self.round - 1, vocab, rollout.max_staleness)
         gates.truncation(self.truncated, samples, self.recipe.gates.max_truncation_jump)
+        if rollout.routing_replay:
+            gates.routes(samples, self.student.hf)
         with self._phase("grade"):
             grades = grade_samples(samples, self.round_problems, self.tokenizer)
         graded = [s.with_scores(correct=grade) for s, grade in zip(samples, grades, strict=True)]
