@@ -26,6 +26,8 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.platforms import current_platform
 
+HEAD = "lm_head.weight"
+
 
 class WeightUpdates:
     """Methods of a worker; what they are given and return is JSON."""
@@ -130,6 +132,7 @@ class _Update:
         self.received: dict[str, tuple[str, torch.Tensor]] = {}  # digest, and a tensor on meta
         initialize_layerwise_reload(self.model)
         self.wanted = {name for name, _ in self.model.named_parameters()}
+        self.is_tied = worker.model_config.hf_text_config.tie_word_embeddings
 
     @torch.no_grad()
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -142,6 +145,14 @@ class _Update:
             if self.prove:
                 self.received[name] = _digest(tensor), tensor.to("meta")
             yield name, tensor
+            if self.is_tied and name == "model.embed_tokens.weight" and HEAD in self.wanted:
+                self._load_tied_head(tensor)
+
+    def _load_tied_head(self, tensor: torch.Tensor) -> None:
+        """The head may hold a packed copy of the embedding, which `load_weights` leaves old."""
+        head = self.model.get_parameter(HEAD)
+        head.weight_loader(head, tensor)
+        self.loaded.add(HEAD)
 
     def missing(self) -> list[str]:
         return sorted(self.wanted - self.loaded)
