@@ -128,7 +128,7 @@ def test_layout_arithmetic():
         (["loss.mask_special_tokens=true"], ["'loss.mask_special_tokens'", "'all_but_eos'"]),
         (["train.minibatches=3"], ["train.minibatches=3", "prompts_per_round=1024", "divide"]),
         (["rollout.top_p=0"], ["'rollout.top_p' is 0", "greater than 0"]),
-        (["rollout.engine=vllm", "rollout.top_p=0.9"], ["rollout.top_p=0.9", "write rollout.top_p=1"]),
+        (["rollout.engine=vllm", "rollout.top_p=0.9"], ["=0.9", "write rollout.top_p=1"]),
         (["loss.weighting.anneal=cos"], ["'loss.weighting.anneal'", "'cosine' or 'linear'"]),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else None,
