@@ -112,7 +112,6 @@ def check(recipe: Recipe) -> None:
         if file is not None and not file.is_file():
             raise RecipeError(f"data.{name}: file {file} does not exist.")
     _check_sizes(recipe, hf)
-    _check_engine(recipe)
 
 
 def _check_loss(recipe: Recipe, hf: dict[str, Any]) -> None:
@@ -209,15 +208,6 @@ def _check_sizes(recipe: Recipe, hf: dict[str, Any]) -> None:
         raise RecipeError(
             f"rollout.max_prompt_tokens + max_response_tokens = {longest} exceeds the student's "
             f"max_position_embeddings={hf['max_position_embeddings']}; lower one of the two."
-        )
-
-
-def _check_engine(recipe: Recipe) -> None:
-    """vLLM's log-probs are those of the tokens that top_p leaves; the loss needs all tokens'."""
-    if recipe.rollout.engine == "vllm" and recipe.rollout.top_p < 1:
-        raise RecipeError(
-            f"rollout.top_p={recipe.rollout.top_p} needs log-probs of the whole distribution, "
-            "which vLLM does not return; write rollout.top_p=1 or rollout.engine=sglang."
         )
 
 
