@@ -135,18 +135,15 @@ class VllmServer:
                 f"VLLM_SERVER_DEV_MODE=1 and --worker-extension-cls {EXTENSION}, "
                 "and this package on its PYTHONPATH."
             ) from None
-        self.tp = len(infos)
-        if infos[0]["ranks"] != self.tp:
-            raise UserError(
-                f"{self.url} is data-parallel; start one server a replica and name them all in "
-                "rollout.servers.urls."
-            )
-        if infos[0]["logprobs_mode"] != "processed_logprobs":
+        self.tp, info = len(infos), infos[0]
+        if info["ranks"] != self.tp:
+            raise UserError(f"{self.url} is data-parallel; start a server a replica instead.")
+        if info["logprobs_mode"] != "processed_logprobs":
             raise UserError(
                 f"{self.url} returns log-probs without the temperature; "
                 "start it with --logprobs-mode processed_logprobs."
             )
-        if self.pause_mode == "in_place" and infos[0]["prefix_caching"]:
+        if self.pause_mode == "in_place" and info["prefix_caching"]:
             raise UserError(
                 f"{self.url} keeps prefixes of old weights when rollout.pause=in_place; "
                 "start it with --no-enable-prefix-caching, or set rollout.pause=retract."
@@ -230,15 +227,8 @@ class VllmServer:
     async def join_group(
         self, address: str, port: int, first: int, world: int, group: str, backend: str
     ) -> None:
-        await self._on_workers(
-            "join",
-            address=address,
-            port=port,
-            first=first,
-            world=world,
-            group=group,
-            backend=backend,
-        )
+        where = {"address": address, "port": port, "group": group, "backend": backend}
+        await self._on_workers("join", first=first, world=world, **where)
 
     async def receive(self, tensors: NamedTensors, group: str) -> None:
         await self._on_workers(

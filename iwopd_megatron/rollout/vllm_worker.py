@@ -3,7 +3,8 @@
 It is imported by vLLM's own Python (`--worker-extension-cls`), so it needs nothing of this package.
 /collective_rpc calls its methods on every worker, whatever the tensor- and pipeline-parallel
 layout: each gets whole tensors under Hugging Face names and keeps its part. vLLM loads layer by
-layer: a layer's tensors wait until it is whole, so a worker never holds a second model.
+layer: a layer's tensors wait until it is whole, so a worker holds one layer twice, not the model,
+where tensors come in the model's order.
 """
 
 from __future__ import annotations
