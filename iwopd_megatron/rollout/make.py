@@ -20,9 +20,10 @@ from iwopd_megatron.rollout.pool import Place, Pool
 from iwopd_megatron.rollout.push import BroadcastPush, FolderPush, Push, RequestPush, Targets
 from iwopd_megatron.rollout.servers import Canary, ServerEngine
 from iwopd_megatron.rollout.sglang import SglangServer
+from iwopd_megatron.rollout.vllm import VllmServer
 from iwopd_megatron.services import Keeper, Server, outer_environment
 
-KINDS = {"sglang": SglangServer}
+KINDS = {"sglang": SglangServer, "vllm": VllmServer}
 
 
 def make_engine(
