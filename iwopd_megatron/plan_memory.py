@@ -1,10 +1,11 @@
 """Bytes of one GPU: weights, gradients, optimiser, activations, head, and an engine's KV cache.
 
 Weights and optimiser: as Megatron's distributed optimizer allocates them (its documentation,
-"Distributed Optimizer": 6 + 12 / dp bytes a parameter in bf16, 18 without). Activations: Korthikanti
-et al., arXiv 2205.05198, Eq. 1-6, counted anew for what these layers keep: grouped queries with
-query and key norms, flash attention (no score matrix), SwiGLU, experts, no dropout. Pipeline: the
-same, section 4.2.3, and Narayanan et al., arXiv 2104.04473, section 2.2. All at the busiest rank.
+"Distributed Optimizer": 6 + 12 / dp bytes a parameter in bf16, 18 without). Activations:
+Korthikanti et al., arXiv 2205.05198, Eq. 1-6, counted anew for what these layers keep: grouped
+queries with query and key norms, flash attention (no score matrix), SwiGLU, experts, no dropout.
+Pipeline: the same, section 4.2.3, and Narayanan et al., arXiv 2104.04473, section 2.2. All at the
+busiest rank.
 """
 
 from __future__ import annotations

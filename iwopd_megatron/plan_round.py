@@ -77,20 +77,14 @@ def generate(
         time += (length - before) * step(max(1.0, alive), prompt + (length + before) / 2)
         before = length
         drain.append(time)
-    # Those that ran before the last `limit` ended evenly over the time of the queue.
-    waited = max(0.0, 1 - running / requests)
-    early = round(QUANTILES * waited)
-    ends = [queue * (i + 1) / early for i in range(early)]
-    late = (
-        [
-            queue + drain[int((i + 1) / (QUANTILES - early) * QUANTILES) - 1]
-            for i in range(QUANTILES - early)
-        ]
-        if early < QUANTILES
-        else [queue + drain[-1]]
-    )
-    ends = [*ends[: QUANTILES - len(late)], *late]
-    return Generation(tuple(ends), lengths)
+    waited = 1 - running / requests  # their ends are spread evenly over the queue's time
+
+    def end(share: float) -> float:
+        if share <= waited:
+            return queue * share / waited
+        return queue + drain[max(0, math.ceil((share - waited) / (1 - waited) * QUANTILES) - 1)]
+
+    return Generation(tuple(end((i + 1) / QUANTILES) for i in range(QUANTILES)), lengths)
 
 
 def scored_at(generation: Generation, prompt: float, seconds: float) -> float:

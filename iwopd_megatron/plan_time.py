@@ -151,7 +151,7 @@ def optimizer_step(load: Workload, world: int) -> float:
 
 
 def decode_step(load: Workload, batch: float, context: float, tp: int, width: int = 2) -> float:
-    """Seconds of one token for each of `batch` requests of `context` tokens, on a server of tp GPUs.
+    """Seconds of one token each for `batch` requests of `context` tokens, on a server of tp GPUs.
 
     Weights that are read: all but the experts no request chose, 1 - (1 - k / E)^batch of them.
     """
