@@ -68,15 +68,8 @@ class Plan:
         return total * self.gpus / 3600
 
     def with_cluster(self, cluster: Cluster) -> Plan:
-        """The same recipe on other GPUs, with as many servers as they hold."""
-        recipe = self.setup.recipe
-        if recipe.rollout.servers is not None and cluster.rollout:
-            start = cluster.rollout // recipe.rollout.servers.tp
-            servers = recipe.rollout.servers.model_copy(update={"start": start})
-            rollout = recipe.rollout.model_copy(update={"servers": servers})
-            recipe = recipe.model_copy(update={"rollout": rollout})
-        recipe = recipe.model_copy(update={"cluster": cluster})
-        setup = Setup(recipe, cluster, self.setup.assumed, self.setup.rates)
+        """The same recipe on other GPUs."""
+        setup = Setup(self.setup.on(cluster), cluster, self.setup.assumed, self.setup.rates)
         setup.check()
         return Plan(setup)
 

@@ -45,7 +45,12 @@ def generation(setup: Setup) -> Generation:
 
 
 def scoring_seconds(setup: Setup) -> float:
-    """The teacher's time for all tokens of a round, without waiting for them."""
+    """The teacher's time for all tokens of a round, without waiting for them.
+
+    0 at servers given by their urls, which are not planned.
+    """
+    if setup.scorer.urls:
+        return 0.0
     gpus = setup.cluster.teacher if setup.scorer.service else setup.cluster.trainer
     load = setup.load(setup.teacher, setup.teacher_layout, setup.filled(setup.teacher_tokens))
     return _passes(setup, load, gpus, forward(load))
@@ -65,7 +70,7 @@ def phases(setup: Setup, written: Generation) -> list[Phase]:
     scored = scoring_seconds(setup)
     found = [Phase("generation", "rollout", 0.0, written.seconds)]
     end = written.seconds
-    if setup.scorer.service:
+    if setup.scorer.is_remote:
         done = scored_at(written, setup.assumed.mean_prompt, scored)
         is_hidden = done <= 1.02 * written.seconds
         found.append(Phase("scoring", "teacher", done - scored, scored, is_hidden))
@@ -73,13 +78,14 @@ def phases(setup: Setup, written: Generation) -> list[Phase]:
     else:
         found.append(Phase("scoring", "trainer", end, scored))
         end += scored
-    for name, seconds in _training(setup):
+    for name, seconds in training_phases(setup):
         found.append(Phase(name, "trainer", end, seconds))
         end += seconds
     return found
 
 
-def _training(setup: Setup) -> list[tuple[str, float]]:
+def training_phases(setup: Setup) -> list[tuple[str, float]]:
+    """What the trainer does once all responses are scored."""
     recipe, gpus = setup.recipe, setup.cluster.trainer
     load = setup.load(setup.student, setup.layout, setup.filled(recipe.train.microbatch_tokens))
     again = _passes(setup, load, gpus, forward(load))

@@ -38,23 +38,25 @@ class Role:
 
 def roles(setup: Setup) -> list[Role]:
     """Trainer, teacher service and rollout servers, as far as they have GPUs of their own."""
-    cluster, service = setup.cluster, setup.scorer.service
-    found = [_trainer(setup)]
-    if service:
-        layout = setup.teacher_layout
-        memory = scoring(setup.teacher, layout, setup.teacher_tokens)
-        knob = (
-            "raise teacher.service.parallel.ep"
-            if setup.teacher.experts
-            else ("raise teacher.service.parallel.tp")
-        )
-        found.append(_role(setup, "teacher", cluster.teacher, layout, memory, knob))
-    if cluster.rollout:
-        what = f"{setup.servers} servers tp{setup.server_tp}"
-        knob = "raise rollout.servers.tp"
-        memory = engine_memory(setup)
-        found.append(Role("rollout", cluster.rollout, what, memory, setup.gpu.memory, knob))
+    found = [trainer(setup)]
+    if setup.scorer.service:
+        found.append(teacher(setup))
+    if setup.cluster.rollout:
+        found.append(rollout(setup))
     return found
+
+
+def teacher(setup: Setup) -> Role:
+    memory = scoring(setup.teacher, setup.teacher_layout, setup.teacher_tokens)
+    knob = f"raise teacher.service.parallel.{'ep' if setup.teacher.experts else 'tp'}"
+    return _role(setup, "teacher", setup.cluster.teacher, setup.teacher_layout, memory, knob)
+
+
+def rollout(setup: Setup) -> Role:
+    what = f"{setup.servers} servers tp{setup.server_tp}"
+    memory = engine_memory(setup)
+    knob = "raise rollout.servers.tp"
+    return Role("rollout", setup.cluster.rollout, what, memory, setup.gpu.memory, knob)
 
 
 def _role(setup: Setup, name: str, gpus: int, layout: Layout, memory: Memory, knob: str) -> Role:
@@ -63,7 +65,7 @@ def _role(setup: Setup, name: str, gpus: int, layout: Layout, memory: Memory, kn
     return Role(name, gpus, what, memory, setup.gpu.memory, knob)
 
 
-def _trainer(setup: Setup) -> Role:
+def trainer(setup: Setup) -> Role:
     train, student, scorer = setup.recipe.train, setup.recipe.student, setup.scorer
     memory = training(
         setup.student,
@@ -74,7 +76,7 @@ def _trainer(setup: Setup) -> Role:
         Precision.of(student.dtype),
         train.distributed_optimizer,
     )
-    embedded = [] if scorer.service or scorer.urls else [scorer]
+    embedded = [] if scorer.is_remote else [scorer]
     embedded += [setup.recipe.base_model] if setup.recipe.base_model else []
     for model in embedded:
         if not model.offload:
@@ -114,15 +116,13 @@ def _trainer_knob(setup: Setup, memory: Memory) -> str:
 
 def engine_memory(setup: Setup) -> Memory:
     """One GPU of a rollout server."""
-    servers = setup.recipe.rollout.servers
-    fraction = servers.gpu_memory_fraction if servers else 0.85
+    fraction = setup.recipe.rollout.servers.gpu_memory_fraction
     return engine(setup.student, setup.server_tp, setup.gpu, fraction)
 
 
 def concurrency(setup: Setup) -> float:
     """Requests of mean length that a server's KV cache holds, at most `max_running`."""
-    servers = setup.recipe.rollout.servers
-    if not setup.cluster.rollout or servers is None:
+    if not setup.cluster.rollout:
         return setup.recipe.rollout.batch_size
     room = engine_memory(setup).kv_cache / kv_bytes(setup.student, setup.server_tp)
-    return max(1.0, min(servers.max_running, room / setup.sequence))
+    return max(1.0, min(setup.recipe.rollout.servers.max_running, room / setup.sequence))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 
 QUANTILES = 64
@@ -21,6 +22,7 @@ class Lengths:
     values: tuple[float, ...]
 
     @classmethod
+    @lru_cache
     def lognormal(cls, mean: float, limit: int, spread: float, responses: int) -> Lengths:
         """`mean` before the cut at `limit`; the last one is the longest expected of `responses`."""
         location = math.log(mean) - spread**2 / 2

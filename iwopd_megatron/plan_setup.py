@@ -48,11 +48,14 @@ class Setup:
     def teacher(self) -> ModelSize:
         return ModelSize.of(planning_config(self.scorer.hf))
 
-    @property
+    @cached_property
     def scorer(self) -> Teacher:
-        if self.recipe.teacher is None:
-            raise RecipeError("the recipe has no teacher; the planner plans distillation.")
-        return self.recipe.teacher
+        teachers = list(self.recipe.named_teachers.values())
+        if len(teachers) != 1:
+            raise RecipeError(
+                f"the recipe has {len(teachers)} teachers; the planner plans distillation from one."
+            )
+        return teachers[0]
 
     @property
     def layout(self) -> Layout:
@@ -79,8 +82,7 @@ class Setup:
 
     @property
     def server_tp(self) -> int:
-        servers = self.recipe.rollout.servers
-        return servers.tp if servers and self.cluster.rollout else 1
+        return self.recipe.rollout.servers.tp if self.cluster.rollout else 1
 
     @property
     def servers(self) -> int:
@@ -102,14 +104,32 @@ class Setup:
         if service:
             layout = self.teacher_layout
             _divides("teacher", cluster.teacher, layout.unit, describe(layout))
-        if cluster.rollout:
-            servers = self.recipe.rollout.servers
-            _divides("rollout", cluster.rollout, self.server_tp, f"of a server, tp{self.server_tp}")
-            if servers and servers.start and servers.start != self.servers:
+            if service.world != cluster.teacher:
                 raise RecipeError(
-                    f"rollout.servers.start={servers.start} servers of {self.server_tp} GPUs do "
+                    f"teacher.service.processes={service.world} differs from "
+                    f"cluster.teacher={cluster.teacher}; write processes={cluster.teacher}."
+                )
+        if cluster.rollout:
+            given = self.recipe.rollout.servers.start
+            _divides("rollout", cluster.rollout, self.server_tp, f"of a server, tp{self.server_tp}")
+            if given and given != self.servers:
+                raise RecipeError(
+                    f"rollout.servers.start={given} servers of {self.server_tp} GPUs do "
                     f"not make cluster.rollout={cluster.rollout}; write start={self.servers}."
                 )
+
+    def on(self, cluster: Cluster) -> Recipe:
+        """The recipe on other GPUs: as many servers and teacher processes as they hold."""
+        rollout, teacher = self.recipe.rollout, self.recipe.teacher
+        if cluster.rollout:
+            start = cluster.rollout // rollout.servers.tp
+            servers = rollout.servers.model_copy(update={"start": start})
+            rollout = rollout.model_copy(update={"servers": servers})
+        if teacher and teacher.service:
+            service = teacher.service.model_copy(update={"processes": cluster.teacher})
+            teacher = teacher.model_copy(update={"service": service})
+        update = {"rollout": rollout, "teacher": teacher, "cluster": cluster}
+        return self.recipe.model_copy(update=update)
 
     @cached_property
     def lengths(self) -> Lengths:

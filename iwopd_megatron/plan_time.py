@@ -22,6 +22,7 @@ class Software:
     hidden_dispatch: float = 0.0  # share of the dispatch behind computation
     one_copy_a_node: bool = False  # a token crosses the network once a node (HybridEP, DeepEP)
     fused_gradients: bool = False  # weight gradients summed inside the product
+    head_as_layer: bool = False  # the last stage has a layer less for the head, the first for input
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,21 @@ class Workload:
 
 
 def forward(load: Workload) -> float:
-    """Seconds of one micro-batch's forward pass through all layers and head, on one rank's share
-    of tp and cp, as if it were one pipeline stage.
-    """
-    return load.size.layers * _layer(load, 1, 0) + _head(load, 1)
+    """Seconds of one micro-batch's forward pass on the busiest pipeline stage, the last."""
+    return _stage(load, _layer(load, 1, False), _head(load, 1))
 
 
 def forward_backward(load: Workload, recompute: str) -> float:
-    """Forward and backward, and what is computed again: all, or the MLP."""
+    """The same with the backward pass and what is computed again: nothing, the MLP, or all."""
     again = {"none": 0.0, "selective": _mlp_share(load.size), "full": 1.0}[recompute]
-    layer = _layer(load, 3 + again, 1)
-    return load.size.layers * layer + _head(load, 3)
+    return _stage(load, _layer(load, 3 + again, True), _head(load, 3))
+
+
+def _stage(load: Workload, layer: float, head: float) -> float:
+    layers, pp = load.size.layers, load.layout.pp
+    if load.software.head_as_layer and pp > 1:
+        return max((layers + 2) / pp * layer, ((layers + 2) / pp - 1) * layer + head)
+    return layers / pp * layer + head
 
 
 def _mlp_share(size: ModelSize) -> float:
@@ -57,7 +62,7 @@ def _mlp_share(size: ModelSize) -> float:
     return mlp / (mlp + size.attention)
 
 
-def _layer(load: Workload, passes: float, trains: int) -> float:
+def _layer(load: Workload, passes: float, trains: bool) -> float:
     """passes: 1 forward, 3 with backward, more with recomputation."""
     size, layout, gpu, rates = load.size, load.layout, load.gpu, load.rates
     local = load.tokens / layout.cp
@@ -130,12 +135,11 @@ def _sequence_parallel(load: Workload, tokens: float) -> float:
     return moved / (bandwidth * load.rates.link)
 
 
-def pipeline(seconds: float, layout: Layout, count: float) -> float:
-    """`count` micro-batches through the pipeline: each stage's share, and the bubble.
+def pipeline(stage: float, layout: Layout, count: float) -> float:
+    """`count` micro-batches through a pipeline whose stages take `stage` seconds each.
 
     (pp - 1) / vpp stage times are idle, Narayanan et al., arXiv 2104.04473, section 2.2.
     """
-    stage = seconds / layout.pp
     return stage * (count + (layout.pp - 1) / layout.vpp)
 
 
