@@ -9,8 +9,8 @@ import statistics
 from plan_anchors import DECODINGS, ROUNDS, TRAININGS, Decoding, Round, Training
 
 from iwopd_megatron.config_models import Layout
-from iwopd_megatron.plan_hardware import GPUS
-from iwopd_megatron.plan_memory import HEAD_ROWS, head_bytes, training
+from iwopd_megatron.plan_hardware import GPUS, RATES
+from iwopd_megatron.plan_memory import head_bytes, training
 from iwopd_megatron.plan_round import Lengths, generate
 from iwopd_megatron.plan_time import (
     Workload,
@@ -74,20 +74,20 @@ def round_seconds(anchor: Round) -> float:
     trained = pipeline(forward_backward(load, anchor.recompute), layout, count)
     trained += optimizer_step(load, anchor.gpus)
     trained += pipeline(forward(load), layout, count)
-    return max(written.seconds, trained) if anchor.generating else written.seconds + trained
+    alone = max(written.seconds, trained) if anchor.generating else written.seconds + trained
+    return alone * RATES.system
 
 
 def main():
     errors: dict[str, list[float]] = {"memory": [], "throughput": []}
 
-    def line(kind, anchor, source, predicted, published, unit, calibrated=False):
+    def line(kind, what, source, predicted, published, unit, calibrated=False):
         error = predicted / published - 1
         if not calibrated:
             errors[kind].append(abs(error))
-        mark = " *" if calibrated else ""
-        print(f"| {anchor}{mark} | {source} | {predicted:.4g} | {published:.4g} {unit} | {error:+.0%} |")
+        values = f"{predicted:.4g} | {published:.4g} {unit} | {error:+.0%}"
+        print(f"| {what}{' *' if calibrated else ''} | {source} | {values} |")
 
-    print(f"head of a GPU trainer here: {HEAD_ROWS} rows of logits at a time\n")
     print("| what | source | predicted | published | error |\n| --- | --- | --- | --- | --- |")
     for a in TRAININGS:
         if a.allocated or a.reserved:
@@ -96,11 +96,35 @@ def main():
             line("memory", a.what, a.source, predicted / GIB, published / GIB, f"GiB {kind}")
     for a in TRAININGS:
         unit = "tokens/s/GPU"
-        line("throughput", a.what, a.source, training_speed(a), a.tokens_per_second, unit, a.calibrated)
+        line(
+            "throughput",
+            a.what,
+            a.source,
+            training_speed(a),
+            a.tokens_per_second,
+            unit,
+            a.calibrated,
+        )
     for a in DECODINGS:
-        line("throughput", a.what, a.source, decoding(a) * 1e3, a.seconds * 1e3, "ms/token", a.calibrated)
+        line(
+            "throughput",
+            a.what,
+            a.source,
+            decoding(a) * 1e3,
+            a.seconds * 1e3,
+            "ms/token",
+            a.calibrated,
+        )
     for a in ROUNDS:
-        line("throughput", a.what, "NeMo-RL performance summary", round_seconds(a), a.seconds, "s/round")
+        line(
+            "throughput",
+            a.what,
+            "NeMo-RL performance summary",
+            round_seconds(a),
+            a.seconds,
+            "s/round",
+            a.calibrated,
+        )
     print()
     print(json.dumps({
         "median_abs_error_throughput": round(statistics.median(errors["throughput"]), 4),

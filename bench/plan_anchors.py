@@ -147,10 +147,12 @@ class Round:
     seconds: float
     recompute: str
     generating: int | None = None  # GPUs that only generate
+    calibrated: bool = False
 
 
 ROUNDS = [
-    Round("30B-A3B, 32 H100", MOE_30B, Layout(ep=8), 32, 2048, 3203, 4096, 2, 192, "none"),
+    Round("30B-A3B, 32 H100", MOE_30B, Layout(ep=8), 32, 2048, 3203, 4096, 2, 192, "none",
+          calibrated=True),
     Round("30B-A3B, 32 H100, one step off", MOE_30B, Layout(pp=2, ep=8), 16, 2048, 3201, 4096, 2,
           152, "none", 16),
     Round("235B-A22B, 128 H100", MOE_235B, Layout(tp=2, pp=8, cp=2, ep=16), 128, 512, 5698, 8192,

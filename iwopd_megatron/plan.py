@@ -30,6 +30,11 @@ class Plan:
     def generation(self) -> Generation:
         return generation(self.setup)
 
+    @property
+    def concurrency(self) -> float:
+        """Requests a server has room for at once."""
+        return concurrency(self.setup)
+
     @cached_property
     def phases(self) -> list[Phase]:
         return phases(self.setup, self.generation)
@@ -119,10 +124,10 @@ class Plan:
         ):  # fmt: skip
             if share > 0.2:
                 found.append((1 + share, f"{share:.0%} {sentence}"))
-        waiting = requests / concurrency(setup)
+        waiting = requests / self.concurrency
         if waiting > 1:
             found.append((waiting, f"{requests:.0f} requests a server where its KV cache holds "
-                          f"{concurrency(setup):.0f}: more rollout GPUs"))  # fmt: skip
+                          f"{self.concurrency:.0f}: more rollout GPUs"))  # fmt: skip
         return [sentence for _, sentence in sorted(found, key=lambda pair: -pair[0])]
 
 

@@ -38,7 +38,7 @@ def generation(setup: Setup) -> Generation:
     eager = 0 if setup.cluster.rollout else setup.student.layers * EAGER_LAYER
 
     def step(batch: float, context: float) -> float:
-        return decode_step(load, batch, context, setup.server_tp) + eager
+        return (decode_step(load, batch, context, setup.server_tp) + eager) * setup.rates.system
 
     requests = setup.prompts / setup.servers
     return generate(step, setup.lengths, setup.assumed.mean_prompt, requests, concurrency(setup))
@@ -62,7 +62,7 @@ def _passes(setup: Setup, load: Workload, gpus: int, seconds: float) -> float:
     count = setup.prompts * setup.sequence / (copies(layout, gpus) * load.tokens)
     multiple = layout.pp if layout.vpp > 1 else 1
     whole = max(1, -(-count // multiple)) * multiple
-    return pipeline(seconds * min(1, count / whole), layout, whole)
+    return pipeline(seconds * min(1, count / whole), layout, whole) * setup.rates.system
 
 
 def phases(setup: Setup, written: Generation) -> list[Phase]:
