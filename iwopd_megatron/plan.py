@@ -6,6 +6,7 @@ buys, and what breaks first. Imports no torch.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -68,7 +69,7 @@ class Plan:
             total += times * share * self.generation.seconds
         if recipe.checkpoint.every:
             written = 14 * self.setup.student.parameters
-            nodes = self.setup.cluster.nodes("trainer")
+            nodes = self.setup.cluster.nodes_of("trainer")
             total += rounds // recipe.checkpoint.every * written / (DISK * nodes)
         return total * self.gpus / 3600
 
@@ -79,16 +80,18 @@ class Plan:
         return Plan(setup)
 
     def another_node(self) -> dict[str, float]:
-        """Seconds of a round if a role had one more node; roles it would not suit are absent."""
+        """Seconds of a round if a role had one more node (or one, where it has a part of one).
+
+        Roles whose layout that does not suit are absent.
+        """
         cluster, seconds = self.setup.cluster, {}
+        size = cluster.gpus_per_node
         for role in ROLES:
             gpus = getattr(cluster, role)
             if gpus:
-                more = cluster.model_copy(update={role: gpus + cluster.gpus_per_node})
-                try:
+                more = cluster.model_copy(update={role: gpus - gpus % size + size})
+                with contextlib.suppress(RecipeError):
                     seconds[role] = self.with_cluster(more).seconds
-                except RecipeError:
-                    continue
         return seconds
 
     def limits(self) -> list[str]:

@@ -43,7 +43,9 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return self.allocated * FRAGMENTATION + self.context
+        """An engine takes its cache in one piece, which does not fragment."""
+        pool = self.kv_cache
+        return (self.allocated - pool) * FRAGMENTATION + pool + self.context
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def sync_seconds(setup: Setup) -> float:
     if not setup.cluster.rollout:
         return size / (gpu.nvlink * setup.rates.link)
     if setup.recipe.rollout.sync == "disk":
-        return size / (DISK * setup.cluster.nodes("trainer")) + size / DISK
+        return size / (DISK * setup.cluster.nodes_of("trainer")) + size / DISK
     return 2 * size / (gpu.network * setup.rates.link)
 
 

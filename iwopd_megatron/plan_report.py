@@ -103,8 +103,8 @@ def notes(plan: Plan) -> list[str]:
     for role, seconds in sorted(plan.another_node().items(), key=lambda item: item[1]):
         if seconds < plan.seconds:
             gain = plan.seconds / seconds - 1
-            price = (plan.gpus + setup.cluster.gpus_per_node) / plan.gpus - 1
-            lines.append(f"one more {role} node: {gain:+.1%} rounds for {price:+.1%} GPUs")
+            price = setup.cluster.gpus_per_node / plan.gpus
+            lines.append(f"another node for the {role}: {gain:+.1%} rounds, {price:+.1%} GPUs")
     return (
         lines
         + [f"breaks first: {sentence}" for sentence in plan.limits()[:1]]

@@ -65,7 +65,8 @@ def splits(cluster: Cluster, total: int) -> Iterator[Cluster]:
 
     Trainer and teacher get 1, 2, 3, 4, 6, 8, 12, ... of them, the rollout the rest.
     """
-    unit = 1 if total <= cluster.gpus_per_node else cluster.gpus_per_node
+    node = cluster.gpus_per_node
+    unit = 1 if total <= 2 * node else node
     steps = sorted({f * 2**i * unit for i in range(15) for f in (1, 3)})
     steps = [step for step in steps if total / 64 <= step < total]
     for training in steps if cluster.gpus > cluster.trainer else [total]:
@@ -75,7 +76,9 @@ def splits(cluster: Cluster, total: int) -> Iterator[Cluster]:
                 training, rest = training + rest, 0
             if training > 0 and (rest > 0 or not cluster.rollout):
                 shares = {"trainer": training, "teacher": scoring, "rollout": rest}
-                yield cluster.model_copy(update=shares)
+                found = cluster.model_copy(update=shares)
+                if not found.uneven_roles and len(found.nodes) <= -(-total // node):
+                    yield found
 
 
 def _on(setup: Setup, cluster: Cluster) -> Setup:

@@ -95,6 +95,11 @@ class Setup:
     def check(self) -> None:
         """Refuse layouts Megatron would refuse, and roles whose GPUs do not suit their layout."""
         hf, cluster = planning_config(self.recipe.student.hf), self.cluster
+        for role in cluster.uneven_roles:
+            raise RecipeError(
+                f"cluster.{role}={getattr(cluster, role)} does not fill whole nodes of "
+                f"{cluster.gpus_per_node}; write a multiple, or less than one node."
+            )
         check_layout(self.layout, hf, "student")
         _divides("trainer", cluster.trainer, self.layout.unit, describe(self.layout))
         service = self.scorer.service
