@@ -156,14 +156,16 @@ def activations(
     return total * local
 
 
-def head_bytes(size: ModelSize, layout: Layout, tokens: int, training: bool = True) -> float:
+def head_bytes(
+    size: ModelSize, layout: Layout, tokens: int, training: bool = True, rows: int = HEAD_ROWS
+) -> float:
     """LM head: a tile of logits, and in training both gradients (logprobs.py, linear_loss.py).
 
     A tile: the bf16 product, fp32 logits, fp32 exponentials. Training: fp32 gradient of the head
     and its bf16 product beside it, fp32 hidden gradient and the bf16 hidden states of all rows.
     """
     vocab, local = size.vocab / layout.tp, tokens / layout.cp
-    tile = min(HEAD_ROWS, local) * vocab * 10
+    tile = min(rows, local) * vocab * 10
     if not training:
         return tile
     return tile + vocab * size.hidden * 6 + local * size.hidden * 6
