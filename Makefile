@@ -8,7 +8,7 @@ SEEDS ?= 5
 TORCH_INDEX ?=
 OUT ?= runs/demo
 
-.PHONY: setup demo test lint bench bench-loss bench-convert bench-trl drill gpu-check gpu-check-venv \
+.PHONY: setup demo test lint bench bench-loss bench-convert bench-plan bench-trl drill gpu-check gpu-check-venv \
 	demo-models
 
 setup: $(VENV)/ready
@@ -58,6 +58,10 @@ bench-loss: setup
 # Checkpoint conversion against cp -r, on models of 1, 2 and 4 GB in a temporary folder.
 bench-convert: setup
 	$(RUN) bench/convert.py
+
+# The planner's predictions against published measurements.
+bench-plan: setup
+	$(RUN) bench/plan.py
 
 # A whole round against TRL's IW-OPD trainer, which needs an environment of its own (3 minutes).
 bench-trl: setup build/trl-venv/ready

@@ -92,6 +92,8 @@ def states(
 def attention_bytes(size: ModelSize, layout: Layout, width: int = 2) -> float:
     """Kept per token by a layer's attention: norm's input and output, projected queries, keys and
     values, turned queries and keys, the attention's output and its fp32 log-sum a head.
+
+    With TransformerEngine's modules; the native attention copies its output once more.
     """
     kept = 2 * size.hidden + 3 * size.queries + 3 * size.keys
     return (width * kept + 4 * size.heads) / layout.tp
