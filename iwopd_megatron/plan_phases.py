@@ -60,6 +60,8 @@ def _passes(setup: Setup, load: Workload, gpus: int, seconds: float) -> float:
     """A round's micro-batches through a model, `seconds` each."""
     layout = load.layout
     count = setup.prompts * setup.sequence / (copies(layout, gpus) * load.tokens)
+    longest = setup.assumed.mean_prompt + setup.lengths.values[-1]
+    count = max(count, longest / load.tokens)  # no sequence is cut over copies
     multiple = layout.pp if layout.vpp > 1 else 1
     whole = max(1, -(-count // multiple)) * multiple
     return pipeline(seconds * min(1, count / whole), layout, whole) * setup.rates.system
