@@ -330,6 +330,14 @@ assert not {{"torch", "transformers", "matplotlib"}} & set(sys.modules)
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_predictions_stay_within_the_aims_of_what_was_published():
+    out = subprocess.run([sys.executable, "bench/plan.py"], check=True, capture_output=True)
+    figures = json.loads(out.stdout.splitlines()[-1])
+    assert figures["held_out_anchors"] >= 20
+    assert figures["median_abs_error_memory"] < 0.15
+    assert figures["median_abs_error_throughput"] < 0.25
+
+
 def test_training_picks_the_busier_end_of_a_pipeline():
     size = dataclasses.replace(MOE_30B, vocab=10**6)  # a head that outweighs what is in flight
     found = training(size, Layout(pp=2, ep=8), 16, 4096, "full")
