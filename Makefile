@@ -10,9 +10,8 @@ OUT ?= runs/demo
 DISK ?=
 KILLS ?= 20
 
-.PHONY: setup demo demo-sglang test test-sglang test-vllm lint bench bench-loss bench-convert bench-trl \
-	drill gpu-check gpu-check-venv \
-	demo-models
+.PHONY: setup demo demo-sglang demo-models test test-sglang test-vllm lint bench bench-loss bench-convert \
+	bench-plan bench-trl drill gpu-check gpu-check-venv
 
 setup: $(VENV)/ready
 
@@ -73,6 +72,10 @@ bench-loss: setup
 # temporary folder of DISK (33 GB free).
 bench-convert: setup
 	$(RUN) bench/convert.py $(DISK)
+
+# The planner's predictions against published measurements.
+bench-plan: setup
+	$(RUN) bench/plan.py
 
 # A whole round against TRL's IW-OPD trainer, which needs an environment of its own (3 minutes).
 bench-trl: setup build/trl-venv/ready

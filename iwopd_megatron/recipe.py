@@ -22,6 +22,47 @@ from iwopd_megatron.preflight_scorers import check_scorers
 
 def load_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
     """Read YAML, apply `a.b=value` overrides (YAML syntax), and check everything checkable."""
+    recipe = read_recipe(path, overrides)
+    check(recipe)
+    check_scorers(recipe)
+    check_rollout(recipe)
+    return recipe
+
+
+def read_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
+    """`load_recipe` without looking at models and data: for planning away from the cluster."""
+    tree = _read_tree(path)
+    base = tree.pop("extends", None)
+    if base is not None:
+        tree = _merge(_read_base(path, base), tree)
+    for override in overrides:
+        _apply(tree, override)
+    return parse_recipe(tree, str(path))
+
+
+def _read_base(path: Path, base: Any) -> dict[str, Any]:
+    """What a recipe's `extends: other.yaml` names, a file beside it."""
+    if not isinstance(base, str):
+        raise RecipeError(f"recipe {path}: 'extends' is {base!r}; name one YAML file beside it.")
+    tree = _read_tree(path.parent / base)
+    if "extends" in tree:
+        raise RecipeError(
+            f"recipe {path} extends {base}, which itself extends {tree['extends']}; "
+            "one level is allowed: extend the last one."
+        )
+    return tree
+
+
+def _merge(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `tree`, section by section; lists and null replace."""
+    merged = dict(base)
+    for key, value in tree.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merge(base[key], value) if both else value
+    return merged
+
+
+def _read_tree(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise RecipeError(
             f"recipe {path} does not exist; "
@@ -37,14 +78,7 @@ def load_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
         raise RecipeError(
             f"recipe {path} must hold 'key: value' lines, not a {type(tree).__name__}."
         )
-    for override in overrides:
-        _apply(tree, override)
-    recipe = parse_recipe(tree, str(path))
-    check(recipe)
-    check_rollout(recipe)
-    check_scorers(recipe)
-    check_rollout(recipe)
-    return recipe
+    return tree
 
 
 def parse_recipe(tree: dict[str, Any], where: str) -> Recipe:

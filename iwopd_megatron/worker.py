@@ -60,10 +60,16 @@ def run_arms(arms: list[Arm], resume: bool) -> None:
 
 
 def check_parity(
-    folder: Path, reference: Any, layout: Layout, budget: int, dtype: str, queue: Any
+    folder: Path,
+    reference: Any,
+    layout: Layout,
+    budget: int,
+    dtype: str,
+    queue: Any,
+    recompute: str = "none",
 ) -> None:
     """Compare one layout with the reference; rank 0 puts the figures into `queue`."""
-    result = parity.compare(folder, reference, layout, budget, dtype)
+    result = parity.compare(folder, reference, layout, budget, dtype, recompute)
     if os.environ["RANK"] == "0":
         queue.put(result)
     shutdown()
