@@ -39,6 +39,14 @@ def outer_environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in own and not k.startswith(ours)}
 
 
+def health(url: str) -> int | None:
+    """Status of a server's /health; None without an answer."""
+    try:
+        return httpx.get(f"{url}/health", timeout=PROBE_SECONDS, trust_env=False).status_code
+    except httpx.TransportError:
+        return None
+
+
 class Server:
     """One command that answers HTTP at `url`; /health is 200 once it is ready.
 
@@ -95,12 +103,7 @@ class Server:
 
     def health(self) -> int | None:
         """Status of /health; None without an answer."""
-        try:
-            return httpx.get(
-                f"{self.url}/health", timeout=PROBE_SECONDS, trust_env=False
-            ).status_code
-        except httpx.TransportError:
-            return None
+        return health(self.url)
 
     def restart(self) -> None:
         """Kill what is left of it and start it again, on the same port; not yet ready."""
