@@ -108,7 +108,7 @@ def run_machine(folder: Path, job: Job, index: int, attempt: int) -> int:
 
 def _parts(job: Job, index: int) -> list[tuple[Role, int]]:
     """Roles of a machine, and its place in each."""
-    if all(role.nodes == 1 for role in job.roles) and index == 0:
+    if job.fits_one_node and len(job.roles) > 1:
         return [(role, 0) for role in job.roles]
     places = [(role, node) for role in job.roles for node in range(role.nodes)]
     return [places[index]]

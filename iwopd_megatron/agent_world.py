@@ -141,6 +141,8 @@ class World:
                     return None
                 urls.append(url)
             overrides.append(f"{service.urls_key}=[{','.join(urls)}]")
+            if not service.is_world:  # rollout servers, which take weights from rank 0
+                overrides.append(f"rollout.sync_address={hostname()}")
         return overrides
 
     def _wait_for(self, service: Role, number: int) -> str | None:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
+from iwopd_megatron.config_cluster import Cluster
 from iwopd_megatron.config_loss import Loss
 from iwopd_megatron.config_models import Frozen, Section, Student, Teacher
 from iwopd_megatron.config_rollout import Rollout
@@ -100,13 +101,15 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
     gates: Gates = Gates()
+    cluster: Cluster | None = Field(None, description="GPUs of each role, for plan and launch")
     processes: PositiveInt | None = Field(
-        None, description="world size; default: the fewest the layout fits on"
+        None, description="world size; default: cluster.trainer, or the fewest the layout fits on"
     )
 
     @property
     def world(self) -> int:
-        return self.processes or self.student.parallel.unit
+        gpus = self.cluster.trainer if self.cluster else None
+        return self.processes or gpus or self.student.parallel.unit
 
     @property
     def is_distilling(self) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from iwopd_megatron.config import Recipe
-from iwopd_megatron.config_models import Layout, Service, Teacher
+from iwopd_megatron.config_models import Layout
 from iwopd_megatron.config_profile import Profile
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.roles import TRAINER, Job, Role
@@ -39,6 +39,11 @@ def newest_folder(run: Path) -> Path:
 
 def make_job(recipe: Recipe, profile: Profile, folder: Path) -> Job:
     """The roles of a recipe on a site; refuses what does not divide evenly over its nodes."""
+    if recipe.cluster is not None and recipe.cluster.teacher and not _services(recipe):
+        raise RecipeError(
+            f"cluster.teacher={recipe.cluster.teacher} gives GPUs to a teacher service, but no "
+            "teacher has one; add teacher.service, or write cluster.teacher=0."
+        )
     workdir = (profile.workdir or Path.cwd()).absolute()
     program = [profile.python, "-m", "iwopd_megatron"]
     snapshot = str(folder / RECIPE)
@@ -48,12 +53,17 @@ def make_job(recipe: Recipe, profile: Profile, folder: Path) -> Job:
             command=[*program, "train" if recipe.is_distilling else "sft", snapshot, "--resume"],
         )
     ]  # fmt: skip
-    for key, teacher in recipe.named_teachers.items():
-        if teacher.service is not None and not teacher.urls:
-            roles.append(_teacher(profile, program, snapshot, key, teacher, teacher.service))
+    for key in _services(recipe):
+        roles.append(_teacher(recipe, profile, program, snapshot, key))
     if recipe.rollout.engine != "hf" and not recipe.rollout.servers.urls:
         roles.append(_rollout(recipe, profile, [*program, "serve-rollout", snapshot]))
-    return Job(str(workdir), roles, profile.requeues, profile.has_gpus)
+    job = Job(str(workdir), roles, profile.gpus_per_node, profile.requeues, profile.has_gpus)
+    if profile.executor in ("local", "docker") and job.machines > 1:
+        raise RecipeError(
+            f"the roles need {job.machines} machines of {profile.gpus_per_node} GPUs and executor "
+            f"{profile.executor} has this one; choose a smaller layout, or a cluster."
+        )
+    return job
 
 
 def write_job(job: Job, recipe: Recipe, folder: Path) -> None:
@@ -63,18 +73,25 @@ def write_job(job: Job, recipe: Recipe, folder: Path) -> None:
     (folder / RECIPE).write_text(text)
 
 
+def _services(recipe: Recipe) -> list[str]:
+    """Keys of the teachers that a launch has to serve."""
+    teachers = recipe.named_teachers.items()
+    return [key for key, one in teachers if one.service is not None and not one.urls]
+
+
 def _teacher(
-    profile: Profile, program: list[str], snapshot: str, key: str, teacher: Teacher, own: Service
+    recipe: Recipe, profile: Profile, program: list[str], snapshot: str, key: str
 ) -> Role:
-    source = key.partition(".")[2]
-    command = [*program, "serve-teacher", snapshot, "--host", "0.0.0.0", "--port", "{port}"]
-    role = _role(
-        profile, key.replace("teachers.", "teacher-"), own.world, 1, own.parallel,
-        command=command + (["--source", source] if source else []),
-    )  # fmt: skip
-    return replace(
-        role, urls_key=f"{key}.urls", ready_timeout_s=min(own.start_timeout_s, profile.ready_timeout_s)
-    )
+    service, source = recipe.named_teachers[key].service, key.partition(".")[2]
+    world = service.world
+    if recipe.cluster is not None and recipe.cluster.teacher and not service.processes:
+        world = recipe.cluster.teacher // len(recipe.named_teachers)
+    command = [*program, "serve-teacher", snapshot, f"{key}.service.processes={world}"]
+    command += ["--host", "0.0.0.0", "--port", "{port}", *(["--source", source] if source else [])]
+    name = key.replace("teachers.", "teacher-")
+    role = _role(profile, name, world, 1, service.parallel, command)
+    ready = min(service.start_timeout_s, profile.ready_timeout_s)
+    return replace(role, urls_key=f"{key}.urls", ready_timeout_s=ready)
 
 
 def _rollout(recipe: Recipe, profile: Profile, command: list[str]) -> Role:

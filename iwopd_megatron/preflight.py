@@ -148,7 +148,7 @@ MAY_CHANGE = (
     "out", "processes", "student.parallel", "student.recompute", "teacher.offload",
     "teacher.microbatch_tokens", "teacher.urls", "teacher.service", "teacher.timeout_s",
     "teacher.patience_s", "teacher.max_in_flight", "base.offload", "base.microbatch_tokens",
-    "rollout.batch_size", "train.rounds", "train.microbatch_tokens", "evaluate", "checkpoint",
+    "rollout.batch_size", "rollout.servers", "rollout.sync_address", "cluster", "train.rounds", "train.microbatch_tokens", "evaluate", "checkpoint",
     "gates",
 )  # fmt: skip
 

@@ -53,8 +53,24 @@ class Job:
 
     workdir: str
     roles: list[Role]
+    gpus_per_node: int
     requeues: int = 0
     has_gpus: bool = True
+
+    @property
+    def fits_one_node(self) -> bool:
+        """All roles may share one."""
+        return len(self.roles) == 1 or (
+            all(role.nodes == 1 for role in self.roles)
+            and sum(role.gpus_per_node for role in self.roles) <= self.gpus_per_node
+        )
+
+    @property
+    def machines(self) -> int:
+        """Of a gang that no scheduler divides: one for all roles, or each role its own."""
+        if self.fits_one_node:
+            return self.roles[0].nodes
+        return sum(role.nodes for role in self.roles)
 
     @property
     def services(self) -> list[Role]:

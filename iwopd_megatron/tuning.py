@@ -49,6 +49,8 @@ class Row:
 
 ROWS = (
     Row("PYTHONUNBUFFERED", "1", "a killed process's last lines are in the log", lambda p: True),
+    Row("TTY_COMPATIBLE", "0", "srun's unbuffered output is a pseudo-terminal, but a log needs lines",
+        lambda p: True),
     Row("TOKENIZERS_PARALLELISM", "false", "tokenizers' threads and fork() deadlock",
         lambda p: True),
     Row("HF_HUB_OFFLINE", "1", "models are folders; a thousand ranks must not ask a hub",
