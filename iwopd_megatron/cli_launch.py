@@ -57,7 +57,7 @@ def launch(
     write_job(job, loaded, folder)
     submit(job, profile, folder, dryrun)
     print(f"{'written to' if dryrun else 'launched from'} {folder}")
-    for script in sorted(folder.glob("*.sh")) + sorted(folder.glob("*_sbatch*")):
+    for script in sorted(folder.glob("experiments/*/*/*.sh")):
         print(f"  {script}")
     if not dryrun:
         print(f"follow it with: iwopd status {loaded.out}, iwopd attach {loaded.out}")

@@ -23,15 +23,15 @@ RECIPE = "recipe.yaml"  # of the launch folder: the recipe as it was launched
 
 
 def new_folder(recipe: Recipe) -> Path:
-    """RUN/launch/experiments/RUN/NAME_TIME, where NeMo-Run keeps an experiment; not yet made."""
+    """RUN/launch/NAME_TIME, for all that the launch and its job write; not yet made."""
     name = "".join(c if c.isalnum() else "-" for c in recipe.out.name).strip("-") or "run"
     started = time.strftime("%Y%m%d-%H%M%S")
-    return (recipe.out / "launch" / "experiments" / name / f"{name}_{started}").absolute()
+    return (recipe.out / "launch" / f"{name}_{started}").absolute()
 
 
 def newest_folder(run: Path) -> Path:
     """The launch folder of a run's last launch."""
-    found = sorted((run / "launch" / "experiments").glob("*/*/job.json"))
+    found = sorted((run / "launch").glob("*/job.json"))
     if not found:
         raise RecipeError(f"{run} was not launched: it has no launch/; use 'iwopd launch'.")
     return max((file.parent for file in found), key=lambda folder: folder.name)

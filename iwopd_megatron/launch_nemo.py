@@ -28,11 +28,11 @@ SECONDS_BETWEEN_LOOKS = 5  # of the batch script at its roles
 
 def launch(job: Job, profile: Profile, folder: Path, dryrun: bool) -> None:
     """Write the experiment into the launch folder, and submit it unless `dryrun`."""
-    title, base = folder.parent.name, folder.parents[2]
-    nemo_run.config.set_nemorun_home(str(base))
+    title = folder.name.rpartition("_")[0]
+    nemo_run.config.set_nemorun_home(str(folder))
     is_waiting = profile.executor in ("local", "docker") and not dryrun
     with nemo_run.Experiment(
-        title, id=folder.name, base_dir=str(base), log_level="WARNING",
+        title, id=folder.name, base_dir=str(folder), log_level="WARNING",
         skip_status_at_exit=True, enable_goodbye_message=False, clean_mode=not is_waiting,
     ) as experiment:  # fmt: skip
         if profile.executor == "slurm":
@@ -43,14 +43,14 @@ def launch(job: Job, profile: Profile, folder: Path, dryrun: bool) -> None:
             task = _task("machine", job, profile, folder)
             experiment.add(task, executor=_machines(job, profile, folder), name=title)
         if dryrun:
-            experiment.dryrun(log=False, exist_ok=True, delete_exp_dir=False)
+            experiment.dryrun(log=False, delete_exp_dir=False)
         else:
             experiment.run(detach=not is_waiting, tail_logs=is_waiting)
 
 
 def follow(folder: Path) -> None:
     """Print the job's log as it grows, until the job ends."""
-    nemo_run.config.set_nemorun_home(str(folder.parents[2]))
+    nemo_run.config.set_nemorun_home(str(folder))
     experiment = nemo_run.Experiment.from_id(folder.name)
     for task in experiment.jobs:
         experiment.logs(task.id)
@@ -84,7 +84,7 @@ def _slurm(role: Role, job: Job, profile: Profile, folder: Path) -> nemo_run.Slu
         setup_lines=batch_lines(folder),
         job_name_prefix="iwopd.",
         packager=nemo_run.Packager(),
-        tunnel=nemo_run.LocalTunnel(job_dir=str(folder.parent)),
+        tunnel=nemo_run.LocalTunnel(job_dir=str(folder / "experiments")),
         retries=job.requeues,
         wait_time_for_group_job=0,
         monitor_group_job_wait_time=SECONDS_BETWEEN_LOOKS,
