@@ -17,7 +17,7 @@ from typing import Any
 from iwopd_megatron.board import POLL_SECONDS, Board, free_port, hostname
 from iwopd_megatron.errors import ServiceError
 from iwopd_megatron.roles import Job, Role
-from iwopd_megatron.services import health, outer_environment
+from iwopd_megatron.services import health, is_answering, outer_environment
 from iwopd_megatron.stop import EXIT_STOPPED
 
 GRACE_SECONDS = 10  # for the other ranks of a node to end after one did
@@ -193,12 +193,12 @@ class World:
                 told = True
                 self._ask_to_stop(ranks)
             if self.role.urls and self.node.index == 0:
-                status, now = health(f"http://127.0.0.1:{self.port}"), time.monotonic()
-                heard = now if status is not None or not is_ready else heard
-                is_ready = is_ready or status == 200
-                self.was_ready = self.was_ready or is_ready
+                url, now = f"http://127.0.0.1:{self.port}", time.monotonic()
+                if is_answering(url) if is_ready else health(url) == 200:
+                    is_ready = self.was_ready = True
+                    heard = now
                 late = not is_ready and now - began > self.role.ready_timeout_s
-                if late or now - heard > self.role.hang_timeout_s:
+                if late or (is_ready and now - heard > self.role.hang_timeout_s):
                     self.node.say("is not ready in time" if late else "does not answer any more")
                     return self._fail([ServiceError.exit_code])
             elif self.role.urls:
