@@ -14,7 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-from iwopd_megatron.agent_world import Node, World
+from iwopd_megatron.agent_node import Node
+from iwopd_megatron.agent_world import World
 from iwopd_megatron.board import FINAL, POLL_SECONDS, Board, free_port, hostname
 from iwopd_megatron.errors import GateError, RecipeError, ServiceError
 from iwopd_megatron.roles import TRAINER, Job, Role, read_job
@@ -76,9 +77,7 @@ def _keep_servers(node: Node) -> int:
         env = node.environment(number - first)
         servers.append(Server(f"{role.name} {number}", node.command(port), env, log, url))
         node.board.post(f"{role.name}.url_{number}", f"http://{hostname()}:{port}")
-    keeper = Keeper(
-        servers, role.ready_timeout_s, role.max_restarts, role.hang_timeout_s, node.say
-    )
+    keeper = Keeper(servers, role.ready_timeout_s, role.max_restarts, role.hang_timeout_s, node.say)
     keeper.start()
     try:
         while node.board.finished is None and not node.is_stopping:

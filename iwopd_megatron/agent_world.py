@@ -11,61 +11,16 @@ import os
 import signal
 import subprocess
 import time
-from dataclasses import dataclass, field
 from typing import Any
 
-from iwopd_megatron.board import POLL_SECONDS, Board, free_port, hostname
+from iwopd_megatron.agent_node import Node
+from iwopd_megatron.board import POLL_SECONDS, free_port, hostname
 from iwopd_megatron.errors import ServiceError
-from iwopd_megatron.roles import Job, Role
-from iwopd_megatron.services import health, is_answering, outer_environment
+from iwopd_megatron.roles import Role
+from iwopd_megatron.services import health, is_answering
 from iwopd_megatron.stop import EXIT_STOPPED
 
 GRACE_SECONDS = 10  # for the other ranks of a node to end after one did
-
-
-@dataclass
-class Node:
-    """A role's part on one node."""
-
-    job: Job
-    role: Role
-    index: int
-    board: Board
-    is_stopping: bool = False
-    _said: dict[str, Any] = field(default_factory=dict)
-
-    def watch_signals(self) -> None:
-        """SIGTERM asks this node's part to end."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._stop)
-
-    def _stop(self, number: int, frame: object) -> None:
-        self.is_stopping = True
-
-    def say(self, text: str) -> None:
-        print(f"{self.role.name} node {self.index}: {text}", flush=True)
-
-    def report(self, state: str, **more: Any) -> None:
-        """Post the state where it is news."""
-        line = {"state": state} | more
-        if line != self._said:
-            self._said = line
-            self.board.status(self.role.name, self.index, **line)
-
-    def command(self, port: int | None = None) -> list[str]:
-        return [word.replace("{port}", str(port)) for word in self.role.command]
-
-    def environment(self, place: int) -> dict[str, str]:
-        """Of the process at this place of the node; a server sees its own GPUs only."""
-        env = outer_environment() | self.role.env
-        if self.job.has_gpus and not self.role.is_world:
-            visible = env.get("CUDA_VISIBLE_DEVICES") or ",".join(
-                map(str, range(self.role.gpus_per_node))
-            )
-            first = place * self.role.gpus_each
-            own = visible.split(",")[first : first + self.role.gpus_each]
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(own)
-        return env
 
 
 class World:
@@ -204,7 +159,8 @@ class World:
             elif self.role.urls:
                 self.was_ready = True  # node 0 knows
             state = "running" if not self.role.urls else "ready" if is_ready else "starting"
-            self.node.report(state, restarts=self.restart)
+            pids = [rank.pid for rank in ranks]
+            self.node.report(state, restarts=self.restart, pids=pids)
             time.sleep(POLL_SECONDS)
 
     @property

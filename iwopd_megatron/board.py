@@ -43,10 +43,11 @@ class Board:
 
     def finish(self, code: int) -> int:
         """The job's exit code, which the first to end any role decides; returns that one."""
+        own = self.folder / f"finished.{socket.gethostname()}.{os.getpid()}.partial"
+        own.write_text(str(code))
         with contextlib.suppress(FileExistsError):
-            own = self.folder / f"finished.{socket.gethostname()}.{os.getpid()}.partial"
-            own.write_text(str(code))
             os.link(own, self.folder / "finished")
+        own.unlink()
         return self.finished
 
     @property

@@ -79,9 +79,7 @@ def _services(recipe: Recipe) -> list[str]:
     return [key for key, one in teachers if one.service is not None and not one.urls]
 
 
-def _teacher(
-    recipe: Recipe, profile: Profile, program: list[str], snapshot: str, key: str
-) -> Role:
+def _teacher(recipe: Recipe, profile: Profile, program: list[str], snapshot: str, key: str) -> Role:
     service, source = recipe.named_teachers[key].service, key.partition(".")[2]
     world = service.world
     if recipe.cluster is not None and recipe.cluster.teacher and not service.processes:

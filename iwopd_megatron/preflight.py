@@ -148,8 +148,8 @@ MAY_CHANGE = (
     "out", "processes", "student.parallel", "student.recompute", "teacher.offload",
     "teacher.microbatch_tokens", "teacher.urls", "teacher.service", "teacher.timeout_s",
     "teacher.patience_s", "teacher.max_in_flight", "base.offload", "base.microbatch_tokens",
-    "rollout.batch_size", "rollout.servers", "rollout.sync_address", "cluster", "train.rounds", "train.microbatch_tokens", "evaluate", "checkpoint",
-    "gates",
+    "rollout.batch_size", "rollout.servers", "rollout.sync_address", "train.rounds",
+    "train.microbatch_tokens", "evaluate", "checkpoint", "gates", "cluster",
 )  # fmt: skip
 
 

@@ -49,7 +49,7 @@ class Row:
 
 ROWS = (
     Row("PYTHONUNBUFFERED", "1", "a killed process's last lines are in the log", lambda p: True),
-    Row("TTY_COMPATIBLE", "0", "srun's unbuffered output is a pseudo-terminal, but a log needs lines",
+    Row("TTY_COMPATIBLE", "0", "srun's unbuffered output is a pseudo-terminal; a log needs lines",
         lambda p: True),
     Row("TOKENIZERS_PARALLELISM", "false", "tokenizers' threads and fork() deadlock",
         lambda p: True),

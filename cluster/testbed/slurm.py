@@ -1,7 +1,7 @@
-"""A real Slurm of four emulated nodes on this machine: `slurm.py install | up FOLDER | down FOLDER`.
+"""A real Slurm of four emulated nodes here: `slurm.py install | up FOLDER | down FOLDER`.
 
-Needs root, for slurmd. All state, sockets and logs lie in FOLDER; `down` stops what `up` started and
-nothing else, by the pid files there.
+Needs root, for slurmd. All state, sockets and logs lie in FOLDER; `down` stops what `up` started
+and nothing else, by the pid files there.
 
 What it cannot show, for every node is this machine: wrong addresses, containers, device isolation,
 NCCL and InfiniBand.
@@ -72,7 +72,13 @@ class Testbed:
 
     def down(self) -> None:
         """Stop all of it; slurmctld before slurmdbd, to which it writes at the end."""
-        names = [*(f"slurmd.{node}" for node in NODES), "slurmctld", "slurmdbd", "mariadb", "munged"]
+        names = [
+            *(f"slurmd.{node}" for node in NODES),
+            "slurmctld",
+            "slurmdbd",
+            "mariadb",
+            "munged",
+        ]
         for name in names:
             file = self.root / "pids" / f"{name}.pid"
             if file.is_file() and file.read_text().strip():
@@ -89,7 +95,9 @@ class Testbed:
             if not device.exists():
                 os.mknod(device, 0o666 | stat.S_IFCHR, os.makedev(1, 3))  # as /dev/null
         ports = ["CTLD", "DBD", "SQL", *(node.upper() for node in NODES)]
-        words = {f"{name}_PORT": str(port) for name, port in zip(ports, _free_ports(7), strict=True)}
+        words = {
+            f"{name}_PORT": str(port) for name, port in zip(ports, _free_ports(7), strict=True)
+        }
         words |= {"ROOT": str(self.root), "HOST": socket.gethostname()}
         self.sql_port = words["SQL_PORT"]
         for name in ("slurm.conf", "gres.conf", "slurmdbd.conf"):
