@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 OUT ?= runs/demo
 
 .PHONY: setup demo test lint bench bench-loss bench-convert bench-trl drill gpu-check gpu-check-venv \
-	demo-models
+	demo-models test-slurm cluster-venv
 
 setup: $(VENV)/ready
 
@@ -74,6 +74,21 @@ build/trl-venv/ready: constraints.txt
 # SIGKILL at 20 random points, resume, compare with the run never killed (about 5 minutes).
 drill: setup
 	$(RUN) bench/drill.py
+
+# Launches on a real Slurm of four emulated nodes, which it installs (apt), starts and stops; as root.
+test-slurm: setup cluster-venv
+	$(VENV)/bin/python cluster/testbed/slurm.py install
+	$(RUN) -m pytest --durations=0 tests/with_slurm
+
+# NeMo-Run wants versions of its own, so what launches jobs has an environment of its own (2 minutes).
+cluster-venv: build/cluster-venv/ready
+
+build/cluster-venv/ready: pyproject.toml cluster/requirements.txt
+	$(PYTHON) -m venv build/cluster-venv
+	build/cluster-venv/bin/pip install --quiet --disable-pip-version-check \
+		--requirement cluster/requirements.txt
+	build/cluster-venv/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
 
 # For a machine with one GPU and torch already there: torch is left as it is, missing packages go beside it.
 gpu-check:

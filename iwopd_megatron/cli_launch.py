@@ -79,11 +79,11 @@ def status(
 
 
 def attach(run: Run) -> None:
-    """Follow the log of a run's last launch until it ends."""
-    folder = newest_folder(run)
-    from iwopd_megatron.launch_nemo import follow
+    """Follow the output of all roles of a run's last launch until it ends, over its requeues."""
+    from iwopd_megatron.launch_log import follow
 
-    follow(folder)
+    for line in follow(newest_folder(run)):
+        print(line, flush=True)
 
 
 def serve_rollout(

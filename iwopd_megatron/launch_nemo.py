@@ -48,14 +48,6 @@ def launch(job: Job, profile: Profile, folder: Path, dryrun: bool) -> None:
             experiment.run(detach=not is_waiting, tail_logs=is_waiting)
 
 
-def follow(folder: Path) -> None:
-    """Print the job's log as it grows, until the job ends."""
-    nemo_run.config.set_nemorun_home(str(folder))
-    experiment = nemo_run.Experiment.from_id(folder.name)
-    for task in experiment.jobs:
-        experiment.logs(task.id)
-
-
 def _task(role: str, job: Job, profile: Profile, folder: Path) -> nemo_run.Script:
     words = ["exec", profile.python, "-m", "iwopd_megatron.agent", str(folder), role]
     return nemo_run.Script(inline=f"cd {shlex.quote(job.workdir)}\n{shlex.join(words)}\n")
