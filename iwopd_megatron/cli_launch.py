@@ -55,8 +55,8 @@ def launch(
     from iwopd_megatron.launch_nemo import launch as submit
 
     write_job(job, loaded, folder)
-    submit(job, profile, folder, dryrun)
-    print(f"{'written to' if dryrun else 'launched from'} {folder}")
+    name = submit(job, profile, folder, dryrun)
+    print(f"written to {folder}" if dryrun else f"job {name} launched from {folder}")
     for script in sorted(folder.glob("experiments/*/*/*.sh")):
         print(f"  {script}")
     if not dryrun:

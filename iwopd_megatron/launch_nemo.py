@@ -26,8 +26,11 @@ except ImportError as error:
 SECONDS_BETWEEN_LOOKS = 5  # of the batch script at its roles
 
 
-def launch(job: Job, profile: Profile, folder: Path, dryrun: bool) -> None:
-    """Write the experiment into the launch folder, and submit it unless `dryrun`."""
+def launch(job: Job, profile: Profile, folder: Path, dryrun: bool) -> str:
+    """Write the experiment into the launch folder, and submit it unless `dryrun`.
+
+    Returns the scheduler's name of the job, or an empty one.
+    """
     title = folder.name.rpartition("_")[0]
     nemo_run.config.set_nemorun_home(str(folder))
     is_waiting = profile.executor in ("local", "docker") and not dryrun
@@ -46,6 +49,8 @@ def launch(job: Job, profile: Profile, folder: Path, dryrun: bool) -> None:
             experiment.dryrun(log=False, delete_exp_dir=False)
         else:
             experiment.run(detach=not is_waiting, tail_logs=is_waiting)
+        (task,) = experiment.jobs
+        return task.handle.rpartition("/")[2]
 
 
 def _task(role: str, job: Job, profile: Profile, folder: Path) -> nemo_run.Script:

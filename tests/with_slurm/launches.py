@@ -1,6 +1,7 @@
 """What a user has on the testbed: `iwopd launch` and its kin, and sacct."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -54,16 +55,21 @@ class Cluster:
     def status(self, run: Path) -> dict[str, Any]:
         return json.loads(self.iwopd("status", str(run), "--json"))
 
+    def submit(self, *arguments: str) -> str:
+        """The job's number."""
+        done = self.launch(*arguments)
+        assert done.returncode == 0, done.stderr
+        return re.search(r"job (\d+) launched", done.stdout)[1]
+
     def jobs(self, *more: str) -> list[list[str]]:
-        """[id, state] of every start of every job's first group, oldest first."""
+        """[number, state] of every start of every job's first group, oldest first."""
         table = self.bed.output("sacct", "-nPDX", "-o", "JobID,State", *more)
         rows = [line.split("|") for line in table.splitlines()]
-        return [
-            [job.partition("+")[0], state] for job, state in rows if "+" not in job or "+0" in job
-        ]
+        first = [(job, state) for job, state in rows if "+" not in job or job.endswith("+0")]
+        return [[job.partition("+")[0], state.split()[0]] for job, state in first]
 
     def states(self, job: str) -> list[str]:
-        return [state.split()[0] for _, state in self.jobs("-j", job)]
+        return [state for _, state in self.jobs("-j", job)]
 
 
 def until(is_so: Callable[[], Any], seconds: float = 420, every: float = 1.0) -> Any:
