@@ -10,8 +10,8 @@ OUT ?= runs/demo
 DISK ?=
 KILLS ?= 20
 
-.PHONY: setup demo demo-sglang demo-models test test-sglang test-vllm lint bench bench-loss bench-convert \
-	bench-plan bench-trl drill gpu-check gpu-check-venv
+.PHONY: setup demo demo-sglang demo-models test test-sglang test-vllm test-slurm lint bench bench-loss \
+	bench-convert bench-plan bench-trl drill gpu-check gpu-check-venv cluster-venv
 
 setup: $(VENV)/ready
 
@@ -110,6 +110,21 @@ build/sglang-venv/ready: tests/with_sglang/environment/requirements.txt tests/wi
 	build/sglang-venv/bin/pip install --quiet --disable-pip-version-check --no-deps \
 		--requirement tests/with_sglang/environment/requirements.txt
 	build/sglang-venv/bin/python tests/with_sglang/environment/prepare.py
+	touch $@
+
+# Launches on a real Slurm of four emulated nodes, which it installs (apt), starts and stops; as root.
+test-slurm: setup cluster-venv
+	$(VENV)/bin/python cluster/testbed/slurm.py install
+	$(RUN) -m pytest --durations=0 tests/with_slurm
+
+# NeMo-Run wants versions of its own, so what launches jobs has an environment of its own (2 minutes).
+cluster-venv: build/cluster-venv/ready
+
+build/cluster-venv/ready: pyproject.toml cluster/requirements.txt
+	$(PYTHON) -m venv build/cluster-venv
+	build/cluster-venv/bin/pip install --quiet --disable-pip-version-check \
+		--requirement cluster/requirements.txt
+	build/cluster-venv/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
 # For a machine with one GPU and torch already there: torch is left as it is, missing packages go beside it.

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from iwopd_megatron import cli_convert, cli_plan, cli_rehearse, cli_serve, doctor
+from iwopd_megatron import cli_convert, cli_launch, cli_plan, cli_rehearse, cli_serve, doctor
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_models import Layout
 from iwopd_megatron.data import encode_problems, read_problems
@@ -28,6 +28,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. tra
 for _command in (
     cli_convert.convert, cli_convert.export, cli_convert.check,
     cli_plan.plan, cli_rehearse.rehearse,
+    cli_launch.launch, cli_launch.status, cli_launch.attach, cli_launch.serve_rollout,
 ):  # fmt: skip
     app.command()(_command)
 app.command()(cli_serve.serve_teacher)

@@ -42,6 +42,8 @@ def check_rollout(recipe: Recipe) -> None:
             "rollout.max_staleness=1 trains on answers of older weights, which only the truncated "
             "importance weight corrects; set loss.tis_cap=5, or max_staleness=0."
         )
+    if rollout.engine == "vllm":
+        _check_vllm(recipe)
     if rollout.routing_replay:
         _check_replay(recipe)
 
@@ -59,8 +61,6 @@ def _check_replay(recipe: Recipe) -> None:
             f"{recipe.rollout.engine} does not; write rollout.engine=sglang, or "
             "rollout.routing_replay=false."
         )
-    if rollout.engine == "vllm":
-        _check_vllm(recipe)
 
 
 def _check_vllm(recipe: Recipe) -> None:

@@ -86,7 +86,7 @@ def parse_recipe(tree: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError(f"{where}: {_sentence(error.errors()[0])}") from None
+        raise RecipeError(f"{where}: {explain(error)}") from None
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -108,11 +108,13 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         ) from None
 
 
-def _sentence(error: dict[str, Any]) -> str:
+def explain(invalid: ValidationError, root: type[BaseModel] = Recipe) -> str:
+    """The first problem of a tree that is no `root`, in words."""
+    error = invalid.errors()[0]
     path = [str(part) for part in error["loc"]]
     key = ".".join(path)
     if error["type"] == "extra_forbidden":
-        annotation: Any = Recipe
+        annotation: Any = root
         for part in path[:-1]:
             if get_origin(annotation) is dict:  # `part` is one of its keys
                 annotation = get_args(annotation)[1]
@@ -127,7 +129,8 @@ def _sentence(error: dict[str, Any]) -> str:
         )
         return f"unknown key '{key}'; {hint}"
     if error["type"] == "missing":
-        return f"'{key}' is missing; add it to the recipe or write {key}=... on the command line."
+        where = " to the recipe or write {key}=... on the command line" if root is Recipe else ""
+        return f"'{key}' is missing; add it{where.format(key=key)}."
     return f"'{key}' is {error.get('input')!r}: {error['msg'][0].lower()}{error['msg'][1:]}."
 
 

@@ -43,6 +43,23 @@ def outer_environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in own and not k.startswith(ours)}
 
 
+def health(url: str, path: str = "/health") -> int | None:
+    """Status of a server's answer; None without one."""
+    try:
+        return httpx.get(url + path, timeout=PROBE_SECONDS, trust_env=False).status_code
+    except httpx.TransportError:
+        return None
+
+
+def is_answering(url: str) -> bool:
+    """Whether a server that was ready is still there.
+
+    SGLang's /health generates a token and hangs while weights change; this path answers at once, if
+    only to say that it is unknown.
+    """
+    return health(url, "/model_info") is not None
+
+
 class Server:
     """One command that answers HTTP at `url`; /health is 200 once it is ready.
 
@@ -99,12 +116,7 @@ class Server:
 
     def health(self) -> int | None:
         """Status of /health; None without an answer."""
-        try:
-            return httpx.get(
-                f"{self.url}/health", timeout=PROBE_SECONDS, trust_env=False
-            ).status_code
-        except httpx.TransportError:
-            return None
+        return health(self.url)
 
     def restart(self) -> None:
         """Kill what is left of it and start it again, on the same port; not yet ready."""
@@ -220,11 +232,12 @@ class _Watched:
         """Why it must be restarted; None: it need not."""
         if not self.server.is_running:
             return f"ended with exit code {self.server.process.returncode}"
-        status, now = self.server.health(), time.monotonic()
-        if status is not None:
-            self.heard = now
-        if status == 200:
+        now = time.monotonic()
+        if self.is_up:
+            self.heard = now if is_answering(self.server.url) else self.heard
+        elif self.server.health() == 200:
             self.is_up = self.was_ready = True
+            self.heard = now
         if not self.is_up and now - self.started > start_timeout:
             return f"was not ready within {start_timeout:g} seconds"
         if self.is_up and now - self.heard > hang_timeout:

@@ -84,10 +84,10 @@ def _push(recipe: Recipe, targets: Targets) -> Push:
 
 def _server(recipe: Recipe, number: int) -> Server:
     """The process of one started server; its log is RUN/logs/rollout-N.log."""
-    servers, kind = recipe.rollout.servers, KINDS[recipe.rollout.engine]
+    servers = recipe.rollout.servers
     port = free_port()
     command = [str(servers.python or sys.executable), *server_command(recipe, port)]
-    env = outer_environment() | kind.environment() | servers.env
+    env = server_environment(recipe)
     log = recipe.out / "logs" / f"rollout-{number}.log"
     return Server(f"rollout server {number}", command, env, log, f"http://127.0.0.1:{port}")
 
@@ -97,6 +97,12 @@ def server_command(recipe: Recipe, port: int, host: str = "127.0.0.1") -> list[s
     options = KINDS[recipe.rollout.engine].options(recipe, port, host)
     options |= recipe.rollout.servers.args
     return [*KINDS[recipe.rollout.engine].module, *flags(options)]
+
+
+def server_environment(recipe: Recipe) -> dict[str, str]:
+    """The whole environment of a server that iwopd starts."""
+    kind = KINDS[recipe.rollout.engine]
+    return outer_environment() | kind.environment() | recipe.rollout.servers.env
 
 
 def flags(options: dict[str, Any]) -> list[str]:
