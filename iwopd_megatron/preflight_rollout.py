@@ -64,17 +64,12 @@ def _check_replay(recipe: Recipe) -> None:
 
 
 def _check_vllm(recipe: Recipe) -> None:
-    """With top_p < 1 its log-probs are of the tokens left only; it returns no routed experts."""
+    """With top_p < 1 its log-probs are of the tokens left only."""
     rollout = recipe.rollout
     if rollout.top_p < 1:
         raise RecipeError(
             f"rollout.top_p={rollout.top_p} needs log-probs of the whole distribution, which vLLM "
             "does not return; write rollout.top_p=1, or rollout.engine=sglang."
-        )
-    if rollout.routing_replay:
-        raise RecipeError(
-            "rollout.routing_replay does not work with vLLM; write rollout.engine=sglang, or "
-            "routing_replay=false."
         )
 
 
