@@ -45,7 +45,7 @@ def main() -> None:
 def train(recipe: RecipePath, overrides: Overrides = None, resume: Resume = False) -> None:
     """Distil a student on-policy from a teacher."""
     loaded = load_recipe(recipe, overrides or [])
-    if loaded.teacher is None:
+    if not loaded.is_distilling:
         raise RecipeError(
             f"{recipe} has no teacher; "
             "add teacher.hf, or use 'iwopd sft' to fine-tune on responses."
@@ -57,7 +57,7 @@ def train(recipe: RecipePath, overrides: Overrides = None, resume: Resume = Fals
 def sft(recipe: RecipePath, overrides: Overrides = None, resume: Resume = False) -> None:
     """Fine-tune a model on given responses, through the same trainer."""
     loaded = load_recipe(recipe, overrides or [])
-    if loaded.teacher is not None:
+    if loaded.is_distilling:
         raise RecipeError(
             f"{recipe} has a teacher; use 'iwopd train', or remove the teacher section."
         )
@@ -83,7 +83,7 @@ def examine(recipe: RecipePath, overrides: Overrides = None) -> None:
     print(f"objective: {doctor.objective_line(loaded)}.")
     from transformers import AutoTokenizer
 
-    problems = read_problems(loaded.data.train, need_response=loaded.teacher is None)
+    problems = read_problems(loaded.data.train, need_response=not loaded.is_distilling)
     limit = loaded.rollout.max_prompt_tokens
     kept = encode_problems(AutoTokenizer.from_pretrained(loaded.student.hf), problems, limit)
     dropped = len(problems) - len(kept)

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt
 
 from iwopd_megatron.config_loss import Loss
-from iwopd_megatron.config_models import Frozen, Section, Student
+from iwopd_megatron.config_models import Frozen, Section, Student, Teacher
 from iwopd_megatron.config_rollout import Rollout
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -75,7 +75,12 @@ class Recipe(Section):
 
     out: Path = Field(description="run folder")
     student: Student
-    teacher: Frozen | None = Field(None, description="absent: supervised fine-tuning only")
+    teacher: Teacher | None = Field(
+        None, description="absent, and teachers too: supervised fine-tuning only"
+    )
+    teachers: dict[str, Teacher] = Field(
+        {}, description="instead of teacher: one for each source of the problems, e.g. math, code"
+    )
     base: Frozen | None = Field(
         None, description="ExOPD: the base student; default: what student.hf holds"
     )
@@ -93,6 +98,17 @@ class Recipe(Section):
     @property
     def world(self) -> int:
         return self.processes or self.student.parallel.unit
+
+    @property
+    def is_distilling(self) -> bool:
+        return self.teacher is not None or bool(self.teachers)
+
+    @property
+    def named_teachers(self) -> dict[str, Teacher]:
+        """All teachers by their key in the recipe: 'teacher', or 'teachers.SOURCE' each."""
+        if self.teacher is not None:
+            return {"teacher": self.teacher}
+        return {f"teachers.{source}": teacher for source, teacher in self.teachers.items()}
 
     @property
     def steps_per_round(self) -> int:

@@ -66,3 +66,57 @@ class Frozen(Model):
     microbatch_tokens: PositiveInt | None = Field(
         None, description="token budget of its micro-batches; default: train.microbatch_tokens"
     )
+
+
+class Service(Section):
+    """A teacher's scoring server: Megatron processes of its own, in a layout of their own."""
+
+    parallel: Layout = Layout()
+    processes: PositiveInt | None = Field(
+        None, description="world size; default: the fewest the layout fits on"
+    )
+    host: str = Field("127.0.0.1", description="address it listens on; 0.0.0.0: all")
+    port: int = Field(0, ge=0, le=65535, description="0: a free one")
+    microbatch_tokens: PositiveInt = Field(
+        20480, description="token budget of one packed micro-batch"
+    )
+    batch_ms: float = Field(
+        5.0, ge=0, description="how long a request waits for others to fill a micro-batch"
+    )
+    max_queue_tokens: PositiveInt = Field(
+        2**20, description="tokens of unanswered requests; further ones are told to come again"
+    )
+    deterministic: bool = Field(
+        False,
+        description="score each sequence alone: the same bits whatever else is asked, but slower",
+    )
+    start_timeout_s: float = Field(1800, gt=0, description="seconds until it must be ready")
+    max_restarts: int = Field(3, ge=0, description="times a run starts it again after it died")
+
+    @property
+    def world(self) -> int:
+        return self.processes or self.parallel.unit
+
+
+class Teacher(Frozen):
+    """The model that scores: embedded, or a server where there are `urls` or a `service`.
+
+    Of a server's model the trainer reads only tokenizer and configuration in `hf`.
+    """
+
+    urls: list[str] = Field(
+        [], description="scoring servers already running: SGLang's, or 'iwopd serve-teacher'"
+    )
+    service: Service | None = Field(
+        None,
+        description="what 'iwopd serve-teacher' runs; 'iwopd train' starts it here without urls",
+    )
+    timeout_s: float = Field(600, gt=0, description="seconds one scoring request may take")
+    patience_s: float = Field(
+        1800, gt=0, description="seconds a run waits for a server when none answers"
+    )
+    max_in_flight: PositiveInt = Field(64, description="scoring requests at a time, all servers")
+
+    @property
+    def is_remote(self) -> bool:
+        return bool(self.urls) or self.service is not None

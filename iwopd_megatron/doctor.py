@@ -35,14 +35,14 @@ AGGREGATIONS = {
 def objective_line(recipe: Recipe) -> str:
     """What a run minimises, in one line."""
     loss, weighting = recipe.loss, recipe.loss.weighting
-    if recipe.teacher is None:
+    if not recipe.is_distilling:
         what = "negative log-likelihood of given responses"
     elif loss.objective == "topk_kl":
         what = f"KL(student || teacher) on the teacher's top {loss.topk.k}, {loss.topk.support}"
     else:
         what = "OPD" if loss.extrapolation == 1 else f"ExOPD lambda {loss.extrapolation:g}"
     parts = [what]
-    if recipe.teacher is not None:
+    if recipe.is_distilling:
         read = {name: getattr(weighting, name) for name in READS[weighting.rule]}
         parts.append(
             " ".join(["weights", weighting.rule, *(f"{name}={v}" for name, v in read.items())])
@@ -58,7 +58,7 @@ def objective_line(recipe: Recipe) -> str:
 
 def findings(recipe: Recipe) -> list[str]:
     """One sentence for each setting that does nothing, or not what its name says."""
-    if recipe.teacher is None:
+    if not recipe.is_distilling:
         return []
     found = _weighting(recipe.loss.weighting) + _base(recipe)
     if recipe.loss.objective == "topk_kl":

@@ -17,3 +17,9 @@ class GateError(UserError):
     """The run would go on with something untrue; it stops instead."""
 
     exit_code = 3
+
+
+class ServiceError(UserError):
+    """A server that the run needs is gone, or does not answer as it must."""
+
+    exit_code = 4

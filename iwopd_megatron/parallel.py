@@ -55,6 +55,7 @@ class Parallel:
     dp_cp: Axis
     expert_model: Axis
     is_last_stage: bool
+    control: Group | None = None  # gloo, patient: rank 0 may wait an hour for other services
 
     @property
     def rank(self) -> int:
@@ -67,6 +68,22 @@ class Parallel:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def on_main(self, function: Callable[[], Any]) -> Any:
+        """Call `function` on rank 0; its value, or its exception, reaches every rank. Collective.
+
+        Values are pickled.
+        """
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = function()
+            except Exception as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, 0, group=self.control)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
 
 
 def initialise(layout: Layout, seed: int = 0, timeout_minutes: float = 30) -> Parallel:
@@ -96,6 +113,7 @@ def initialise(layout: Layout, seed: int = 0, timeout_minutes: float = 30) -> Pa
         dp_cp=_axis(mpu.get_data_parallel_group(with_context_parallel=True)),
         expert_model=_axis(mpu.get_expert_tensor_and_model_parallel_group()),
         is_last_stage=mpu.is_pipeline_last_stage(ignore_virtual=True),
+        control=dist.new_group(backend="gloo", timeout=timedelta(days=1)),
     )
 
 

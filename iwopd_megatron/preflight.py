@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,44 +97,21 @@ def eos_ids(folder: Path) -> set[int]:
 
 
 def check(recipe: Recipe) -> None:
-    """Refuse what cannot run: missing files, impossible layouts, a world of the wrong size."""
+    """Refuse what cannot run: missing files, impossible layouts, a world of the wrong size.
+
+    `preflight_scorers.check_scorers` does the same for teachers and base student.
+    """
     student, layout = recipe.student, recipe.student.parallel
     hf = read_hf_config(student.hf)
     check_layout(layout, hf, "student")
     check_model_files(student.hf, weights=student.random_init is None)
-    if recipe.world % layout.unit:
-        raise RecipeError(
-            f"processes={recipe.world} is not a multiple of {layout.unit}, what the layout "
-            f"{describe(layout)} needs; write processes={layout.unit} or leave it out."
-        )
-    if recipe.teacher is not None:
-        _check_scorer(recipe, recipe.teacher.hf, hf, "teacher")
-    if recipe.base_model is not None:
-        _check_scorer(recipe, recipe.base_model.hf, hf, "base")
+    check_world(layout, recipe.world, "processes")
     _check_loss(recipe, hf)
     for name in ("train", "eval"):
         file = getattr(recipe.data, name)
         if file is not None and not file.is_file():
             raise RecipeError(f"data.{name}: file {file} does not exist.")
     _check_sizes(recipe, hf)
-
-
-def _check_scorer(recipe: Recipe, folder: Path, student: dict[str, Any], role: str) -> None:
-    scorer = read_hf_config(folder)
-    check_layout(recipe.student.parallel, scorer, role)
-    check_model_files(folder, weights=True)
-    if scorer["vocab_size"] != student["vocab_size"]:
-        raise RecipeError(
-            f"{role} vocab_size={scorer['vocab_size']} differs from the student's "
-            f"{student['vocab_size']}; on-policy distillation needs one vocabulary: "
-            "choose models of one family."
-        )
-    ours, theirs = eos_ids(recipe.student.hf), eos_ids(folder)
-    if ours != theirs:
-        raise RecipeError(
-            f"eos_token_id is {sorted(ours)} for the student and {sorted(theirs)} for the {role}; "
-            "make both generation_config.json name the same ids."
-        )
 
 
 def _check_loss(recipe: Recipe, hf: dict[str, Any]) -> None:
@@ -151,17 +129,12 @@ def _check_loss(recipe: Recipe, hf: dict[str, Any]) -> None:
                 f"loss.extrapolation={loss.extrapolation:g} scales an advantage, which "
                 "loss.objective=topk_kl does not have; write extrapolation=1 or objective=policy."
             )
-        if recipe.teacher is not None and recipe.teacher.microbatch_tokens is not None:
-            raise RecipeError(
-                "teacher.microbatch_tokens must be left out with loss.objective=topk_kl: the "
-                "teacher's top K stays in the micro-batches that the student trains on."
-            )
         if loss.topk.k > hf["vocab_size"]:
             raise RecipeError(
                 f"loss.topk.k={loss.topk.k} exceeds the vocabulary of {hf['vocab_size']}; lower it."
             )
     if loss.extrapolation != 1.0:
-        if recipe.teacher is None:
+        if not recipe.is_distilling:
             raise RecipeError(f"loss.extrapolation={loss.extrapolation:g} needs a teacher; add it.")
         if recipe.base is None and recipe.student.random_init is not None:
             raise RecipeError(
@@ -173,7 +146,8 @@ def _check_loss(recipe: Recipe, hf: dict[str, Any]) -> None:
 # What a resumed run may change without becoming another run.
 MAY_CHANGE = (
     "out", "processes", "student.parallel", "student.recompute", "teacher.offload",
-    "teacher.microbatch_tokens", "base.offload", "base.microbatch_tokens",
+    "teacher.microbatch_tokens", "teacher.urls", "teacher.service", "teacher.timeout_s",
+    "teacher.patience_s", "teacher.max_in_flight", "base.offload", "base.microbatch_tokens",
     "rollout.batch_size", "train.rounds", "train.microbatch_tokens", "evaluate", "checkpoint",
     "gates",
 )  # fmt: skip
@@ -187,7 +161,8 @@ def check_resume(recipe: Recipe) -> None:
     before = _flat(yaml.safe_load(stored.read_text()))
     now = _flat(recipe.model_dump(mode="json"))
     for key in sorted(before):  # a setting this version added has its default
-        may_change = any(key == free or key.startswith(free + ".") for free in MAY_CHANGE)
+        plain = re.sub(r"^teachers\.[^.]*\.", "teacher.", key)
+        may_change = any(plain == free or plain.startswith(free + ".") for free in MAY_CHANGE)
         if before.get(key) != now.get(key) and not may_change:
             raise RecipeError(
                 f"{key} is {now.get(key)} but {recipe.out} was started with {before.get(key)}; "
@@ -220,8 +195,8 @@ def _check_sizes(recipe: Recipe, hf: dict[str, Any]) -> None:
     if train.min_lr > train.lr:
         raise RecipeError(f"train.min_lr={train.min_lr} must not exceed train.lr={train.lr}.")
     longest = rollout.max_prompt_tokens + rollout.max_response_tokens
-    for name in ("train", "teacher", "base"):
-        budget = getattr(getattr(recipe, name), "microbatch_tokens", None)
+    for name, section in _packing_sections(recipe).items():
+        budget = section.microbatch_tokens
         if budget is not None and longest > budget:
             raise RecipeError(
                 f"{name}.microbatch_tokens={budget} cannot hold the longest sample, "
@@ -231,6 +206,24 @@ def _check_sizes(recipe: Recipe, hf: dict[str, Any]) -> None:
         raise RecipeError(
             f"rollout.max_prompt_tokens + max_response_tokens = {longest} exceeds the student's "
             f"max_position_embeddings={hf['max_position_embeddings']}; lower one of the two."
+        )
+
+
+def _packing_sections(recipe: Recipe) -> dict[str, Any]:
+    """Sections with a `microbatch_tokens`, by name."""
+    sections: dict[str, Any] = {"train": recipe.train} | recipe.named_teachers
+    for role, teacher in recipe.named_teachers.items():
+        if teacher.service is not None:
+            sections[f"{role}.service"] = teacher.service
+    return sections | ({"base": recipe.base} if recipe.base is not None else {})
+
+
+def check_world(layout: Layout, world: int, key: str) -> None:
+    """Refuse a number of processes that the layout does not divide."""
+    if world % layout.unit:
+        raise RecipeError(
+            f"{key}={world} is not a multiple of {layout.unit}, what the layout "
+            f"{describe(layout)} needs; write {key}={layout.unit} or leave it out."
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.preflight import check
+from iwopd_megatron.preflight_scorers import check_scorers
 
 
 def load_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
@@ -39,6 +40,7 @@ def load_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
         _apply(tree, override)
     recipe = parse_recipe(tree, str(path))
     check(recipe)
+    check_scorers(recipe)
     return recipe
 
 
@@ -73,9 +75,13 @@ def _sentence(error: dict[str, Any]) -> str:
     path = [str(part) for part in error["loc"]]
     key = ".".join(path)
     if error["type"] == "extra_forbidden":
-        section: Any = Recipe
+        annotation: Any = Recipe
         for part in path[:-1]:
-            section = _section_class(section.model_fields[part].annotation)
+            if get_origin(annotation) is dict:  # `part` is one of its keys
+                annotation = get_args(annotation)[1]
+            else:
+                annotation = _section_class(annotation).model_fields[part].annotation
+        section = _section_class(annotation)
         close = difflib.get_close_matches(path[-1], section.model_fields, 1)
         hint = (
             f"did you mean '{close[0]}'?"

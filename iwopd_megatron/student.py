@@ -33,7 +33,7 @@ class Student:
         self.chunks = wrap_data_parallel(wrap_precision(chunks), recipe.train)
         self.optimizer = build_optimizer(self.chunks, recipe.train)
         self.scheduler = build_scheduler(self.optimizer, recipe.train)
-        temperature = recipe.rollout.temperature if recipe.teacher is not None else 1.0
+        temperature = recipe.rollout.temperature if recipe.is_distilling else 1.0
         self.schedule = Schedule(self.chunks, parallel, temperature)
 
     @staticmethod

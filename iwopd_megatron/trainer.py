@@ -24,13 +24,12 @@ from iwopd_megatron.flops import attention_cost
 from iwopd_megatron.hf_io import save_folder
 from iwopd_megatron.metrics import NLL_SUMS, SUMS, reduce_sums, response_means, token_means
 from iwopd_megatron.minibatch import Minibatch
-from iwopd_megatron.model import DTYPES
 from iwopd_megatron.packing import Packer
 from iwopd_megatron.parallel import Parallel, any_rank, gather
-from iwopd_megatron.preflight import eos_ids
+from iwopd_megatron.preflight_scorers import check_sources
 from iwopd_megatron.progress import Progress
 from iwopd_megatron.rollout import Prompt, Sampling
-from iwopd_megatron.rollout.hf import HfEngine
+from iwopd_megatron.rollout.make import make_engine
 from iwopd_megatron.runlog import MetricsLog
 from iwopd_megatron.samples import keep_samples
 from iwopd_megatron.stop import stop_requested
@@ -49,16 +48,11 @@ class Trainer:
         self.tokenizer = AutoTokenizer.from_pretrained(recipe.student.hf)
         self._load_data()
         self.student = Student(recipe, parallel)
-        self.engine = HfEngine(
-            recipe.student.hf,
-            DTYPES[recipe.student.dtype],
-            eos_ids(recipe.student.hf),
-            recipe.rollout.batch_size,
-        )
+        self.engine = make_engine(recipe, parallel, progress.say)
         cost = attention_cost(self.student.hf)
         self.packer = Packer(parallel, recipe.train.microbatch_tokens, cost)
         self.supervision = Supervision(recipe, self.student, self.packer, self.tokenizer)
-        self.is_distilling = recipe.teacher is not None
+        self.is_distilling = recipe.is_distilling
         for role, model in self.supervision.models.items():
             progress.loaded(role, gather(model.loaded))
         self.round, self.seconds = 0, {}
@@ -75,7 +69,8 @@ class Trainer:
     def _load_data(self) -> None:
         recipe = self.recipe
         limit = recipe.rollout.max_prompt_tokens
-        problems = read_problems(recipe.data.train, need_response=recipe.teacher is None)
+        problems = read_problems(recipe.data.train, need_response=not recipe.is_distilling)
+        check_sources(recipe, (problem.source for problem in problems))
         self.problems = encode_problems(self.tokenizer, problems, limit)
         if not self.problems:
             raise RecipeError(

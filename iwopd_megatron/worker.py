@@ -17,13 +17,13 @@ from iwopd_megatron import doctor, parity
 from iwopd_megatron.compare import Arm, is_finished
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_models import Layout
-from iwopd_megatron.errors import GateError, RecipeError
+from iwopd_megatron.errors import GateError, RecipeError, ServiceError
 from iwopd_megatron.parallel import initialise, shutdown, start_local
 from iwopd_megatron.progress import Progress
 from iwopd_megatron.stop import EXIT_STOPPED, die_with_parent, watch_signals
 from iwopd_megatron.trainer import Trainer
 
-EXIT_CODES = {error.__name__: error.exit_code for error in (RecipeError, GateError)}
+EXIT_CODES = {error.__name__: error.exit_code for error in (RecipeError, GateError, ServiceError)}
 
 
 def train(recipe: Recipe, resume: bool) -> None:

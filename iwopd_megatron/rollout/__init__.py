@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from hashlib import blake2b
 from typing import Protocol
 
 import torch
@@ -28,15 +29,28 @@ class Sampling:
     top_p: float = 1.0  # draw from the likeliest tokens of this joint probability
     seed: int = 0
     stream: int = 0  # e.g. the round
+    request_seed: int | None = None  # of one prompt's continuation, for engines that can use it
+
+    def rest(self, prompt: Prompt, written: int) -> Sampling:
+        """How to go on with one prompt's answer of which `written` tokens are there."""
+        key = self.seed, self.stream, prompt.index, written
+        seed = int.from_bytes(blake2b(repr(key).encode(), digest_size=7).digest())
+        return replace(self, max_tokens=self.max_tokens - written, request_seed=seed)
+
+
+OnSample = Callable[[Trajectory], None]
 
 
 class RolloutEngine(Protocol):
     """Collective: every rank of the trainer's world calls both methods with the same arguments."""
 
-    def generate(self, prompts: list[Prompt], sampling: Sampling) -> list[Trajectory]:
+    def generate(
+        self, prompts: list[Prompt], sampling: Sampling, on_sample: OnSample | None = None
+    ) -> list[Trajectory]:
         """One answer a prompt, in order, with the engine's log-probs of its tokens (nats).
 
         Log-probs are those of the whole distribution at the temperature, also with top_p < 1.
+        `on_sample` is called on rank 0, possibly in another thread, as each answer ends.
         """
         ...
 

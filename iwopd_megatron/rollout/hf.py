@@ -18,7 +18,7 @@ import torch.distributed as dist
 from iwopd_megatron import device
 from iwopd_megatron.parallel import gather
 from iwopd_megatron.preflight import read_hf_config
-from iwopd_megatron.rollout import Prompt, Sampling
+from iwopd_megatron.rollout import OnSample, Prompt, Sampling
 from iwopd_megatron.rollout.decoder import Decoder
 from iwopd_megatron.trajectory import Trajectory
 
@@ -45,13 +45,18 @@ class HfEngine:
             )
         self.version = version
 
-    def generate(self, prompts: list[Prompt], sampling: Sampling) -> list[Trajectory]:
+    def generate(
+        self, prompts: list[Prompt], sampling: Sampling, on_sample: OnSample | None = None
+    ) -> list[Trajectory]:
         mine = prompts[dist.get_rank() :: dist.get_world_size()]
         own: list[Trajectory] = []
         with device.plain_torch():
             for start in range(0, len(mine), self.batch_size):
                 own += self._generate_batch(mine[start : start + self.batch_size], sampling)
         by_index = {sample.index: sample for part in gather(own) for sample in part}
+        if on_sample is not None and dist.get_rank() == 0:
+            for sample in by_index.values():
+                on_sample(sample)
         return [by_index[prompt.index] for prompt in prompts]
 
     @torch.inference_mode()

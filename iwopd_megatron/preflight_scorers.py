@@ -1,0 +1,98 @@
+"""What can be refused of teachers and base student before any process starts. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.preflight import (
+    check_layout,
+    check_model_files,
+    check_world,
+    eos_ids,
+    read_hf_config,
+)
+
+if TYPE_CHECKING:
+    from iwopd_megatron.config import Recipe
+    from iwopd_megatron.config_models import Frozen, Teacher
+
+
+def check_scorers(recipe: Recipe) -> None:
+    """Refuse models that cannot score the student's tokens, and settings they cannot have."""
+    if recipe.teacher is not None and recipe.teachers:
+        raise RecipeError(
+            "the recipe has teacher and teachers; keep teacher for one that scores every problem, "
+            "or teachers for one a source."
+        )
+    for role, teacher in recipe.named_teachers.items():
+        _check_teacher(recipe, teacher, role)
+    if recipe.base_model is not None:
+        _check_model(recipe, recipe.base_model, "base")
+        check_layout(recipe.student.parallel, read_hf_config(recipe.base_model.hf), "base")
+    if recipe.loss.objective == "topk_kl":
+        _check_topk(recipe)
+
+
+def _check_model(recipe: Recipe, model: Frozen, role: str, weights: bool = True) -> dict[str, Any]:
+    """Its config.json; it must be of the student's vocabulary."""
+    ours, theirs = read_hf_config(recipe.student.hf), read_hf_config(model.hf)
+    check_model_files(model.hf, weights)
+    if theirs["vocab_size"] != ours["vocab_size"]:
+        raise RecipeError(
+            f"{role} vocab_size={theirs['vocab_size']} differs from the student's "
+            f"{ours['vocab_size']}; on-policy distillation needs one vocabulary: "
+            "choose models of one family."
+        )
+    student, scorer = eos_ids(recipe.student.hf), eos_ids(model.hf)
+    if student != scorer:
+        raise RecipeError(
+            f"eos_token_id is {sorted(student)} for the student and {sorted(scorer)} for the "
+            f"{role}; make both generation_config.json name the same ids."
+        )
+    return theirs
+
+
+def _check_teacher(recipe: Recipe, teacher: Teacher, role: str) -> None:
+    hf = _check_model(recipe, teacher, role, weights=not teacher.urls)
+    if not teacher.is_remote:
+        check_layout(recipe.student.parallel, hf, "teacher")
+        return
+    unread = [name for name in ("offload", "microbatch_tokens") if getattr(teacher, name)]
+    if unread:
+        raise RecipeError(
+            f"{role}.{unread[0]} is of an embedded teacher, but {role} is a server; "
+            f"leave it out, or remove {role}.urls and {role}.service."
+        )
+    for url in teacher.urls:
+        if not url.startswith(("http://", "https://")):
+            raise RecipeError(f"{role}.urls: '{url}' is not a URL; write http://HOST:PORT.")
+    if teacher.service is not None:
+        check_layout(teacher.service.parallel, hf, f"{role}.service")
+        check_world(teacher.service.parallel, teacher.service.world, f"{role}.service.processes")
+
+
+def _check_topk(recipe: Recipe) -> None:
+    """The top K of an embedded teacher lies in the micro-batches of the samples it scored."""
+    for role, teacher in recipe.named_teachers.items():
+        if teacher.microbatch_tokens is not None:
+            raise RecipeError(
+                f"{role}.microbatch_tokens must be left out with loss.objective=topk_kl: the "
+                "teacher's top K stays in the micro-batches that the student trains on."
+            )
+        if len(recipe.teachers) > 1 and not teacher.is_remote:
+            raise RecipeError(
+                f"loss.objective=topk_kl needs several teachers to be servers, and {role} is "
+                f"embedded; give it urls or a service."
+            )
+
+
+def check_sources(recipe: Recipe, sources: Iterable[str]) -> None:
+    """Refuse problems that no teacher scores."""
+    missing = sorted(set(sources) - recipe.teachers.keys()) if recipe.teachers else []
+    if missing:
+        raise RecipeError(
+            f"{recipe.data.train} has problems of source '{missing[0]}', but there are teachers "
+            f"only for {', '.join(sorted(recipe.teachers))}; add teachers.{missing[0]}."
+        )

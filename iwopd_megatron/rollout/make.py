@@ -1,0 +1,103 @@
+"""The rollout engine a recipe asks for, and the servers it starts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from iwopd_megatron.background import Background
+from iwopd_megatron.config import Recipe
+from iwopd_megatron.model import DTYPES
+from iwopd_megatron.parallel import Parallel, free_port
+from iwopd_megatron.preflight import eos_ids, read_hf_config
+from iwopd_megatron.rollout import RolloutEngine
+from iwopd_megatron.rollout.hf import HfEngine
+from iwopd_megatron.rollout.pool import Place, Pool
+from iwopd_megatron.rollout.push import BroadcastPush, FolderPush, Push, RequestPush, Targets
+from iwopd_megatron.rollout.servers import ServerEngine
+from iwopd_megatron.rollout.sglang import SglangServer
+from iwopd_megatron.services import Keeper, Server, outer_environment
+
+KINDS = {"sglang": SglangServer}
+
+
+def make_engine(recipe: Recipe, parallel: Parallel, say: Callable[[str], None]) -> RolloutEngine:
+    """Collective; servers are ready when it returns."""
+    student, rollout = recipe.student, recipe.rollout
+    eos = eos_ids(student.hf)
+    if rollout.engine == "hf":
+        return HfEngine(student.hf, DTYPES[student.dtype], eos, rollout.batch_size)
+    if not parallel.is_main:
+        engine = ServerEngine(parallel, None, None, None, rollout.verify_every)
+    else:
+        engine = _main_engine(recipe, parallel, eos, say)
+    parallel.on_main(lambda: engine.wait_ready())
+    return engine
+
+
+def _main_engine(
+    recipe: Recipe, parallel: Parallel, eos: set[int], say: Callable[[str], None]
+) -> ServerEngine:
+    rollout, servers = recipe.rollout, recipe.rollout.servers
+    started = [] if servers.urls else [_server(recipe, i) for i in range(servers.start)]
+    keeper = Keeper(
+        started, servers.ready_timeout_s, servers.max_restarts, servers.hang_timeout_s, say
+    )
+    loop = Background("rollout")
+    http = httpx.AsyncClient(limits=httpx.Limits(max_connections=None), trust_env=False)
+    hf, kind = read_hf_config(recipe.student.hf), KINDS[rollout.engine]
+    places = []
+    for url in servers.urls or [server.url for server in started]:
+        server = kind(
+            url, http, hf, eos, servers.request_timeout_s, servers.ready_timeout_s,
+            rollout.pause, rollout.routing_replay,
+        )  # fmt: skip
+        places.append(Place(server))
+    for place, server in zip(places, started, strict=False):
+        place.kill = server.kill
+    pool = Pool(places, servers.max_running, eos, say)
+    pool.max_staleness = rollout.max_staleness
+    push = _push(recipe, Targets(loop, pool.lose))
+    pool.catch_up = push.catch_up
+    return ServerEngine(parallel, pool, push, loop, rollout.verify_every, keeper)
+
+
+def _push(recipe: Recipe, targets: Targets) -> Push:
+    rollout = recipe.rollout
+    if rollout.sync == "disk":
+        return FolderPush(targets, rollout.sync_folder or recipe.out / "weights", recipe.student.hf)
+    if rollout.sync == "tensor":
+        return RequestPush(targets)
+    return BroadcastPush(targets, rollout.sync_address)
+
+
+def _server(recipe: Recipe, number: int) -> Server:
+    """The process of one started server; its log is RUN/logs/rollout-N.log."""
+    servers, kind = recipe.rollout.servers, KINDS[recipe.rollout.engine]
+    port = free_port()
+    command = [str(servers.python or sys.executable), *server_command(recipe, port)]
+    env = outer_environment() | kind.environment() | servers.env
+    log = recipe.out / "logs" / f"rollout-{number}.log"
+    return Server(f"rollout server {number}", command, env, log, f"http://127.0.0.1:{port}")
+
+
+def server_command(recipe: Recipe, port: int, host: str = "127.0.0.1") -> list[str]:
+    """What follows the Python's name to start one of the recipe's rollout servers."""
+    options = KINDS[recipe.rollout.engine].options(recipe, port, host)
+    options |= recipe.rollout.servers.args
+    return [*KINDS[recipe.rollout.engine].module, *flags(options)]
+
+
+def flags(options: dict[str, Any]) -> list[str]:
+    """{"a": 1, "b": True, "c": None} -> --a 1 --b"""
+    words: list[str] = []
+    for name, value in options.items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value is not None and value is not False:
+            words += [f"--{name}", str(Path(value) if isinstance(value, Path) else value)]
+    return words

@@ -1,0 +1,133 @@
+"""One rollout server over HTTP: what an engine must offer, and what travels.
+
+`sglang.py` and `vllm.py` speak each engine's API; `pool.py` spreads prompts over several servers;
+`push.py` sends them new weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import httpx
+import numpy
+import torch
+
+from iwopd_megatron.rollout import Sampling
+from iwopd_megatron.rollout.proof import Fingerprints
+
+NamedTensors = Sequence[tuple[str, torch.Tensor]]
+
+
+class ServerLost(Exception):
+    """No usable answer: dead, hung, cut off or broken. Another server may do it."""
+
+
+class ServerRefused(Exception):
+    """The server understood and said no (4xx): asking again is no use."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one request brought: token ids, their log-probs (nats, at the temperature), and why it
+    ended: "stop", "length", or "abort" when the server was told to let go of it.
+    """
+
+    ids: list[int]
+    logp: list[float]
+    finish: str
+    versions: list[str] = field(default_factory=list)  # weight version of every token
+    experts: numpy.ndarray | None = None  # int32 [prompt + answer - 1, layers, top k]
+
+
+class RolloutServer(Protocol):
+    """One server. Methods raise ServerLost or ServerRefused; tensors have Hugging Face names."""
+
+    url: str
+    tp: int  # ranks the server runs on; known once it is ready
+
+    async def is_alive(self) -> bool:
+        """Whether it answers at all within a short time."""
+        ...
+
+    async def wait_ready(self) -> None:
+        """Return when it can generate; ServerLost if it cannot in time."""
+        ...
+
+    async def generate(self, ids: list[int], sampling: Sampling) -> Answer: ...
+
+    async def score(self, ids: list[int]) -> list[float]:
+        """Log-probs (nats, temperature 1) of ids[1:]."""
+        ...
+
+    async def pause(self) -> None:
+        """Stop generating; requests in flight wait, and go on under the next weights."""
+        ...
+
+    async def resume(self) -> None: ...
+
+    async def load_folder(self, folder: str, version: int) -> None:
+        """Replace all weights by a Hugging Face folder's that the server can read."""
+        ...
+
+    async def begin_update(self) -> None: ...
+
+    async def send(self, tensors: NamedTensors) -> None:
+        """Some of the new weights, through the connection itself."""
+        ...
+
+    async def join_group(
+        self, address: str, port: int, first: int, world: int, group: str, backend: str
+    ) -> None:
+        """Join a process group whose rank 0 sends weights; the server's ranks start at `first`."""
+        ...
+
+    async def receive(self, tensors: NamedTensors, group: str) -> None:
+        """Take these tensors (only names, types and shapes are sent) as rank 0's next broadcast."""
+        ...
+
+    async def leave_group(self, group: str) -> None: ...
+
+    async def end_update(self, version: int) -> None:
+        """All weights are there: forget cached prefixes, and label answers with `version`."""
+        ...
+
+    def fingerprints(self) -> Fingerprints:
+        """What `checksums` is to be compared with, once all weights were added."""
+        ...
+
+    async def checksums(self) -> list[dict[str, str]]:
+        """Per rank: a hash of each tensor it holds, see `proof.py`."""
+        ...
+
+
+async def ask(
+    http: httpx.AsyncClient, method: str, url: str, timeout: float, body: Any = None
+) -> Any:
+    """The JSON answer of one request, None if it has no JSON body."""
+    try:
+        reply = await http.request(method, url, json=body, timeout=timeout)
+    except (httpx.TransportError, httpx.DecodingError) as error:
+        raise ServerLost(f"{url}: {type(error).__name__} {error}".rstrip()) from None
+    if reply.status_code >= 500:
+        raise ServerLost(f"{url} answered {reply.status_code}: {_message(reply)}")
+    if reply.status_code >= 400:
+        raise ServerRefused(f"{url} answered {reply.status_code}: {_message(reply)}")
+    if not reply.headers.get("content-type", "").startswith("application/json"):
+        return None
+    try:
+        return reply.json()
+    except ValueError:
+        raise ServerLost(f"{url} sent something that is no JSON: {reply.text[:80]!r}") from None
+
+
+def _message(reply: httpx.Response) -> str:
+    """The error's text; engines wrap it in several shapes."""
+    try:
+        body = reply.json()
+    except ValueError:
+        return reply.text[:300]
+    while isinstance(body, dict):
+        body = next((body[k] for k in ("error", "message", "detail") if k in body), str(body))
+    return str(body)[:300]

@@ -1,0 +1,189 @@
+"""The engine of rollout servers: generate through the pool, update through a push, prove it landed.
+
+Every rank calls it; HTTP happens on rank 0, in an event loop beside Megatron's thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import torch
+
+from iwopd_megatron.background import Background
+from iwopd_megatron.errors import GateError, ServiceError
+from iwopd_megatron.parallel import Parallel
+from iwopd_megatron.rollout import OnSample, Prompt, Sampling
+from iwopd_megatron.rollout.pool import NoServer, Pool
+from iwopd_megatron.rollout.proof import Fingerprints, check_landed
+from iwopd_megatron.rollout.push import Push, buckets
+from iwopd_megatron.services import Keeper
+from iwopd_megatron.trajectory import Trajectory
+
+ATTEMPTS = 3  # at one weight version, with the servers that are left or came back
+
+Weights = Iterable[tuple[str, torch.Tensor]]
+
+
+@dataclass
+class Job:
+    """One round's prompts on their way, on rank 0."""
+
+    prompts: list[Prompt]
+    sampling: Sampling
+    on_sample: OnSample | None
+    samples: dict[int, Trajectory] = field(default_factory=dict)
+    future: Future | None = None
+
+    def keep(self, sample: Trajectory) -> None:
+        self.samples[sample.index] = sample
+        if self.on_sample is not None:
+            self.on_sample(sample)
+
+    @property
+    def missing(self) -> list[Prompt]:
+        return [prompt for prompt in self.prompts if prompt.index not in self.samples]
+
+
+class ServerEngine:
+    """`RolloutEngine` on servers. `pool`, `push` and `loop` are None except on rank 0."""
+
+    def __init__(
+        self,
+        parallel: Parallel,
+        pool: Pool | None,
+        push: Push | None,
+        loop: Background | None,
+        verify_every: int = 1,
+        keeper: Keeper | None = None,
+    ):
+        self.parallel, self.pool, self.push, self.loop = parallel, pool, push, loop
+        self.verify_every, self.keeper = verify_every, keeper
+        self.weights: Weights = []
+        self.version = -1
+        self.updates = 0
+        self.job: Job | None = None
+
+    def wait_ready(self) -> None:
+        """Start the servers that are ours, and return when all servers can generate."""
+        self.keeper.start()
+        while not self.keeper.is_ready():
+            time.sleep(0.2)
+        for place in self.pool.places:
+            self.loop.submit(place.server.wait_ready()).result()
+
+    def close(self) -> None:
+        """Stop the servers that are ours."""
+        if self.parallel.is_main:
+            self.loop.close()
+            self.keeper.stop()
+
+    def prefetch(
+        self, prompts: list[Prompt], sampling: Sampling, on_sample: OnSample | None = None
+    ) -> None:
+        """Start what the next `generate` asks for; it goes on under weights pushed meanwhile."""
+        if self.parallel.is_main:
+            self.job = self._start(Job(prompts, sampling, on_sample))
+
+    def generate(
+        self, prompts: list[Prompt], sampling: Sampling, on_sample: OnSample | None = None
+    ) -> list[Trajectory]:
+        job, self.job = self.job, None
+        if self.parallel.is_main and (job is None or job.sampling != sampling):
+            self.job = job  # an evaluation's prompts may come between
+            job = self._start(Job(prompts, sampling, on_sample))
+        while not self.parallel.on_main(lambda: self._is_complete(job)):
+            self.update(self.weights, self.version)
+            if self.parallel.is_main:
+                self._start(job)
+        return self.parallel.on_main(lambda: [job.samples[prompt.index] for prompt in prompts])
+
+    def _start(self, job: Job) -> Job:
+        job.future = self.loop.submit(self.pool.collect(job.missing, job.sampling, job.keep))
+        return job
+
+    def _is_complete(self, job: Job) -> bool:
+        """Wait for it. False: no server holds the weights any more; push them and ask again."""
+        try:
+            job.future.result()
+            return True
+        except NoServer:
+            self.loop.submit(self.pool.settle()).result()
+            if not self.pool.live:
+                raise ServiceError(
+                    "no rollout server is left; the log names why each was lost. "
+                    "Start them again and go on with --resume."
+                ) from None
+            return False
+
+    def update(self, weights: Weights, version: int) -> None:
+        """Send the weights to every server that lacks them, and prove that they landed."""
+        self.weights, self.version = weights, version
+        for attempt in range(ATTEMPTS):
+            if not self.parallel.on_main(lambda: self._begin(version)):
+                break
+            failure = self._send(weights)
+            is_last = attempt == ATTEMPTS - 1
+            self.parallel.on_main(lambda f=failure, last=is_last: self._end(f, last))
+        self.updates += 1
+        self.parallel.on_main(self._after_update)
+
+    def _begin(self, version: int) -> int:
+        """How many servers there are to update; they are paused."""
+        places = self.loop.submit(self.pool.begin_update(version)).result()
+        self.fingerprints: dict[int, Fingerprints] = {}  # by the servers' tensor-parallel size
+        if places:
+            if self.updates % self.verify_every == 0:
+                self.fingerprints = {p.server.tp: p.server.fingerprints() for p in places}
+            self.push.begin(places, version)
+        return len(places)
+
+    def _send(self, weights: Weights) -> Exception | None:
+        """Every rank takes part in gathering; rank 0's trouble must not keep it from doing so."""
+        failure = None
+        for bucket in buckets(weights):
+            if self.parallel.is_main and failure is None:
+                try:
+                    for prints in self.fingerprints.values():
+                        for name, tensor in bucket:
+                            prints.add(name, tensor)
+                    self.push.send(bucket)
+                except Exception as error:
+                    failure = error
+        return failure
+
+    def _end(self, failure: Exception | None, is_last: bool) -> None:
+        if failure is not None:
+            raise failure
+        for place in self.push.end():
+            try:
+                if self.fingerprints:
+                    found = self.loop.submit(place.server.checksums()).result()
+                    check_landed(place.server.url, self.fingerprints[place.server.tp].ranks, found)
+                place.version = self.version
+            except GateError as error:
+                if is_last:
+                    raise
+                self.loop.submit(self.pool.lose(place, str(error))).result()
+
+    def _after_update(self) -> None:
+        self.loop.submit(self.pool.end_update()).result()
+        if not any(place.version == self.version for place in self.pool.live):
+            raise ServiceError(
+                f"no rollout server took weight version {self.version} in {ATTEMPTS} attempts; "
+                "the log names why each was lost."
+            )
+
+    def score(self, ids: list[int]) -> dict[str, list[float]]:
+        """Log-probs (nats, temperature 1) of ids[1:] by every server that holds the weights."""
+
+        def ask() -> dict[str, list[float]]:
+            current = [place for place in self.pool.live if place.version == self.version]
+            return {
+                place.server.url: self.loop.submit(place.server.score(ids)).result()
+                for place in current
+            }
+
+        return self.parallel.on_main(ask)

@@ -1,0 +1,277 @@
+"""SGLang's HTTP API (0.5.23), as far as rollouts need it.
+
+Traps it keeps callers from: an id outside the vocabulary kills the server, so does a weight of
+a wrong shape; an unknown weight is dropped silently; a request that names no weight version
+leaves the old label. Output log-probs are at the sampling temperature, over the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import pickle
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy
+
+from iwopd_megatron.config import Recipe
+from iwopd_megatron.device import has_gpu
+from iwopd_megatron.errors import UserError
+from iwopd_megatron.rollout import Sampling
+from iwopd_megatron.rollout.proof import SglangFingerprints
+from iwopd_megatron.rollout.server import Answer, NamedTensors, ServerLost, ServerRefused, ask
+
+ALIVE_SECONDS = 20.0  # the HTTP front answers at once unless the process hangs
+CONTROL_SECONDS = 600.0
+
+
+class SglangServer:
+    """`RolloutServer` of one SGLang server."""
+
+    module = ("-m", "sglang.launch_server")
+
+    @staticmethod
+    def environment() -> dict[str, str]:
+        """What a server that iwopd starts needs beside the caller's environment."""
+        return {"HF_HUB_OFFLINE": "1"} | ({} if has_gpu() else {"SGLANG_USE_CPU_ENGINE": "1"})
+
+    @staticmethod
+    def options(recipe: Recipe, port: int, host: str) -> dict[str, Any]:
+        """Command-line options of a server for this recipe; no prefix is shared by two prompts."""
+        rollout, student = recipe.rollout, recipe.student
+        options = {
+            "model-path": student.hf,
+            "load-format": "auto" if student.random_init is None else "dummy",
+            "dtype": {"fp32": "float32", "bf16": "bfloat16"}[student.dtype],
+            "tp-size": rollout.servers.tp,
+            "context-length": rollout.max_prompt_tokens + rollout.max_response_tokens,
+            "host": host,
+            "port": port,
+            "disable-radix-cache": True,
+            "enable-return-routed-experts": rollout.routing_replay,
+        }
+        if has_gpu():
+            return options | {"mem-fraction-static": rollout.servers.gpu_memory_fraction}
+        tokens = rollout.servers.max_running * options["context-length"]
+        return options | {
+            "device": "cpu",
+            "attention-backend": "torch_native",
+            "max-total-tokens": min(tokens, 65536),
+            "sleep-on-idle": True,
+        }
+
+    def __init__(
+        self,
+        url: str,
+        http: httpx.AsyncClient,
+        hf: dict[str, Any],
+        eos_ids: set[int],
+        timeout: float = 3600.0,
+        ready_timeout: float = 1800.0,
+        pause_mode: str = "retract",
+        routed_experts: bool = False,
+    ):
+        """hf: config.json of the model; timeout: of one answer, seconds."""
+        self.url, self.http, self.hf = url.rstrip("/"), http, hf
+        self.eos_ids = sorted(eos_ids)
+        self.timeout, self.ready_timeout = timeout, ready_timeout
+        self.pause_mode, self.routed_experts = pause_mode, routed_experts
+        self.tp = 1
+
+    async def _post(self, path: str, timeout: float = CONTROL_SECONDS, **body: Any) -> Any:
+        return await ask(self.http, "POST", self.url + path, timeout, body)
+
+    async def is_alive(self) -> bool:
+        try:
+            await ask(self.http, "GET", self.url + "/model_info", ALIVE_SECONDS)
+        except (ServerLost, ServerRefused):
+            return False
+        return True
+
+    async def wait_ready(self) -> None:
+        end = time.monotonic() + self.ready_timeout
+        while True:
+            try:
+                await ask(self.http, "GET", self.url + "/health", ALIVE_SECONDS)
+                info = await ask(self.http, "GET", self.url + "/server_info", ALIVE_SECONDS)
+                self.tp = int(info.get("tp_size", 1))
+                self._check(info)
+                return
+            except (ServerLost, ServerRefused) as error:
+                if time.monotonic() > end:
+                    raise ServerLost(f"not ready in {self.ready_timeout:.0f} s: {error}") from None
+            await asyncio.sleep(0.5)
+
+    def _check(self, info: dict[str, Any]) -> None:
+        if self.pause_mode == "in_place" and not info.get("disable_radix_cache"):
+            raise UserError(
+                f"{self.url} keeps prefixes of old weights when rollout.pause=in_place; "
+                "start it with --disable-radix-cache, or set rollout.pause=retract."
+            )
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        vocab = self.hf["vocab_size"]
+        if not ids or not 0 <= min(ids) <= max(ids) < vocab:
+            raise UserError(
+                f"a prompt is empty or holds ids outside the vocabulary of {vocab}; "
+                "its tokenizer is not the model's."
+            )
+        return ids
+
+    async def generate(self, ids: list[int], sampling: Sampling) -> Answer:
+        request = uuid.uuid4().hex
+        try:
+            reply = await self._post(
+                "/generate",
+                self.timeout,
+                rid=request,
+                input_ids=self._checked(ids),
+                sampling_params={
+                    "max_new_tokens": sampling.max_tokens,
+                    "temperature": sampling.temperature,
+                    "top_p": sampling.top_p,
+                    "stop_token_ids": self.eos_ids,
+                },
+                return_logprob=True,
+                return_routed_experts=self.routed_experts,
+            )
+        except (ServerLost, asyncio.CancelledError):
+            await self._abort(request)
+            raise
+        return self._answer(reply, len(ids))
+
+    async def _abort(self, request: str) -> None:
+        """Tell the server to stop working on what nobody waits for."""
+        try:
+            await asyncio.wait_for(self._post("/abort_request", 2.0, rid=request), 2.0)
+        except (ServerLost, ServerRefused, TimeoutError):
+            pass
+
+    def _answer(self, reply: dict[str, Any], prompt: int) -> Answer:
+        try:
+            ids, meta = list(reply["output_ids"]), reply["meta_info"]
+            entries = meta["output_token_logprobs"]
+            finish = meta["finish_reason"]["type"]
+            spans = meta.get("weight_versions")
+            whole = [{"version": meta["weight_version"], "start": 0, "end": len(ids)}]
+            versions = [
+                str(s["version"]) for s in spans or whole for _ in range(s["start"], s["end"])
+            ]
+        except (KeyError, TypeError) as error:
+            raise ServerLost(f"{self.url}: an answer lacks {error}") from None
+        if [entry[1] for entry in entries] != ids or len(versions) != len(ids):
+            raise ServerLost(f"{self.url}: an answer's log-probs are not those of its tokens")
+        experts = None
+        if self.routed_experts:
+            experts = self._experts(meta.get("routed_experts"), prompt + len(ids) - 1)
+        return Answer(ids, [entry[0] for entry in entries], finish, versions, experts)
+
+    def _experts(self, encoded: str | None, tokens: int) -> numpy.ndarray:
+        if encoded is None:
+            raise UserError(
+                f"{self.url} returns no routed experts; "
+                "start it with --enable-return-routed-experts, or set rollout.routing_replay=false."
+            )
+        flat = numpy.frombuffer(base64.b64decode(encoded), dtype=numpy.int32)
+        layers, top = self.hf["num_hidden_layers"], self.hf["num_experts_per_tok"]
+        if flat.size != tokens * layers * top:
+            raise ServerLost(f"{self.url}: {flat.size} routed experts for {tokens} tokens")
+        return flat.reshape(tokens, layers, top)
+
+    async def score(self, ids: list[int]) -> list[float]:
+        reply = await self._post(
+            "/generate",
+            input_ids=self._checked(ids),
+            sampling_params={"max_new_tokens": 0, "temperature": 1.0},
+            return_logprob=True,
+            logprob_start_len=0,
+        )
+        entries = reply["meta_info"]["input_token_logprobs"]
+        if [entry[1] for entry in entries] != ids:
+            raise ServerLost(f"{self.url}: scored other tokens than it was given")
+        return [entry[0] for entry in entries[1:]]
+
+    async def pause(self) -> None:
+        await self._post("/pause_generation", mode=self.pause_mode)
+
+    async def resume(self) -> None:
+        await self._post("/continue_generation")
+
+    async def load_folder(self, folder: str, version: int) -> None:
+        await self._post(
+            "/update_weights_from_disk",
+            model_path=str(Path(folder).absolute()),
+            weight_version=str(version),
+            flush_cache=self.pause_mode != "in_place",
+        )
+
+    async def begin_update(self) -> None:
+        try:
+            await self._post("/begin_weight_update")
+        except ServerRefused as error:
+            if " 404: " not in str(error):  # versions before 0.5.23 have no such call
+                raise
+
+    async def send(self, tensors: NamedTensors) -> None:
+        parts = [(name, tensor.cpu()) for name, tensor in tensors]
+        encoded = base64.b64encode(pickle.dumps(parts)).decode()
+        await self._post(
+            "/update_weights_from_tensor",
+            serialized_named_tensors=[encoded] * self.tp,
+            flush_cache=False,
+        )
+
+    async def join_group(
+        self, address: str, port: int, first: int, world: int, group: str, backend: str
+    ) -> None:
+        await self._post(
+            "/init_weights_update_group",
+            master_address=address,
+            master_port=port,
+            rank_offset=first,
+            world_size=world,
+            group_name=group,
+            backend=backend,
+        )
+
+    async def receive(self, tensors: NamedTensors, group: str) -> None:
+        await self._post(
+            "/update_weights_from_distributed",
+            names=[name for name, _ in tensors],
+            dtypes=[str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors],
+            shapes=[list(tensor.shape) for _, tensor in tensors],
+            group_name=group,
+            load_format="flattened_bucket",
+            flush_cache=False,
+        )
+
+    async def leave_group(self, group: str) -> None:
+        await self._post("/destroy_weights_update_group", group_name=group)
+
+    async def end_update(self, version: int) -> None:
+        try:
+            await self._post("/end_weight_update")
+        except ServerRefused as error:
+            if " 404: " not in str(error):
+                raise
+        await self._post(
+            "/update_weight_version", new_version=str(version), abort_all_requests=False
+        )
+        if self.pause_mode != "in_place":  # refused while requests keep their cache
+            await self._post("/flush_cache")
+
+    def fingerprints(self) -> SglangFingerprints:
+        return SglangFingerprints(self.hf, self.tp)
+
+    async def checksums(self) -> list[dict[str, str]]:
+        reply = await self._post("/weights_checker", action="checksum")
+        ranks = sorted(reply["ranks"], key=lambda rank: _tp_rank(rank["parallelism_info"]))
+        return [rank["checksums"] for rank in ranks]
+
+
+def _tp_rank(info: Any) -> int:
+    return (info[0] if isinstance(info, list) else info)["tp_rank"]

@@ -1,0 +1,223 @@
+"""Servers that a run starts beside itself: teacher services, rollout servers.
+
+Each is a process group of its own with its output in a log file. It is killed with the thread that
+started it (Linux), so that no server outlives a killed run and holds its port and memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import httpx
+
+from iwopd_megatron.errors import ServiceError
+
+# Becomes `argv[2:]`, to be killed by the kernel when the process argv[1] that started it is gone.
+_LAUNCHER = """
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != int(sys.argv[1]):
+        sys.exit(1)
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+PROBE_SECONDS = 5.0  # for an answer of /health
+
+
+def outer_environment() -> dict[str, str]:
+    """This process's environment without what makes it a rank of a torchrun world."""
+    own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    ours = ("GROUP_", "ROLE_", "TORCHELASTIC_")
+    return {k: v for k, v in os.environ.items() if k not in own and not k.startswith(ours)}
+
+
+class Server:
+    """One command that answers HTTP at `url`; /health is 200 once it is ready.
+
+    env: its whole environment; default `outer_environment()`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        env: Mapping[str, str] | None,
+        log: Path,
+        url: str,
+    ):
+        self.name, self.command, self.log, self.url = name, list(command), log, url
+        self.env = outer_environment() if env is None else dict(env)
+        self.process: subprocess.Popen | None = None
+
+    @property
+    def is_running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def start(self) -> None:
+        """Start the command; its output goes to the end of the log."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        launcher = [sys.executable, "-S", "-c", _LAUNCHER, str(os.getpid())]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*launcher, *self.command],
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait_ready(self, timeout: float, stop: Callable[[], bool] = lambda: False) -> None:
+        """Return when /health is 200, or `stop()`; ServiceError if it dies or `timeout` s pass."""
+        end = time.monotonic() + timeout
+        while not stop():
+            if not self.is_running:
+                raise ServiceError(
+                    f"{self.name} ended with exit code {self.process.returncode} before it was "
+                    f"ready; the last line of {self.log} is: {self.last_line()}"
+                )
+            if self.health() == 200:
+                return
+            if time.monotonic() > end:
+                raise ServiceError(
+                    f"{self.name} was not ready within {timeout:g} seconds; "
+                    f"the last line of {self.log} is: {self.last_line()}"
+                )
+            time.sleep(0.1)
+
+    def health(self) -> int | None:
+        """Status of /health; None without an answer."""
+        try:
+            return httpx.get(
+                f"{self.url}/health", timeout=PROBE_SECONDS, trust_env=False
+            ).status_code
+        except httpx.TransportError:
+            return None
+
+    def restart(self) -> None:
+        """Kill what is left of it and start it again, on the same port; not yet ready."""
+        self.kill()
+        self.start()
+
+    def stop(self, grace: float = 30.0) -> None:
+        """SIGTERM, and SIGKILL for what is left after `grace` seconds."""
+        if self.is_running:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(grace)
+        self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL the whole process group; no-op when it is gone."""
+        if self.process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def last_line(self) -> str:
+        """Of the log, at most 300 characters; '(empty)'."""
+        if not self.log.is_file():
+            return "(empty)"
+        with self.log.open("rb") as log:
+            log.seek(max(0, self.log.stat().st_size - 4096))
+            lines = log.read().decode(errors="replace").split("\n")
+        return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "(empty)")
+
+
+class Keeper:
+    """Starts servers, restarts those that die or stop answering, and stops them all at the end.
+
+    A server that was never ready is not restarted, nor one that was `max_restarts` times: then
+    `failure` says why.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[Server],
+        start_timeout: float,
+        max_restarts: int = 3,
+        hang_timeout: float = 60.0,
+        say: Callable[[str], None] = print,
+    ):
+        self.watched = [_Watched(server) for server in servers]
+        self.start_timeout, self.hang_timeout = start_timeout, hang_timeout
+        self.max_restarts, self.say = max_restarts, say
+        self.failure: ServiceError | None = None
+        self._stopping = threading.Event()
+        # Servers die with the thread that starts them, so one that lasts starts them all.
+        self._thread = threading.Thread(target=self._keep, name="keeper", daemon=True)
+
+    def start(self) -> None:
+        """Start all; returns before they are ready."""
+        self._thread.start()
+
+    def is_ready(self) -> bool:
+        """Whether all were ready at some time; ServiceError if one will not be."""
+        if self.failure is not None:
+            raise self.failure
+        return all(one.was_ready for one in self.watched)
+
+    def stop(self) -> None:
+        """Stop all servers; no-op when repeated."""
+        self._stopping.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _keep(self) -> None:
+        for one in self.watched:
+            one.server.start()
+        while not self._stopping.wait(0.2):
+            for one in self.watched if self.failure is None else []:
+                trouble = one.trouble(self.start_timeout, self.hang_timeout)
+                if trouble is not None:
+                    self._restart(one, trouble)
+        for one in self.watched:
+            one.server.stop()
+
+    def _restart(self, one: _Watched, trouble: str) -> None:
+        what = f"{one.server.name} {trouble}"
+        if not one.was_ready or one.restarts == self.max_restarts:
+            count = f" after {one.restarts} restarts" if one.restarts else ""
+            log = one.server.log
+            self.failure = ServiceError(
+                f"{what}{count}; the last line of {log} is: {one.server.last_line()}"
+            )
+            return
+        one.restarts += 1
+        self.say(f"{what}; restart {one.restarts} of {self.max_restarts}.")
+        one.server.restart()
+        one.is_up, one.started = False, time.monotonic()
+
+
+class _Watched:
+    """What a keeper knows of a server."""
+
+    def __init__(self, server: Server):
+        self.server = server
+        self.restarts, self.was_ready, self.is_up = 0, False, False
+        self.started = self.heard = time.monotonic()
+
+    def trouble(self, start_timeout: float, hang_timeout: float) -> str | None:
+        """Why it must be restarted; None: it need not."""
+        if not self.server.is_running:
+            return f"ended with exit code {self.server.process.returncode}"
+        status, now = self.server.health(), time.monotonic()
+        if status is not None:
+            self.heard = now
+        if status == 200:
+            self.is_up = self.was_ready = True
+        if not self.is_up and now - self.started > start_timeout:
+            return f"was not ready within {start_timeout:g} seconds"
+        if self.is_up and now - self.heard > hang_timeout:
+            return f"has not answered for {hang_timeout:g} seconds"
+        return None
