@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-from iwopd_megatron.code_grader import evalplus_answer
 from iwopd_megatron.grading import grade
 from iwopd_megatron.grading_pool import Answer
 
@@ -38,14 +37,14 @@ def mutant(row: dict, kind: str) -> str:
 
 
 def main() -> None:
-    lines = Path(sys.argv[1]).read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines][: int(sys.argv[2]) if len(sys.argv) > 2 else None]
+    answers = Path(sys.argv[1]).read_text(encoding="utf-8").splitlines()
+    answers = answers[: int(sys.argv[2]) if len(sys.argv) > 2 else None]
+    rows = [json.loads(answer) for answer in answers]
     programs = {
         "canonical": [row["prompt"] + row["canonical_solution"] for row in rows],
         "wrong on the last base input": [mutant(row, "base_input") for row in rows],
         "wrong on the last plus input": [mutant(row, "plus_input") for row in rows],
     }
-    answers = [evalplus_answer(row) for row in rows]
     result = {"problems": len(rows)}
     print(f"{'program':32} {'pass':>6} {'of':>5} {'s':>7}")
     for name, codes in programs.items():

@@ -20,7 +20,6 @@ from typing import Any
 
 from iwopd_megatron.errors import UserError
 from iwopd_megatron.sandbox import Sandbox, sandbox
-from iwopd_megatron.sandbox_child import decode, encode
 
 SECONDS = 10.0  # of one Eurus test, or of all assertions
 FENCED = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
@@ -134,7 +133,7 @@ def _expected(answer: str) -> list[tuple[list[Any], list[Any], list[float]]]:
     code, name = problem["prompt"] + problem["canonical_solution"], problem["entry_point"]
     out = []
     for kind in ("base_input", "plus_input"):
-        inputs = decode(problem[kind])
+        inputs = _inputs(problem, kind)
         with sandbox() as box:
             results = box.call(code, name, inputs, [60.0] * len(inputs), 60)
         if results is None:
@@ -149,15 +148,10 @@ def _expected(answer: str) -> list[tuple[list[Any], list[Any], list[float]]]:
     return out
 
 
-def evalplus_answer(row: dict[str, Any]) -> str:
-    """A line of EvalPlus's file as a problem's answer; inputs get the types JSON cannot hold."""
-    inputs = {kind: list(row[kind]) for kind in ("base_input", "plus_input")}
-    if row["task_id"].startswith("Mbpp/"):
-        from evalplus.data.mbpp import mbpp_deserialize_inputs
+def _inputs(problem: dict[str, Any], kind: str) -> list[Any]:
+    """Arguments of every call, with the types that JSON cannot hold."""
+    if not problem["task_id"].startswith("Mbpp/"):
+        return problem[kind]
+    from evalplus.data.mbpp import mbpp_deserialize_inputs
 
-        inputs = {
-            kind: mbpp_deserialize_inputs(row["task_id"], given) for kind, given in inputs.items()
-        }
-    keys = ("task_id", "prompt", "entry_point", "canonical_solution", "atol")
-    kept = {key: row[key] for key in keys}
-    return json.dumps(kept | {kind: encode(given) for kind, given in inputs.items()})
+    return mbpp_deserialize_inputs(problem["task_id"], problem[kind])

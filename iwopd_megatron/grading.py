@@ -39,7 +39,9 @@ def grade(answers: list[Answer]) -> list[float]:
     grades = [0.0] * len(answers)
     for kind in sorted({answer.grader for answer in answers}):
         places = [place for place, answer in enumerate(answers) if answer.grader == kind]
-        for place, right in zip(places, _grade_kind(kind, [answers[i] for i in places]), strict=True):
+        for place, right in zip(
+            places, _grade_kind(kind, [answers[i] for i in places]), strict=True
+        ):
             grades[place] = right
     return grades
 

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 
 from iwopd_megatron.errors import UserError
 
+STARTUP = 60.0  # seconds a new process has for its imports, besides its first answer
+
 
 class Answer(NamedTuple):
     """What is to be graded, and by which grader."""
@@ -35,17 +37,19 @@ class Worker:
     def __init__(self) -> None:
         package = Path(__file__).parent.parent
         paths = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
+        module = [sys.executable, "-W", "ignore", "-m", f"{__package__}.grading_worker"]
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", f"{__package__}.grading_worker", str(os.getpid())],
+            [*module, str(os.getpid())],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
             start_new_session=True,
         )  # fmt: skip
         self.place, self.deadline = -1, float("inf")
-        self.received = b""
+        self.received, self.patience = b"", STARTUP
 
     def give(self, place: int, answer: Answer, deadline: float) -> None:
-        self.place, self.deadline, self.received = place, deadline, b""
+        self.place, self.deadline, self.received = place, deadline + self.patience, b""
+        self.patience = 0.0
         with contextlib.suppress(BrokenPipeError):  # it crashed: its end is read next
             self.process.stdin.write(json.dumps(answer._asdict()).encode() + b"\n")
             self.process.stdin.flush()

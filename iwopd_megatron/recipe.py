@@ -77,8 +77,8 @@ def _sentence(error: dict[str, Any]) -> str:
     if error["type"] == "extra_forbidden":
         annotation: Any = Recipe
         for part in path[:-1]:
-            if get_origin(annotation) is dict:  # `part` is one of its keys
-                annotation = get_args(annotation)[1]
+            if get_origin(annotation) in (dict, list):  # `part` is a key or a place in it
+                annotation = get_args(annotation)[-1]
             else:
                 annotation = _section_class(annotation).model_fields[part].annotation
         section = _section_class(annotation)

@@ -40,7 +40,7 @@ class Sandbox:
     """Limits of one program; its folder is empty but for the job, and it cannot write to it."""
 
     folder: Path
-    memory_mb: int = 2048
+    memory_mb: int = 4096
 
     def read_stdin(self, code: str, text: str, seconds: float) -> Outcome:
         """Run a program on this standard input."""
@@ -105,7 +105,7 @@ class Sandbox:
 
 
 @contextlib.contextmanager
-def sandbox(memory_mb: int = 2048) -> Iterator[Sandbox]:
+def sandbox(memory_mb: int = 4096) -> Iterator[Sandbox]:
     """A sandbox in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="iwopd-") as folder:
         yield Sandbox(Path(folder), memory_mb)
