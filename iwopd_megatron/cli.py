@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from iwopd_megatron import cli_convert, cli_data, doctor
+from iwopd_megatron import cli_convert, cli_data, cli_eval, doctor
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_models import Layout
 from iwopd_megatron.errors import RecipeError, UserError
@@ -26,6 +26,7 @@ RecipePath = Annotated[Path, typer.Argument(help="recipe YAML")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.lr=3e-4")]
 for _command in (cli_convert.convert, cli_convert.export, cli_convert.check, cli_data.data):
     app.command()(_command)
+app.command("eval")(cli_eval.evaluate)
 Resume = Annotated[
     bool, typer.Option("--resume", help="go on from the newest checkpoint of the run folder")
 ]

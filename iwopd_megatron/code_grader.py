@@ -22,6 +22,7 @@ from iwopd_megatron.errors import UserError
 from iwopd_megatron.sandbox import Sandbox, sandbox
 
 SECONDS = 10.0  # of one Eurus test, or of all assertions
+REFERENCE_SECONDS = 300.0  # for the canonical solution, which sets the limits of others
 FENCED = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
 replayed: Any = iter(())  # what the function under test returned, for EvalPlus to look at
 
@@ -135,7 +136,9 @@ def _expected(answer: str) -> list[tuple[list[Any], list[Any], list[float]]]:
     for kind in ("base_input", "plus_input"):
         inputs = _inputs(problem, kind)
         with sandbox() as box:
-            results = box.call(code, name, inputs, [60.0] * len(inputs), 60)
+            results = box.call(
+                code, name, inputs, [REFERENCE_SECONDS] * len(inputs), REFERENCE_SECONDS
+            )
         if results is None:
             raise UserError(
                 f"{problem['task_id']}: its canonical solution fails on its own {kind}; "

@@ -37,7 +37,7 @@ def load_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
             f"recipe {path} must hold 'key: value' lines, not a {type(tree).__name__}."
         )
     for override in overrides:
-        _apply(tree, override)
+        apply_override(tree, override)
     recipe = parse_recipe(tree, str(path))
     check(recipe)
     check_scorers(recipe)
@@ -52,7 +52,8 @@ def parse_recipe(tree: dict[str, Any], where: str) -> Recipe:
         raise RecipeError(f"{where}: {_sentence(error.errors()[0])}") from None
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one key of a recipe from `a.b=value`."""
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"override '{override}' is not key=value; write e.g. train.lr=3e-4.")
