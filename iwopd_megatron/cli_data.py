@@ -35,6 +35,7 @@ def data(
     limit = loaded.rollout.max_prompt_tokens
     console.print(_counts(found.counts, limit))
     _explain(console, loaded.data)
+    found.check(limit)
     order = found.order(loaded.train.seed, loaded.data.shuffle)
     a_round = loaded.train.prompts_per_round
     console.print(
@@ -65,7 +66,7 @@ def _counts(all_counts: list[Any], limit: int) -> Table:
     for i, heading in enumerate(headings):
         table.add_column(heading, justify="right" if i else "left", overflow="fold")
     for counts in all_counts:
-        lengths = numpy.percentile(counts.lengths, PERCENTILES, method="higher")
+        lengths = numpy.percentile(counts.lengths or [0], PERCENTILES, method="higher")
         figures = [counts.rows, counts.easy, counts.duplicate, counts.contaminated, counts.too_long]
         table.add_row(counts.title, *map(str, [*figures, counts.kept, *map(int, lengths)]))
     return table

@@ -21,7 +21,7 @@ from typing import Any
 from iwopd_megatron.errors import UserError
 from iwopd_megatron.sandbox import Sandbox, sandbox
 
-SECONDS = 10.0  # of one Eurus test, or of all assertions
+SECONDS = 10.0  # processor seconds of one Eurus test, or of all assertions
 REFERENCE_SECONDS = 300.0  # for the canonical solution, which sets the limits of others
 FENCED = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
 replayed: Any = iter(())  # what the function under test returned, for EvalPlus to look at

@@ -25,6 +25,7 @@ from iwopd_megatron import sandbox_child
 from iwopd_megatron.errors import UserError
 
 OUTPUT_MB = 16
+WALL = 4  # wall seconds a program has for each processor second: no grade depends on the load
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Sandbox:
-    """Limits of one program; its folder is empty but for the job, and it cannot write to it."""
+    """Runs programs within limits, in processor seconds; their folder has nothing but the job."""
 
     folder: Path
     memory_mb: int = 4096
@@ -47,17 +48,17 @@ class Sandbox:
         return self._run({"mode": "stdin", "code": code}, text, seconds)
 
     def call(
-        self, code: str, function: str, inputs: list[Any], seconds: list[float], wall: float
+        self, code: str, function: str, inputs: list[Any], seconds: list[float], in_all: float
     ) -> list[tuple[Any, float]] | None:
         """[(result, seconds)] of `function(*input)` for every input; None if any fails.
 
-        seconds: limit of each input; wall: of all together. Methods of a class Solution count.
+        seconds: limit of each input; in_all: of all together. Methods of a class Solution count.
         """
         job = {
             "mode": "call", "code": code, "function": function, "seconds": seconds,
             "inputs": sandbox_child.encode(inputs),
         }  # fmt: skip
-        outcome = self._run(job, "", wall)
+        outcome = self._run(job, "", in_all)
         lines = outcome.output.splitlines()
         if outcome.status != "ok" or len(lines) != len(inputs):
             return None
@@ -74,7 +75,7 @@ class Sandbox:
         return self._run(job, "", seconds).output == token
 
     def _run(self, job: dict[str, Any], text: str, seconds: float) -> Outcome:
-        limits = {"memory_mb": self.memory_mb, "wall_seconds": seconds, "output_mb": OUTPUT_MB}
+        limits = {"memory_mb": self.memory_mb, "seconds_in_all": seconds, "output_mb": OUTPUT_MB}
         file = self.folder / "job.json"
         file.write_text(json.dumps(job | limits | {"parent": os.getpid()}), encoding="utf-8")
         with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as written:
@@ -87,9 +88,9 @@ class Sandbox:
                 start_new_session=True,
             )  # fmt: skip
             try:
-                code = process.wait(seconds)
+                code = process.wait(seconds * WALL)
             except subprocess.TimeoutExpired:
-                code = None
+                code = -signal.SIGXCPU
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
@@ -100,7 +101,8 @@ class Sandbox:
                     "machine lacks; leave the code problems out."
                 )
             written.seek(0)
-            status = "timeout" if code is None else "ok" if code == 0 else "failed"
+            is_late = code in (-signal.SIGXCPU, -signal.SIGKILL)  # SIGKILL: it ignored the former
+            status = "ok" if code == 0 else "timeout" if is_late else "failed"
             return Outcome(status, written.read().decode("utf-8", "replace"))
 
 

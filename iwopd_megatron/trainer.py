@@ -72,6 +72,7 @@ class Trainer:
         recipe = self.recipe
         limit = recipe.rollout.max_prompt_tokens
         found = load_training_set(recipe, self.tokenizer)
+        found.check(limit)
         self.problems = found.problems
         check_sources(recipe, {problem.source for problem, _ in found.problems})
         if recipe.is_distilling:

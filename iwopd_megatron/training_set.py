@@ -43,6 +43,20 @@ class TrainingSet:
     def too_long(self) -> int:
         return sum(counts.too_long for counts in self.counts)
 
+    def check(self, limit: int) -> None:
+        """RecipeError if nothing is left of a source."""
+        for counts in self.counts:
+            if counts.too_long and not counts.kept:
+                raise RecipeError(
+                    f"every prompt of {counts.title} is longer than "
+                    f"rollout.max_prompt_tokens={limit}; raise it."
+                )
+            if not counts.kept:
+                raise RecipeError(
+                    f"every problem of {counts.title} is removed as a duplicate or contaminated; "
+                    "leave the source out of data.train."
+                )
+
     def order(self, seed: int, shuffle: bool) -> Order:
         """Their order, the same for every run with this seed and data."""
         if self.shares is None:
@@ -79,7 +93,6 @@ def load_training_set(recipe: Recipe, tokenizer: Any, examine: bool = False) -> 
             else:
                 kept.append((problems[place], ids))
         counts.kept = len(kept) - before
-        _check_kept(counts, limit)
     shares = None if data.train[0].share is None else [source.share for source in data.train]
     return TrainingSet(kept, [counts for counts, _ in read], shares)
 
@@ -87,20 +100,6 @@ def load_training_set(recipe: Recipe, tokenizer: Any, examine: bool = False) -> 
 def _read(source: Source, need_response: bool) -> tuple[Counts, list[Problem]]:
     problems, rows, easy = read_source(source, need_response)
     return Counts(source.title, rows, easy), problems
-
-
-def _check_kept(counts: Counts, limit: int) -> None:
-    if counts.kept:
-        return
-    if counts.too_long:
-        raise RecipeError(
-            f"every prompt of {counts.title} is longer than "
-            f"rollout.max_prompt_tokens={limit}; raise it."
-        )
-    raise RecipeError(
-        f"every problem of {counts.title} is removed as a duplicate or contaminated; "
-        "leave the source out of data.train."
-    )
 
 
 def held_out_problems(recipe: Recipe) -> list[Problem]:
