@@ -10,10 +10,18 @@ from typing import Annotated
 
 import typer
 
-from iwopd_megatron import cli_convert, cli_launch, cli_plan, cli_rehearse, cli_serve, doctor
+from iwopd_megatron import (
+    cli_convert,
+    cli_data,
+    cli_eval,
+    cli_launch,
+    cli_plan,
+    cli_rehearse,
+    cli_serve,
+    doctor,
+)  # fmt: skip
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_models import Layout
-from iwopd_megatron.data import encode_problems, read_problems
 from iwopd_megatron.errors import RecipeError, UserError
 from iwopd_megatron.preflight import check_layout, check_resume, read_hf_config
 from iwopd_megatron.quiet import quiet
@@ -27,11 +35,12 @@ RecipePath = Annotated[Path, typer.Argument(help="recipe YAML")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.lr=3e-4")]
 for _command in (
     cli_convert.convert, cli_convert.export, cli_convert.check,
-    cli_plan.plan, cli_rehearse.rehearse,
+    cli_data.data, cli_plan.plan, cli_rehearse.rehearse,
     cli_launch.launch, cli_launch.status, cli_launch.attach, cli_launch.serve_rollout,
 ):  # fmt: skip
     app.command()(_command)
 app.command()(cli_serve.serve_teacher)
+app.command("eval")(cli_eval.evaluate)
 Resume = Annotated[
     bool, typer.Option("--resume", help="go on from the newest checkpoint of the run folder")
 ]
@@ -88,12 +97,13 @@ def examine(recipe: RecipePath, overrides: Overrides = None) -> None:
     print(f"objective: {doctor.objective_line(loaded)}.")
     from transformers import AutoTokenizer
 
-    problems = read_problems(loaded.data.train, need_response=not loaded.is_distilling)
-    limit = loaded.rollout.max_prompt_tokens
-    kept = encode_problems(AutoTokenizer.from_pretrained(loaded.student.hf), problems, limit)
-    dropped = len(problems) - len(kept)
-    print(f"data: {len(kept)} prompts of at most {limit} tokens, {dropped} longer ones left out.")
-    notes = doctor.findings(loaded) + doctor.long_prompts(dropped, len(problems), limit)
+    from iwopd_megatron.training_set import load_training_set
+
+    found = load_training_set(loaded, AutoTokenizer.from_pretrained(loaded.student.hf))
+    limit, dropped = loaded.rollout.max_prompt_tokens, found.too_long
+    kept = len(found.problems)
+    print(f"data: {kept} prompts of at most {limit} tokens, {dropped} longer ones left out.")
+    notes = doctor.findings(loaded) + doctor.long_prompts(dropped, kept + dropped, limit)
     for note in notes:
         print(f"note: {note}")
 

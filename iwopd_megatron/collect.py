@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from iwopd_megatron.config import Recipe
-from iwopd_megatron.data import Problem, PromptOrder
+from iwopd_megatron.data import Order, Problem
 from iwopd_megatron.journal import Journal
 from iwopd_megatron.parallel import Parallel
 from iwopd_megatron.rollout import OnSample, Prompt, RolloutEngine, Sampling
@@ -34,13 +34,14 @@ class Collector:
         recipe: Recipe,
         parallel: Parallel,
         problems: list[tuple[Problem, list[int]]],
+        order: Order,
         engine: RolloutEngine,
         on_sample: OnSample,
     ):
         """problems: each with its prompt's ids; on_sample: called as each answer ends."""
         self.recipe, self.parallel, self.problems = recipe, parallel, problems
         self.engine, self.on_sample = engine, on_sample
-        self.order = PromptOrder(len(problems), recipe.train.seed, recipe.data.shuffle)
+        self.order = order
         self.journal = None if recipe.rollout.engine == "hf" else Journal(recipe.out)
         self.ahead: Draw | None = None
 

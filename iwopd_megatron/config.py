@@ -11,19 +11,12 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt
 
 from iwopd_megatron.config_cluster import Cluster
+from iwopd_megatron.config_data import Data
 from iwopd_megatron.config_loss import Loss
 from iwopd_megatron.config_models import Frozen, Section, Student, Teacher
 from iwopd_megatron.config_rollout import Rollout
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Data(Section):
-    train: Path = Field(
-        description="JSONL with question, answer, difficulty, source (and response for sft)"
-    )
-    eval: Path | None = Field(None, description="JSONL of held-out problems")
-    shuffle: bool = Field(True, description="a new order every epoch; false: the order of the file")
 
 
 class Train(Section):

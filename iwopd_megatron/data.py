@@ -1,108 +1,72 @@
-"""Problems from JSONL, prompts as token ids, an order that is a function of seed and cursor."""
+"""Problems, prompts as token ids, and an order of them that is a function of seed and cursor."""
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-from iwopd_megatron.errors import RecipeError
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One line of a data file; `response` only where a model is fine-tuned on it."""
+    """One row of a data set; `response` only where a model is fine-tuned on it."""
 
     question: str
     answer: str
     difficulty: float
-    source: str
+    source: str  # its kind: chooses the teacher, and the grader unless `own_grader` does
     response: str | None = None
+    own_grader: str | None = None
+    prefix: str = ""
+    suffix: str = ""
+
+    @property
+    def prompt(self) -> str:
+        """What a model is asked."""
+        return self.prefix + self.question + self.suffix
+
+    @property
+    def grader(self) -> str:
+        return self.own_grader or self.source
 
 
-def read_problems(path: Path, need_response: bool = False) -> list[Problem]:
-    """All lines of a JSONL file; the first bad one is a sentence with file and line."""
-    problems: list[Problem] = []
-    try:
-        # only "\n" ends a line: JSON strings may hold other line separators as they are
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise RecipeError(
-            f"{path} is not UTF-8: byte {error.start}; re-save it as UTF-8."
-        ) from None
-    if lines[-1] == "":
-        lines.pop()
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            raise RecipeError(
-                f"{path} line {number} is not JSON; each line holds one object."
-            ) from None
-        wanted = ["question", "answer", "difficulty", "source"] + ["response"] * need_response
-        missing = [key for key in wanted if not isinstance(row, dict) or key not in row]
-        if missing:
-            raise RecipeError(
-                f"{path} line {number} lacks '{missing[0]}'; a line needs {', '.join(wanted)}."
-            )
-        problems.append(_problem(row, f"{path} line {number}"))
-    if not problems:
-        raise RecipeError(f"{path} is empty; it needs one JSON object a line.")
-    return problems
-
-
-def _problem(row: dict[str, Any], where: str) -> Problem:
-    for key in ("question", "source"):
-        if not isinstance(row[key], str) or not row[key]:
-            raise RecipeError(f"{where}: {key} {row[key]!r} is not a text.")
-    if not isinstance(row.get("response", ""), str):
-        raise RecipeError(f"{where}: response {row['response']!r} is not a text.")
-    try:
-        difficulty = float(row["difficulty"])
-    except (TypeError, ValueError):
-        raise RecipeError(f"{where}: difficulty {row['difficulty']!r} is not a number.") from None
-    return Problem(
-        row["question"], str(row["answer"]), difficulty, row["source"], row.get("response")
-    )
-
-
-def encode_prompt(tokenizer: Any, question: str) -> list[int]:
-    """Chat template (no thinking) where the tokenizer has one, the plain question otherwise."""
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """Chat template (no thinking) where the tokenizer has one, the plain prompt otherwise."""
     if tokenizer.chat_template:
         return tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}],
+            [{"role": "user", "content": prompt}],
             add_generation_prompt=True,
             enable_thinking=False,
             return_dict=False,
         )
-    return tokenizer.encode(question, add_special_tokens=False)
+    return tokenizer.encode(prompt, add_special_tokens=False)
 
 
-def encode_problems(
-    tokenizer: Any, problems: list[Problem], limit: int
-) -> list[tuple[Problem, list[int]]]:
-    """The problems whose prompts have at most `limit` tokens, with those tokens; none is cut."""
-    encoded = [(problem, encode_prompt(tokenizer, problem.question)) for problem in problems]
-    return [(problem, ids) for problem, ids in encoded if len(ids) <= limit]
+class Order(Protocol):
+    """An endless order of problem indices; `cursor` is all its state."""
+
+    cursor: int
+
+    def take(self, number: int) -> list[int]:
+        """The next `number` problem indices."""
+        ...
 
 
 class PromptOrder:
-    """An endless order: every epoch permuted anew (or in file order). `cursor` is all its state."""
+    """One source: every epoch permuted anew (or in file order)."""
 
-    def __init__(self, count: int, seed: int, shuffle: bool = True):
+    def __init__(self, count: int, seed: int | str, shuffle: bool = True):
         self.count, self.seed, self.shuffle = count, seed, shuffle
         self.cursor = 0
         self._epoch: tuple[int, list[int]] = (-1, [])
 
     def take(self, number: int) -> list[int]:
-        """The next `number` problem indices."""
-        taken = [self._at(self.cursor + i) for i in range(number)]
+        taken = [self.at(self.cursor + i) for i in range(number)]
         self.cursor += number
         return taken
 
-    def _at(self, position: int) -> int:
+    def at(self, position: int) -> int:
+        """The index at a place of the endless order."""
         epoch, place = divmod(position, self.count)
         if self._epoch[0] != epoch:
             order = list(range(self.count))
@@ -110,3 +74,51 @@ class PromptOrder:
                 random.Random(f"{self.seed}-{epoch}").shuffle(order)
             self._epoch = (epoch, order)
         return self._epoch[1][place]
+
+
+class MixedOrder:
+    """Several sources by share: every BLOCK prompts hold exactly each one's share, shuffled.
+
+    Sources lie behind one another in the list of problems. Each goes through epochs of its own.
+    """
+
+    BLOCK = 100
+
+    def __init__(self, counts: list[int], shares: list[float], seed: int, shuffle: bool = True):
+        self.orders = [
+            PromptOrder(count, f"{seed}-source-{i}", shuffle) for i, count in enumerate(counts)
+        ]
+        self.firsts = [sum(counts[:i]) for i in range(len(counts))]
+        self.quotas = _round_to(self.BLOCK, shares)
+        self.seed = seed
+        self.cursor = 0
+        self._block: tuple[int, list[tuple[int, int]]] = (-1, [])
+
+    def take(self, number: int) -> list[int]:
+        taken = [self._at(self.cursor + i) for i in range(number)]
+        self.cursor += number
+        return taken
+
+    def _at(self, position: int) -> int:
+        block, place = divmod(position, self.BLOCK)
+        if self._block[0] != block:
+            sources = [source for source, quota in enumerate(self.quotas) for _ in range(quota)]
+            random.Random(f"{self.seed}-block-{block}").shuffle(sources)
+            seen = [block * quota for quota in self.quotas]
+            pairs = []
+            for source in sources:
+                pairs.append((source, seen[source]))
+                seen[source] += 1
+            self._block = (block, pairs)
+        source, nth = self._block[1][place]
+        return self.firsts[source] + self.orders[source].at(nth)
+
+
+def _round_to(total: int, shares: list[float]) -> list[int]:
+    """Whole numbers in proportion to the shares that sum to `total`, by largest remainders."""
+    exact = [total * share / sum(shares) for share in shares]
+    out = [int(x) for x in exact]
+    by_remainder = sorted(range(len(shares)), key=lambda i: out[i] - exact[i])
+    for i in by_remainder[: total - sum(out)]:
+        out[i] += 1
+    return out

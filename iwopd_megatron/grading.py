@@ -1,17 +1,61 @@
-"""Is an answer right? One grader per kind of problem, chosen by the problem's `source`."""
+"""Is an answer right? One grader per kind of problem: its `grader`, or else its `source`.
+
+To add one, write a function (response, answer) -> bool and give it a name in GRADERS.
+"""
 
 from __future__ import annotations
 
+import atexit
+import os
 from collections.abc import Callable
+from functools import cache
 
-from iwopd_megatron import toy_task
+from iwopd_megatron import code_grader, math_grader, toy_task
 from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.grading_pool import Answer, Pool
 
-GRADERS: dict[str, Callable[[str, str], bool]] = {toy_task.SOURCE: toy_task.is_right}
+GRADERS: dict[str, Callable[[str, str], bool]] = {
+    "math": math_grader.is_right,
+    "code": code_grader.is_right,
+    toy_task.SOURCE: toy_task.is_right,
+}
+IN_PROCESS = {toy_task.SOURCE}  # neither hangs nor crashes; all others run in the pool
+MATH_SECONDS = 10.0  # of one comparison
+SECONDS = 900.0  # of all tests of a program, which have limits of their own
 
 
-def grade(source: str, response: str, answer: str) -> float:
-    """1.0 if the response solves the problem, else 0.0; `source` picks the grader."""
-    if source not in GRADERS:
-        raise RecipeError(f"no grader for source '{source}'; known sources: {', '.join(GRADERS)}.")
-    return float(GRADERS[source](response, answer))
+def check_graders(names: set[str]) -> None:
+    """RecipeError for a kind of problem that nothing here grades."""
+    for name in sorted(names - GRADERS.keys()):
+        raise RecipeError(
+            f"no grader '{name}'; known graders: {', '.join(GRADERS)}. Name one of them in "
+            "data.train's 'grader' (default: the problem's source)."
+        )
+
+
+def grade(answers: list[Answer]) -> list[float]:
+    """1.0 where the response solves the problem, else 0.0; in order."""
+    check_graders({answer.grader for answer in answers})
+    grades = [0.0] * len(answers)
+    for kind in sorted({answer.grader for answer in answers}):
+        places = [place for place, answer in enumerate(answers) if answer.grader == kind]
+        for place, right in zip(
+            places, _grade_kind(kind, [answers[i] for i in places]), strict=True
+        ):
+            grades[place] = right
+    return grades
+
+
+def _grade_kind(kind: str, answers: list[Answer]) -> list[float]:
+    if kind in IN_PROCESS:
+        return [float(GRADERS[kind](answer.response, answer.answer)) for answer in answers]
+    return _pool(MATH_SECONDS if kind == "math" else SECONDS).grade(answers)
+
+
+@cache
+def _pool(seconds: float) -> Pool:
+    """One pool a process and time limit; ranks of one machine share its cores."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    pool = Pool(max(1, len(os.sched_getaffinity(0)) // ranks), seconds)
+    atexit.register(pool.close)
+    return pool

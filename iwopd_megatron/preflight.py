@@ -107,9 +107,9 @@ def check(recipe: Recipe) -> None:
     check_model_files(student.hf, weights=student.random_init is None)
     check_world(layout, recipe.world, "processes")
     _check_loss(recipe, hf)
-    for name in ("train", "eval"):
-        file = getattr(recipe.data, name)
-        if file is not None and not file.is_file():
+    named = [("train", source.path) for source in recipe.data.train] + [("eval", recipe.data.eval)]
+    for name, file in named:
+        if file is not None and not file.exists():
             raise RecipeError(f"data.{name}: file {file} does not exist.")
     _check_sizes(recipe, hf)
 

@@ -103,6 +103,6 @@ def check_sources(recipe: Recipe, sources: Iterable[str]) -> None:
     missing = sorted(set(sources) - recipe.teachers.keys()) if recipe.teachers else []
     if missing:
         raise RecipeError(
-            f"{recipe.data.train} has problems of source '{missing[0]}', but there are teachers "
+            f"data.train has problems of source '{missing[0]}', but there are teachers "
             f"only for {', '.join(sorted(recipe.teachers))}; add teachers.{missing[0]}."
         )

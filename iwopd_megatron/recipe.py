@@ -36,7 +36,7 @@ def read_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
     if base is not None:
         tree = _merge(_read_base(path, base), tree)
     for override in overrides:
-        _apply(tree, override)
+        apply_override(tree, override)
     return parse_recipe(tree, str(path))
 
 
@@ -89,7 +89,8 @@ def parse_recipe(tree: dict[str, Any], where: str) -> Recipe:
         raise RecipeError(f"{where}: {explain(error)}") from None
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one key of a recipe from `a.b=value`."""
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"override '{override}' is not key=value; write e.g. train.lr=3e-4.")
@@ -116,8 +117,8 @@ def explain(invalid: ValidationError, root: type[BaseModel] = Recipe) -> str:
     if error["type"] == "extra_forbidden":
         annotation: Any = root
         for part in path[:-1]:
-            if get_origin(annotation) is dict:  # `part` is one of its keys
-                annotation = get_args(annotation)[1]
+            if get_origin(annotation) in (dict, list):  # `part` is a key or a place in it
+                annotation = get_args(annotation)[-1]
             else:
                 annotation = _section_class(annotation).model_fields[part].annotation
         section = _section_class(annotation)

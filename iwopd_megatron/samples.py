@@ -37,7 +37,7 @@ def keep_samples(
         gap, mask = (x.to(device.current_device()) for x in (gap, mask))
         weight = token_weights_packed(gap, mask.new_zeros(count).long(), mask, **weighting)
         lines.append({
-            "prompt": problem.question,
+            "prompt": problem.prompt,
             "response": tokenizer.decode(sample.response_ids),
             "answer": problem.answer,
             "correct": bool(sample.correct),

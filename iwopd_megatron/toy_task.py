@@ -24,6 +24,7 @@ LETTERS = 8  # letters to sort; a right response has 36 letters and EOS
 SLIP = 0.12  # the sloppy writer's chance of a wrong pick, and of a wrong copy, in the first step
 SLIP_DECAY = 4  # falls with the fourth power of the letters left
 TEACHER_ROUNDS, STUDENT_ROUNDS = 500, 800  # of 64 problems each: what recipes/demo_*.yaml train on
+EVAL_SEED = 999  # of the held-out problems
 LOST = 0.9  # the same chance in every step after the first slip
 
 
@@ -86,7 +87,7 @@ def write_task(folder: Path) -> None:
     train, eval: prompts. teacher: clean traces. student: clean traces, then as many sloppy ones.
     """
     write_jsonl(folder / "train.jsonl", islice(problems(seed=1), 2048))
-    write_jsonl(folder / "eval.jsonl", islice(problems(seed=999), 512))
+    write_jsonl(folder / "eval.jsonl", islice(problems(seed=EVAL_SEED), 512))
     clean = islice(problems(seed=2, slip=0.0), 64 * TEACHER_ROUNDS)
     write_jsonl(folder / "teacher.jsonl", clean)
     half = 64 * STUDENT_ROUNDS // 2

@@ -19,10 +19,11 @@ from transformers import AutoTokenizer
 from iwopd_megatron import checkpoint, device, doctor, gates
 from iwopd_megatron.collect import Collector
 from iwopd_megatron.config import Recipe
-from iwopd_megatron.data import encode_problems, read_problems
-from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.config_data import Source
+from iwopd_megatron.data_sources import read_source
 from iwopd_megatron.evaluate import Evaluator, grade_samples
 from iwopd_megatron.flops import attention_cost
+from iwopd_megatron.grading import check_graders
 from iwopd_megatron.hf_io import save_folder
 from iwopd_megatron.metrics import NLL_SUMS, SUMS, reduce_sums, response_means, token_means
 from iwopd_megatron.minibatch import Minibatch
@@ -38,6 +39,7 @@ from iwopd_megatron.saver import Saver
 from iwopd_megatron.stop import stop_requested
 from iwopd_megatron.student import Student
 from iwopd_megatron.supervision import Supervision
+from iwopd_megatron.training_set import load_training_set
 from iwopd_megatron.trajectory import Trajectory
 
 
@@ -58,7 +60,9 @@ class Trainer:
         canary = Canary(longest, probe, recipe.gates.max_canary)
         self.engine = make_engine(recipe, parallel, progress.say, canary)
         self.supervision = Supervision(recipe, self.student, self.packer, self.tokenizer)
-        self.collector = Collector(recipe, parallel, self.problems, self.engine, self._begin)
+        self.collector = Collector(
+            recipe, parallel, self.problems, self.order, self.engine, self._begin
+        )
         self.is_distilling = recipe.is_distilling
         for role, model in self.supervision.models.items():
             progress.loaded(role, gather(model.loaded))
@@ -84,23 +88,22 @@ class Trainer:
     def _load_data(self) -> None:
         recipe = self.recipe
         limit = recipe.rollout.max_prompt_tokens
-        problems = read_problems(recipe.data.train, need_response=not recipe.is_distilling)
-        check_sources(recipe, (problem.source for problem in problems))
-        self.problems = encode_problems(self.tokenizer, problems, limit)
-        if not self.problems:
-            raise RecipeError(
-                f"every prompt of {recipe.data.train} is longer than "
-                f"rollout.max_prompt_tokens={limit}; raise it."
-            )
-        dropped = len(problems) - len(self.problems)
-        if dropped:
-            self.progress.say(f"{dropped} prompts longer than {limit} tokens are left out.")
-        for finding in doctor.long_prompts(dropped, len(problems), limit):
+        found = load_training_set(recipe, self.tokenizer)
+        found.check(limit)
+        self.problems = found.problems
+        check_sources(recipe, {problem.source for problem, _ in found.problems})
+        if recipe.is_distilling:
+            check_graders({problem.grader for problem, _ in found.problems})
+        if found.too_long:
+            self.progress.say(f"{found.too_long} prompts longer than {limit} tokens are left out.")
+        total = found.too_long + len(found.problems)
+        for finding in doctor.long_prompts(found.too_long, total, limit):
             self.progress.say(f"note: {finding}")
+        self.order = found.order(recipe.train.seed, recipe.data.shuffle)
         self.evaluator = None
         if recipe.data.eval is not None:
             self.evaluator = Evaluator(
-                read_problems(recipe.data.eval)[: recipe.evaluate.problems],
+                read_source(Source(path=recipe.data.eval))[0][: recipe.evaluate.problems],
                 self.tokenizer,
                 recipe.rollout.max_response_tokens,
                 recipe.evaluate.temperature,

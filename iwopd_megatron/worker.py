@@ -14,10 +14,18 @@ from typing import Any
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from iwopd_megatron import doctor, parity
+from iwopd_megatron.bench_progress import BenchProgress
+from iwopd_megatron.bench_run import BenchRun, run_benchmarks
 from iwopd_megatron.compare import Arm, is_finished
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_models import Layout
-from iwopd_megatron.errors import CheckpointError, GateError, RecipeError, ServiceError
+from iwopd_megatron.errors import (
+    CheckpointError,
+    GateError,
+    RecipeError,
+    ServiceError,
+    UserError,
+)
 from iwopd_megatron.parallel import initialise, shutdown, start_local
 from iwopd_megatron.progress import Progress
 from iwopd_megatron.stop import EXIT_STOPPED, die_with_parent, watch_signals
@@ -25,7 +33,7 @@ from iwopd_megatron.trainer import Trainer
 
 EXIT_CODES = {
     error.__name__: error.exit_code
-    for error in (RecipeError, GateError, ServiceError, CheckpointError)
+    for error in (RecipeError, GateError, ServiceError, CheckpointError, UserError)
 }
 
 
@@ -56,6 +64,16 @@ def run_arms(arms: list[Arm], resume: bool) -> None:
                     f"saved in {arm.recipe.out}, go on with --resume"
                 )
                 sys.exit(EXIT_STOPPED)
+    shutdown()
+
+
+def evaluate(run: BenchRun) -> None:
+    """Answer and grade the benchmarks of `iwopd eval`."""
+    die_with_parent()
+    parallel = initialise(Layout(), run.seed)
+    with BenchProgress() as progress:
+        results = run_benchmarks(run, parallel, progress)
+    progress.table(results)
     shutdown()
 
 

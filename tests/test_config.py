@@ -132,7 +132,6 @@ def test_layout_arithmetic():
         (["rollout.routing_replay=true"], ["returns the experts", "hf does not", "engine=sglang"]),
         (["rollout.top_p=0"], ["'rollout.top_p' is 0", "greater than 0"]),
         ([*VLLM, "rollout.top_p=0.9"], ["rollout.top_p=0.9", "write rollout.top_p=1"]),
-        ([*VLLM, "rollout.routing_replay=true"], ["routing_replay does not work with vLLM"]),
         (["loss.weighting.anneal=cos"], ["'loss.weighting.anneal'", "'cosine' or 'linear'"]),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else None,

@@ -1,74 +1,12 @@
-"""Data files: errors name file and line. Prompt order: a function of the seed and one cursor."""
+"""Prompts as token ids. Prompt order: a function of the seed and one cursor, mixed by share."""
 
-import json
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iwopd_megatron.data import Problem, PromptOrder, encode_prompt, read_problems
-from iwopd_megatron.errors import RecipeError
-
-ROW = {"question": "1+1?", "answer": 2, "difficulty": 3, "source": "toy"}
-
-
-def write(tmp_path, *lines: str):
-    path = tmp_path / "data.jsonl"
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return path
-
-
-def refusal(path, **kwargs) -> str:
-    with pytest.raises(RecipeError) as error:
-        read_problems(path, **kwargs)
-    message = str(error.value)
-    assert str(path) in message and "\n" not in message
-    return message
-
-
-def test_read(tmp_path):
-    path = write(tmp_path, json.dumps(ROW), json.dumps(ROW | {"response": "2", "extra": 1}))
-    first, second = read_problems(path)
-    assert first == Problem("1+1?", "2", 3.0, "toy") and second.response == "2"
-
-
-@pytest.mark.parametrize("key", list(ROW))
-def test_missing_key(tmp_path, key):
-    row = {k: v for k, v in ROW.items() if k != key}
-    message = refusal(write(tmp_path, json.dumps(ROW), json.dumps(row)))
-    assert f"line 2 lacks '{key}'" in message
-
-
-def test_response_only_where_needed(tmp_path):
-    path = write(tmp_path, json.dumps(ROW))
-    assert read_problems(path)[0].response is None
-    assert "line 1 lacks 'response'" in refusal(path, need_response=True)
-
-
-@pytest.mark.parametrize("line", ["{", "", "[1, 2]", "3"])
-def test_not_an_object(tmp_path, line):
-    assert "line 3 " in refusal(write(tmp_path, json.dumps(ROW), json.dumps(ROW), line))
-
-
-@pytest.mark.parametrize("difficulty", ["hard", None])
-def test_difficulty_is_a_number(tmp_path, difficulty):
-    path = write(tmp_path, json.dumps(ROW), json.dumps(ROW | {"difficulty": difficulty}))
-    assert "line 2" in refusal(path)
-
-
-def test_empty_file_and_wrong_encoding(tmp_path):
-    assert "is empty" in refusal(write(tmp_path))
-    path = tmp_path / "latin.jsonl"
-    path.write_bytes(json.dumps(ROW).encode() + b"\n\xe9\n")
-    assert "is not UTF-8" in refusal(path)
-
-
-@pytest.mark.parametrize("character", ["\u2028", "\u0085", "\u00e9", "\U0001d54f"])
-def test_any_character_inside_a_string(tmp_path, character):
-    """JSON allows U+2028 and U+0085 unescaped; only a newline ends a line of JSONL."""
-    row = ROW | {"question": f"a{character}b"}
-    path = write(tmp_path, json.dumps(row, ensure_ascii=False), json.dumps(ROW))
-    assert [p.question for p in read_problems(path)] == [f"a{character}b", "1+1?"]
+from iwopd_megatron.data import MixedOrder, Problem, PromptOrder, encode_prompt
 
 
 class Plain:
@@ -118,3 +56,45 @@ def test_epochs_and_seeds_differ():
     first, second = (lambda x: (x[:50], x[50:]))(PromptOrder(50, 1).take(100))
     assert first != second and first != list(range(50))
     assert PromptOrder(50, 2).take(50) != first
+
+
+def test_prompt_and_grader():
+    problem = Problem("1+1?", "2", 3.0, "algebra", None, "math", "Solve: ", " In a box.")
+    assert problem.prompt == "Solve: 1+1? In a box." and problem.grader == "math"
+    assert Problem("1+1?", "2", 3.0, "toy").grader == "toy"
+
+
+COUNTS, SHARES = [7, 30, 11], [0.7, 0.2, 0.1]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 500), st.lists(st.integers(0, 90), min_size=1, max_size=6))
+def test_mix_is_one_sequence_however_it_is_taken(seed, sizes):
+    order = MixedOrder(COUNTS, SHARES, seed)
+    taken = [i for size in sizes for i in order.take(size)]
+    assert taken == MixedOrder(COUNTS, SHARES, seed).take(len(taken))
+    resumed = MixedOrder(COUNTS, SHARES, seed)
+    resumed.cursor = sizes[0]
+    assert resumed.take(len(taken) - sizes[0]) == taken[sizes[0] :]
+
+
+def test_mix_keeps_shares_and_every_source_its_epochs():
+    taken = MixedOrder(COUNTS, SHARES, seed=5).take(1000)
+    parts = [range(0, 7), range(7, 37), range(37, 48)]
+    for block in range(0, 1000, 100):
+        own = [sum(i in part for i in taken[block : block + 100]) for part in parts]
+        assert own == [70, 20, 10]
+    for part in parts:
+        own = [i for i in taken if i in part]
+        for start in range(0, len(own) - len(part) + 1, len(part)):
+            assert sorted(own[start : start + len(part)]) == list(part)
+    assert MixedOrder(COUNTS, SHARES, seed=6).take(1000) != taken
+
+
+@pytest.mark.parametrize("shares", [[1, 1, 1], [2, 1], [0.005, 0.995], [1, 2, 3, 4, 5, 6, 7]])
+def test_shares_are_rounded_to_whole_blocks(shares):
+    order = MixedOrder([3] * len(shares), shares, seed=0)
+    taken = Counter(i // 3 for i in order.take(order.BLOCK))
+    assert sum(order.quotas) == order.BLOCK
+    for source, share in enumerate(shares):
+        assert abs(taken[source] - 100 * share / sum(shares)) < 1

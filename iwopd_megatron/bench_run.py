@@ -1,0 +1,183 @@
+"""`iwopd eval`: a model's answers to benchmarks, graded; the same random numbers for every model.
+
+Answers of one batch are always generated together, so that a run that was killed and started again
+ends with the very same samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+from transformers import AutoTokenizer
+
+from iwopd_megatron.answers import Answers, Place, write_whole
+from iwopd_megatron.bench_progress import BenchProgress
+from iwopd_megatron.benchmarks import Benchmark
+from iwopd_megatron.config import Recipe
+from iwopd_megatron.data import encode_prompt
+from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.evaluate import STREAM
+from iwopd_megatron.grading import check_graders, grade
+from iwopd_megatron.grading_pool import Answer
+from iwopd_megatron.hf_io import HfTensors
+from iwopd_megatron.parallel import Parallel
+from iwopd_megatron.pass_at_k import summarise
+from iwopd_megatron.preflight import read_hf_config
+from iwopd_megatron.rollout import Prompt, RolloutEngine, Sampling
+from iwopd_megatron.rollout.make import make_engine
+from iwopd_megatron.trajectory import Trajectory
+
+MOST_PROBLEMS = 2**20  # a prompt's index is sample * this + problem
+GRADED_AT_ONCE = 256
+ANSWER_CHARACTERS = 2000  # of a reference answer in samples.jsonl; a program's tests can be huge
+
+
+@dataclass(frozen=True)
+class BenchRun:
+    """What `iwopd eval` was asked for; `recipe.student.hf` is the model, `model` its identity."""
+
+    recipe: Recipe
+    benchmarks: list[Benchmark]
+    model: dict[str, Any]
+    out: Path
+    samples: int
+    max_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+
+
+def run_benchmarks(run: BenchRun, parallel: Parallel, progress: BenchProgress) -> dict[str, Any]:
+    """Scores by benchmark, also in out/results.json; in a world of one process."""
+    tokenizer = AutoTokenizer.from_pretrained(run.recipe.student.hf)
+    engine = None
+    results: dict[str, Any] = {}
+    for benchmark in run.benchmarks:
+        check_graders({problem.grader for problem in benchmark.problems})
+        places, prompts, sampling = _requests(run, benchmark, tokenizer)
+        answers = Answers(run.out / benchmark.name, _settings(run, prompts, sampling))
+        missing = [place for place in places if place not in answers.found]
+        start = time.perf_counter()
+        if missing:
+            engine = engine or _engine(run, parallel, progress)
+            progress.start(f"{benchmark.name}: answers", len(places), len(places) - len(missing))
+            _generate(run, engine, answers, prompts, places, sampling, tokenizer, progress)
+        results[benchmark.name] = _score(benchmark, answers, sorted(places), progress)
+        progress.finish(benchmark.name, results[benchmark.name], time.perf_counter() - start)
+    _write(run, results)
+    return results
+
+
+def _requests(
+    run: BenchRun, benchmark: Benchmark, tokenizer: Any
+) -> tuple[list[Place], dict[int, list[int]], Sampling]:
+    """All (problem, sample) places, the prompts by problem, and how their answers are drawn."""
+    prompts = {i: encode_prompt(tokenizer, p.prompt) for i, p in enumerate(benchmark.problems)}
+    room = read_hf_config(run.recipe.student.hf)["max_position_embeddings"]
+    longest = max(map(len, prompts.values()))
+    if longest + run.max_tokens > room:
+        raise RecipeError(
+            f"the longest prompt of {benchmark.name} ({longest} tokens) and --max-tokens "
+            f"{run.max_tokens} exceed the model's max_position_embeddings={room}; "
+            f"write --max-tokens {max(room - longest, 1)}."
+        )
+    count = 1 if benchmark.is_greedy else run.samples
+    temperature, top_p = (0.0, 1.0) if benchmark.is_greedy else (run.temperature, run.top_p)
+    places = [(problem, sample) for sample in range(count) for problem in prompts]
+    return places, prompts, Sampling(run.max_tokens, temperature, top_p, run.seed, STREAM)
+
+
+def _settings(run: BenchRun, prompts: dict[int, list[int]], sampling: Sampling) -> dict[str, Any]:
+    """What answers depend on; the number of samples is free, more can be added."""
+    digest = hashlib.sha256(json.dumps(list(prompts.values())).encode()).hexdigest()
+    return run.model | {
+        "engine": run.recipe.rollout.engine, "prompts": digest, "temperature": sampling.temperature,
+        "top_p": sampling.top_p, "max_tokens": sampling.max_tokens, "seed": sampling.seed,
+    }  # fmt: skip
+
+
+def _engine(run: BenchRun, parallel: Parallel, progress: BenchProgress) -> RolloutEngine:
+    engine = make_engine(run.recipe, parallel, progress.say)
+    folder = run.recipe.student.hf
+    tied = read_hf_config(folder).get("tie_word_embeddings", False)
+    tensors = HfTensors(folder)
+    names = [name for name in tensors if not (tied and name == "lm_head.weight")]
+    engine.update(((name, tensors[name][:]) for name in names), 0)
+    return engine
+
+
+def _generate(
+    run: BenchRun, engine: RolloutEngine, answers: Answers, prompts: dict[int, list[int]],
+    places: list[Place], sampling: Sampling, tokenizer: Any, progress: BenchProgress,
+) -> None:  # fmt: skip
+    """Every batch that lacks an answer, whole; answers are kept as each ends."""
+
+    def keep(sample: Trajectory) -> None:
+        number, problem = divmod(sample.index, MOST_PROBLEMS)
+        text = tokenizer.decode(sample.response_ids, skip_special_tokens=True)
+        answers.add((problem, number), sample, text)
+        progress.advance(len(answers.found))
+
+    is_embedded = run.recipe.rollout.engine == "hf"
+    size = run.recipe.rollout.batch_size if is_embedded else len(places)
+    for first in range(0, len(places), size):
+        batch = places[first : first + size]
+        lacking = [place for place in batch if place not in answers.found]
+        if not lacking:
+            continue
+        asked = batch if is_embedded else lacking  # an embedded batch's sums depend on its members
+        requests = [
+            Prompt(number * MOST_PROBLEMS + problem, prompts[problem]) for problem, number in asked
+        ]
+        engine.generate(requests, sampling, keep)
+
+
+def _score(
+    benchmark: Benchmark, answers: Answers, places: list[Place], progress: BenchProgress
+) -> dict[str, Any]:
+    """Grade what was not graded yet, write samples.jsonl, and sum up these places."""
+    graded = {(x["problem"], x["sample"]): x for x in answers.finished() or []}
+    todo = [place for place in places if place not in graded]
+    progress.start(f"{benchmark.name}: grades", len(places), len(places) - len(todo))
+    for first in range(0, len(todo), GRADED_AT_ONCE):
+        part = todo[first : first + GRADED_AT_ONCE]
+        graded |= dict(zip(part, _grade(benchmark, answers, part), strict=True))
+        progress.advance(len(graded))
+    lines = [graded[place] for place in sorted(graded)]
+    answers.finish(lines)
+    asked = [graded[place] for place in places]
+    grades = numpy.array([line["correct"] for line in asked], dtype=float)
+    grades = grades.reshape(len(benchmark.problems), -1)
+    result = {"greedy": benchmark.is_greedy} | summarise(grades)
+    result["truncated"] = float(numpy.mean([line["truncated"] for line in asked]))
+    result["tokens"] = float(numpy.mean([line["tokens"] for line in asked]))
+    return result
+
+
+def _grade(benchmark: Benchmark, answers: Answers, places: list[Place]) -> list[dict[str, Any]]:
+    """The lines of samples.jsonl at these places; a truncated answer is wrong."""
+    found = [(benchmark.problems[place[0]], answers.found[place]) for place in places]
+    whole = [i for i, (_, answer) in enumerate(found) if not answer["truncated"]]
+    asked = [Answer(found[i][0].grader, found[i][1]["response"], found[i][0].answer) for i in whole]
+    grades = dict(zip(whole, grade(asked), strict=True))
+    return [
+        {"prompt": problem.prompt, "answer": problem.answer[:ANSWER_CHARACTERS]}
+        | answer
+        | {"correct": grades.get(i, 0.0)}
+        for i, (problem, answer) in enumerate(found)
+    ]
+
+
+def _write(run: BenchRun, results: dict[str, Any]) -> None:
+    figures = {
+        "model": run.model["model"], "engine": run.recipe.rollout.engine, "seed": run.seed,
+        "temperature": run.temperature, "top_p": run.top_p, "max_tokens": run.max_tokens,
+        "benchmarks": results,
+    }  # fmt: skip
+    write_whole(run.out / "results.json", json.dumps(figures, indent=2) + "\n")

@@ -1,0 +1,128 @@
+"""Grading processes that may hang or crash: an answer costs its time limit at most, never the run.
+
+Workers are started by exec, not fork (this process may hold torch, threads and CUDA), import no
+torch, and die with this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from iwopd_megatron.errors import UserError
+
+STARTUP = 60.0  # seconds a new process has for its imports, besides its first answer
+
+
+class Answer(NamedTuple):
+    """What is to be graded, and by which grader."""
+
+    grader: str
+    response: str
+    answer: str
+
+
+class Worker:
+    """One process and the answer it is busy with."""
+
+    def __init__(self) -> None:
+        package = Path(__file__).parent.parent
+        paths = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
+        module = [sys.executable, "-W", "ignore", "-m", f"{__package__}.grading_worker"]
+        self.process = subprocess.Popen(
+            [*module, str(os.getpid())],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )  # fmt: skip
+        self.place, self.deadline = -1, float("inf")
+        self.received, self.patience = b"", STARTUP
+
+    def give(self, place: int, answer: Answer, deadline: float) -> None:
+        self.place, self.deadline, self.received = place, deadline + self.patience, b""
+        self.patience = 0.0
+        with contextlib.suppress(BrokenPipeError):  # it crashed: its end is read next
+            self.process.stdin.write(json.dumps(answer._asdict()).encode() + b"\n")
+            self.process.stdin.flush()
+
+    def stop(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+
+
+class Pool:
+    """`workers` processes, started when first needed; `seconds` is an answer's time limit."""
+
+    def __init__(self, workers: int, seconds: float):
+        self.count, self.seconds = workers, seconds
+        self.workers: list[Worker] = []
+
+    def grade(self, answers: list[Answer]) -> list[float]:
+        """1.0 or 0.0 each, in order; an answer whose grading hangs or crashes is wrong."""
+        waiting, grades = deque(enumerate(answers)), [0.0] * len(answers)
+        busy = selectors.DefaultSelector()
+        try:
+            while waiting or busy.get_map():
+                while waiting and len(busy.get_map()) < self.count:
+                    worker = self._idle_worker()
+                    worker.give(*waiting.popleft(), time.monotonic() + self.seconds)
+                    busy.register(worker.process.stdout, selectors.EVENT_READ, worker)
+                at_work = [key.data for key in busy.get_map().values()]
+                patience = min(worker.deadline for worker in at_work) - time.monotonic()
+                for key, _ in busy.select(max(patience, 0)):
+                    self._read(key.data, busy, grades)
+                for worker in at_work:
+                    if worker.deadline <= time.monotonic():
+                        self._drop(worker, busy)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            busy.close()
+        return grades
+
+    def _idle_worker(self) -> Worker:
+        for worker in self.workers:
+            if worker.place == -1:
+                return worker
+        self.workers.append(Worker())
+        return self.workers[-1]
+
+    def _read(self, worker: Worker, busy: Any, grades: list[float]) -> None:
+        piece = os.read(worker.process.stdout.fileno(), 65536)
+        worker.received += piece
+        if not piece:
+            self._drop(worker, busy)
+        elif worker.received.endswith(b"\n"):
+            result = json.loads(worker.received)
+            if "error" in result:
+                raise UserError(result["error"])
+            grades[worker.place] = float(result["right"])
+            busy.unregister(worker.process.stdout)
+            worker.place, worker.deadline = -1, float("inf")
+
+    def _drop(self, worker: Worker, busy: Any) -> None:
+        """The answer stays 0; the next one gets a new process."""
+        if worker.place == -1:
+            return
+        busy.unregister(worker.process.stdout)
+        worker.stop()
+        self.workers.remove(worker)
+
+    def close(self) -> None:
+        """End all workers; the pool may be used again."""
+        while self.workers:
+            self.workers.pop().stop()

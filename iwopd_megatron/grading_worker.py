@@ -1,0 +1,46 @@
+"""One grading process: a JSON line in, a JSON line out, until the input ends. Imports no torch.
+
+Started by grading_pool.py as `python -m iwopd_megatron.grading_worker`; it may hang or crash, for
+its pool kills and replaces it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from typing import Any
+
+from iwopd_megatron.errors import UserError
+from iwopd_megatron.stop import die_with_parent
+
+MEMORY = 4 * 2**30  # bytes of address space
+
+
+def main() -> None:
+    parent = int(sys.argv[1])
+    die_with_parent()
+    if os.getppid() != parent:  # it died before we asked
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # nothing a library prints ends among the answers
+    for line in sys.stdin:
+        answers.write(json.dumps(_grade(**json.loads(line))) + "\n")
+        answers.flush()
+
+
+def _grade(grader: str, response: str, answer: str) -> dict[str, Any]:
+    from iwopd_megatron.grading import GRADERS
+
+    try:
+        return {"right": bool(GRADERS[grader](response, answer))}
+    except UserError as error:
+        return {"error": str(error)}
+    except Exception as error:  # sympy and latex2sympy raise whatever they like
+        return {"right": False, "trouble": f"{type(error).__name__}: {error}"[:200]}
+
+
+if __name__ == "__main__":
+    main()

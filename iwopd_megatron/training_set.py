@@ -1,0 +1,117 @@
+"""What a recipe trains on: its sources read, filtered, counted, encoded, and put in an order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from iwopd_megatron.benchmarks import load_benchmark
+from iwopd_megatron.config import Recipe
+from iwopd_megatron.config_data import Source
+from iwopd_megatron.contamination import contaminated, duplicates
+from iwopd_megatron.data import MixedOrder, Order, Problem, PromptOrder, encode_prompt
+from iwopd_megatron.data_sources import read_source, resolve
+from iwopd_megatron.errors import RecipeError
+
+Encoded = tuple[Problem, list[int]]
+
+
+@dataclass
+class Counts:
+    """What became of a source's rows; `duplicate` and `contaminated` None where nobody looked."""
+
+    title: str
+    rows: int
+    easy: int
+    duplicate: int | None = None
+    contaminated: int | None = None
+    too_long: int = 0
+    kept: int = 0
+    lengths: list[int] = field(default_factory=list)  # tokens of the prompts, too long ones too
+
+
+@dataclass
+class TrainingSet:
+    """Problems with their prompts' token ids, one source behind the other."""
+
+    problems: list[Encoded]
+    counts: list[Counts]
+    shares: list[float] | None
+
+    @property
+    def too_long(self) -> int:
+        return sum(counts.too_long for counts in self.counts)
+
+    def check(self, limit: int) -> None:
+        """RecipeError if nothing is left of a source."""
+        for counts in self.counts:
+            if counts.too_long and not counts.kept:
+                raise RecipeError(
+                    f"every prompt of {counts.title} is longer than "
+                    f"rollout.max_prompt_tokens={limit}; raise it."
+                )
+            if not counts.kept:
+                raise RecipeError(
+                    f"every problem of {counts.title} is removed as a duplicate or contaminated; "
+                    "leave the source out of data.train."
+                )
+
+    def order(self, seed: int, shuffle: bool) -> Order:
+        """Their order, the same for every run with this seed and data."""
+        if self.shares is None:
+            return PromptOrder(len(self.problems), seed, shuffle)
+        return MixedOrder([counts.kept for counts in self.counts], self.shares, seed, shuffle)
+
+
+def load_training_set(recipe: Recipe, tokenizer: Any, examine: bool = False) -> TrainingSet:
+    """Read, filter and encode; `examine` looks for duplicates and contamination in any case."""
+    data, limit = recipe.data, recipe.rollout.max_prompt_tokens
+    read = [_read(source, not recipe.is_distilling) for source in map(resolve, data.train)]
+    problems = [problem for _, part in read for problem in part]
+    looks = [x or examine for x in (data.remove_duplicates, data.remove_contaminated)]
+    twice = duplicates(problems) if looks[0] else None
+    seen = contaminated(problems, held_out_problems(recipe)) if looks[1] else None
+    kept: list[Encoded] = []
+    first = 0
+    for counts, part in read:
+        places = range(first, first + len(part))
+        first += len(part)
+        counts.duplicate = sum(twice[i] for i in places) if twice else None
+        counts.contaminated = sum(seen[i] for i in places) if seen else None
+        before = len(kept)
+        for place in places:
+            is_removed = (data.remove_duplicates and twice[place]) or (
+                data.remove_contaminated and seen[place]
+            )
+            if is_removed:
+                continue
+            ids = encode_prompt(tokenizer, problems[place].prompt)
+            counts.lengths.append(len(ids))
+            if len(ids) > limit:
+                counts.too_long += 1
+            else:
+                kept.append((problems[place], ids))
+        counts.kept = len(kept) - before
+    shares = None if data.train[0].share is None else [source.share for source in data.train]
+    return TrainingSet(kept, [counts for counts, _ in read], shares)
+
+
+def _read(source: Source, need_response: bool) -> tuple[Counts, list[Problem]]:
+    problems, rows, easy = read_source(source, need_response)
+    return Counts(source.title, rows, easy), problems
+
+
+def held_out_problems(recipe: Recipe) -> list[Problem]:
+    """Problems of data.eval and data.held_out."""
+    own, out = recipe.data.benchmarks, []
+    if recipe.data.eval is not None:
+        out += read_source(Source(path=recipe.data.eval))[0]
+    for name in recipe.data.held_out:
+        is_file = name not in own and Path(name).exists()
+        out += (
+            read_source(Source(path=Path(name)))[0]
+            if is_file
+            else load_benchmark(name, own).problems
+        )
+    return out

@@ -1,0 +1,177 @@
+"""`iwopd eval` end to end on the demo's student, killed and resumed, and what it refuses."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from iwopd_megatron.answers import Answers
+from iwopd_megatron.benchmarks import load_benchmark, with_path
+from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.trajectory import Trajectory
+
+RECIPE = "recipes/demo_tiny_moe.yaml"
+STUDENT = "recipes/demo/student"
+SMALL = ["--engine", "hf", "--max-tokens", "43", "rollout.batch_size=16"]
+
+
+def command(*words: object) -> list[str]:
+    return [sys.executable, "-W", "ignore", "-m", "iwopd_megatron", "eval", *map(str, words)]
+
+
+def run(*words: object) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*words), capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory) -> Path:
+    """The first 24 held-out problems of the demo."""
+    path = tmp_path_factory.mktemp("bench") / "few.jsonl"
+    path.write_text("".join(Path("recipes/demo/eval.jsonl").read_text().splitlines(True)[:24]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(few, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "eval"
+    result = run(RECIPE, "--bench", "few", "--bench-file", f"few={few}", "--samples", 4,
+                 "--out", out, *SMALL)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "few" in result.stdout and "mean@n" in result.stdout and result.stderr == ""
+    return out
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_results(whole):
+    samples = lines(whole / "few" / "samples.jsonl")
+    places = [(x["problem"], x["sample"]) for x in samples]
+    assert places == [(p, s) for p in range(24) for s in range(4)]
+    assert len({x["response"] for x in samples[:4]}) > 1
+    found = json.loads((whole / "results.json").read_text())
+    figures = found["benchmarks"]["few"]
+    assert figures["mean"] == sum(x["correct"] for x in samples) / 96
+    assert figures["truncated"] == sum(x["truncated"] for x in samples) / 96
+    assert all(x["correct"] == 0 for x in samples if x["truncated"])
+    assert found["model"] == STUDENT and figures["samples"] == 4
+
+
+def test_more_samples_are_added(whole, few, tmp_path):
+    """The first samples are kept: random numbers depend on problem and sample alone."""
+    out = shutil.copytree(whole, tmp_path / "eval")
+    words = [STUDENT, "--bench", "few", "--bench-file", f"few={few}", "--out", out, *SMALL]
+    result = run(*words, "--samples", 5)
+    assert result.returncode == 0, result.stderr
+    before, after = (lines(x / "few" / "samples.jsonl") for x in (whole, out))
+    assert [x for x in after if x["sample"] < 4] == before and len(after) == 120
+    stamp = (out / "few" / "answers.jsonl").stat().st_mtime_ns
+    assert run(*words, "--samples", 2).returncode == 0
+    assert (out / "few" / "answers.jsonl").stat().st_mtime_ns == stamp
+    found = json.loads((out / "results.json").read_text())["benchmarks"]["few"]
+    assert found["mean"] == sum(x["correct"] for x in before if x["sample"] < 2) / 48
+
+
+def test_killed_and_resumed(whole, few, tmp_path):
+    """SIGKILL with some answers written: the same files in the end, no sample twice."""
+    out = tmp_path / "eval"
+    words = [RECIPE, "--bench", "few", "--bench-file", f"few={few}", "--samples", 4, "--out", out,
+             *SMALL]  # fmt: skip
+    answers = out / "few" / "answers.jsonl"
+    process = subprocess.Popen(
+        command(*words), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    while not (answers.exists() and answers.stat().st_size):
+        assert process.poll() is None
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    with answers.open("r+b") as file:  # wherever the kill came, the last line is now torn
+        file.truncate(answers.stat().st_size - 7)
+    assert 0 < answers.read_bytes().count(b"\n") < 96 and not (out / "results.json").exists()
+    result = run(*words)
+    assert result.returncode == 0, result.stderr
+    for name in ("results.json", "few/samples.jsonl"):
+        assert (out / name).read_text() == (whole / name).read_text()
+    places = [(x["problem"], x["sample"]) for x in lines(answers)]
+    assert len(places) == len(set(places)) == 96
+
+
+def test_other_settings_are_refused(whole, few):
+    words = [RECIPE, "--bench", "few", "--bench-file", f"few={few}", "--out", whole, *SMALL]
+    result = run(*words, "--temperature", 0.7)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "holds answers with temperature=1.0, now it is 0.7" in result.stderr
+
+
+def test_programs_are_greedy(tmp_path):
+    """A benchmark of programs: one answer each, whatever --samples says."""
+    row = {
+        "task_id": "HumanEval/900", "prompt": "abc=", "entry_point": "f", "atol": 0,
+        "canonical_solution": "\ndef f(x): return x", "base_input": [[1]], "plus_input": [[2]],
+    }  # fmt: skip
+    file = tmp_path / "plus.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    benchmark = load_benchmark("humaneval+", {"humaneval+": with_path("humaneval+", file, {})})
+    (problem,) = benchmark.problems
+    assert benchmark.is_greedy and problem.prompt.endswith("```\nabc=\n```")
+    assert json.loads(problem.answer) == row
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere"], "nowhere is neither a recipe nor a run"),
+        ([RECIPE, "--bench", "gpqa"], "no benchmark 'gpqa'; known ones: aime24"),
+        ([RECIPE, "--bench", "mbpp+"], "--bench-file mbpp+=FILE.jsonl or set MBPP_OVERRIDE_PATH"),
+        ([RECIPE, "--bench", "toy", "--bench-file", "toy"], "'toy' is not NAME=FILE"),
+        ([STUDENT, "--bench", "toy"], "write --max-tokens 119"),
+        ([STUDENT, "--bench", "toy", "--engine", "turbo"], "'rollout.engine' is 'turbo'"),
+    ],
+)
+def test_refusals(words, message, tmp_path):
+    result = run(*words, "--out", tmp_path)
+    assert result.returncode == 2 and message in result.stderr, result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_evalplus_variable(monkeypatch, tmp_path):
+    monkeypatch.setenv("MBPP_OVERRIDE_PATH", str(tmp_path / "none.jsonl"))
+    with pytest.raises(RecipeError, match="none.jsonl does not exist"):
+        load_benchmark("mbpp+", {})
+
+
+def test_toy_is_the_demos_held_out_file():
+    rows = [json.loads(line) for line in Path("recipes/demo/eval.jsonl").read_text().splitlines()]
+    problems = load_benchmark("toy", {}).problems
+    assert [p.question for p in problems] == [row["question"] for row in rows]
+
+
+def test_any_text_survives_a_line(tmp_path):
+    answers = Answers(tmp_path, {})
+    text = 'a\u2028b\nc\u0085 "d" \ud83d\ude00'.encode("utf-16", "surrogatepass").decode("utf-16")
+    answers.add((0, 0), Trajectory(0, [1], [2, 3]), text)
+    answers.add((0, 0), Trajectory(0, [1], [9]), "again")
+    assert Answers(tmp_path, {}).found[0, 0]["response"] == text
+    answers.finish([{"x": text}])
+    assert answers.finished() == [{"x": text}]
+
+
+def test_megatron_checkpoint(whole, few, tmp_path):
+    """A checkpoint is evaluated through an export: the same samples as of the folder it is of."""
+    from iwopd_megatron.convert import hf_to_megatron
+
+    hf_to_megatron(Path(STUDENT), tmp_path / "checkpoint", "native")
+    result = run(tmp_path / "checkpoint", "--hf", STUDENT, "--bench", "few", "--bench-file",
+                 f"few={few}", "--samples", 4, "--out", tmp_path / "eval", *SMALL)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    same = [(x / "few" / "samples.jsonl").read_text() for x in (whole, tmp_path / "eval")]
+    assert same[0] == same[1]

@@ -1,0 +1,126 @@
+"""Known-hard math answers; the pool survives what hangs and crashes."""
+
+import os
+import time
+
+import pytest
+
+from iwopd_megatron import grading_pool
+from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.grading import grade
+from iwopd_megatron.grading_pool import Answer, Pool
+from iwopd_megatron.math_grader import is_right, last_boxed
+
+RIGHT = [  # (content of the box, reference answer)
+    (r"\frac{1}{2}", "0.5"), (r"\dfrac12", r"\frac{1}{2}"), ("1/2", r"\frac{1}{2}"),
+    (r"1\frac{1}{2}", r"\frac{3}{2}"), (r"\sqrt{8}", r"2\sqrt{2}"), (r"\sqrt[3]{27}", "3"),
+    (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}"), (r"50\%", "0.5"), (r"50\%", "50"),
+    ("1,000", "1000"), (r"\$18.90", "18.9"), (r"10\text{ cm}", "10"), (r"5\,\mathrm{km}", "5"),
+    (r"90^\circ", "90"), (r"\{3, 2, 1\}", r"\{1,2,3\}"), ("2, 1", r"\{1,2\}"),
+    (r"\left[0, 1\right)", "[0,1)"), (r"(3,\infty)\cup(-\infty,2)", r"(-\infty,2) \cup (3,\infty)"),
+    (r"(3,\infty)", "x > 3"), ("x = 5", "5"), ("(x+1)^2", "x^2+2x+1"), (r"\binom{5}{2}", "10"),
+    (r"\frac{\pi}{2}", r"\pi/2"), ("2^{10}", "1024"), (r"\text{Yes}", "Yes"), ("(B)", "B"),
+    (r"\begin{pmatrix}1 & 2\\3 & 4\end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+    (r"\frac{\frac{1}{2}}{\sqrt{\frac{1}{4}}}", "1"), ("$7$", "7"), ("7", r"so \boxed{7}"),
+]  # fmt: skip
+WRONG = [
+    ("3", "4"), (r"\frac{1}{3}", "0.33"), ("(0,1)", "[0,1)"), ("(2,1)", "(1,2)"), ("No", "Yes"),
+    (r"\{1,2\}", r"\{1,2,3\}"), ("x < 3", r"(3,\infty)"), ("", "0"), (r"\sqrt{2}", "1.4"),
+    ("A", "B"), (r"\frac{1}{", "1"), (r"\text{none}", "0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("box", "answer"), RIGHT)
+def test_right(box, answer):
+    assert is_right(f"Hence \\boxed{{{box}}}.", answer)
+
+
+@pytest.mark.parametrize(("box", "answer"), WRONG)
+def test_wrong(box, answer):
+    assert not is_right(f"Hence \\boxed{{{box}}}.", answer)
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        (r"\boxed{1} then \boxed{2}", "2"),
+        (r"\boxed{\frac{a^{b}}{c}}", r"\frac{a^{b}}{c}"),
+        (r"\boxed{\{1, \{2\}\}} end", r"\{1, \{2\}\}"),
+        (r"\boxed{\boxed{3}}", "3"),
+        (r"\boxed{4} and \boxed{5", "4"),
+        (r"the answer is 4", None),
+        (r"\boxed{", None),
+        (r"\boxed{\}", None),
+    ],
+)
+def test_last_box(text, content):
+    assert last_boxed(text) == content
+
+
+def test_no_box_is_wrong():
+    assert not is_right("The answer is 4.", "4")
+    assert is_right(r"First \boxed{3}, no: \boxed{4}", "4")
+    assert not is_right(r"First \boxed{4}, no: \boxed{3}", "4")
+
+
+TOWER = Answer("math", r"\boxed{9^{9^{9^{9^{9}}}}}", "1")  # as long as it takes to write it out
+FOUR = Answer("math", r"\boxed{2+2}", "4")
+
+
+def test_pool_survives_a_hang(monkeypatch):
+    monkeypatch.setattr(grading_pool, "STARTUP", 20.0)
+    pool = Pool(workers=1, seconds=2)
+    try:
+        assert pool.grade([FOUR]) == [1.0]
+        start = time.monotonic()
+        assert pool.grade([TOWER, FOUR, Answer("math", r"\boxed{5}", "4"), FOUR]) == [0, 1, 0, 1]
+        assert time.monotonic() - start >= 2
+    finally:
+        pool.close()
+
+
+def test_pool_survives_a_crash():
+    pool = Pool(workers=1, seconds=60)
+    try:
+        assert pool.grade([FOUR]) == [1.0]
+        pool.workers[0].process.kill()
+        pool.workers[0].process.wait()
+        assert pool.grade([FOUR, FOUR]) == [0, 1]  # the one in hand is lost, the next is not
+    finally:
+        pool.close()
+
+
+def test_grades_are_in_order_whatever_kinds():
+    toy = Answer("selection_sort", "abbb", "ab")
+    answers = [FOUR, toy, Answer("math", r"\boxed{5}", "4"), FOUR]
+    assert grade(answers) == [1, 0, 0, 1]
+
+
+def test_unknown_grader():
+    with pytest.raises(RecipeError, match="no grader 'poetry'; known graders: math, code"):
+        grade([Answer("poetry", "", "")])
+
+
+def test_workers_die_with_their_parent(tmp_path):
+    """Killed, a parent cannot close anything: the kernel ends its workers, a busy one too."""
+    import signal
+    import subprocess
+    import sys
+
+    script = (
+        "from iwopd_megatron.grading_pool import Answer, Pool\n"
+        "pool = Pool(1, 600)\n"
+        f"pool.grade([Answer(*{tuple(FOUR)!r})])\n"
+        "print(pool.workers[0].process.pid, flush=True)\n"
+        f"pool.grade([Answer(*{tuple(TOWER)!r})])\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    worker = int(parent.stdout.readline())
+    assert os.path.exists(f"/proc/{worker}")
+    parent.send_signal(signal.SIGKILL)
+    parent.communicate()
+    for _ in range(200):
+        if not os.path.exists(f"/proc/{worker}"):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"worker {worker} still runs")
