@@ -62,7 +62,7 @@ class WeightUpdates:
         self, address: str, port: int, first: int, world: int, group: str, backend: str
     ) -> None:
         """Become rank `first` + own rank of a process group whose rank 0 sends weights."""
-        store = c10d.TCPStore(address, port, world, False)
+        store = dist.TCPStore(address, port, world, False)
         joined, _ = c10d._new_process_group_helper(
             world,
             first + self.rank,
