@@ -7,9 +7,11 @@ SEEDS ?= 5
 # Where torch comes from; https://download.pytorch.org/whl/cpu has builds without gigabytes of CUDA.
 TORCH_INDEX ?=
 OUT ?= runs/demo
+DISK ?=
+KILLS ?= 20
 
-.PHONY: setup demo test lint bench bench-loss bench-convert bench-trl drill gpu-check gpu-check-venv \
-	demo-models
+.PHONY: setup demo demo-sglang demo-models test test-sglang test-vllm test-slurm lint bench bench-loss \
+	bench-convert bench-plan bench-trl drill gpu-check gpu-check-venv cluster-venv
 
 setup: $(VENV)/ready
 
@@ -40,6 +42,17 @@ demo-models: setup
 test: setup
 	$(RUN) -m pytest
 
+# Rollouts by a real vLLM server on this machine's CPU, in an environment of its own (3.4 GB).
+test-vllm: setup build/vllm-venv/ready
+	$(RUN) -m pytest tests/with_vllm
+
+build/vllm-venv/ready: tests/with_vllm/environment/requirements.txt
+	$(PYTHON) -m venv build/vllm-venv
+	build/vllm-venv/bin/pip install --quiet --disable-pip-version-check \
+		$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --no-deps torch==2.13.0
+	build/vllm-venv/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement $<
+	touch $@
+
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -55,9 +68,14 @@ bench-loss: setup
 	$(RUN) bench/packing.py
 	$(RUN) bench/loss.py
 
-# Checkpoint conversion against cp -r, on models of 1, 2 and 4 GB in a temporary folder.
+# Checkpoint conversion against cp -r, on models of 1, 4 and 8 GB and a layer of Qwen3-235B-A22B, in a
+# temporary folder of DISK (33 GB free).
 bench-convert: setup
-	$(RUN) bench/convert.py
+	$(RUN) bench/convert.py $(DISK)
+
+# The planner's predictions against published measurements.
+bench-plan: setup
+	$(RUN) bench/plan.py
 
 # A whole round against TRL's IW-OPD trainer, which needs an environment of its own (3 minutes).
 bench-trl: setup build/trl-venv/ready
@@ -71,9 +89,43 @@ build/trl-venv/ready: constraints.txt
 		trl==1.16.0 transformers==5.23.0 accelerate==1.15.0 datasets==5.2.0
 	touch $@
 
-# SIGKILL at 20 random points, resume, compare with the run never killed (about 5 minutes).
+# SIGKILL at KILLS random points, resume, compare with the run never killed (about 5 minutes for 20).
 drill: setup
-	$(RUN) bench/drill.py
+	$(RUN) bench/drill.py $(KILLS)
+
+# The demo with a real SGLang server and a Megatron teacher service, in processes of their own.
+demo-sglang: setup build/sglang-venv/ready
+	rm -rf runs/demo_sglang
+	$(RUN) -m iwopd_megatron train recipes/demo_sglang.yaml
+	$(RUN) -m iwopd_megatron report runs/demo_sglang
+
+# Against real servers, on CPUs.
+test-sglang: setup build/sglang-venv/ready
+	$(RUN) -m pytest tests/with_sglang
+
+build/sglang-venv/ready: tests/with_sglang/environment/requirements.txt tests/with_sglang/environment/prepare.py
+	$(PYTHON) -m venv build/sglang-venv
+	build/sglang-venv/bin/pip install --quiet --disable-pip-version-check \
+		$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	build/sglang-venv/bin/pip install --quiet --disable-pip-version-check --no-deps \
+		--requirement tests/with_sglang/environment/requirements.txt
+	build/sglang-venv/bin/python tests/with_sglang/environment/prepare.py
+	touch $@
+
+# Launches on a real Slurm of four emulated nodes, which it installs (apt), starts and stops; as root.
+test-slurm: setup cluster-venv
+	$(VENV)/bin/python cluster/testbed/slurm.py install
+	$(RUN) -m pytest --durations=0 tests/with_slurm
+
+# NeMo-Run wants versions of its own, so what launches jobs has an environment of its own (2 minutes).
+cluster-venv: build/cluster-venv/ready
+
+build/cluster-venv/ready: pyproject.toml cluster/requirements.txt
+	$(PYTHON) -m venv build/cluster-venv
+	build/cluster-venv/bin/pip install --quiet --disable-pip-version-check \
+		--requirement cluster/requirements.txt
+	build/cluster-venv/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
 
 # For a machine with one GPU and torch already there: torch is left as it is, missing packages go beside it.
 gpu-check:

@@ -1,10 +1,12 @@
 """Conversion both ways against `cp -r` of the same bytes, and the peak of anonymous memory.
 
-Random bf16 models of Qwen3-30B-A3B's width with 32 experts, 1, 2 and 4 GB, in a temporary folder
-(first argument: where). Every target is flushed to disk, cp's by `sync` after it. The source is in
-the page cache: the model for cp and import, its checkpoint for cp2 and export. Runs take turns,
-each right after the last one's output was removed, since memory long unused is slow to get back on
-a virtual machine. Medians of ROUNDS after one that warms up; memory is RssAnon above the
+python bench/convert.py [FOLDER [SIZE ...]]: where the models go (a temporary folder of their own in
+it), and which: 1, 4, 8 (GB; Qwen3-30B-A3B's width, 32 experts) or 235b (one layer of
+Qwen3-235B-A22B, all of its 128 experts and its vocabulary, 7.3 GB). Random bf16.
+
+Every target is flushed to disk, cp's by `sync` after it. The source is in the page cache: the model
+for cp and import, its checkpoint for cp2 and export. Runs take turns, each right after the last
+one's output was removed. Medians of ROUNDS after one that warms up; memory is RssAnon above the
 interpreter's after its imports.
 """
 
@@ -32,14 +34,18 @@ CONFIG = dict(
     max_position_embeddings=40960, num_experts=32, num_experts_per_tok=8,
     moe_intermediate_size=768, norm_topk_prob=True, rope_theta=1e6, tie_word_embeddings=False,
 )  # fmt: skip
-LAYERS = {1: 2, 2: 5, 4: 11}  # gigabytes -> layers
-ROUNDS, WORKERS = 2, 2
+FLAGSHIP = CONFIG | dict(
+    vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_attention_heads=64,
+    num_experts=128, moe_intermediate_size=1536,
+)  # fmt: skip
+MODELS = {"1": (CONFIG, 2), "4": (CONFIG, 11), "8": (CONFIG, 23), "235b": (FLAGSHIP, 1)}
+ROUNDS, WORKERS = 3, 2
 
 
-def write_model(folder: Path, layers: int) -> int:
+def write_model(folder: Path, config: dict, layers: int) -> int:
     """A random model in shards of a gigabyte; its bytes."""
     folder.mkdir()
-    hf = CONFIG | {"num_hidden_layers": layers}
+    hf = config | {"num_hidden_layers": layers}
     (folder / "config.json").write_text(json.dumps(hf))
     safetensors_file.SHARD_BYTES = 10**9
     writer, random = SafetensorsWriter(), numpy.random.default_rng(0)
@@ -103,8 +109,8 @@ def copy(source: Path, out: Path) -> tuple[float, float]:
     return returned, time.perf_counter() - start
 
 
-def measure(folder: Path, gigabytes: int) -> dict[str, float]:
-    source, nbytes = folder / "hf", write_model(folder / "hf", LAYERS[gigabytes])
+def measure(folder: Path, size: str) -> dict[str, float]:
+    source, nbytes = folder / "hf", write_model(folder / "hf", *MODELS[size])
     subprocess.run(["sync"], check=True)
     runs: dict[str, list[float]] = {}
     peak = {"import": 0.0, "export": 0.0}
@@ -125,32 +131,40 @@ def measure(folder: Path, gigabytes: int) -> dict[str, float]:
     return rates | {"gb": nbytes / 1e9, "import_mb": peak["import"], "export_mb": peak["export"]}
 
 
+def ratios(rates: dict[str, float]) -> dict[str, float]:
+    return {
+        "import_over_cp": rates["import"] / rates["cp_sync"],
+        "export_over_cp": rates["export"] / rates["cp2_sync"],
+    }
+
+
 def main() -> None:
-    with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as folder:
-        free, needed = shutil.disk_usage(folder).free, 4 * max(LAYERS) * 1e9
+    place, *sizes = sys.argv[1:] or [None]
+    sizes = sizes or list(MODELS)
+    print(f"GB/s, median of {ROUNDS} rounds, workers = {WORKERS}")
+    columns = ["cp", "cp_sync", "import", "cp2", "cp2_sync", "export"]
+    print(f"| model | GB | {' | '.join(columns)} | import / cp | export / cp | MB in | MB out |")
+    print("| --- " * 12 + "|", flush=True)
+    results = []
+    with tempfile.TemporaryDirectory(dir=place) as folder:
+        free, needed = shutil.disk_usage(folder).free, 33e9
         if free < needed:
             sys.exit(f"{folder} has {free / 1e9:.0f} GB free, this needs {needed / 1e9:.0f}.")
-        results = [measure(Path(folder), gigabytes) for gigabytes in LAYERS]
-    print("GB/s, median of", ROUNDS, "rounds, workers =", WORKERS)
-    columns = ["cp", "cp_sync", "import", "cp2", "cp2_sync", "export"]
-    print(f"| model GB | {' | '.join(columns)} | peak MB in | out |")
-    print("| --- " * 9 + "|")
-    for r in results:
-        rates = " | ".join(f"{r[key]:.2f}" for key in columns)
-        print(f"| {r['gb']:.2f} | {rates} | {r['import_mb']:.0f} | {r['export_mb']:.0f} |")
-    largest = results[-1]
-    summary = {
-        "import_over_cp": largest["import"] / largest["cp_sync"],
-        "export_over_cp": largest["export"] / largest["cp2_sync"],
-        "import_over_unflushed_cp": largest["import"] / largest["cp"],
-        "export_over_unflushed_cp": largest["export"] / largest["cp2"],
-        "peak_rss_mb": max(max(r["import_mb"], r["export_mb"]) for r in results),
-    }
+        for size in sizes:
+            r = measure(Path(folder), size)
+            r |= ratios(r)
+            figures = [r[key] for key in ("gb", *columns, "import_over_cp", "export_over_cp")]
+            cells = [size, *(f"{x:.2f}" for x in figures)]
+            cells += [f"{r[key]:.0f}" for key in ("import_mb", "export_mb")]
+            print(f"| {' | '.join(cells)} |", flush=True)
+            results.append(r)
+    summary = {key: min(r[key] for r in results) for key in ratios(results[0])}
+    summary["peak_rss_mb"] = max(max(r["import_mb"], r["export_mb"]) for r in results)
     print(json.dumps({key: round(value, 3) for key, value in summary.items()}))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 5:
+    if sys.argv[1:2] in (["import"], ["export"]):
         convert_here(*sys.argv[1:])
     else:
         main()

@@ -1,4 +1,6 @@
-"""Kill a run with SIGKILL at 20 random points, resume it, and compare with the run never killed.
+"""Kill a run with SIGKILL at random points, resume it, and compare with the run never killed.
+
+python bench/drill.py [KILLS]
 
 The demo recipe, eight rounds on two processes with a checkpoint every two. Each kill hits launcher
 and ranks at a random moment of a random phase of a random round; identical means the final weights
@@ -17,7 +19,7 @@ from pathlib import Path
 os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 from killed_run import POINTS  # noqa: E402
 
-KILLS, ROUNDS, EVERY = 20, 8, 2
+ROUNDS, EVERY = 8, 2
 # Longest delay after a point is reached: about what the phase takes.
 SECONDS = {"generate": 0.1, "score": 0.05, "train": 0.1, "step": 0.01, "sync": 0.01, "save": 0.6}
 SETTINGS = [
@@ -43,7 +45,7 @@ def results(out):
 
 
 def main():
-    rng = random.Random(0)
+    kills, rng = int(sys.argv[1]) if len(sys.argv) > 1 else 20, random.Random(0)
     identical = 0
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / "whole"
@@ -52,7 +54,7 @@ def main():
         expected = results(whole)
         print("| kill | round | point | s after it | exit | resumed after round | identical |")
         print("| --- | --- | --- | --- | --- | --- | --- |")
-        for i in range(KILLS):
+        for i in range(kills):
             point = POINTS[i % len(POINTS)] if i < len(POINTS) else rng.choice(POINTS)
             at_round = EVERY * rng.randint(1, ROUNDS // EVERY - 1) if point == "save" else None
             at_round = at_round or rng.randint(1, ROUNDS)
@@ -67,7 +69,7 @@ def main():
             identical += same
             print(f"| {i + 1} | {at_round} | {point} | {seconds:.3f} | {code} | {start} | "
                   f"{'yes' if same else 'NO ' + again.stderr[-200:]} |", flush=True)  # fmt: skip
-    print(json.dumps({"kills": KILLS, "identical": identical}))
+    print(json.dumps({"kills": kills, "identical": identical}))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,8 +14,10 @@ from iwopd_megatron.linear_loss import linear_loss
 from iwopd_megatron.logprobs import LogProbs, linear_logprobs
 from iwopd_megatron.model import HiddenStateModel
 from iwopd_megatron.objective import Objective
-from iwopd_megatron.packing import MicroBatch, Packer
+from iwopd_megatron.packing import MicroBatch, Packer, response_places
 from iwopd_megatron.parallel import Parallel
+from iwopd_megatron.routing import RoutingReplay
+from iwopd_megatron.scores import Support
 from iwopd_megatron.trajectory import Trajectory
 
 device.install()
@@ -27,9 +28,6 @@ from megatron.core.utils import unwrap_model  # noqa: E402
 # (last stage's hidden states, its model chunk, batch) -> (loss, whatever the caller wants kept)
 OnOutput = Callable[[torch.Tensor, HiddenStateModel, MicroBatch], tuple[torch.Tensor, Any]]
 
-# A teacher's likeliest ids and their log-probs, [N, K] each, of one micro-batch
-Support = tuple[torch.Tensor, torch.Tensor]
-
 
 @dataclass(frozen=True)
 class Schedule:
@@ -38,6 +36,7 @@ class Schedule:
     chunks: list[torch.nn.Module]
     parallel: Parallel
     temperature: float = 1.0
+    replay: RoutingReplay | None = None  # of the chunks' routers
 
     def run(
         self,
@@ -52,8 +51,13 @@ class Schedule:
         context-parallel cut (`Packer` returns it).
         """
 
+        if self.replay is not None:
+            self.replay.restart()
+
         def step(iterator, chunk):
             batch = next(iterator)
+            if self.replay is not None:
+                self.replay.follow(batch.experts)
             hidden = chunk(batch.tokens, batch.positions, None, packed_seq_params=batch.packed)
 
             def on_last_stage(hidden):
@@ -119,9 +123,7 @@ class Schedule:
         rank's micro-batches, those of `packer(samples)` in order, on the last stage; they stay
         where the student's loss reads them.
         """
-        starts = [0, *accumulate(len(sample.response_ids) for sample in samples)]
-        first = torch.zeros(1 + max(sample.index for sample in samples), dtype=torch.long)
-        first[[sample.index for sample in samples]] = torch.tensor(starts[:-1])
+        starts, first = response_places(samples)
         scores = torch.zeros(starts[-1], device=device.current_device())
         first = first.to(scores.device)
 

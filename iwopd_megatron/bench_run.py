@@ -27,10 +27,10 @@ from iwopd_megatron.grading import check_graders, grade
 from iwopd_megatron.grading_pool import Answer
 from iwopd_megatron.hf_io import HfTensors
 from iwopd_megatron.parallel import Parallel
+from iwopd_megatron.pass_at_k import summarise
 from iwopd_megatron.preflight import read_hf_config
 from iwopd_megatron.rollout import Prompt, RolloutEngine, Sampling
 from iwopd_megatron.rollout.make import make_engine
-from iwopd_megatron.scores import summarise
 from iwopd_megatron.trajectory import Trajectory
 
 MOST_PROBLEMS = 2**20  # a prompt's index is sample * this + problem

@@ -1,39 +1,28 @@
 """Resume points: weights and optimiser by Megatron dist_checkpointing, and a round's other state.
 
-checkpoints/round_000010/ appears by one rename when it is complete; files.json in it has the size
-and xxh3 of every file, so that a damaged one is found before anything is loaded. Any layout can
-load it (`fully_reshardable`; Megatron's default optimiser format is refused by its own writer in
-0.16.1).
+checkpoints/round_000010/ appears by one rename when it is complete (saver.py); files.json in it has
+the size and xxh3 of every file, so that a damaged one is found before anything is loaded. Any
+layout can load it (`fully_reshardable`; Megatron's default optimiser format is refused by its own
+writer in 0.16.1).
 """
 
 from __future__ import annotations
 
 import json
-import queue
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import xxhash
 
 from iwopd_megatron.parallel import Parallel, gather
-from iwopd_megatron.rawfile import flush
+from iwopd_megatron.saver import LISTING, Saver, digest
 from iwopd_megatron.torch_dist import METADATA
 
 from megatron.core import dist_checkpointing  # isort: skip
 from megatron.core.dist_checkpointing.mapping import ShardedObject  # isort: skip
-from megatron.core.dist_checkpointing.strategies import filesystem_async  # isort: skip
 from megatron.core.utils import unwrap_model  # isort: skip
-
-# Saves are synchronous, so results stay in this process. Megatron would start a manager process for
-# them, which imports everything again and takes seconds.
-filesystem_async._results_queue = queue.Queue()
-
-LISTING = "files.json"
 
 
 def newest(run: Path, parallel: Parallel, say: Callable[[str], None]) -> Path | None:
@@ -60,68 +49,29 @@ def _damage(folder: Path, parallel: Parallel) -> str | None:
         return f"{LISTING} is missing."
     expected = json.loads(listing.read_text())
     for name in sorted(expected)[parallel.rank :: parallel.world]:
-        size, digest = expected[name]
+        size, content = expected[name]
         file = folder / name
         if not file.is_file():
             return f"{name} is missing."
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes, not {size}."
-        if _digest(file) != digest:
+        if digest(file) != content:
             return f"the content of {name} has changed."
     return None
 
 
-def _digest(file: Path) -> str:
-    state = xxhash.xxh3_64()
-    with file.open("rb") as stream:
-        while block := stream.read(2**24):
-            state.update(block)
-    return state.hexdigest()
-
-
-def _write_listing(folder: Path, parallel: Parallel) -> None:
-    """files.json of a complete folder, every rank reading its share; all of it on disk."""
-    names = sorted(path.name for path in folder.iterdir())
-    own = {}
-    for name in names[parallel.rank :: parallel.world]:
-        own[name] = (folder / name).stat().st_size, _digest(folder / name)
-        flush(folder / name)
-    parts = gather(own)
-    if parallel.is_main:
-        (folder / LISTING).write_text(json.dumps({k: v for part in parts for k, v in part.items()}))
-        flush(folder / LISTING)
-        flush(folder)
-
-
 def save(
-    run: Path,
+    saver: Saver,
     chunks: list,
     optimizer: Any,
     scheduler: Any,
     extra: dict[str, Any],
     parallel: Parallel,
-    keep: int,
 ) -> None:
-    """Write a checkpoint of `extra["round"]`; keep the newest `keep`. Collective and atomic."""
-    final = run / "checkpoints" / f"round_{extra['round']:06d}"
-    partial = final.with_suffix(".partial")
-    if parallel.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
+    """Begin a checkpoint of `extra["round"]`, which `saver` completes. Collective."""
     state = _state(chunks, optimizer, parallel, is_loading=False)
     state |= {"scheduler": scheduler.state_dict(), "extra": extra}
-    dist_checkpointing.save(state, str(partial), content_metadata=METADATA)
-    dist.barrier()
-    _write_listing(partial, parallel)
-    if parallel.is_main:
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
-        flush(final.parent)
-        for old in sorted(final.parent.glob("round_??????"))[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
+    saver.start(state, extra["round"])
 
 
 def load(

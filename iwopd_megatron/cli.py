@@ -10,7 +10,16 @@ from typing import Annotated
 
 import typer
 
-from iwopd_megatron import cli_convert, cli_data, cli_eval, doctor
+from iwopd_megatron import (
+    cli_convert,
+    cli_data,
+    cli_eval,
+    cli_launch,
+    cli_plan,
+    cli_rehearse,
+    cli_serve,
+    doctor,
+)  # fmt: skip
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_models import Layout
 from iwopd_megatron.errors import RecipeError, UserError
@@ -24,8 +33,13 @@ app = typer.Typer(
 )  # fmt: skip
 RecipePath = Annotated[Path, typer.Argument(help="recipe YAML")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.lr=3e-4")]
-for _command in (cli_convert.convert, cli_convert.export, cli_convert.check, cli_data.data):
+for _command in (
+    cli_convert.convert, cli_convert.export, cli_convert.check,
+    cli_data.data, cli_plan.plan, cli_rehearse.rehearse,
+    cli_launch.launch, cli_launch.status, cli_launch.attach, cli_launch.serve_rollout,
+):  # fmt: skip
     app.command()(_command)
+app.command()(cli_serve.serve_teacher)
 app.command("eval")(cli_eval.evaluate)
 Resume = Annotated[
     bool, typer.Option("--resume", help="go on from the newest checkpoint of the run folder")

@@ -76,4 +76,5 @@ def check(
 def _say(out: Path, result: dict, start: float) -> None:
     seconds = time.perf_counter() - start
     size = result["bytes"] / 1e9
-    print(f"wrote {out}: {result['tensors']} tensors, {size:.3g} GB in {seconds:.1f} s")
+    kept = f", {result['kept']} of them by an interrupted run" if result["kept"] else ""
+    print(f"wrote {out}: {result['tensors']} tensors{kept}, {size:.3g} GB in {seconds:.1f} s")

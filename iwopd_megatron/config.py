@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
+from iwopd_megatron.config_cluster import Cluster
 from iwopd_megatron.config_data import Data
 from iwopd_megatron.config_loss import Loss
 from iwopd_megatron.config_models import Frozen, Section, Student, Teacher
@@ -55,11 +56,23 @@ class Checkpoint(Section):
         50, description="rounds between checkpoints; null: only when stopped"
     )
     keep: PositiveInt = Field(2, description="newest complete checkpoints kept")
+    async_save: bool = Field(
+        True, description="train on while a process writes; false: wait for the disk"
+    )
 
 
 class Gates(Section):
     max_drift: float = Field(
         0.5, gt=0, description="stop when mean |trainer - engine| log-prob exceeds this (nats)"
+    )
+    same_chat_template: bool = Field(
+        True, description="stop when a teacher's chat template is not the student's"
+    )
+    max_canary: float = Field(
+        0.1, gt=0, description="the same for a fixed prompt, right after a weight update"
+    )
+    max_truncation_jump: float = Field(
+        0.5, gt=0, description="stop when the truncated share exceeds the last 10 rounds' by this"
     )
 
 
@@ -84,13 +97,15 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
     gates: Gates = Gates()
+    cluster: Cluster | None = Field(None, description="GPUs of each role, for plan and launch")
     processes: PositiveInt | None = Field(
-        None, description="world size; default: the fewest the layout fits on"
+        None, description="world size; default: cluster.trainer, or the fewest the layout fits on"
     )
 
     @property
     def world(self) -> int:
-        return self.processes or self.student.parallel.unit
+        gpus = self.cluster.trainer if self.cluster else None
+        return self.processes or gpus or self.student.parallel.unit
 
     @property
     def is_distilling(self) -> bool:

@@ -2,22 +2,22 @@
 
 One worker (a thread) takes one block at a time: a layer's, an expert's weight. A block moves in
 pieces of at most LIMIT bytes from mapped file to planned position, and no dtype is ever cast.
+An interrupted conversion goes on where it stopped (continuation.py).
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from iwopd_megatron import manifest
+from iwopd_megatron import manifest, pieces, safetensors_file, torch_dist
+from iwopd_megatron.continuation import Parts, Record, identity, run
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.hf_io import HfTensors
+from iwopd_megatron.hf_io import HfTensors, copy_companions
 from iwopd_megatron.manifest import DTYPE_NAMES, DTYPES, Digest, entry
 from iwopd_megatron.mapping import Block, blocks, hf_shape
-from iwopd_megatron.pieces import Piece, pieces
+from iwopd_megatron.pieces import Piece, cut
 from iwopd_megatron.preflight import read_hf_config
 from iwopd_megatron.rawfile import check_free, complete_folder
 from iwopd_megatron.safetensors_file import SafetensorsWriter
@@ -33,13 +33,20 @@ from iwopd_megatron.torch_dist import (
 from iwopd_megatron.torch_dist_reader import Reader
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-Tensors = dict[str, dict[str, Any]]  # manifest entries by Hugging Face name
 
 
 def hf_to_megatron(
-    source: Path, out: Path, names: str = "native", workers: int = 1, force: bool = False
+    source: Path,
+    out: Path,
+    names: str = "native",
+    workers: int = 1,
+    force: bool = False,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Write a checkpoint of a Hugging Face folder; {"tensors", "bytes"}. RecipeError if unfit."""
+    """Write a checkpoint of a Hugging Face folder; RecipeError if it is unfit.
+
+    Returns {"tensors", "bytes", "kept": tensors that an interrupted run had written}.
+    """
     if names not in ("native", "te"):
         raise RecipeError(f"names={names} is unknown; write native or te.")
     hf, tensors = read_hf_config(source), HfTensors(source)
@@ -50,42 +57,30 @@ def hf_to_megatron(
     is_twice = _check_names(tensors, all_blocks, hf)
     writer, plan = _plan_import(tensors, all_blocks, hf)
     writer.add_objects(object_keys(hf, names))
+
+    def write(block: Block, steps: list[tuple[Piece, Slot]]) -> Parts:
+        for piece, slot in steps:
+            rows, whole = piece.gather(block, tensors)
+            writer.write(slot, whole)
+            yield from zip(piece.sources, rows, strict=True)
+
+    def written(block: Block, steps: list[tuple[Piece, Slot]]) -> Parts:
+        dtype = DTYPES[tensors[block.hf_names[0]].get_dtype()]
+        for piece, slot in steps:
+            whole = writer.read(slot).view(dtype).view(piece.last - piece.first, -1)
+            yield from zip(piece.sources, piece.scatter(block, whole), strict=True)
+
     with complete_folder(out, writer.nbytes, force, (source,)) as folder:
+        limits = [pieces.LIMIT, torch_dist.FILE_BYTES]
+        record = Record(folder, identity(source, names=names, limits=limits), say)
         writer.open(folder)
-
-        def work(item: tuple[Block, list[tuple[Piece, Slot]]]) -> Tensors:
-            block, steps = item
-            digests = {name: Digest() for name in block.hf_names}
-            for piece, slot in steps:
-                rows, whole = piece.gather(block, tensors)
-                for name, part in zip(piece.sources, rows, strict=True):
-                    digests[name].update(part)
-                writer.write(slot, whole)
-            return {
-                name: entry(hf_shape(name, hf), tensors[name].get_dtype(), digest.hex())
-                for name, digest in digests.items()
-            }
-
-        found = _run(work, plan, workers)
+        found = run(plan, write, written, hf, record, workers)
         if is_twice:
             found[HEAD] = _same_head(tensors, found[EMBEDDING], source)
         manifest.verify_tensors(before, found, source)
         manifest.write(folder, hf, found)
         writer.finish(METADATA)
-    return {"tensors": len(found), "bytes": writer.nbytes}
-
-
-def _run(work: Callable[[Any], Tensors], plan: list, workers: int) -> Tensors:
-    """All entries, in the plan's order; the first failure stops the rest."""
-    found: Tensors = {}
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        futures = [pool.submit(work, item) for item in plan]
-        try:
-            for future in futures:
-                found |= future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-    return found
+    return {"tensors": len(found), "bytes": writer.nbytes, "kept": record.kept}
 
 
 def _check_names(tensors: HfTensors, all_blocks: list[Block], hf: dict[str, Any]) -> bool:
@@ -127,7 +122,7 @@ def _plan_import(
         dtype, whole = DTYPES[dtypes[block.key]], stacked_shape(block, hf)
         lead, rest = len(block.place), whole[len(block.place) + 1 :]
         steps = []
-        for piece in pieces(block, hf, dtype.itemsize):
+        for piece in cut(block, hf, dtype.itemsize):
             offsets = (*block.place, piece.first, *(0 for _ in rest))
             sizes = (*(1 for _ in range(lead)), piece.last - piece.first, *rest)
             steps.append((piece, writer.add(block.key, whole, dtype, offsets, sizes)))
@@ -149,12 +144,18 @@ def _same_head(tensors: HfTensors, embedding: dict[str, Any], folder: Path) -> d
 
 
 def megatron_to_hf(
-    source: Path, out: Path, template: Path, workers: int = 1, force: bool = False
+    source: Path,
+    out: Path,
+    template: Path,
+    workers: int = 1,
+    force: bool = False,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Write a Hugging Face folder of a checkpoint, with the template's configs and tokenizer.
 
-    The checkpoint may come from any layout, with or without optimiser states. Returns {"tensors",
-    "bytes"}; RecipeError if it does not fit the template's config.json or its own manifest.
+    The checkpoint may come from any layout, with or without optimiser states. Returns what
+    `hf_to_megatron` does; RecipeError if it does not fit the template's config.json or its own
+    manifest.
     """
     hf, reader = read_hf_config(template), Reader(source)
     before = manifest.read(source)
@@ -171,31 +172,35 @@ def megatron_to_hf(
             writer.add(name, hf_shape(name, hf), DTYPE_NAMES[reader.dtype(block.key)])
     if hf.get("tie_word_embeddings") and before is not None and HEAD in before["tensors"]:
         writer.add_copy(HEAD, EMBEDDING)
+    plan = [(block, list(cut(block, hf, reader.dtype(block.key).itemsize))) for block in all_blocks]
+
+    def write(block: Block, steps: list[Piece]) -> Parts:
+        for piece in steps:
+            whole = reader.read(block.key, block.place, piece.first, piece.last)
+            parts = piece.scatter(block, whole)
+            for (name, (row, _)), part in zip(piece.sources.items(), parts, strict=True):
+                part = part.contiguous()
+                writer.write(name, part, row)
+                yield name, part
+
+    def written(block: Block, steps: list[Piece]) -> Parts:
+        for piece in steps:
+            for name, (first, last) in piece.sources.items():
+                rows = writer.read(name, first, last).view(reader.dtype(block.key))
+                yield name, rows
+
     with complete_folder(out, writer.nbytes, force, (source, template)) as folder:
+        limits = [pieces.LIMIT, safetensors_file.SHARD_BYTES]
+        settings = {"config": manifest.essentials(hf), "copies": writer.copies, "limits": limits}
+        record = Record(folder, identity(source, **settings), say)
         writer.open(folder)
-
-        def work(block: Block) -> Tensors:
-            digests = {name: Digest() for name in block.hf_names}
-            dtype = reader.dtype(block.key)
-            for piece in pieces(block, hf, dtype.itemsize):
-                whole = reader.read(block.key, block.place, piece.first, piece.last)
-                parts = piece.scatter(block, whole)
-                for (name, (row, _)), part in zip(piece.sources.items(), parts, strict=True):
-                    part = part.contiguous()
-                    digests[name].update(part)
-                    writer.write(name, part, row)
-            return {
-                name: entry(hf_shape(name, hf), DTYPE_NAMES[dtype], digest.hex())
-                for name, digest in digests.items()
-            }
-
-        found = _run(work, all_blocks, workers)
+        found = run(plan, write, written, hf, record, workers)
         found |= {copy: found[name] for copy, name in writer.copies.items()}
         manifest.verify_tensors(before, found, source)
         manifest.write(folder, hf, found)
         writer.finish()
         copy_companions(template, folder)
-    return {"tensors": len(found), "bytes": writer.nbytes}
+    return {"tensors": len(found), "bytes": writer.nbytes, "kept": record.kept}
 
 
 def _check_shapes(reader: Reader, expected: dict[str, tuple[int, ...]]) -> None:
@@ -212,14 +217,3 @@ def _check_shapes(reader: Reader, expected: dict[str, tuple[int, ...]]) -> None:
             )
         if reader.dtype(key) not in DTYPE_NAMES:
             raise RecipeError(f"{reader.folder}: {key} is {reader.dtype(key)}, not a plain float.")
-
-
-def copy_companions(template: Path, folder: Path) -> None:
-    """Copy config, generation config, tokenizer and chat templates: all that is no weight."""
-    weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
-    for file in template.rglob("*"):
-        place = file.relative_to(template)
-        is_hidden = any(part.startswith(".") for part in place.parts)
-        if file.is_file() and not is_hidden and not file.name.endswith((*weights, manifest.NAME)):
-            (folder / place).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(file, folder / place)

@@ -34,6 +34,18 @@ def gpu_count() -> int:
     return torch.cuda.device_count() if has_gpu() else 0
 
 
+def beside(first: int, count: int) -> dict[str, str]:
+    """Environment that gives another process this machine's GPUs `first` and on.
+
+    {} without a GPU, and where there are not as many: then it sees all that this process sees.
+    """
+    if not has_gpu() or gpu_count() < first + count:
+        return {}
+    name = "CUDA_VISIBLE_DEVICES"
+    visible = os.environ.get(name, ",".join(map(str, range(gpu_count())))).split(",")
+    return {name: ",".join(visible[first : first + count])}
+
+
 def set_device(local_rank: int) -> None:
     """Bind this process to its GPU, with fp32 matrix products in full fp32 (no TF32)."""
     if has_gpu():

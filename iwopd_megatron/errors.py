@@ -23,3 +23,9 @@ class ServiceError(UserError):
     """A server that the run needs is gone, or does not answer as it must."""
 
     exit_code = 4
+
+
+class CheckpointError(UserError):
+    """A checkpoint could not be written."""
+
+    exit_code = 5

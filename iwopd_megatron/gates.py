@@ -12,6 +12,8 @@ import torch
 from iwopd_megatron.errors import GateError
 from iwopd_megatron.trajectory import Trajectory
 
+TRUNCATION_ROUNDS = 10  # whose mean is the usual share of truncated answers
+
 
 def same_vocabulary(
     student: Path, teacher: Path, student_tokenizer: Any, teacher_tokenizer: Any
@@ -32,10 +34,83 @@ def same_vocabulary(
         )
 
 
-def rollouts(samples: list[Trajectory], version: int, vocab_size: int) -> None:
-    """Every answer is by the believed weights, not empty and inside the vocabulary."""
+def same_chat_template(
+    student: Path, teacher: Path, student_tokenizer: Any, teacher_tokenizer: Any
+) -> None:
+    """A teacher reads prompts as the student's template wrote them."""
+    if student_tokenizer.chat_template != teacher_tokenizer.chat_template:
+        raise GateError(
+            f"the chat templates of {student} and {teacher} differ, so the teacher reads prompts "
+            "in a form it was not trained on; copy the teacher's template to the student, or "
+            "write gates.same_chat_template=false where that is meant."
+        )
+
+
+def served_teacher(
+    url: str,
+    info: Mapping[str, Any],
+    student: Mapping[str, Any],
+    teacher: Mapping[str, Any],
+    same_template: bool = True,
+) -> None:
+    """A scoring server holds the recipe's teacher, and gives every id the student's meaning.
+
+    All three as `fingerprint.identity`; what a server does not tell is not compared.
+    """
+    if info.get("vocab_size", student["vocab_size"]) != student["vocab_size"]:
+        raise GateError(
+            f"the teacher at {url} has a vocabulary of {info['vocab_size']}, the student of "
+            f"{student['vocab_size']}; serve a model of the student's family."
+        )
+    if info.get("eos_token_ids", student["eos_token_ids"]) != student["eos_token_ids"]:
+        raise GateError(
+            f"the teacher at {url} ends answers with {info['eos_token_ids']}, the student with "
+            f"{student['eos_token_ids']}; make both generation_config.json name the same ids."
+        )
+    theirs = info.get("tokenizer", student["tokenizer"])
+    parts = ["vocabulary", "special_tokens"] + ["chat_template"] * same_template
+    differing = [part for part in parts if theirs.get(part) != student["tokenizer"][part]]
+    if differing:
+        hint = " or write gates.same_chat_template=false" * (differing == ["chat_template"])
+        raise GateError(
+            f"the tokenizer of the teacher at {url} is not the student's: {differing[0]} differs; "
+            f"give its folder the student's tokenizer files{hint}."
+        )
+    if (
+        info.get("config_fingerprint", teacher["config_fingerprint"])
+        != (teacher["config_fingerprint"])
+    ):
+        raise GateError(
+            f"the server at {url} holds {info.get('model_path')}, whose config.json is not that of "
+            "the recipe's teacher; point hf or urls of the teacher at the other."
+        )
+
+
+def server_fits(url: str, info: Mapping[str, Any], longest: int, temperature: float) -> None:
+    """A scoring server can score what rollouts will write, at their temperature."""
+    if temperature != 1 and not info.get("has_logprob_temperature"):
+        raise GateError(
+            f"the server at {url} scores at temperature 1 only, as SGLang does, but "
+            f"rollout.temperature={temperature:g}; write rollout.temperature=1, or serve the "
+            "teacher with 'iwopd serve-teacher'."
+        )
+    if info.get("max_sequence_tokens", longest) < longest:
+        raise GateError(
+            f"the teacher at {url} takes sequences of at most {info['max_sequence_tokens']} "
+            f"tokens, and rollout.max_prompt_tokens + max_response_tokens = {longest}; raise "
+            "service.microbatch_tokens of the teacher, or lower those."
+        )
+
+
+def rollouts(
+    samples: list[Trajectory], version: int, vocab_size: int, max_staleness: int = 0
+) -> None:
+    """Every answer is by the believed weights, not empty and inside the vocabulary.
+
+    max_staleness: versions before `version` that may have written a part of it.
+    """
     for sample in samples:
-        if sample.weight_version != version:
+        if not version - max_staleness <= sample.weight_version <= version:
             raise GateError(
                 f"sample {sample.index} was written by weight version {sample.weight_version}, "
                 f"not {version}; the engine did not take the last update."
@@ -48,6 +123,19 @@ def rollouts(samples: list[Trajectory], version: int, vocab_size: int) -> None:
         if not 0 <= min(sample.response_ids) <= max(sample.response_ids) < vocab_size:
             raise GateError(
                 f"sample {sample.index} holds a token id outside the vocabulary of {vocab_size}."
+            )
+
+
+def routes(samples: list[Trajectory], hf: Mapping[str, Any]) -> None:
+    """Every answer brings the engine's experts for all its inputs and layers."""
+    for sample in samples:
+        expected = sample.inputs, hf["num_hidden_layers"], hf["num_experts_per_tok"]
+        found = None if sample.experts is None else sample.experts.shape
+        if found != expected:
+            raise GateError(
+                f"sample {sample.index} came with experts of shape {found}, expected {expected} "
+                "(inputs, layers, top k); start every rollout server with "
+                "--enable-return-routed-experts, or set rollout.routing_replay=false."
             )
 
 
@@ -115,4 +203,37 @@ def drift(mean_drift: float, limit: float) -> None:
             f"engine and trainer log-probs differ by {mean_drift:.3g} nats on average, "
             f"limit gates.max_drift={limit}; "
             "engine and trainer do not hold the same weights, temperature or dtype."
+        )
+
+
+def canary(trainer: list[float], engine: Mapping[str, list[float]], limit: float) -> float:
+    """Every engine scores a fixed prompt as the trainer does; the largest mean difference (nats).
+
+    engine: log-probs by the server's URL.
+    """
+    worst = 0.0
+    for url, theirs in engine.items():
+        mean = sum(abs(a - b) for a, b in zip(trainer, theirs, strict=True)) / len(trainer)
+        if not mean <= limit:
+            raise GateError(
+                f"{url} scores a canary prompt {mean:.3g} nats from the trainer on average, limit "
+                f"gates.max_canary={limit:g}; it does not hold the weights that were pushed, or "
+                "its dtype differs."
+            )
+        worst = max(worst, mean)
+    return worst
+
+
+def truncation(before: list[float], samples: list[Trajectory], limit: float) -> None:
+    """The share of answers cut at the length limit does not jump above that of recent rounds."""
+    recent = before[-TRUNCATION_ROUNDS:]
+    if not recent:
+        return
+    share = sum(sample.truncated for sample in samples) / len(samples)
+    usual = sum(recent) / len(recent)
+    if share - usual > limit:
+        raise GateError(
+            f"{share:.0%} of the answers are cut at rollout.max_response_tokens, {usual:.0%} in "
+            f"the rounds before, limit gates.max_truncation_jump={limit:g}; the student forgot to "
+            "stop, or the engine lost its EOS: look at the last samples."
         )

@@ -19,6 +19,11 @@ from iwopd_megatron.mapping import entries
 from iwopd_megatron.parallel import Parallel
 
 SHARD_BYTES = 5 * 10**9
+# Files of a model folder that do not go with it: its weights, and what describes them.
+NO_COMPANION = (
+    ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json",
+    "manifest.json",
+)  # fmt: skip
 
 
 class HfTensors(Mapping):
@@ -158,13 +163,20 @@ def save_folder(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], templ
         size, total = size + tensor.nbytes, total + tensor.nbytes
     save_file(shard, partial / f"shard-{count}", metadata={"format": "pt"})
     _name_shards(partial, weight_map, count + 1, total)
-    for file in template.iterdir():
-        is_text = file.suffix in (".json", ".jinja", ".txt")
-        if is_text and not file.name.endswith((".index.json", "manifest.json")):
-            shutil.copy2(file, partial / file.name)
+    copy_companions(template, partial)
     if folder.exists():
         shutil.rmtree(folder)
     partial.rename(folder)
+
+
+def copy_companions(template: Path, folder: Path) -> None:
+    """Copy config, generation config, tokenizer and chat templates: all that is no weight."""
+    for file in template.rglob("*"):
+        place = file.relative_to(template)
+        is_hidden = any(part.startswith(".") for part in place.parts)
+        if file.is_file() and not is_hidden and not file.name.endswith(NO_COMPANION):
+            (folder / place).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, folder / place)
 
 
 def _name_shards(partial: Path, weight_map: dict[str, int], count: int, total: int) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from iwopd_megatron.actor import Support
 from iwopd_megatron.objective import Objective
 from iwopd_megatron.packing import MicroBatch, Packer
+from iwopd_megatron.scores import Support
 from iwopd_megatron.trajectory import Trajectory
 
 

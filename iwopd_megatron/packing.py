@@ -18,6 +18,7 @@ from iwopd_megatron import device
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.loss import token_denominator
 from iwopd_megatron.parallel import PackedSeqParams, Parallel, packed_seq_params, zigzag_index
+from iwopd_megatron.routing import cut_routes
 from iwopd_megatron.trajectory import Trajectory
 
 SCORES = ("rollout_logp", "teacher_logp", "base_logp", "old_logp")
@@ -44,6 +45,7 @@ class MicroBatch:
     old_logp: torch.Tensor | None  # [N]; None: this forward's own, detached
     topk_ids: torch.Tensor | None = None  # [N, K] int64: the teacher's likeliest tokens
     topk_logp: torch.Tensor | None = None  # [N, K]
+    experts: torch.Tensor | None = None  # [layers, T / tp, top k] on the host, to be replayed
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,17 @@ def _spread(bins: list[list[int]], costs: list[float], dp: int) -> list[list[lis
     return plan
 
 
+def response_places(samples: list[Trajectory]) -> tuple[list[int], torch.Tensor]:
+    """Where each sample's tokens begin and the last's end among all response tokens in a row.
+
+    And, int64 on the CPU, where those of a `Trajectory.index` begin.
+    """
+    starts = [0, *accumulate(len(sample.response_ids) for sample in samples)]
+    first = torch.zeros(1 + max(sample.index for sample in samples), dtype=torch.long)
+    first[[sample.index for sample in samples]] = torch.tensor(starts[:-1])
+    return starts, first
+
+
 def deal(samples: list[Trajectory], parts: int) -> list[list[Trajectory]]:
     """A round's samples in `parts` runs, the minibatches of its optimiser steps."""
     bounds = [len(samples) * i // parts for i in range(parts + 1)]
@@ -209,5 +222,6 @@ def _build(
         owner=kept[6],
         offset=kept[5],
         denominator=value[0],
+        experts=cut_routes(samples, lengths, index, parallel.tp),
         **scores,
     )

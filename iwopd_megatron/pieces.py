@@ -37,7 +37,7 @@ class Piece:
         return [rows] if block.cut.is_stack else block.cut.unshard([rows], self.hf)
 
 
-def pieces(block: Block, hf: dict[str, Any], itemsize: int) -> Iterator[Piece]:
+def cut(block: Block, hf: dict[str, Any], itemsize: int) -> Iterator[Piece]:
     """Cut a block by rows, or by key-value groups where its sources are interleaved."""
     shapes = {name: hf_shape(name, hf) for name in block.hf_names}
     if block.cut.is_stack:

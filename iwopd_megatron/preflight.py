@@ -99,7 +99,7 @@ def eos_ids(folder: Path) -> set[int]:
 def check(recipe: Recipe) -> None:
     """Refuse what cannot run: missing files, impossible layouts, a world of the wrong size.
 
-    `preflight_scorers.check_scorers` does the same for teachers and base student.
+    `preflight_scorers` does it for teachers and base student, `preflight_rollout` for servers.
     """
     student, layout = recipe.student, recipe.student.parallel
     hf = read_hf_config(student.hf)
@@ -148,8 +148,10 @@ MAY_CHANGE = (
     "out", "processes", "student.parallel", "student.recompute", "teacher.offload",
     "teacher.microbatch_tokens", "teacher.urls", "teacher.service", "teacher.timeout_s",
     "teacher.patience_s", "teacher.max_in_flight", "base.offload", "base.microbatch_tokens",
-    "rollout.batch_size", "train.rounds", "train.microbatch_tokens", "evaluate", "checkpoint",
-    "gates",
+    "rollout.batch_size", "rollout.servers", "rollout.sync", "rollout.sync_folder",
+    "rollout.sync_address", "rollout.pause", "rollout.verify_every", "rollout.stream_scoring",
+    "train.rounds", "train.microbatch_tokens", "evaluate", "checkpoint",
+    "gates", "cluster",
 )  # fmt: skip
 
 

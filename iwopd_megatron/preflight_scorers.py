@@ -16,7 +16,7 @@ from iwopd_megatron.preflight import (
 
 if TYPE_CHECKING:
     from iwopd_megatron.config import Recipe
-    from iwopd_megatron.config_models import Frozen, Teacher
+    from iwopd_megatron.config_models import Frozen, Service, Teacher
 
 
 def check_scorers(recipe: Recipe) -> None:
@@ -69,8 +69,18 @@ def _check_teacher(recipe: Recipe, teacher: Teacher, role: str) -> None:
         if not url.startswith(("http://", "https://")):
             raise RecipeError(f"{role}.urls: '{url}' is not a URL; write http://HOST:PORT.")
     if teacher.service is not None:
-        check_layout(teacher.service.parallel, hf, f"{role}.service")
-        check_world(teacher.service.parallel, teacher.service.world, f"{role}.service.processes")
+        _check_service(teacher.service, hf, f"{role}.service")
+
+
+def _check_service(service: Service, hf: dict[str, Any], role: str) -> None:
+    check_layout(service.parallel, hf, role)
+    check_world(service.parallel, service.world, f"{role}.processes")
+    if service.max_queue_tokens < service.microbatch_tokens:
+        raise RecipeError(
+            f"{role}.max_queue_tokens={service.max_queue_tokens} must be at least "
+            f"{role}.microbatch_tokens={service.microbatch_tokens}, so that every sequence that "
+            "fits a micro-batch fits the queue."
+        )
 
 
 def _check_topk(recipe: Recipe) -> None:

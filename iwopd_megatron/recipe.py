@@ -16,11 +16,53 @@ from pydantic import BaseModel, ValidationError
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.preflight import check
+from iwopd_megatron.preflight_rollout import check_rollout
 from iwopd_megatron.preflight_scorers import check_scorers
 
 
 def load_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
     """Read YAML, apply `a.b=value` overrides (YAML syntax), and check everything checkable."""
+    recipe = read_recipe(path, overrides)
+    check(recipe)
+    check_scorers(recipe)
+    check_rollout(recipe)
+    return recipe
+
+
+def read_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
+    """`load_recipe` without looking at models and data: for planning away from the cluster."""
+    tree = _read_tree(path)
+    base = tree.pop("extends", None)
+    if base is not None:
+        tree = _merge(_read_base(path, base), tree)
+    for override in overrides:
+        apply_override(tree, override)
+    return parse_recipe(tree, str(path))
+
+
+def _read_base(path: Path, base: Any) -> dict[str, Any]:
+    """What a recipe's `extends: other.yaml` names, a file beside it."""
+    if not isinstance(base, str):
+        raise RecipeError(f"recipe {path}: 'extends' is {base!r}; name one YAML file beside it.")
+    tree = _read_tree(path.parent / base)
+    if "extends" in tree:
+        raise RecipeError(
+            f"recipe {path} extends {base}, which itself extends {tree['extends']}; "
+            "one level is allowed: extend the last one."
+        )
+    return tree
+
+
+def _merge(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `tree`, section by section; lists and null replace."""
+    merged = dict(base)
+    for key, value in tree.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merge(base[key], value) if both else value
+    return merged
+
+
+def _read_tree(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise RecipeError(
             f"recipe {path} does not exist; "
@@ -36,12 +78,7 @@ def load_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
         raise RecipeError(
             f"recipe {path} must hold 'key: value' lines, not a {type(tree).__name__}."
         )
-    for override in overrides:
-        apply_override(tree, override)
-    recipe = parse_recipe(tree, str(path))
-    check(recipe)
-    check_scorers(recipe)
-    return recipe
+    return tree
 
 
 def parse_recipe(tree: dict[str, Any], where: str) -> Recipe:
@@ -49,7 +86,7 @@ def parse_recipe(tree: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError(f"{where}: {_sentence(error.errors()[0])}") from None
+        raise RecipeError(f"{where}: {explain(error)}") from None
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
@@ -72,11 +109,13 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         ) from None
 
 
-def _sentence(error: dict[str, Any]) -> str:
+def explain(invalid: ValidationError, root: type[BaseModel] = Recipe) -> str:
+    """The first problem of a tree that is no `root`, in words."""
+    error = invalid.errors()[0]
     path = [str(part) for part in error["loc"]]
     key = ".".join(path)
     if error["type"] == "extra_forbidden":
-        annotation: Any = Recipe
+        annotation: Any = root
         for part in path[:-1]:
             if get_origin(annotation) in (dict, list):  # `part` is a key or a place in it
                 annotation = get_args(annotation)[-1]
@@ -91,7 +130,8 @@ def _sentence(error: dict[str, Any]) -> str:
         )
         return f"unknown key '{key}'; {hint}"
     if error["type"] == "missing":
-        return f"'{key}' is missing; add it to the recipe or write {key}=... on the command line."
+        where = " to the recipe or write {key}=... on the command line" if root is Recipe else ""
+        return f"'{key}' is missing; add it{where.format(key=key)}."
     return f"'{key}' is {error.get('input')!r}: {error['msg'][0].lower()}{error['msg'][1:]}."
 
 

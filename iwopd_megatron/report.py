@@ -187,6 +187,12 @@ def _figures(data: Runs) -> dict[str, Figure]:
         "Engine drift (nats/token)": lambda r: _series(r, "round", "drift"),
         "Response length (tokens)": lambda r: _series(r, "round", "response_length"),
     }
+    services = {
+        "Weight update (s)": lambda r: {n["round"]: n["time"]["sync"] for n in r if "time" in n},
+        "Scored while generating (%)": lambda r: _series(r, "round", "scored_early", scale=100),
+    }
+    if not any("scored_early" in line for runs in data.values() for run in runs for line in run):
+        services = {}
     accuracy = {"Accuracy (%)": lambda r: _series(r, "eval", "accuracy", scale=100)}
     reverse_kl = {"Reverse KL (nats/token)": lambda r: _series(r, "round", "reverse_kl")}
     figures = {
@@ -196,6 +202,7 @@ def _figures(data: Runs) -> dict[str, Figure]:
         "reverse_kl": _plot(data, "Round", reverse_kl),
         "phase_times": _plot_phases(data),
         "health": _plot(data, "Round", health),
+        "services": _plot(data, "Round", services),
     }
     return {name: figure for name, figure in figures.items() if figure}
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 
 import torch
 
 from iwopd_megatron.hf_io import SHARD_BYTES
 from iwopd_megatron.manifest import DTYPES
-from iwopd_megatron.rawfile import create, write_at
+from iwopd_megatron.rawfile import OutputFile, raw
 
 
 class SafetensorsWriter:
@@ -22,7 +21,7 @@ class SafetensorsWriter:
         self.copies: dict[str, str] = {}
         self.nbytes = 0
         self._size = 0  # of the last shard
-        self._places: dict[str, tuple[int, int, int]] = {}  # descriptor, position, bytes of a row
+        self._places: dict[str, tuple[OutputFile, int, int]] = {}  # file, position, bytes of a row
 
     def add(self, name: str, shape: tuple[int, ...], dtype: str) -> None:
         """Plan a tensor; `dtype` as safetensors names it. A shard has SHARD_BYTES or one tensor."""
@@ -45,17 +44,17 @@ class SafetensorsWriter:
         self.folder, count = folder, len(self.shards)
         names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         names = names if count > 1 else ["model.safetensors"]
-        self._descriptors = []
-        for file, shard in zip(names, self.shards, strict=True):
+        self._files = []
+        for title, shard in zip(names, self.shards, strict=True):
             header, size = _header(shard)
-            descriptor = create(folder / file, size)
-            os.pwrite(descriptor, header, 0)
-            self._descriptors.append(descriptor)
+            file = OutputFile(folder / title, size)
+            file.write(header, 0)
+            self._files.append(file)
             layout = json.loads(header[8:])
             for name, (shape, _) in shard.items():
                 start, stop = layout[name]["data_offsets"]
                 row = (stop - start) // max(1, shape[0])
-                self._places[name] = (descriptor, len(header) + start, row)
+                self._places[name] = (file, len(header) + start, row)
         if count > 1:
             pairs = zip(names, self.shards, strict=True)
             weight_map = {name: file for file, shard in pairs for name in shard}
@@ -66,12 +65,17 @@ class SafetensorsWriter:
         """Write a tensor's rows from row `first` on. Any thread."""
         copies = [copy for copy, original in self.copies.items() if original == name]
         for target in (name, *copies):
-            descriptor, position, row = self._places[target]
-            write_at(descriptor, rows, position + first * row)
+            file, position, row = self._places[target]
+            file.write(raw(rows.contiguous()), position + first * row)
+
+    def read(self, name: str, first: int, last: int) -> torch.Tensor:
+        """What the files hold of a tensor's rows `first:last`, as uint8. Any thread."""
+        file, position, row = self._places[name]
+        return file.read(position + first * row, (last - first) * row)
 
     def finish(self) -> None:
-        for descriptor in self._descriptors:
-            os.close(descriptor)
+        for file in self._files:
+            file.close()
 
 
 def _header(shard: dict[str, tuple[tuple[int, ...], str]]) -> tuple[bytes, int]:

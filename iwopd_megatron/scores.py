@@ -1,52 +1,74 @@
-"""Scores of a benchmark from its grades `[P problems, n samples]`, and how sure they are.
+"""What a teacher says of one sample, and its way from micro-batches to samples and back.
 
-mean@n: mean over problems of the share of right samples. best@n: share of problems with a right
-one. pass@k = mean over problems of 1 - C(n-c, k) / C(n, k), unbiased for k <= n with c right ones
-(Chen et al. 2021, arXiv 2107.03374, Eq. 1). Intervals: percentile bootstrap over problems.
+Shapes: T response tokens of a sample, N loss tokens of a micro-batch, K tokens of a support.
 """
 
 from __future__ import annotations
 
-from math import comb
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy
+import torch
+import torch.distributed as dist
 
-RESAMPLES = 10_000
+from iwopd_megatron import device
+from iwopd_megatron.packing import MicroBatch, response_places
+from iwopd_megatron.parallel import Parallel
+from iwopd_megatron.trajectory import Trajectory
 
-
-def pass_at_k(samples: int, right: int, k: int) -> float:
-    """The chance that k of the n samples, drawn without replacement, hold a right one."""
-    return 1.0 - comb(samples - right, k) / comb(samples, k)
-
-
-def interval(values_P: numpy.ndarray, level: float = 0.95, seed: int = 0) -> list[float]:
-    """[low, high] of the mean of one value a problem, from problems resampled with replacement."""
-    rng = numpy.random.default_rng(seed)
-    counts = rng.multinomial(len(values_P), [1 / len(values_P)] * len(values_P), size=RESAMPLES)
-    means = counts @ values_P / len(values_P)
-    return numpy.quantile(means, [(1 - level) / 2, (1 + level) / 2]).tolist()
+# A teacher's likeliest ids and their log-probs, [N, K] each, of one micro-batch
+Support = tuple[torch.Tensor, torch.Tensor]
 
 
-def summarise(grades_Pn: numpy.ndarray) -> dict[str, Any]:
-    """Everything a table or a report shows of one benchmark."""
-    problems, samples = grades_Pn.shape
-    mean_P, best_P = grades_Pn.mean(1), grades_Pn.max(1)
-    right_P = grades_Pn.sum(1).astype(int)
-    return {
-        "problems": problems,
-        "samples": samples,
-        "mean": float(mean_P.mean()),
-        "mean_interval": interval(mean_P),
-        "best": float(best_P.mean()),
-        "best_interval": interval(best_P),
-        "pass_at": {
-            str(k): float(numpy.mean([pass_at_k(samples, c, k) for c in right_P.tolist()]))
-            for k in _powers(samples)
-        },
-    }
+@dataclass(frozen=True)
+class Scores:
+    """Log-probs of a sample's response tokens, in nats."""
+
+    logp: numpy.ndarray  # [T] fp32
+    topk_ids: numpy.ndarray | None = None  # [T, K] int32, likeliest first
+    topk_logp: numpy.ndarray | None = None  # [T, K] fp32
 
 
-def _powers(most: int) -> list[int]:
-    """1, 2, 4, ... and `most`."""
-    return sorted({2**i for i in range(most.bit_length())} | {most})
+def by_sample(
+    samples: list[Trajectory],
+    batches: list[MicroBatch],
+    supports: list[Support],
+    topk: int,
+    parallel: Parallel,
+) -> list[tuple[numpy.ndarray, numpy.ndarray]]:
+    """Ids and log-probs `[T, K]` of every sample, on every rank. Collective.
+
+    batches, supports: this rank's, supports on the last stage only. Two all-reduces of K 32-bit
+    numbers per response token.
+    """
+    starts, first = response_places(samples)
+    ids = torch.zeros(starts[-1], topk, dtype=torch.int32, device=device.current_device())
+    logp = torch.zeros_like(ids, dtype=torch.float32)
+    if parallel.tp.rank == 0 and supports:
+        for batch, (batch_ids, batch_logp) in zip(batches, supports, strict=True):
+            rows = first.to(ids.device)[batch.owner] + batch.offset
+            ids[rows], logp[rows] = batch_ids.int(), batch_logp
+    for tensor in (ids, logp):
+        dist.all_reduce(tensor)
+    parts = zip(starts, starts[1:], strict=False)
+    ids, logp = ids.cpu().numpy(), logp.cpu().numpy()
+    return [(ids[a:b], logp[a:b]) for a, b in parts]
+
+
+def by_batch(batches: list[MicroBatch], scores: Mapping[int, Scores]) -> list[Support]:
+    """The supports of these micro-batches from top-K scores by `Trajectory.index`."""
+    return [_support(batch, scores) for batch in batches]
+
+
+def _support(batch: MicroBatch, scores: Mapping[int, Scores]) -> Support:
+    topk = next(iter(scores.values())).topk_ids.shape[1] if scores else 0
+    owner, offset = batch.owner.cpu().numpy(), batch.offset.cpu().numpy()
+    ids = numpy.zeros((len(owner), topk), dtype=numpy.int64)
+    logp = numpy.zeros((len(owner), topk), dtype=numpy.float32)
+    for index in numpy.unique(owner):
+        rows = owner == index
+        ids[rows] = scores[index].topk_ids[offset[rows]]
+        logp[rows] = scores[index].topk_logp[offset[rows]]
+    on = batch.rows.device
+    return torch.from_numpy(ids).to(on), torch.from_numpy(logp).to(on)

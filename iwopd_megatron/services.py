@@ -20,14 +20,18 @@ import httpx
 
 from iwopd_megatron.errors import ServiceError
 
-# Becomes `argv[2:]`, to be killed by the kernel when the process argv[1] that started it is gone.
+# Runs argv[2:] and ends as it does. When the process argv[1] that started it is gone, the kernel
+# tells it so, and it kills its whole process group: an engine's children would outlive the engine.
 _LAUNCHER = """
-import ctypes, os, signal, sys
+import ctypes, os, signal, subprocess, sys
+signal.signal(signal.SIGTERM, lambda *_: None)  # sent to the whole group: the command decides
+signal.signal(signal.SIGUSR1, lambda *_: os.killpg(0, signal.SIGKILL))
 if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(1, signal.SIGUSR1)
     if os.getppid() != int(sys.argv[1]):
         sys.exit(1)
-os.execvp(sys.argv[2], sys.argv[2:])
+code = subprocess.Popen(sys.argv[2:]).wait()
+sys.exit(code if code >= 0 else 128 - code)
 """
 PROBE_SECONDS = 5.0  # for an answer of /health
 
@@ -37,6 +41,23 @@ def outer_environment() -> dict[str, str]:
     own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     ours = ("GROUP_", "ROLE_", "TORCHELASTIC_")
     return {k: v for k, v in os.environ.items() if k not in own and not k.startswith(ours)}
+
+
+def health(url: str, path: str = "/health") -> int | None:
+    """Status of a server's answer; None without one."""
+    try:
+        return httpx.get(url + path, timeout=PROBE_SECONDS, trust_env=False).status_code
+    except httpx.TransportError:
+        return None
+
+
+def is_answering(url: str) -> bool:
+    """Whether a server that was ready is still there.
+
+    SGLang's /health generates a token and hangs while weights change; this path answers at once, if
+    only to say that it is unknown.
+    """
+    return health(url, "/model_info") is not None
 
 
 class Server:
@@ -95,12 +116,7 @@ class Server:
 
     def health(self) -> int | None:
         """Status of /health; None without an answer."""
-        try:
-            return httpx.get(
-                f"{self.url}/health", timeout=PROBE_SECONDS, trust_env=False
-            ).status_code
-        except httpx.TransportError:
-            return None
+        return health(self.url)
 
     def restart(self) -> None:
         """Kill what is left of it and start it again, on the same port; not yet ready."""
@@ -167,6 +183,11 @@ class Keeper:
             raise self.failure
         return all(one.was_ready for one in self.watched)
 
+    def wait_ready(self) -> None:
+        """Return when `is_ready`."""
+        while not self.is_ready():
+            time.sleep(0.05)
+
     def stop(self) -> None:
         """Stop all servers; no-op when repeated."""
         self._stopping.set()
@@ -211,11 +232,12 @@ class _Watched:
         """Why it must be restarted; None: it need not."""
         if not self.server.is_running:
             return f"ended with exit code {self.server.process.returncode}"
-        status, now = self.server.health(), time.monotonic()
-        if status is not None:
-            self.heard = now
-        if status == 200:
+        now = time.monotonic()
+        if self.is_up:
+            self.heard = now if is_answering(self.server.url) else self.heard
+        elif self.server.health() == 200:
             self.is_up = self.was_ready = True
+            self.heard = now
         if not self.is_up and now - self.started > start_timeout:
             return f"was not ready within {start_timeout:g} seconds"
         if self.is_up and now - self.heard > hang_timeout:

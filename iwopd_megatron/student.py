@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from iwopd_megatron.optimizer import build_optimizer, build_scheduler, wrap_data
 from iwopd_megatron.packing import MicroBatch, Packer
 from iwopd_megatron.parallel import Parallel
 from iwopd_megatron.preflight import read_hf_config
+from iwopd_megatron.routing import RoutingReplay
+from iwopd_megatron.saver import Saver
 from iwopd_megatron.sync import WeightStream
 from iwopd_megatron.trajectory import Trajectory
 
@@ -34,7 +37,8 @@ class Student:
         self.optimizer = build_optimizer(self.chunks, recipe.train)
         self.scheduler = build_scheduler(self.optimizer, recipe.train)
         temperature = recipe.rollout.temperature if recipe.is_distilling else 1.0
-        self.schedule = Schedule(self.chunks, parallel, temperature)
+        replay = RoutingReplay(self.chunks) if recipe.rollout.routing_replay else None
+        self.schedule = Schedule(self.chunks, parallel, temperature, replay)
 
     @staticmethod
     def sources(recipe: Recipe) -> Mapping[str, Any]:
@@ -51,6 +55,11 @@ class Student:
     def score(self, samples: list[Trajectory], packer: Packer) -> list[list[float]]:
         """Log-probs of every loss token under the present weights, as training computes them."""
         return self.schedule.score(samples, packer)[0]
+
+    def probe(self, ids: list[int], packer: Packer) -> list[float]:
+        """Log-probs (nats, temperature 1) of ids[1:] under the present weights. Collective."""
+        plain = replace(self.schedule, temperature=1.0)
+        return plain.score([Trajectory(0, ids[:1], ids[1:])], packer)[0][0]
 
     @property
     def lr(self) -> float:
@@ -72,11 +81,11 @@ class Student:
         """Go on to the next round's learning rate."""
         self.scheduler.step(1)
 
-    def save(self, run: Path, round_number: int, cursor: int, keep: int) -> None:
-        """A resume point after this round."""
+    def save(self, saver: Saver, round_number: int, cursor: int) -> None:
+        """Begin a resume point after this round."""
         extra = {"round": round_number, "cursor": cursor, "world": self.parallel.world}
         parts = self.chunks, self.optimizer, self.scheduler
-        checkpoint.save(run, *parts, extra, self.parallel, keep)
+        checkpoint.save(saver, *parts, extra, self.parallel)
 
     def restore(self, folder: Path) -> tuple[int, int]:
         """Go back to a resume point; its round and data cursor."""

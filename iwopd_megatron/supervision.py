@@ -19,6 +19,7 @@ from iwopd_megatron.packing import Packer, deal
 from iwopd_megatron.preflight import eos_ids
 from iwopd_megatron.student import Student
 from iwopd_megatron.teacher import EmbeddedScorer
+from iwopd_megatron.teachers import Teachers
 from iwopd_megatron.trajectory import Trajectory, mask_tokens
 from iwopd_megatron.weighting import RATIO_RULES, ratio_mean
 
@@ -28,13 +29,13 @@ class Supervision:
 
     def __init__(self, recipe: Recipe, student: Student, packer: Packer, tokenizer: Any):
         self.recipe, self.student, self.packer, self.tokenizer = recipe, student, packer, tokenizer
-        self.teacher = self._scorer(recipe.teacher)
-        self.base = self._scorer(recipe.base_model)
+        self.teachers = Teachers(recipe, packer, tokenizer) if recipe.is_distilling else None
+        self.base = self._base(recipe.base_model)
         mode = recipe.loss.mask_special_tokens
         special = set() if mode == "none" else set(tokenizer.all_special_ids)
         self.unread = special - eos_ids(recipe.student.hf) if mode == "all_but_eos" else special
 
-    def _scorer(self, settings: Frozen | None) -> EmbeddedScorer | None:
+    def _base(self, settings: Frozen | None) -> EmbeddedScorer | None:
         if settings is None:
             return None
         student, tokenizer = self.recipe.student.hf, AutoTokenizer.from_pretrained(settings.hf)
@@ -44,17 +45,40 @@ class Supervision:
     @property
     def models(self) -> dict[str, Student | EmbeddedScorer]:
         """All models of the trainer's processes, by role."""
-        every = {"student": self.student, "teacher": self.teacher, "base": self.base}
-        return {role: model for role, model in every.items() if model is not None}
+        teachers = self.teachers.embedded if self.teachers is not None else {}
+        named = {f"teacher {source}".strip(): model for source, model in teachers.items()}
+        base = {"base": self.base} if self.base is not None else {}
+        return {"student": self.student} | named | base
 
     def masked(self, sample: Trajectory) -> Trajectory:
         """Without what the recipe keeps from every loss; before any scoring."""
         return mask_tokens(sample, self.unread, self.recipe.loss.mask_truncated)
 
+    @property
+    def topk(self) -> int:
+        """Likeliest tokens that the loss wants of a teacher."""
+        return self.recipe.loss.topk.k if self.recipe.loss.objective == "topk_kl" else 0
+
+    def begin(self, sample: Trajectory) -> None:
+        """Start scoring a sample, masked and with its source, as soon as it is there.
+
+        Rank 0 only; `minibatches` awaits it. Does nothing where the teacher is embedded.
+        """
+        self.teachers.begin(sample, self.topk)
+
+    def scored_early(self, samples: list[Trajectory]) -> float | None:
+        """Share of a round's samples whose scoring generation hid; None where nothing could."""
+        return self.teachers and self.teachers.scored_early(samples, self.topk)
+
+    def close(self) -> None:
+        """Stop what was started beside the trainer's processes; no-op when nothing was."""
+        if self.teachers is not None:
+            self.teachers.close()
+
     def minibatches(self, samples: list[Trajectory], round_number: int) -> list[Minibatch]:
         """The round's samples with all their scores, one part an optimiser step. Collective."""
         parts = deal(samples, self.recipe.train.minibatches)
-        if self.teacher is None:
+        if self.teachers is None:
             return [Minibatch(part, LikelihoodObjective()) for part in parts]
         minibatches = [self._scored(part, round_number) for part in parts]
         for minibatch in minibatches:
@@ -63,8 +87,7 @@ class Supervision:
 
     def _scored(self, samples: list[Trajectory], round_number: int) -> Minibatch:
         loss, weighting = self.recipe.loss, self.recipe.loss.weighting
-        topk = loss.topk.k if loss.objective == "topk_kl" else 0
-        teacher, support = self.teacher.score(samples, topk)
+        teacher, support = self.teachers.score(samples, self.topk)
         scores = {"teacher_logp": teacher}
         if self.base is not None:
             scores["base_logp"], _ = self.base.score(samples)

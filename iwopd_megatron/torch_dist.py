@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 from iwopd_megatron.blob import ALIGN, envelope, serialise
 from iwopd_megatron.mapping import Block, blocks, hf_shape
 from iwopd_megatron.preflight import num_experts
-from iwopd_megatron.rawfile import create, write_at
+from iwopd_megatron.rawfile import OutputFile, raw
 
 FILE_BYTES = 5 * 10**9
 # How Megatron is asked to cut optimiser states and name things: what any layout can load.
@@ -154,21 +153,25 @@ class Writer:
         """Create the files at their full size."""
         self.folder = folder
         self.files = {
-            f"__0_{i}.distcp": create(folder / f"__0_{i}.distcp", size)
+            f"__0_{i}.distcp": OutputFile(folder / f"__0_{i}.distcp", size)
             for i, size in enumerate(self.ends)
         }
         for file, position, edge in self.edges:
-            os.pwrite(self.files[file], edge, position)
+            self.files[file].write(edge, position)
 
     def write(self, slot: Slot, tensor: torch.Tensor) -> None:
         """Write one planned chunk's data, `slot.nbytes` long. Any thread."""
         assert tensor.nbytes == slot.nbytes
-        write_at(self.files[slot.file], tensor, slot.start)
+        self.files[slot.file].write(raw(tensor.contiguous()), slot.start)
+
+    def read(self, slot: Slot) -> torch.Tensor:
+        """What the file holds there, as uint8. Any thread."""
+        return self.files[slot.file].read(slot.start, slot.nbytes)
 
     def finish(self, content: dict[str, Any]) -> None:
         """Close the files and write `.metadata`, `common.pt` and, last, `metadata.json`."""
-        for descriptor in self.files.values():
-            os.close(descriptor)
+        for file in self.files.values():
+            file.close()
         metadata = Metadata(self.tensors, storage_data=self.places, version="1.0.0")
         (self.folder / ".metadata").write_bytes(pickle.dumps(metadata))
         (self.folder / "common.pt").write_bytes(serialise({"content_metadata": content}))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from iwopd_megatron import checkpoint, device, doctor, gates
+from iwopd_megatron.collect import Collector
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_data import Source
 from iwopd_megatron.data_sources import read_source
@@ -29,10 +31,11 @@ from iwopd_megatron.packing import Packer
 from iwopd_megatron.parallel import Parallel, any_rank, gather
 from iwopd_megatron.preflight_scorers import check_sources
 from iwopd_megatron.progress import Progress
-from iwopd_megatron.rollout import Prompt, Sampling
 from iwopd_megatron.rollout.make import make_engine
-from iwopd_megatron.runlog import MetricsLog
+from iwopd_megatron.rollout.servers import Canary
+from iwopd_megatron.runlog import MetricsLog, read_metrics
 from iwopd_megatron.samples import keep_samples
+from iwopd_megatron.saver import Saver
 from iwopd_megatron.stop import stop_requested
 from iwopd_megatron.student import Student
 from iwopd_megatron.supervision import Supervision
@@ -50,23 +53,37 @@ class Trainer:
         self.tokenizer = AutoTokenizer.from_pretrained(recipe.student.hf)
         self._load_data()
         self.student = Student(recipe, parallel)
-        self.engine = make_engine(recipe, parallel, progress.say)
         cost = attention_cost(self.student.hf)
         self.packer = Packer(parallel, recipe.train.microbatch_tokens, cost)
+        longest = max((ids for _, ids in self.problems), key=len)
+        probe = partial(self.student.probe, longest, self.packer)
+        canary = Canary(longest, probe, recipe.gates.max_canary)
+        self.engine = make_engine(recipe, parallel, progress.say, canary)
         self.supervision = Supervision(recipe, self.student, self.packer, self.tokenizer)
+        self.collector = Collector(
+            recipe, parallel, self.problems, self.order, self.engine, self._begin
+        )
         self.is_distilling = recipe.is_distilling
         for role, model in self.supervision.models.items():
             progress.loaded(role, gather(model.loaded))
         self.round, self.seconds = 0, {}
+        settings = recipe.checkpoint
+        self.saver = Saver(recipe.out, settings.keep, settings.async_save, parallel)
         found = checkpoint.newest(recipe.out, parallel, progress.say) if resume else None
         if found is not None:
-            self.round, self.order.cursor = self.student.restore(found)
+            self.round, self.collector.order.cursor = self.student.restore(found)
             progress.say(f"resumed after round {self.round} from {found}")
         self.log = None
         if parallel.is_main:
             self.log = MetricsLog(recipe.out, self.round if found else None)
             resolved = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
             (recipe.out / "recipe.yaml").write_text(resolved)
+        self.truncated = parallel.on_main(self._truncated_before)
+
+    def _truncated_before(self) -> list[float]:
+        """Share of truncated answers of every round before this one."""
+        lines = read_metrics(self.recipe.out)
+        return [line["truncated"] for line in lines if "truncated" in line]
 
     def _load_data(self) -> None:
         recipe = self.recipe
@@ -94,6 +111,13 @@ class Trainer:
 
     def run(self) -> bool:
         """Train to the last round; False if a stop was asked for and the state saved instead."""
+        try:
+            return self._run()
+        finally:
+            self.engine.close()
+            self.supervision.close()
+
+    def _run(self) -> bool:
         rounds, every = self.recipe.train.rounds, self.recipe.checkpoint.every
         self.engine.update(self.student.stream, self.round)
         if self.round == 0:
@@ -108,10 +132,12 @@ class Trainer:
                 self._evaluate(line)
             stop = any_rank(stop_requested())
             if stop or (every and (is_last or self.round % every == 0)):
-                keep = self.recipe.checkpoint.keep
-                self.student.save(self.recipe.out, self.round, self.order.cursor, keep)
+                self.student.save(self.saver, self.round, self.collector.cursor)
+            self.saver.poll()
             if stop and not is_last:
+                self.saver.finish()
                 return False
+        self.saver.finish()
         self._export()
         return True
 
@@ -129,21 +155,28 @@ class Trainer:
         start = time.perf_counter()
         self.seconds = {}
         samples = self._own_responses() if self.is_distilling else self._given_responses()
+        early = self.supervision.scored_early(samples) if self.parallel.is_main else None
         with self._phase("score"):
             minibatches = self.supervision.minibatches(samples, self.round)
         self.samples = [sample for minibatch in minibatches for sample in minibatch.samples]
         self.objective = minibatches[0].objective
+        if self.recipe.rollout.max_staleness and self.round < self.recipe.train.rounds:
+            self.collector.prefetch(self.round + 1)
         line = {"kind": "round", "round": self.round}
         with self._phase("train"):
             line |= self._train(minibatches)
         if self.is_distilling:
             line |= response_means(self.samples)
+            self.truncated.append(line["truncated"])
         with self._phase("sync"):
             self.engine.update(self.student.stream, self.round)
         seconds = time.perf_counter() - start
         tokens_per_second = line["response_tokens"] / seconds
         clock = {"tokens_per_second": tokens_per_second, "seconds": seconds, "time": self.seconds}
+        if early is not None:
+            clock["scored_early"] = early
         self._write(line, clock)
+        self.collector.end_round(self.round)
         self.progress.round(line | clock)
         return line | clock
 
@@ -184,26 +217,26 @@ class Trainer:
     def _own_responses(self) -> list[Trajectory]:
         """The student's answers to the next prompts, graded and masked."""
         rollout, vocab = self.recipe.rollout, self.student.hf["vocab_size"]
-        chosen = self.order.take(self.recipe.train.prompts_per_round)
-        self.round_problems = [self.problems[i][0] for i in chosen]
-        prompts = [Prompt(place, self.problems[i][1]) for place, i in enumerate(chosen)]
-        seed = self.recipe.train.seed
-        sampling = Sampling(
-            rollout.max_response_tokens, rollout.temperature, rollout.top_p, seed, self.round
-        )
         with self._phase("generate"):
-            samples = self.engine.generate(prompts, sampling)
-        gates.rollouts(samples, self.round - 1, vocab)
+            self.round_problems, samples = self.collector.answers(self.round)
+        gates.rollouts(samples, self.round - 1, vocab, rollout.max_staleness)
+        gates.truncation(self.truncated, samples, self.recipe.gates.max_truncation_jump)
+        if rollout.routing_replay:
+            gates.routes(samples, self.student.hf)
         with self._phase("grade"):
             grades = grade_samples(samples, self.round_problems, self.tokenizer)
         graded = [s.with_scores(correct=grade) for s, grade in zip(samples, grades, strict=True)]
         return [self.supervision.masked(sample) for sample in graded]
 
+    def _begin(self, sample: Trajectory) -> None:
+        """An answer has ended, on rank 0: its scoring may start."""
+        if self.recipe.rollout.stream_scoring:
+            self.supervision.begin(self.supervision.masked(sample))
+
     def _given_responses(self) -> list[Trajectory]:
         """The next problems with the responses of the data file."""
         samples = []
-        for place, i in enumerate(self.order.take(self.recipe.train.prompts_per_round)):
-            problem, ids = self.problems[i]
+        for place, (problem, ids) in enumerate(self.collector.take()):
             response = self.tokenizer.encode(problem.response, add_special_tokens=False)
             sample = Trajectory(place, ids, [*response, self.tokenizer.eos_token_id])
             samples.append(self.supervision.masked(sample))

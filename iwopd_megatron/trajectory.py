@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy
+
 
 @dataclass(frozen=True)
 class Trajectory:
@@ -25,6 +27,9 @@ class Trajectory:
     truncated: bool = False
     weight_version: int = 0
     correct: float = 0.0
+    source: str = ""  # the problem's; chooses among several teachers
+    # [inputs, layers, top k], the engine's experts; uint8, int16 for more than 256 experts
+    experts: numpy.ndarray | None = field(default=None, compare=False, repr=False)
 
     @property
     def inputs(self) -> int:

@@ -19,14 +19,21 @@ from iwopd_megatron.bench_run import BenchRun, run_benchmarks
 from iwopd_megatron.compare import Arm, is_finished
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_models import Layout
-from iwopd_megatron.errors import GateError, RecipeError, ServiceError, UserError
+from iwopd_megatron.errors import (
+    CheckpointError,
+    GateError,
+    RecipeError,
+    ServiceError,
+    UserError,
+)
 from iwopd_megatron.parallel import initialise, shutdown, start_local
 from iwopd_megatron.progress import Progress
 from iwopd_megatron.stop import EXIT_STOPPED, die_with_parent, watch_signals
 from iwopd_megatron.trainer import Trainer
 
 EXIT_CODES = {
-    error.__name__: error.exit_code for error in (RecipeError, GateError, ServiceError, UserError)
+    error.__name__: error.exit_code
+    for error in (RecipeError, GateError, ServiceError, CheckpointError, UserError)
 }
 
 
@@ -71,10 +78,16 @@ def evaluate(run: BenchRun) -> None:
 
 
 def check_parity(
-    folder: Path, reference: Any, layout: Layout, budget: int, dtype: str, queue: Any
+    folder: Path,
+    reference: Any,
+    layout: Layout,
+    budget: int,
+    dtype: str,
+    queue: Any,
+    recompute: str = "none",
 ) -> None:
     """Compare one layout with the reference; rank 0 puts the figures into `queue`."""
-    result = parity.compare(folder, reference, layout, budget, dtype)
+    result = parity.compare(folder, reference, layout, budget, dtype, recompute)
     if os.environ["RANK"] == "0":
         queue.put(result)
     shutdown()

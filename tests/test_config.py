@@ -25,6 +25,8 @@ DENSE = {k: v for k, v in HF.items() if "expert" not in k and "topk" not in k} |
     "model_type": "qwen3"
 }
 
+VLLM = ["rollout.engine=vllm", "rollout.servers.start=1"]
+
 
 @pytest.fixture
 def recipe(tmp_path) -> Path:
@@ -127,7 +129,9 @@ def test_layout_arithmetic():
         (["loss.dual_clip=1"], ["'loss.dual_clip' is 1", "greater than 1"]),
         (["loss.mask_special_tokens=true"], ["'loss.mask_special_tokens'", "'all_but_eos'"]),
         (["train.minibatches=3"], ["train.minibatches=3", "prompts_per_round=1024", "divide"]),
+        (["rollout.routing_replay=true"], ["returns the experts", "hf does not", "engine=sglang"]),
         (["rollout.top_p=0"], ["'rollout.top_p' is 0", "greater than 0"]),
+        ([*VLLM, "rollout.top_p=0.9"], ["rollout.top_p=0.9", "write rollout.top_p=1"]),
         (["loss.weighting.anneal=cos"], ["'loss.weighting.anneal'", "'cosine' or 'linear'"]),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else None,
@@ -149,6 +153,8 @@ def test_dense_student_takes_no_experts(recipe):
     dense = f"student.hf={recipe.parent / 'dense'}"
     message = refusal(recipe, dense, "student.parallel.ep=2")
     assert "student is a dense model" in message and "ep=1 etp=1" in message
+    message = refusal(recipe, dense, "rollout.routing_replay=true", "rollout.engine=sglang")
+    assert "routing_replay needs a student with experts" in message
     spoil(recipe, lambda tree: tree["student"].update(parallel={"tp": 2}))
     assert load_recipe(recipe, [dense]).student.parallel.tp == 2
 

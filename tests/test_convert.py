@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from iwopd_megatron import cli, pieces, rawfile, safetensors_file, torch_dist
+from iwopd_megatron import cli, pieces, rawfile, safetensors_file
 from iwopd_megatron.check import compare, read_side
 from iwopd_megatron.convert import hf_to_megatron, megatron_to_hf
 from iwopd_megatron.errors import RecipeError
@@ -419,29 +419,3 @@ def test_a_disk_that_becomes_full(moe_folder, tmp_path, monkeypatch, call):
     monkeypatch.setattr(rawfile.os, call, full)
     refuse("became full; free", hf_to_megatron, moe_folder, tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_interrupted_run_starts_over(moe_folder, tmp_path, monkeypatch):
-    """Killed half-way, once there was nothing and once there was a complete folder."""
-    out, real, count = tmp_path / "m", torch_dist.write_at, 0
-
-    def dying(*args):
-        nonlocal count
-        count += 1
-        if count > 100:
-            os._exit(9)
-        real(*args)
-
-    for force in (False, True):
-        monkeypatch.setattr(torch_dist, "write_at", dying)
-        child = os.fork()
-        if child == 0:
-            hf_to_megatron(moe_folder, out, force=force)
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-        assert out.exists() == force and (tmp_path / "m.partial").is_dir()
-        monkeypatch.setattr(torch_dist, "write_at", real)
-        hf_to_megatron(moe_folder, out, force=force)
-        assert [x.name for x in tmp_path.iterdir()] == ["m"]
-    megatron_to_hf(out, tmp_path / "b", moe_folder)
-    assert_same_bytes(on_disk(tmp_path / "b"), on_disk(moe_folder))

@@ -10,7 +10,10 @@ from iwopd_megatron.gates import (
     drift,
     first_weights,
     rollouts,
+    same_chat_template,
     same_vocabulary,
+    served_teacher,
+    server_fits,
     teacher_scores,
 )
 from iwopd_megatron.trajectory import Trajectory
@@ -111,3 +114,45 @@ def test_drift():
     drift(0.5, 0.5)
     assert "differ by 0.51 nats on average, limit gates.max_drift=0.5" in trips(drift, 0.51, 0.5)
     assert "differ by nan" in trips(drift, math.nan, 0.5)
+
+
+def identity(**changes) -> dict:
+    tokens = {"vocabulary": "a", "special_tokens": "b", "chat_template": "c"}
+    fields = {"vocab_size": 16, "eos_token_ids": [1], "config_fingerprint": "d"}
+    return fields | {"tokenizer": tokens | changes.pop("tokenizer", {})} | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"vocab_size": 32}, "U has a vocabulary of 32, the student of 16"),
+        ({"eos_token_ids": [1, 2]}, "U ends answers with [1, 2], the student with [1]"),
+        ({"tokenizer": {"vocabulary": "x"}}, "not the student's: vocabulary differs"),
+        ({"tokenizer": {"special_tokens": "x"}}, "not the student's: special_tokens differs"),
+        ({"tokenizer": {"chat_template": "x"}}, "or write gates.same_chat_template=false"),
+        ({"config_fingerprint": "x"}, "is not that of the recipe's teacher"),
+    ],
+)
+def test_served_teacher(changes, words):
+    student, teacher = identity(config_fingerprint="other"), identity()
+    served_teacher("U", identity(), student, teacher)
+    served_teacher("U", {"model_path": "somewhere else"}, student, teacher)
+    assert words in trips(served_teacher, "U", identity(**changes), student, teacher)
+
+
+def test_another_chat_template_can_be_meant():
+    other = identity(tokenizer={"chat_template": "x"})
+    served_teacher("U", other, identity(), identity(), same_template=False)
+    ours, theirs = Tokenizer({}), Tokenizer({})
+    ours.chat_template, theirs.chat_template = "x", "x"
+    same_chat_template("S", "T", ours, theirs)
+    theirs.chat_template = None
+    assert "chat templates of S and T differ" in trips(same_chat_template, "S", "T", ours, theirs)
+
+
+def test_server_fits():
+    server_fits("U", {}, 100, 1.0)  # SGLang
+    server_fits("U", {"has_logprob_temperature": True, "max_sequence_tokens": 100}, 100, 0.7)
+    assert "scores at temperature 1 only" in trips(server_fits, "U", {}, 100, 0.7)
+    message = trips(server_fits, "U", {"max_sequence_tokens": 99}, 100, 1.0)
+    assert "at most 99 tokens, and rollout.max_prompt_tokens + max_response_tokens = 100" in message

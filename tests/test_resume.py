@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -43,16 +45,64 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("at_round", "point", "seconds", "resumed"),
-    [(3, "train", 0.02, 2), (4, "save", 0.3, 2), (1, "sync", 0.0, 0)],
+    ("at_round", "point", "seconds", "in_background", "resumed"),
+    [
+        (3, "train", 0.02, False, {2}),
+        (3, "train", 0.02, True, {0, 2}),  # round 2's may still be being written
+        (4, "save", 0.0, True, {2}),
+        (4, "save", 0.3, False, {2, 4}),
+        (5, "generate", 0.0, True, {2, 4}),
+        (1, "sync", 0.0, True, {0}),
+    ],
 )
-def test_killed_and_resumed_is_identical(at_round, point, seconds, resumed, whole, tmp_path):
-    out = tmp_path / "run"
-    killed = run("bench/killed_run.py", at_round, point, seconds, RECIPE, *SETTINGS, f"out={out}")
+def test_killed_and_resumed_is_identical(
+    at_round, point, seconds, in_background, resumed, whole, tmp_path
+):
+    out, mode = tmp_path / "run", f"checkpoint.async_save={str(in_background).lower()}"
+    killed = run(
+        "bench/killed_run.py", at_round, point, seconds, RECIPE, *SETTINGS, f"out={out}", mode
+    )
     assert killed.returncode == -9, killed.stderr
     assert not (out / "hf").exists()
-    said = train(out, "--resume")
-    assert (f"resumed after round {resumed} " in said) == (resumed > 0), said
+    said = train(out, "--resume", mode)
+    found = [line.split()[3] for line in said.splitlines() if line.startswith("resumed after")]
+    assert int((found or [0])[0]) in resumed, said
+    assert results(out) == results(whole)
+
+
+def test_a_writer_that_dies_ends_the_run_with_a_sentence(whole, tmp_path):
+    """Ranks that waited for it would wait for ever."""
+    out = tmp_path / "run"
+    script = (
+        "import os, signal, sys\n"
+        "from iwopd_megatron import cli, saver\n"
+        "def dies(*args, **kwargs): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "saver.filesystem_async.FileSystemWriterAsync.write_preloaded_data = dies\n"
+        "cli.main()"
+    )
+    failed = run("-c", script, "train", RECIPE, *SETTINGS, f"out={out}")
+    assert failed.returncode == 5, failed.stderr
+    assert "round_000002 was not written, for the writer of rank 0 died (SIGKILL)" in failed.stderr
+    assert failed.stderr.count("\n") == 1
+    assert train(out, "--resume").count("resumed") == 0
+    assert results(out) == results(whole)
+
+
+def test_sigterm_waits_for_the_pending_checkpoint(whole, tmp_path):
+    out = tmp_path / "run"
+    command = [*PYTHON, "-m", "iwopd_megatron", "train", RECIPE, *SETTINGS, f"out={out}"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    metrics = out / "metrics.jsonl"
+    while process.poll() is None and not (
+        metrics.is_file() and '"round", "round": 2' in metrics.read_text()
+    ):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 75 and "go on with --resume" in said
+    folders = sorted(x.name for x in (out / "checkpoints").iterdir())
+    assert folders and not any(name.endswith("partial") for name in folders)
+    assert "resumed after round" in train(out, "--resume")
     assert results(out) == results(whole)
 
 

@@ -20,6 +20,7 @@ from iwopd_megatron.model import build_model, wrap_precision
 from iwopd_megatron.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from iwopd_megatron.parallel import initialise
 from iwopd_megatron.preflight import read_hf_config
+from iwopd_megatron.saver import Saver
 
 from megatron.core import dist_checkpointing  # isort: skip
 
@@ -118,7 +119,8 @@ def save_with_optimizer(folders, out, layout) -> None:
         optimizer = build_optimizer(wrapped, train)
         extra = {"round": 1, "world": parallel.world}
         scheduler = build_scheduler(optimizer, train)
-        checkpoint.save(out / folder.name, wrapped, optimizer, scheduler, extra, parallel, keep=1)
+        saver = Saver(out / folder.name, 1, False, parallel)
+        checkpoint.save(saver, wrapped, optimizer, scheduler, extra, parallel)
 
 
 @pytest.mark.parametrize(

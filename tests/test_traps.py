@@ -15,6 +15,7 @@ from iwopd_megatron.hf_io import HfTensors, load_shards
 from iwopd_megatron.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from iwopd_megatron.parallel import initialise, local_context, shutdown
 from iwopd_megatron.preflight import read_hf_config
+from iwopd_megatron.saver import Saver
 
 LENGTHS = [24, 16, 32, 20, 28, 12, 24, 32]
 
@@ -85,7 +86,9 @@ def save_and_load(folder, run, metadata, queue):
     problem = ""
     try:
         extra = {"world": 2, "round": 1}
-        checkpoint.save(run, wrapped, optimizer, scheduler, extra, parallel, keep=1)
+        checkpoint.save(
+            Saver(run, 1, False, parallel), wrapped, optimizer, scheduler, extra, parallel
+        )
         checkpoint.load(
             checkpoint.newest(run, parallel, print), wrapped, optimizer, scheduler, parallel
         )

@@ -18,6 +18,7 @@ class Prompt:
 
     index: int
     ids: list[int]
+    source: str = ""  # of the problem
 
 
 @dataclass(frozen=True)
@@ -56,4 +57,8 @@ class RolloutEngine(Protocol):
 
     def update(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Replace the weights by these HF-named whole tensors; answers now carry `version`."""
+        ...
+
+    def close(self) -> None:
+        """Give back what the engine holds outside this process."""
         ...

@@ -45,6 +45,9 @@ class HfEngine:
             )
         self.version = version
 
+    def close(self) -> None:
+        pass
+
     def generate(
         self, prompts: list[Prompt], sampling: Sampling, on_sample: OnSample | None = None
     ) -> list[Trajectory]:
@@ -111,6 +114,7 @@ class HfEngine:
             rollout_logp=logps[:length],
             truncated=tokens[length - 1] not in eos,
             weight_version=self.version,
+            source=prompt.source,
         )
 
 

@@ -18,29 +18,36 @@ from iwopd_megatron.rollout import RolloutEngine
 from iwopd_megatron.rollout.hf import HfEngine
 from iwopd_megatron.rollout.pool import Place, Pool
 from iwopd_megatron.rollout.push import BroadcastPush, FolderPush, Push, RequestPush, Targets
-from iwopd_megatron.rollout.servers import ServerEngine
+from iwopd_megatron.rollout.servers import Canary, ServerEngine
 from iwopd_megatron.rollout.sglang import SglangServer
+from iwopd_megatron.rollout.vllm import VllmServer
 from iwopd_megatron.services import Keeper, Server, outer_environment
 
-KINDS = {"sglang": SglangServer}
+KINDS = {"sglang": SglangServer, "vllm": VllmServer}
 
 
-def make_engine(recipe: Recipe, parallel: Parallel, say: Callable[[str], None]) -> RolloutEngine:
+def make_engine(
+    recipe: Recipe, parallel: Parallel, say: Callable[[str], None], canary: Canary | None = None
+) -> RolloutEngine:
     """Collective; servers are ready when it returns."""
     student, rollout = recipe.student, recipe.rollout
     eos = eos_ids(student.hf)
     if rollout.engine == "hf":
         return HfEngine(student.hf, DTYPES[student.dtype], eos, rollout.batch_size)
     if not parallel.is_main:
-        engine = ServerEngine(parallel, None, None, None, rollout.verify_every)
+        engine = ServerEngine(parallel, None, None, None, rollout.verify_every, canary)
     else:
-        engine = _main_engine(recipe, parallel, eos, say)
+        engine = _main_engine(recipe, parallel, eos, say, canary)
     parallel.on_main(lambda: engine.wait_ready())
     return engine
 
 
 def _main_engine(
-    recipe: Recipe, parallel: Parallel, eos: set[int], say: Callable[[str], None]
+    recipe: Recipe,
+    parallel: Parallel,
+    eos: set[int],
+    say: Callable[[str], None],
+    canary: Canary | None,
 ) -> ServerEngine:
     rollout, servers = recipe.rollout, recipe.rollout.servers
     started = [] if servers.urls else [_server(recipe, i) for i in range(servers.start)]
@@ -63,7 +70,7 @@ def _main_engine(
     pool.max_staleness = rollout.max_staleness
     push = _push(recipe, Targets(loop, pool.lose))
     pool.catch_up = push.catch_up
-    return ServerEngine(parallel, pool, push, loop, rollout.verify_every, keeper)
+    return ServerEngine(parallel, pool, push, loop, rollout.verify_every, canary, keeper)
 
 
 def _push(recipe: Recipe, targets: Targets) -> Push:
@@ -77,10 +84,10 @@ def _push(recipe: Recipe, targets: Targets) -> Push:
 
 def _server(recipe: Recipe, number: int) -> Server:
     """The process of one started server; its log is RUN/logs/rollout-N.log."""
-    servers, kind = recipe.rollout.servers, KINDS[recipe.rollout.engine]
+    servers = recipe.rollout.servers
     port = free_port()
     command = [str(servers.python or sys.executable), *server_command(recipe, port)]
-    env = outer_environment() | kind.environment() | servers.env
+    env = server_environment(recipe)
     log = recipe.out / "logs" / f"rollout-{number}.log"
     return Server(f"rollout server {number}", command, env, log, f"http://127.0.0.1:{port}")
 
@@ -90,6 +97,12 @@ def server_command(recipe: Recipe, port: int, host: str = "127.0.0.1") -> list[s
     options = KINDS[recipe.rollout.engine].options(recipe, port, host)
     options |= recipe.rollout.servers.args
     return [*KINDS[recipe.rollout.engine].module, *flags(options)]
+
+
+def server_environment(recipe: Recipe) -> dict[str, str]:
+    """The whole environment of a server that iwopd starts."""
+    kind = KINDS[recipe.rollout.engine]
+    return outer_environment() | kind.environment() | recipe.rollout.servers.env
 
 
 def flags(options: dict[str, Any]) -> list[str]:

@@ -124,6 +124,8 @@ class Pool:
             rollout_logp=answer.logp,
             truncated=answer.ids[-1] not in self.eos_ids,
             weight_version=min(map(int, answer.versions)),
+            source=prompt.source,
+            experts=answer.experts,
         )
 
     async def _acquire(self) -> Place:
@@ -221,6 +223,7 @@ class Pool:
 
 
 def _joined(first: Answer, rest: Answer) -> Answer:
+    """Tokens of both; the experts of the second request, whose prompt the first tokens were."""
     return Answer(
         first.ids + rest.ids,
         first.logp + rest.logp,

@@ -90,8 +90,8 @@ class SglangFingerprints:
 class NameFingerprints:
     """Hashes under the Hugging Face names themselves, for servers that hash what they receive."""
 
-    def __init__(self) -> None:
-        self.ranks: list[dict[str, str]] = [{}]
+    def __init__(self, ranks: int) -> None:
+        self.ranks: list[dict[str, str]] = [{}] * ranks  # every rank receives every tensor
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         self.ranks[0][name] = _digest([tensor.detach().cpu()])

@@ -38,7 +38,7 @@ class Answer:
     logp: list[float]
     finish: str
     versions: list[str] = field(default_factory=list)  # weight version of every token
-    experts: numpy.ndarray | None = None  # int32 [prompt + answer - 1, layers, top k]
+    experts: numpy.ndarray | None = None  # [prompt + answer - 1, layers, top k], `Trajectory`'s
 
 
 class RolloutServer(Protocol):

@@ -6,12 +6,13 @@ Every rank calls it; HTTP happens on rank 0, in an event loop beside Megatron's 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
 
+from iwopd_megatron import gates
 from iwopd_megatron.background import Background
 from iwopd_megatron.errors import GateError, ServiceError
 from iwopd_megatron.parallel import Parallel
@@ -19,6 +20,7 @@ from iwopd_megatron.rollout import OnSample, Prompt, Sampling
 from iwopd_megatron.rollout.pool import NoServer, Pool
 from iwopd_megatron.rollout.proof import Fingerprints, check_landed
 from iwopd_megatron.rollout.push import Push, buckets
+from iwopd_megatron.rollout.server import ServerLost
 from iwopd_megatron.services import Keeper
 from iwopd_megatron.trajectory import Trajectory
 
@@ -47,6 +49,15 @@ class Job:
         return [prompt for prompt in self.prompts if prompt.index not in self.samples]
 
 
+@dataclass(frozen=True)
+class Canary:
+    """A prompt that servers must score as the trainer does, right after an update."""
+
+    ids: list[int]
+    probe: Callable[[], list[float]]  # the trainer's log-probs of ids[1:]; collective
+    limit: float = 0.1  # mean difference, nats
+
+
 class ServerEngine:
     """`RolloutEngine` on servers. `pool`, `push` and `loop` are None except on rank 0."""
 
@@ -57,13 +68,14 @@ class ServerEngine:
         push: Push | None,
         loop: Background | None,
         verify_every: int = 1,
+        canary: Canary | None = None,
         keeper: Keeper | None = None,
     ):
         self.parallel, self.pool, self.push, self.loop = parallel, pool, push, loop
-        self.verify_every, self.keeper = verify_every, keeper
+        self.verify_every, self.canary, self.keeper = verify_every, canary, keeper
         self.weights: Weights = []
         self.version = -1
-        self.updates = 0
+        self.updates, self.proven = 0, -1  # proven: the last version whose checksums were compared
         self.job: Job | None = None
 
     def wait_ready(self) -> None:
@@ -121,21 +133,25 @@ class ServerEngine:
     def update(self, weights: Weights, version: int) -> None:
         """Send the weights to every server that lacks them, and prove that they landed."""
         self.weights, self.version = weights, version
+        is_proof_due = self.updates % self.verify_every == 0
         for attempt in range(ATTEMPTS):
-            if not self.parallel.on_main(lambda: self._begin(version)):
+            if not self.parallel.on_main(lambda: self._begin(version, is_proof_due)):
                 break
             failure = self._send(weights)
             is_last = attempt == ATTEMPTS - 1
             self.parallel.on_main(lambda f=failure, last=is_last: self._end(f, last))
+        self.parallel.on_main(self._resume)
+        if is_proof_due and self.canary is not None and len(self.canary.ids) > 1:
+            found = self.parallel.on_main(self._score_canary)
+            gates.canary(self.canary.probe(), found, self.canary.limit)
         self.updates += 1
-        self.parallel.on_main(self._after_update)
 
-    def _begin(self, version: int) -> int:
+    def _begin(self, version: int, is_proof_due: bool) -> int:
         """How many servers there are to update; they are paused."""
         places = self.loop.submit(self.pool.begin_update(version)).result()
         self.fingerprints: dict[int, Fingerprints] = {}  # by the servers' tensor-parallel size
         if places:
-            if self.updates % self.verify_every == 0:
+            if is_proof_due:
                 self.fingerprints = {p.server.tp: p.server.fingerprints() for p in places}
             self.push.begin(places, version)
         return len(places)
@@ -166,24 +182,27 @@ class ServerEngine:
             except GateError as error:
                 if is_last:
                     raise
-                self.loop.submit(self.pool.lose(place, str(error))).result()
+                lost = self.pool.lose(place, str(error), is_dead=False)
+                self.loop.submit(lost).result()
+        if self.fingerprints:
+            self.proven = self.version
 
-    def _after_update(self) -> None:
+    def _score_canary(self) -> dict[str, list[float]]:
+        """By URL, from every server that holds the weights."""
+        found = {}
+        for place in self.pool.live:
+            if place.version == self.version:
+                try:
+                    score = self.loop.submit(place.server.score(self.canary.ids))
+                    found[place.server.url] = score.result()
+                except ServerLost as error:
+                    self.loop.submit(self.pool.lose(place, str(error))).result()
+        return found
+
+    def _resume(self) -> None:
         self.loop.submit(self.pool.end_update()).result()
         if not any(place.version == self.version for place in self.pool.live):
             raise ServiceError(
                 f"no rollout server took weight version {self.version} in {ATTEMPTS} attempts; "
                 "the log names why each was lost."
             )
-
-    def score(self, ids: list[int]) -> dict[str, list[float]]:
-        """Log-probs (nats, temperature 1) of ids[1:] by every server that holds the weights."""
-
-        def ask() -> dict[str, list[float]]:
-            current = [place for place in self.pool.live if place.version == self.version]
-            return {
-                place.server.url: self.loop.submit(place.server.score(ids)).result()
-                for place in current
-            }
-
-        return self.parallel.on_main(ask)

@@ -21,6 +21,7 @@ import numpy
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.device import has_gpu
 from iwopd_megatron.errors import UserError
+from iwopd_megatron.preflight import num_experts
 from iwopd_megatron.rollout import Sampling
 from iwopd_megatron.rollout.proof import SglangFingerprints
 from iwopd_megatron.rollout.server import Answer, NamedTensors, ServerLost, ServerRefused, ask
@@ -180,7 +181,11 @@ class SglangServer:
         layers, top = self.hf["num_hidden_layers"], self.hf["num_experts_per_tok"]
         if flat.size != tokens * layers * top:
             raise ServerLost(f"{self.url}: {flat.size} routed experts for {tokens} tokens")
-        return flat.reshape(tokens, layers, top)
+        experts = num_experts(self.hf)
+        if not 0 <= flat.min() <= flat.max() < experts:
+            raise ServerLost(f"{self.url}: a routed expert is none of the model's {experts}")
+        dtype = numpy.uint8 if experts <= 256 else numpy.int16
+        return flat.astype(dtype).reshape(tokens, layers, top)
 
     async def score(self, ids: list[int]) -> list[float]:
         reply = await self._post(

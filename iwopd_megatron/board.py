@@ -1,0 +1,86 @@
+"""Where the nodes of a launch meet: small files in a folder that all of them see.
+
+An attempt (the job's first start, or a requeue) has a folder of its own, so that nothing said in an
+earlier one is believed. A file appears whole, by a rename. Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+POLL_SECONDS = 0.5
+FINAL = "final.txt"  # why no further attempt is of use
+
+
+class Board:
+    def __init__(self, launch: Path, attempt: int):
+        self.launch, self.attempt = launch, attempt
+        self.folder = launch / f"attempt_{attempt}"
+        (self.folder / "status").mkdir(parents=True, exist_ok=True)
+
+    def post(self, name: str, value: Any) -> None:
+        """Replace what `name` says."""
+        own = f"{socket.gethostname()}.{os.getpid()}"
+        partial = self.folder / f"{name}.{own}.partial"
+        partial.write_text(json.dumps(value))
+        partial.replace(self.folder / name)
+
+    def read(self, name: str) -> Any:
+        """None before it was posted."""
+        with contextlib.suppress(FileNotFoundError):
+            return json.loads((self.folder / name).read_text())
+        return None
+
+    def has(self, name: str) -> bool:
+        return (self.folder / name).exists()
+
+    def finish(self, code: int) -> int:
+        """The job's exit code, which the first to end any role decides; returns that one."""
+        own = self.folder / f"finished.{socket.gethostname()}.{os.getpid()}.partial"
+        own.write_text(str(code))
+        with contextlib.suppress(FileExistsError):
+            os.link(own, self.folder / "finished")
+        own.unlink()
+        return self.finished
+
+    @property
+    def finished(self) -> int | None:
+        """The job's exit code once it is over."""
+        return self.read("finished")
+
+    @property
+    def stop_requested(self) -> bool:
+        """The scheduler's warning: little time is left."""
+        return self.has("stop")
+
+    def status(self, role: str, node: int, state: str, **more: Any) -> None:
+        """What `iwopd status` shows of a role's part on one node."""
+        line = {"role": role, "node": node, "host": hostname(), "state": state, "time": time.time()}
+        self.post(f"status/{role}-{node}.json", line | more)
+
+
+def hostname() -> str:
+    """How other nodes reach this one: its name where it resolves, its address otherwise."""
+    name = socket.gethostname()
+    with contextlib.suppress(OSError):
+        socket.getaddrinfo(name, None)
+        return name
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing
+        probe.connect(("192.0.2.1", 9))
+        return probe.getsockname()[0]
+
+
+def free_port() -> int:
+    """One that nothing listens on, and that the kernel gives to no connection before it is used."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32768)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("", port))
+            return port

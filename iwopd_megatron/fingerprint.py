@@ -1,0 +1,39 @@
+"""What must agree between two models for one to score the other's tokens, small enough to send."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from iwopd_megatron.preflight import eos_ids
+
+
+def tokenizer_fingerprints(tokenizer: Any) -> dict[str, str]:
+    """xxh3 of the sorted vocabulary, the special tokens and the chat template, 16 digits each."""
+    parts = {
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "special_tokens": sorted(tokenizer.special_tokens_map.items()),
+        "chat_template": tokenizer.chat_template,
+    }
+    return {name: _digest(part) for name, part in parts.items()}
+
+
+def identity(folder: Path, tokenizer: Any) -> dict[str, Any]:
+    """What a server at this Hugging Face folder tells about its model; JSON types only."""
+    config = json.loads((folder / "config.json").read_text())
+    tokens = tokenizer_fingerprints(tokenizer)
+    return {
+        "vocab_size": config["vocab_size"],
+        "eos_token_ids": sorted(eos_ids(folder)),
+        "tokenizer": tokens,
+        "tokenizer_fingerprint": _digest(tokens),
+        "config_fingerprint": _digest(config),
+    }
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return xxhash.xxh3_64_hexdigest(text.encode())

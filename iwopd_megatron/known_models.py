@@ -1,0 +1,32 @@
+"""Published Qwen3 configurations by folder name, so that planning needs no model on disk.
+
+known_models.json has what their config.json files say about architecture, nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.preflight import read_hf_config
+
+
+@cache
+def known_models() -> dict[str, dict[str, Any]]:
+    """{folder name: configuration}"""
+    return json.loads(Path(__file__).with_suffix(".json").read_text())
+
+
+def planning_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json, or where there is no folder the published one of its name."""
+    if folder.exists():
+        return read_hf_config(folder)
+    if folder.name not in known_models():
+        raise RecipeError(
+            f"folder {folder} does not exist, and '{folder.name}' is no model known here; point it "
+            f"at a Hugging Face folder, or name it like one of {', '.join(known_models())}."
+        )
+    return known_models()[folder.name]

@@ -1,0 +1,122 @@
+"""A round of a plan by phase: what runs when, on which role, and what is hidden behind it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from iwopd_megatron.config_models import Layout
+from iwopd_megatron.plan_roles import concurrency
+from iwopd_megatron.plan_round import Generation, generate, scored_at
+from iwopd_megatron.plan_setup import Setup, copies
+from iwopd_megatron.plan_time import (
+    Workload,
+    decode_step,
+    forward,
+    forward_backward,
+    optimizer_step,
+    pipeline,
+)
+
+DISK = 2e9  # bytes/s a node reads or writes on a shared file system
+EAGER_LAYER = 1e-3  # seconds: launches of a layer of the embedded engine, without CUDA graphs
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a round; hidden where another phase runs meanwhile and ends later."""
+
+    name: str
+    role: str
+    start: float
+    seconds: float
+    is_hidden: bool = False
+
+
+def generation(setup: Setup) -> Generation:
+    """One server's part; all servers have the same."""
+    load = setup.load(setup.student, Layout(), 1)
+    eager = 0 if setup.cluster.rollout else setup.student.layers * EAGER_LAYER
+
+    def step(batch: float, context: float) -> float:
+        return (decode_step(load, batch, context, setup.server_tp) + eager) * setup.rates.system
+
+    requests = setup.prompts / setup.servers
+    return generate(step, setup.lengths, setup.assumed.mean_prompt, requests, concurrency(setup))
+
+
+def scoring_seconds(setup: Setup) -> float:
+    """The teacher's time for all tokens of a round, without waiting for them.
+
+    0 at servers given by their urls, which are not planned.
+    """
+    if setup.scorer.urls:
+        return 0.0
+    gpus = setup.cluster.teacher if setup.scorer.service else setup.cluster.trainer
+    load = setup.load(setup.teacher, setup.teacher_layout, setup.filled(setup.teacher_tokens))
+    return _passes(setup, load, gpus, forward(load))
+
+
+def _passes(setup: Setup, load: Workload, gpus: int, seconds: float) -> float:
+    """A round's micro-batches through a model, `seconds` each."""
+    layout = load.layout
+    count = setup.prompts * setup.sequence / (copies(layout, gpus) * load.tokens)
+    longest = setup.assumed.mean_prompt + setup.lengths.values[-1]
+    count = max(count, longest / load.tokens)  # no sequence is cut over copies
+    multiple = layout.pp if layout.vpp > 1 else 1
+    whole = max(1, -(-count // multiple)) * multiple
+    return pipeline(seconds * min(1, count / whole), layout, whole) * setup.rates.system
+
+
+def phases(setup: Setup, written: Generation) -> list[Phase]:
+    """In the order they start; those of the trainer follow one another."""
+    scored = scoring_seconds(setup)
+    found = [Phase("generation", "rollout", 0.0, written.seconds)]
+    end = written.seconds
+    if setup.scorer.is_remote:
+        done = scored_at(written, setup.assumed.mean_prompt, scored)
+        is_hidden = done <= 1.02 * written.seconds
+        found.append(Phase("scoring", "teacher", done - scored, scored, is_hidden))
+        end = max(end, done)
+    else:
+        found.append(Phase("scoring", "trainer", end, scored))
+        end += scored
+    for name, seconds in training_phases(setup):
+        found.append(Phase(name, "trainer", end, seconds))
+        end += seconds
+    return found
+
+
+def training_phases(setup: Setup) -> list[tuple[str, float]]:
+    """What the trainer does once all responses are scored."""
+    recipe, gpus = setup.recipe, setup.cluster.trainer
+    load = setup.load(setup.student, setup.layout, setup.filled(recipe.train.microbatch_tokens))
+    again = _passes(setup, load, gpus, forward(load))
+    both = _passes(setup, load, gpus, forward_backward(load, recipe.student.recompute))
+    return [
+        *([("base scores", again)] if recipe.base_model else []),
+        *([("old log-probs", again)] if recipe.steps_per_round > 1 else []),
+        ("forward/backward", both * recipe.train.epochs),
+        ("optimiser", optimizer_step(load, gpus) * recipe.steps_per_round),
+        ("weight sync", sync_seconds(setup)),
+    ]
+
+
+def sync_seconds(setup: Setup) -> float:
+    """All weights once. disk: written, then read; else gathered, and broadcast over one adapter."""
+    size, gpu = 2 * setup.student.parameters, setup.gpu
+    if not setup.cluster.rollout:
+        return size / (gpu.nvlink * setup.rates.link)
+    if setup.recipe.rollout.sync == "disk":
+        return size / (DISK * setup.cluster.nodes_of("trainer")) + size / DISK
+    return 2 * size / (gpu.network * setup.rates.link)
+
+
+def round_seconds(setup: Setup, found: list[Phase]) -> float:
+    """With max_staleness 1 the next round is generated and scored while this one is trained on."""
+    last = found[-1]
+    end = last.start + last.seconds
+    if not setup.recipe.rollout.max_staleness:
+        return end
+    produced = [p for p in found if p.name == "generation" or p.role == "teacher"]
+    ready = max(p.start + p.seconds for p in produced)
+    return max(ready, last.start - ready) + last.seconds

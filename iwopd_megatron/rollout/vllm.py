@@ -1,0 +1,262 @@
+"""vLLM's HTTP API (0.32), as far as rollouts need it.
+
+Ids go in and come out; new weights go through `vllm_worker.py`, which vLLM loads into its workers.
+Traps it keeps callers from: log-probs before the temperature (vLLM's default), sampling settings
+of the model's generation_config.json, prefixes cached under old weights, answers of a server that
+was restarted with old weights: its weight version is "default" until it is told another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+from safetensors.torch import save
+
+from iwopd_megatron.config import Recipe
+from iwopd_megatron.device import has_gpu
+from iwopd_megatron.errors import UserError
+from iwopd_megatron.preflight import read_hf_config
+from iwopd_megatron.rollout import Sampling
+from iwopd_megatron.rollout.proof import NameFingerprints
+from iwopd_megatron.rollout.server import Answer, NamedTensors, ServerLost, ServerRefused, ask
+
+ALIVE_SECONDS = 20.0  # the HTTP front answers at once unless the process hangs
+CONTROL_SECONDS = 600.0
+EXTENSION = "iwopd_megatron.rollout.vllm_worker.WeightUpdates"
+UPDATING = "updating"  # the version of what is neither the old weights nor the new
+
+
+class VllmServer:
+    """`RolloutServer` of one vLLM server without data parallelism."""
+
+    module = ("-m", "vllm.entrypoints.openai.api_server")
+
+    @staticmethod
+    def environment() -> dict[str, str]:
+        """What a server that iwopd starts needs beside the caller's environment.
+
+        Its Python must find `vllm_worker.py`: in this checkout, or in an installation of its own.
+        """
+        env = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+        root = Path(__file__).parents[2]
+        if root.name not in ("site-packages", "dist-packages"):  # those hold another Python's torch
+            env["PYTHONPATH"] = str(root)
+        if not has_gpu():
+            env |= {"TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        return env
+
+    @staticmethod
+    def options(recipe: Recipe, port: int, host: str) -> dict[str, Any]:
+        """Command-line options of a server for this recipe; no prefix is shared by two prompts."""
+        rollout, student = recipe.rollout, recipe.student
+        hf = read_hf_config(student.hf)
+        longest = rollout.max_prompt_tokens + rollout.max_response_tokens
+        options = {
+            "model": student.hf,
+            "load-format": "auto" if student.random_init is None else "dummy",
+            "dtype": {"fp32": "float32", "bf16": "bfloat16"}[student.dtype],
+            "tensor-parallel-size": rollout.servers.tp,
+            "max-model-len": min(longest + 1, hf["max_position_embeddings"]),  # scoring writes one
+            "max-num-seqs": rollout.servers.max_running,
+            "host": host,
+            "port": port,
+            "enable-scale-out": True,  # ids in, ids out
+            "skip-tokenizer-init": True,
+            "generation-config": "vllm",
+            "logprobs-mode": "processed_logprobs",
+            "no-enable-prefix-caching": True,
+            "worker-extension-cls": EXTENSION,
+            "disable-uvicorn-access-log": True,
+        }
+        if has_gpu():
+            return options | {"gpu-memory-utilization": rollout.servers.gpu_memory_fraction}
+        tokens = min(rollout.servers.max_running * options["max-model-len"], 65536)
+        return options | {
+            "enforce-eager": True,
+            "gpu-memory-utilization": 0.3,  # vLLM sees about half of the machine's memory
+            "kv-cache-memory-bytes": max(64 * 2**20, tokens * _kv_bytes(hf)),
+        }
+
+    def __init__(
+        self,
+        url: str,
+        http: httpx.AsyncClient,
+        hf: dict[str, Any],
+        eos_ids: set[int],
+        timeout: float = 3600.0,
+        ready_timeout: float = 1800.0,
+        pause_mode: str = "retract",
+        routed_experts: bool = False,
+    ):
+        """hf: config.json of the model; timeout: of one answer, seconds."""
+        self.url, self.http, self.hf = url.rstrip("/"), http, hf
+        self.eos_ids = sorted(eos_ids)
+        self.timeout, self.ready_timeout = timeout, ready_timeout
+        self.pause_mode = pause_mode
+        self.tp = 1
+        self.prove = False  # the next update is hashed
+
+    async def _post(self, path: str, timeout: float = CONTROL_SECONDS, **body: Any) -> Any:
+        return await ask(self.http, "POST", self.url + path, timeout, body)
+
+    async def _on_workers(self, method: str, **arguments: Any) -> list[Any]:
+        """What each worker returns from one of `vllm_worker.WeightUpdates`' methods."""
+        reply = await self._post("/collective_rpc", method=f"iwopd_{method}", kwargs=arguments)
+        return reply["results"]
+
+    async def is_alive(self) -> bool:
+        try:
+            await ask(self.http, "GET", self.url + "/health", ALIVE_SECONDS)
+        except (ServerLost, ServerRefused):
+            return False
+        return True
+
+    async def wait_ready(self) -> None:
+        end = time.monotonic() + self.ready_timeout
+        while not await self.is_alive():
+            if time.monotonic() > end:
+                raise ServerLost(f"{self.url} was not ready in {self.ready_timeout:.0f} s")
+            await asyncio.sleep(0.5)
+        await self._check()
+
+    async def _check(self) -> None:
+        try:
+            infos = await self._on_workers("info")
+        except (ServerLost, ServerRefused) as error:
+            if not await self.is_alive():
+                raise
+            raise UserError(
+                f"{self.url} cannot take weights ({error}); start it with "
+                f"VLLM_SERVER_DEV_MODE=1 and --worker-extension-cls {EXTENSION}, "
+                "and this package on its PYTHONPATH."
+            ) from None
+        self.tp, info = len(infos), infos[0]
+        if info["ranks"] != self.tp:
+            raise UserError(f"{self.url} is data-parallel; start a server a replica instead.")
+        if info["logprobs_mode"] != "processed_logprobs":
+            raise UserError(
+                f"{self.url} returns log-probs without the temperature; "
+                "start it with --logprobs-mode processed_logprobs."
+            )
+        if self.pause_mode == "in_place" and info["prefix_caching"]:
+            raise UserError(
+                f"{self.url} keeps prefixes of old weights when rollout.pause=in_place; "
+                "start it with --no-enable-prefix-caching, or set rollout.pause=retract."
+            )
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        vocab = self.hf["vocab_size"]
+        if not ids or not 0 <= min(ids) <= max(ids) < vocab:
+            raise UserError(
+                f"a prompt is empty or holds ids outside the vocabulary of {vocab}; "
+                "its tokenizer is not the model's."
+            )
+        return ids
+
+    async def generate(self, ids: list[int], sampling: Sampling) -> Answer:
+        """With top_p < 1 the answer has no log-probs: vLLM's are then of the tokens left only."""
+        reply = await self._post(
+            "/inference/v1/generate",
+            self.timeout,
+            token_ids=self._checked(ids),
+            sampling_params={
+                "max_tokens": sampling.max_tokens,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "seed": sampling.request_seed,
+                "stop_token_ids": self.eos_ids,
+                "ignore_eos": True,  # the line above names all that end an answer
+                "logprobs": 0 if sampling.top_p == 1 else None,  # 0: of the sampled token
+                "detokenize": False,
+            },
+        )
+        return self._answer(reply, has_logp=sampling.top_p == 1)
+
+    def _answer(self, reply: dict[str, Any], has_logp: bool) -> Answer:
+        try:
+            (choice,) = reply["choices"]
+            ids, finish = choice["token_ids"], choice["finish_reason"]
+            entries = choice["logprobs"]["content"] if has_logp else []
+            spans = choice["weight_versions"] or []
+            versions = [s["version"] for s in spans for _ in range(s["start"], s["end"])]
+        except (KeyError, TypeError) as error:
+            raise ServerLost(f"{self.url}: an answer lacks {error}") from None
+        if has_logp and [entry["token_id"] for entry in entries] != ids:
+            raise ServerLost(f"{self.url}: an answer's log-probs are not those of its tokens")
+        if len(versions) != len(ids):
+            raise ServerLost(f"{self.url}: an answer's weight versions are not its tokens'")
+        return Answer(ids, [entry["logprob"] for entry in entries], finish, versions)
+
+    async def score(self, ids: list[int]) -> list[float]:
+        reply = await self._post(
+            "/inference/v1/generate",
+            token_ids=self._checked(ids),
+            sampling_params={"max_tokens": 1, "prompt_logprobs": 0, "detokenize": False},
+        )
+        try:
+            entries = reply["prompt_logprobs"][1:]
+            return [e[str(i)]["logprob"] for i, e in zip(ids[1:], entries, strict=True)]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ServerLost(f"{self.url}: a score lacks {error}") from None
+
+    async def pause(self) -> None:
+        await self._post("/pause?mode=keep")
+
+    async def resume(self) -> None:
+        await self._post("/resume")
+
+    async def load_folder(self, folder: str, version: int) -> None:
+        await self.begin_update()
+        await self._on_workers("load_folder", folder=str(Path(folder).absolute()))
+        await self.end_update(version)
+
+    async def begin_update(self) -> None:
+        await self._post("/update_weight_version", new_version=UPDATING)
+        prove, self.prove = self.prove, False
+        await self._on_workers("begin", prove=prove)
+
+    async def send(self, tensors: NamedTensors) -> None:
+        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors}
+        await self._on_workers("load_bytes", encoded=base64.b64encode(save(whole)).decode())
+
+    async def join_group(
+        self, address: str, port: int, first: int, world: int, group: str, backend: str
+    ) -> None:
+        where = {"address": address, "port": port, "group": group, "backend": backend}
+        await self._on_workers("join", first=first, world=world, **where)
+
+    async def receive(self, tensors: NamedTensors, group: str) -> None:
+        await self._on_workers(
+            "receive",
+            names=[name for name, _ in tensors],
+            dtypes=[str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors],
+            shapes=[list(tensor.shape) for _, tensor in tensors],
+        )
+
+    async def leave_group(self, group: str) -> None:
+        await self._on_workers("leave")
+
+    async def end_update(self, version: int) -> None:
+        await self._on_workers("end")
+        if self.pause_mode != "in_place":
+            await self._post("/reset_prefix_cache?reset_running_requests=true")
+        await self._post("/update_weight_version", new_version=str(version))
+
+    def fingerprints(self) -> NameFingerprints:
+        """As the protocol says; the next update's tensors are hashed by the server too."""
+        self.prove = True
+        return NameFingerprints(self.tp)
+
+    async def checksums(self) -> list[dict[str, str]]:
+        return await self._on_workers("checksums")
+
+
+def _kv_bytes(hf: dict[str, Any]) -> int:
+    """Bytes of one token's keys and values in fp32."""
+    head = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
+    return 8 * hf["num_hidden_layers"] * hf["num_key_value_heads"] * head

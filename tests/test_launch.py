@@ -1,0 +1,256 @@
+"""Recipes and profiles become roles; what cannot run is refused before anything is submitted."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from iwopd_megatron import tuning
+from iwopd_megatron.board import Board
+from iwopd_megatron.config_models import Layout
+from iwopd_megatron.config_profile import SHIPPED, Profile, load_profile
+from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.launch import make_job, new_folder, newest_folder, write_job
+from iwopd_megatron.recipe import load_recipe
+from iwopd_megatron.roles import Job, Role, read_job
+from iwopd_megatron.run_status import run_status
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "recipes" / "demo_tiny_moe.yaml"
+LAUNCH = [sys.executable, "-W", "ignore", "-m", "iwopd_megatron", "launch"]
+SERVED = ["teacher.service.parallel.tp=2", "rollout.engine=sglang", "rollout.servers.start=2"]
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def profile(**settings) -> Profile:
+    tree = {"executor": "slurm", "gpu": "cpu", "gpus_per_node": 2, "slurm": {"account": "a"}}
+    return Profile.model_validate(tree | settings)
+
+
+def write_profile(tmp_path: Path, text: str) -> str:
+    (tmp_path / "site.yaml").write_text(text)
+    return str(tmp_path / "site.yaml")
+
+
+def job_of(tmp_path: Path, *overrides: str, **settings) -> Job:
+    recipe = load_recipe(DEMO, [f"out={tmp_path}/run", *overrides])
+    return make_job(recipe, profile(**settings), tmp_path / "launch")
+
+
+def roles_of(job: Job) -> list[tuple]:
+    return [(r.name, r.nodes, r.per_node, r.gpus_each, r.is_world, r.urls) for r in job.roles]
+
+
+def test_embedded_models_make_one_role(tmp_path):
+    job = job_of(tmp_path, "processes=4")
+    assert roles_of(job) == [("trainer", 2, 2, 1, True, 0)]
+    assert job.roles[0].command[-2:] == [str(tmp_path / "launch" / "recipe.yaml"), "--resume"]
+
+
+def test_services_have_roles_of_their_own(tmp_path):
+    job = job_of(tmp_path, "processes=4", *SERVED)
+    assert roles_of(job) == [
+        ("trainer", 2, 2, 1, True, 0),
+        ("teacher", 1, 2, 1, True, 1),
+        ("rollout", 1, 2, 1, False, 2),
+    ]
+    assert [role.max_restarts for role in job.roles] == [0, 3, 3]
+    assert [role.urls_key for role in job.services] == ["teacher.urls", "rollout.servers.urls"]
+
+
+def test_services_that_run_elsewhere_have_no_role(tmp_path):
+    job = job_of(
+        tmp_path, *SERVED, "teacher.urls=[http://a:1]", "rollout.servers.urls=[http://b:2]"
+    )
+    assert [role.name for role in job.roles] == ["trainer"]
+
+
+def test_cluster_section_sizes_the_roles(tmp_path):
+    cluster = "cluster={gpus_per_node: 2, trainer: 4, teacher: 4, rollout: 2}"
+    job = job_of(tmp_path, *SERVED, cluster, "rollout.servers.tp=2", gpu="h100-80")
+    assert roles_of(job) == [
+        ("trainer", 2, 2, 1, True, 0),
+        ("teacher", 2, 2, 1, True, 1),
+        ("rollout", 1, 1, 2, False, 1),
+    ]
+    assert "teacher.service.processes=4" in job.role("teacher").command
+
+
+def test_a_source_of_several_teachers_is_named(tmp_path):
+    recipe = load_recipe(DEMO, [f"out={tmp_path}", *SERVED])
+    one = recipe.teacher
+    several = recipe.model_copy(update={"teacher": None, "teachers": {"math": one, "code": one}})
+    job = make_job(several, profile(), tmp_path)
+    assert [role.name for role in job.roles[1:3]] == ["teacher-math", "teacher-code"]
+    assert job.roles[2].command[-2:] == ["--source", "code"]
+    assert job.roles[2].urls_key == "teachers.code.urls"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "settings", "sentence"),
+    [
+        (["processes=6"], {"gpus_per_node": 4}, "6 processes of 1 GPUs do not fill whole nodes"),
+        (["rollout.engine=sglang"], {}, "rollout.engine=sglang has no servers"),
+        ([*SERVED, "rollout.servers.tp=4"], {}, "a rollout server takes 4 GPUs but nodes have 2"),
+        (["processes=4"], {"executor": "local"}, "the roles need 2 machines"),
+        (["cluster={trainer: 2, teacher: 2}"], {}, "no teacher has one; add teacher.service"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path, overrides, settings, sentence):
+    with pytest.raises(RecipeError, match=sentence):
+        job_of(tmp_path, *overrides, **settings)
+
+
+def test_job_and_recipe_survive_the_launch_folder(tmp_path):
+    recipe = load_recipe(DEMO, [f"out={tmp_path}/run", "train.lr=1e-5", *SERVED])
+    folder = new_folder(recipe)
+    job = make_job(recipe, profile(), folder)
+    write_job(job, recipe, folder)
+    assert read_job(folder) == job
+    assert load_recipe(folder / "recipe.yaml") == recipe
+    assert newest_folder(recipe.out) == folder
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in SHIPPED.glob("*.yaml")))
+def test_shipped_profiles_load(name):
+    assert load_profile(name).executor in ("local", "docker", "slurm", "skypilot")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("executor: slurm\ngpu: cpu\n", "executor slurm needs a section 'slurm'"),
+        ("executor: slurm\ngpu: cpu\nslurm: {}\n", "'slurm.account' is missing; add it."),
+        ("executor: slurm\ngpu: cpu\nslurm: {account: a, acount: b}\n", "did you mean 'account'?"),
+        ("executor: lsf\ngpu: cpu\n", "'executor' is 'lsf'"),
+        ("executor: local\ngpu: cpu\nenv: {HF_TOKEN: x}\n", "env.HF_TOKEN looks like a secret"),
+        ("executor: local\ngpu: cpu\nenv: {MY_API_KEY: x}\n", "looks like a secret"),
+        ("executor: local\ngpu: cpu\ncontainer: a\n", "runs without containers"),
+        ("executor: docker\ngpu: cpu\n", "needs 'container'"),
+        ("a: [", "is not valid YAML"),
+    ],
+)
+def test_bad_profiles_are_refused(tmp_path, text, sentence):
+    with pytest.raises(RecipeError) as error:
+        load_profile(write_profile(tmp_path, text))
+    assert sentence in str(error.value)
+
+
+def test_unknown_profile_names_those_there_are():
+    with pytest.raises(RecipeError, match="does not exist; .* one of: docker, laptop, local"):
+        load_profile("nowhere")
+
+
+@pytest.mark.parametrize("gpu", tuning.GENERATION)
+@pytest.mark.parametrize("layout", [None, Layout(), Layout(tp=2), Layout(pp=2), Layout(cp=2, ep=4)])
+def test_tuning_rows_do_not_contradict(gpu, layout):
+    names = [row.name for row in tuning.rows(gpu, layout)]
+    assert len(names) == len(set(names))
+    assert ("CUDA_DEVICE_MAX_CONNECTIONS" in names) == (layout is not None and gpu != "cpu")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "layout", "connections"),
+    [
+        ("h100-80", Layout(tp=2), "1"), ("a100", Layout(cp=2), "1"), ("h100-80", Layout(ep=8), "8"),
+        ("b200", Layout(tp=2), "32"),
+    ],
+)  # fmt: skip
+def test_hardware_queues_follow_generation_and_layout(gpu, layout, connections):
+    assert tuning.variables(gpu, layout)["CUDA_DEVICE_MAX_CONNECTIONS"] == connections
+
+
+def test_profile_overrides_tuning(tmp_path):
+    job = job_of(tmp_path, gpu="h100-80", env={"NCCL_NVLS_ENABLE": "1"})
+    assert job.roles[0].env["NCCL_NVLS_ENABLE"] == "1"
+
+
+def test_launching_needs_no_torch():
+    code = (
+        "import sys; from iwopd_megatron import cli, agent, launch;"
+        "print([m for m in ('torch', 'transformers', 'nemo_run') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([str(DEMO), "student.parallel.tp=3"], "tp=3 does not divide"),
+        ([str(DEMO), "--cluster", "nowhere"], "cluster profile"),
+        ([str(DEMO), "processes=16"], "the roles need 2 machines"),
+    ],
+)
+def test_bad_launches_exit_with_2_and_leave_nothing(tmp_path, arguments, sentence):
+    done = subprocess.run(
+        [*LAUNCH, *arguments, f"out={tmp_path}/run"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert sentence in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_holds_a_run_is_not_launched_over(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    done = subprocess.run([*LAUNCH, str(DEMO), f"out={tmp_path}"], capture_output=True, text=True)
+    assert (done.returncode, "add --resume" in done.stderr) == (2, True)
+
+
+def test_missing_nemo_run_is_one_sentence(tmp_path):
+    """Installed or not, it cannot be imported here."""
+    (tmp_path / "nemo_run.py").write_text("raise ImportError('no NeMo-Run here')")
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run(
+        [*LAUNCH, str(DEMO), f"out={tmp_path}/run"], capture_output=True, text=True, env=env
+    )
+    assert done.returncode == 1
+    assert "make cluster-venv" in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_status_of_a_launch(tmp_path):
+    run, launch = tmp_path / "run", tmp_path / "run" / "launch" / "x_1"
+    roles = [
+        Role("trainer", 2, 1, 1, []),
+        Role("teacher", 1, 1, 1, [], urls_key="teacher.urls"),
+    ]
+    Job("/", roles, 8).write(launch)
+    assert [r["state"] for r in run_status(run, launch)["roles"]] == ["not started"] * 3
+    Board(launch, 0).status("trainer", 0, "failed")
+    board = Board(launch, 1)
+    board.status("trainer", 0, "waiting", detail="for teacher 0")
+    board.status("teacher", 0, "ready", restarts=2)
+    lines = [
+        {"kind": "eval", "round": 0, "accuracy": 0.25},
+        {"kind": "round", "round": 1, "loss": 0.5, "tokens_per_second": 100.0},
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "recipe.yaml").write_text("train:\n  rounds: 7\n")
+    for name in ("round_000001", "round_000010", "round_000011.partial"):
+        (run / "checkpoints" / name).mkdir(parents=True)
+    found = run_status(run, launch, now=time.time() + 60)
+    assert found["attempt"] == 1
+    assert [(r["role"], r["state"]) for r in found["roles"]] == [
+        ("trainer", "waiting"), ("trainer", "not started"), ("teacher", "ready"),
+    ]  # fmt: skip
+    assert found["roles"][2]["restarts"] == 2
+    assert (found["round"], found["rounds"], found["tokens_per_second"]) == (1, 7, 100.0)
+    assert found["checkpoint"].endswith("round_000010")
+    assert 55 < found["silent_seconds"] < 120
+    assert 55 < found["roles"][0]["seconds"] < 120
+    assert board.finish(75) == 75 and board.finish(0) == 75
+    assert run_status(run, launch)["exit_code"] == 75
+
+
+def test_status_of_no_run(tmp_path):
+    with pytest.raises(RecipeError, match="is not a run folder"):
+        run_status(tmp_path, None)

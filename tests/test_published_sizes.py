@@ -1,0 +1,123 @@
+"""The weight table against every published size, by shapes alone: no weight is allocated."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from iwopd_megatron.hf_io import named_views
+from iwopd_megatron.mapping import blocks, entries, hf_shape
+from iwopd_megatron.torch_dist import block_shape, expected_tensors
+
+# config.json of the published models, what shapes depend on
+COMMON = dict(
+    vocab_size=151936, head_dim=128, rms_norm_eps=1e-6, max_position_embeddings=40960,
+    num_key_value_heads=8,
+)  # fmt: skip
+EXPERTS = COMMON | dict(
+    num_experts=128, num_experts_per_tok=8, norm_topk_prob=True, tie_word_embeddings=False,
+    num_key_value_heads=4,
+)  # fmt: skip
+SIZES = {
+    "0.6B": COMMON | dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
+                          num_attention_heads=16, tie_word_embeddings=True),
+    "1.7B": COMMON | dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28,
+                          num_attention_heads=16, tie_word_embeddings=True),
+    "4B": COMMON | dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
+                        num_attention_heads=32, tie_word_embeddings=True),
+    "30B-A3B": EXPERTS | dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=48,
+                              num_attention_heads=32, moe_intermediate_size=768),
+    "235B-A22B": EXPERTS | dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=94,
+                                num_attention_heads=64, moe_intermediate_size=1536),
+}  # fmt: skip
+BILLIONS = {"0.6B": 0.596, "1.7B": 1.721, "4B": 4.022, "30B-A3B": 30.53, "235B-A22B": 235.09}
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def model(request):
+    """(size, config, name -> tensor without storage) of transformers' own model."""
+    import transformers
+
+    hf = SIZES[request.param]
+    kind = "Qwen3Moe" if "num_experts" in hf else "Qwen3"
+    config = getattr(transformers, f"{kind}Config")(**hf)
+    with torch.device("meta"):
+        whole = getattr(transformers, f"{kind}ForCausalLM")(config)
+    return request.param, hf, named_views(whole)
+
+
+def test_every_tensor_has_one_place(model):
+    size, hf, tensors = model
+    total = sum(x.numel() for x in tensors.values())
+    assert total / 1e9 == pytest.approx(BILLIONS[size], rel=2e-3)
+    for names in ("native", "te"):
+        found = [(name, block) for block in blocks(hf, names) for name in block.hf_names]
+        assert sorted(name for name, _ in found) == sorted(tensors)
+        assert {name: hf_shape(name, hf) for name, _ in found} == {
+            name: tuple(x.shape) for name, x in tensors.items()
+        }
+        elements = sum(torch.Size(s).numel() for s in expected_tensors(hf, names).values())
+        assert elements == total
+
+
+def shards(block, hf, tensors, size):
+    sources = [tensors[name] for name in block.hf_names]
+    return [block.cut.shard(sources, rank, size, hf) for rank in range(size)]
+
+
+@pytest.mark.parametrize("degree", [1, 2, 4])
+def test_cuts_over_tensor_parallel_ranks_join_again(degree, model):
+    """tp for what every token meets, etp for experts: equal shards, whose join is the whole."""
+    _, hf, tensors = model
+    layers = {0, hf["num_hidden_layers"] - 1}
+    checked = [b for b in blocks(hf) if not b.place or b.place[0] in layers]
+    for block in checked:
+        parts = shards(block, hf, tensors, degree)
+        assert len({tuple(x.shape) for x in parts}) == 1
+        if degree == 1:
+            assert tuple(parts[0].shape) == block_shape(block, hf)
+        back = block.cut.unshard(parts, hf)
+        assert [tuple(x.shape) for x in back] == [hf_shape(name, hf) for name in block.hf_names]
+        is_cut = parts[0].numel() * degree == sum(x.numel() for x in back)
+        assert is_cut or "norm" in block.key or "router" in block.key
+
+
+def test_experts_and_layers_are_dealt_without_gaps(model):
+    """Over ep ranks and pipeline stages, chunk by chunk, every tensor is read exactly once."""
+    _, hf, tensors = model
+    experts = hf.get("num_experts", 0)
+    for ep, stages in ((1, 1), (8, 2)):
+        seen = []
+        for stage in range(stages):
+            for rank in range(ep if experts else 1):
+                local = range(rank * experts // ep, (rank + 1) * experts // ep)
+                chunk = stand_in(hf, stage, stages, list(local), is_first_rank=rank == 0)
+                seen += [name for entry in entries(chunk, hf) if not entry.is_copy
+                         for name in entry.hf_names]  # fmt: skip
+        assert sorted(seen) == sorted(tensors)
+
+
+def stand_in(hf, stage, stages, local, is_first_rank):
+    """Megatron's parameter names of one rank of one stage, as `entries` reads them of a model."""
+    count = hf["num_hidden_layers"] // stages
+    first = stage * count
+    names = []
+    for block in blocks(hf | {"num_hidden_layers": 1}):
+        is_expert = len(block.place) == 2
+        if block.place and (is_expert or is_first_rank):
+            if is_expert and block.place[1] not in local:
+                continue
+            name = block.key.replace(".experts.experts.", ".experts.")
+            name += str(local.index(block.place[1])) if is_expert else ""
+            names += [name.replace("layers.", f"layers.{i}.", 1) for i in range(count)]
+        elif not block.place and is_first_rank:
+            is_here = stage == (0 if block.key.startswith("embedding") else stages - 1)
+            names += [block.key] * is_here
+    layers = [
+        SimpleNamespace(layer_number=first + i + 1, mlp=SimpleNamespace(local_expert_indices=local))
+        for i in range(count)
+    ]
+    parameters = [(name, torch.empty(0, device="meta")) for name in names]
+    return SimpleNamespace(
+        named_parameters=lambda: parameters, decoder=SimpleNamespace(layers=layers)
+    )

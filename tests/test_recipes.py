@@ -1,0 +1,151 @@
+"""Every recipe for a cluster: it loads, fits, and its layouts run at toy size."""
+
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+from worlds import run_world
+
+from iwopd_megatron import hf_reference, parity
+from iwopd_megatron.config_models import Layout
+from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.parallel import local_context, shutdown
+from iwopd_megatron.plan import plan
+from iwopd_megatron.recipe import load_recipe, read_recipe
+from iwopd_megatron.rehearse import BUDGET, LENGTHS, rehearsals, scaled, write_model
+
+RECIPES = sorted(p for p in Path("recipes").glob("*.yaml") if p.name.startswith("qwen3_"))
+PROCESSES = 4
+
+
+def test_the_papers_pairs_are_all_there():
+    pairs = {(r.teacher.hf.name, r.student.hf.name) for r in map(read_recipe, RECIPES)}
+    small = ["Qwen3-4B", "Qwen3-1.7B", "Qwen3-0.6B"]
+    teachers = ["Qwen3-30B-A3B-Instruct-2507", "Qwen3-4B-Instruct-2507"]
+    expected = {(teacher, student) for teacher in teachers for student in small}
+    assert pairs == expected | {("Qwen3-235B-A22B-Instruct-2507", "Qwen3-30B-A3B")}
+    sizes = [read_recipe(path).cluster.gpus for path in RECIPES]
+    assert sorted(set(sizes)) == [8, 16, 32, 64, 128]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("change", [[], ["loss.extrapolation=1.25"]], ids=["iw", "iw_exopd"])
+def test_recipe_fits_with_room(path, change):
+    found = plan(read_recipe(path, change))
+    for role in found.roles:
+        assert role.margin > 0.05 * role.capacity, (role.name, role.margin)
+    assert found.gpus == sum(sum(node.values()) for node in found.setup.cluster.nodes)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_keeps_the_papers_settings(path):
+    recipe = read_recipe(path)
+    assert (recipe.loss.weighting.rule, recipe.loss.aggregation) == ("iw", "seq_mean_token_mean")
+    assert (recipe.rollout.max_prompt_tokens, recipe.rollout.max_response_tokens) == (2048, 16384)
+    assert (recipe.train.prompts_per_round, recipe.train.lr) == (1024, 1e-5)
+    assert (recipe.checkpoint.every, recipe.evaluate.every, recipe.loss.tis_cap) == (50, 10, 5.0)
+    assert recipe.steps_per_round == 1
+    assert recipe.student.dtype == recipe.teacher.dtype == "bf16"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_states_only_what_differs(path):
+    tree = yaml.safe_load(path.read_text())
+    bare = {key: tree.pop(key) for key in ("extends",) if key in tree}
+    before = read_recipe(path.parent / bare["extends"]) if bare else None
+    if before is not None:
+        flat = before.model_dump(mode="json")
+        _no_repetition(tree, flat, path.name)
+
+
+def _no_repetition(tree, before, where):
+    for key, value in tree.items():
+        if isinstance(value, dict) and isinstance(before.get(key), dict) and key != "cluster":
+            if key != "parallel":
+                _no_repetition(value, before[key], f"{where}.{key}")
+        elif key not in ("cluster", "tp"):
+            assert before.get(key) != value, f"{where}.{key} is what the base has"
+
+
+def check_on_this_rank(jobs, queue):
+    for name, (folder, reference, rehearsal) in jobs.items():
+        layout, recompute = rehearsal.layout, rehearsal.recompute
+        result = parity.compare(folder, reference, layout, BUDGET, "fp32", recompute)
+        if os.environ["RANK"] == "0":
+            queue.put((name, result, parity.failures(result, reference, "fp32")))
+    shutdown()
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory):
+    """{rehearsal: problems}: each distinct layout of all recipes once, a world a size."""
+    distinct = {r for path in RECIPES for r in rehearsals(read_recipe(path), PROCESSES).values()}
+    jobs = {}
+    references = {}
+    for i, rehearsal in enumerate(sorted(distinct, key=repr)):
+        key = repr(rehearsal.config)
+        if key not in references:
+            folder = tmp_path_factory.mktemp("toy") / str(i)
+            write_model(folder, rehearsal.config)
+            samples = hf_reference.make_samples(rehearsal.config["vocab_size"], LENGTHS)
+            references[key] = folder, hf_reference.compute_reference(folder, samples)
+        jobs[rehearsal] = (*references[key], rehearsal)
+    found = {}
+    for world in sorted({r.processes for r in jobs}):
+        queue = local_context().SimpleQueue()
+        here = {r: job for r, job in jobs.items() if r.processes == world}
+        run_world(world, check_on_this_rank, here, queue, limit=120)
+        for _ in here:
+            rehearsal, _, problems = queue.get()
+            found[rehearsal] = problems
+    return found
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_layouts_run_at_toy_size(path, rehearsed):
+    for role, rehearsal in rehearsals(read_recipe(path), PROCESSES).items():
+        assert rehearsed[rehearsal] == [], role
+
+
+def test_layouts_are_scaled_down_and_no_further():
+    assert scaled(Layout(tp=2, pp=2), 4) == Layout(tp=2, pp=2)
+    assert scaled(Layout(ep=32), 4) == Layout(ep=4)
+    assert scaled(Layout(tp=4, ep=8), 4) == Layout(tp=4, ep=4)
+    assert scaled(Layout(tp=2, pp=8, vpp=4, ep=16, cp=2), 8).unit <= 8
+    assert scaled(Layout(pp=3), 2) == Layout()
+
+
+def test_a_missing_model_is_named_before_training():
+    with pytest.raises(RecipeError, match="folder models/Qwen3-4B does not exist"):
+        load_recipe(Path("recipes/qwen3_30b_a3b_to_4b.yaml"))
+
+
+def write(folder, name, **tree):
+    (folder / name).write_text(yaml.safe_dump(tree))
+    return folder / name
+
+
+MINIMAL = {"out": "runs/x", "student": {"hf": "models/Qwen3-4B"}, "data": {"train": "a.jsonl"}}
+
+
+def test_extends_merges_one_level(tmp_path):
+    write(tmp_path, "base.yaml", **MINIMAL, train={"rounds": 7, "lr": 2e-5})
+    path = write(tmp_path, "new.yaml", extends="base.yaml", train={"rounds": 9})
+    found = read_recipe(path, ["train.seed=4"])
+    assert (found.train.rounds, found.train.lr, found.train.seed) == (9, 2e-5, 4)
+
+
+@pytest.mark.parametrize(
+    ("base", "extends", "words"),
+    [
+        ({**MINIMAL, "extends": "other.yaml"}, "base.yaml", "one level is allowed"),
+        (MINIMAL, "missing.yaml", "missing.yaml does not exist"),
+        (MINIMAL, ["base.yaml"], "name one YAML file"),
+    ],
+)
+def test_extends_is_refused_in_one_sentence(tmp_path, base, extends, words):
+    write(tmp_path, "base.yaml", **base)
+    path = write(tmp_path, "new.yaml", extends=extends)
+    with pytest.raises(RecipeError, match=words):
+        read_recipe(path)

@@ -1,0 +1,47 @@
+"""Two real vLLM servers on this machine's CPU, dense and MoE, shared by the tests of a session.
+
+They run in an environment of their own, build/vllm-venv, which `make test-vllm` builds.
+"""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from rig import STUDENT, Rig, write_dense  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def rigs(tmp_path_factory):
+    """By name; they start at the same time."""
+    folder = tmp_path_factory.mktemp("vllm")
+    rigs = {
+        "moe": Rig(STUDENT, folder / "moe"),
+        "dense": Rig(write_dense(folder / "hf"), folder / "dense"),
+    }
+    try:
+        for rig in rigs.values():
+            rig.run(rig.server.wait_ready())
+        yield rigs
+    finally:
+        for rig in rigs.values():
+            rig.stop()
+
+
+@pytest.fixture(params=["moe", "dense"])
+def rig(request, rigs):
+    return rigs[request.param]
+
+
+@pytest.fixture
+def moe(rigs):
+    return rigs["moe"]
+
+
+@pytest.fixture
+def dense(rigs):
+    return rigs["dense"]

@@ -1,0 +1,155 @@
+"""One vLLM server: what it answers against transformers, and every way of giving it weights."""
+
+import asyncio
+
+import pytest
+from rig import IDS, largest, logp, prompts
+
+from iwopd_megatron.errors import GateError, UserError
+from iwopd_megatron.rollout import Sampling
+from iwopd_megatron.rollout.server import ServerLost
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_answers_carry_the_log_probs_of_the_whole_distribution(rig, temperature):
+    engine, model = rig.engine("tensor"), rig.model(rig.weights())
+    engine.update(rig.weights().items(), 0)
+    samples = engine.generate(prompts(12), Sampling(40, temperature))
+    assert [sample.index for sample in samples] == list(range(12))
+    for sample in samples:
+        ids = sample.prompt_ids + sample.response_ids
+        expected = logp(model, ids, len(sample.prompt_ids), temperature)
+        assert largest(expected, sample.rollout_logp) < 1e-5
+        assert sample.truncated == (sample.response_ids[-1] != 1)
+        assert 1 not in sample.response_ids[:-1]
+        assert not sample.truncated or len(sample.response_ids) == 40
+    assert any(sample.truncated for sample in samples) or rig.hf["model_type"] == "qwen3_moe"
+    assert any(not sample.truncated for sample in samples)
+
+
+def test_a_seed_fixes_an_answer(rig):
+    (prompt,) = prompts(1)
+    asked = [Sampling(20, seed=seed).rest(prompt, 0) for seed in (1, 1, 2)]
+    same, again, other = [rig.run(rig.server.generate(IDS, sampling)) for sampling in asked]
+    assert same == again
+    assert same.ids != other.ids
+
+
+def test_cut_distributions_have_no_log_probs(dense):
+    """vLLM renormalises over the tokens that top_p leaves, which is not what a loss needs."""
+    greedy = dense.run(dense.server.generate(IDS, Sampling(10, temperature=0.0)))
+    cut = dense.run(dense.server.generate(IDS, Sampling(10, top_p=1e-6)))
+    assert cut.ids == greedy.ids and cut.logp == [] and len(greedy.logp) == len(greedy.ids)
+
+
+def test_an_id_outside_the_vocabulary_never_reaches_the_server(dense):
+    for ids in ([3, 16], [-1], []):
+        with pytest.raises(UserError, match="outside the vocabulary of 16"):
+            dense.run(dense.server.generate(ids, Sampling(4)))
+        with pytest.raises(UserError, match="outside the vocabulary of 16"):
+            dense.run(dense.server.score(ids))
+
+
+@pytest.mark.parametrize("sync", ["disk", "tensor", "distributed"])
+def test_weights_land_and_are_proven_to(rig, sync):
+    """Twice, so that a group and a folder are used again; every tensor's checksum is compared."""
+    engine = rig.engine(sync)
+    for version in (1, 2):
+        weights = rig.weights(seed=10 * version)
+        engine.canary = rig.probe(weights)
+        engine.update(weights.items(), version)
+        (found,) = rig.run(rig.server.checksums())
+        assert found == engine.fingerprints[1].ranks[0] and len(found) == len(weights)
+        (sample,) = engine.generate(prompts(1), Sampling(5))
+        ids = sample.prompt_ids + sample.response_ids
+        expected = logp(rig.model(weights), ids, len(sample.prompt_ids))
+        assert largest(expected, sample.rollout_logp) < 1e-5
+        assert sample.weight_version == version
+
+
+def test_a_tensor_that_did_not_land_is_noticed(rig):
+    """The server gets another last tensor than the one that was believed sent."""
+    engine = rig.engine("tensor")
+    send = engine.push.send
+
+    def spoil(tensors):
+        (name, tensor), *rest = reversed(tensors)
+        send([*rest, (name, tensor + 1e-3)])
+
+    engine.push.send = spoil
+    with pytest.raises(GateError, match="does not hold the weights it was sent: 1 tensors"):
+        engine.update(rig.weights(seed=5).items(), 3)
+
+
+def test_weights_that_are_missing_or_cut_off_never_count(rig):
+    """An update without a tensor fails; the next one starts afresh where another broke off."""
+    server, weights = rig.client(), rig.weights(seed=6)
+    (name, tensor), *rest = weights.items()
+    rig.run(server.begin_update())
+    rig.run(server.send(rest))
+    with pytest.raises(ServerLost, match="no weights came for 1 tensors"):
+        rig.run(server.end_update(8))
+    assert rig.run(server.generate(IDS, Sampling(2))).versions == ["updating"] * 2
+    engine = rig.engine("tensor")
+    engine.canary = rig.probe(weights)
+    engine.update(weights.items(), 9)
+
+
+def test_the_canary_notices_experts_that_were_not_packed(moe):
+    """vLLM's own reload leaves a CPU's experts unpacked, without an error."""
+    weights = moe.weights()
+    engine = moe.engine("tensor", moe.probe(weights))
+    engine.update(weights.items(), 1)
+
+    async def reload(version: int) -> None:
+        folder = {"weights_path": str(moe.folder)}
+        await moe.server._post("/collective_rpc", method="reload_weights", kwargs=folder)
+
+    moe.server.end_update, moe.server.send = reload, lambda tensors: asyncio.sleep(0)
+    moe.server.begin_update = lambda: asyncio.sleep(0)
+    moe.server.checksums = lambda: asyncio.sleep(0, engine.fingerprints[1].ranks)
+    try:
+        with pytest.raises(GateError, match="canary"):
+            engine.update(weights.items(), 2)
+    finally:
+        moe.server = moe.client()
+    engine = moe.engine("tensor", engine.canary)
+    engine.update(weights.items(), 3)
+
+
+@pytest.mark.parametrize("mode", ["retract", "in_place"])
+def test_answers_in_flight_go_on_under_new_weights(dense, mode):
+    """Tokens name the version that wrote them; retracted answers forget what old weights cached."""
+    server = dense.client(pause_mode=mode)
+    server.eos_ids = []
+    old, new = dense.weights(seed=1), dense.weights(seed=2)
+    before, after = dense.model(old), dense.model(new)
+
+    async def push(weights, version: int) -> None:
+        await server.pause()
+        await server.begin_update()
+        await server.send(list(weights.items()))
+        await server.end_update(version)
+        await server.resume()
+
+    async def overtake() -> list:
+        await push(old, 4)
+        answers = [asyncio.create_task(server.generate(IDS, Sampling(90))) for _ in range(8)]
+        await asyncio.sleep(0.2)
+        await push(new, 5)
+        return await asyncio.gather(*answers)
+
+    answers = dense.run(overtake())
+    assert any(len(set(answer.versions)) == 2 for answer in answers), "nothing was in flight"
+    for answer in answers:
+        assert len(answer.ids) == len(answer.logp) == 90
+        count, ids = answer.versions.count("4"), IDS + answer.ids
+        assert answer.versions == ["4"] * count + ["5"] * (90 - count)
+        expected = [
+            *logp(before, ids, len(IDS))[:count],
+            *logp(after, ids, len(IDS))[count:],
+        ]
+        if mode == "retract":
+            assert largest(expected, answer.logp) < 1e-5
+        else:
+            assert largest(expected[:count] or [0], answer.logp[:count] or [0]) < 1e-5

@@ -1,0 +1,23 @@
+"""A whole run of `recipes/demo_vllm.yaml`: the trainer's processes and a vLLM server it starts."""
+
+import subprocess
+import sys
+
+from rig import RECIPE, ROOT
+
+from iwopd_megatron.runlog import read_metrics
+
+
+def test_a_run_trains_on_what_vllm_writes(tmp_path):
+    """Every update is proven, and the engine's log-probs are the trainer's."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    command = [
+        sys.executable, "-W", "ignore", "-m", "iwopd_megatron", "train", str(RECIPE), f"out={out}",
+        "train.rounds=3", "train.warmup_rounds=1", "data.eval=null",
+    ]  # fmt: skip
+    with log.open("w") as file:
+        code = subprocess.run(command, cwd=ROOT, stdout=file, stderr=file, timeout=500).returncode
+    assert code == 0, log.read_text()[-3000:]
+    rounds = [line for line in read_metrics(out) if line["kind"] == "round"]
+    assert [line["round"] for line in rounds] == [1, 2, 3]
+    assert max(line["drift"] for line in rounds) < 1e-5
