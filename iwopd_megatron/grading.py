@@ -20,8 +20,8 @@ GRADERS: dict[str, Callable[[str, str], bool]] = {
     toy_task.SOURCE: toy_task.is_right,
 }
 IN_PROCESS = {toy_task.SOURCE}  # neither hangs nor crashes; all others run in the pool
-MATH_SECONDS = 10.0  # of one comparison
-SECONDS = 900.0  # of all tests of a program, which have limits of their own
+MATH_SECONDS = 10.0  # of processor time for one comparison
+SECONDS = 600.0  # around the runs of a program, which have limits of their own
 
 
 def check_graders(names: set[str]) -> None:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from iwopd_megatron.errors import UserError
 
+WALL = 6  # wall seconds an answer has for each processor second: no grade depends on the load
 STARTUP = 60.0  # seconds a new process has for its imports, besides its first answer
 
 
@@ -47,11 +48,13 @@ class Worker:
         self.place, self.deadline = -1, float("inf")
         self.received, self.patience = b"", STARTUP
 
-    def give(self, place: int, answer: Answer, deadline: float) -> None:
-        self.place, self.deadline, self.received = place, deadline + self.patience, b""
+    def give(self, place: int, answer: Answer, seconds: float) -> None:
+        self.place, self.received = place, b""
+        self.deadline = time.monotonic() + WALL * seconds + self.patience
         self.patience = 0.0
+        request = answer._asdict() | {"seconds": seconds}
         with contextlib.suppress(BrokenPipeError):  # it crashed: its end is read next
-            self.process.stdin.write(json.dumps(answer._asdict()).encode() + b"\n")
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
             self.process.stdin.flush()
 
     def stop(self) -> None:
@@ -64,7 +67,7 @@ class Worker:
 
 
 class Pool:
-    """`workers` processes, started when first needed; `seconds` is an answer's time limit."""
+    """`workers` processes, started when first needed; `seconds` of processor time an answer has."""
 
     def __init__(self, workers: int, seconds: float):
         self.count, self.seconds = workers, seconds
@@ -78,7 +81,7 @@ class Pool:
             while waiting or busy.get_map():
                 while waiting and len(busy.get_map()) < self.count:
                     worker = self._idle_worker()
-                    worker.give(*waiting.popleft(), time.monotonic() + self.seconds)
+                    worker.give(*waiting.popleft(), self.seconds)
                     busy.register(worker.process.stdout, selectors.EVENT_READ, worker)
                 at_work = [key.data for key in busy.get_map().values()]
                 patience = min(worker.deadline for worker in at_work) - time.monotonic()

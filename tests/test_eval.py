@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from iwopd_megatron.answers import Answers
 from iwopd_megatron.benchmarks import load_benchmark, with_path
+from iwopd_megatron.cli import app
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.trajectory import Trajectory
 
@@ -133,14 +135,19 @@ def test_programs_are_greedy(tmp_path):
         ([RECIPE, "--bench", "gpqa"], "no benchmark 'gpqa'; known ones: aime24"),
         ([RECIPE, "--bench", "mbpp+"], "--bench-file mbpp+=FILE.jsonl or set MBPP_OVERRIDE_PATH"),
         ([RECIPE, "--bench", "toy", "--bench-file", "toy"], "'toy' is not NAME=FILE"),
-        ([STUDENT, "--bench", "toy"], "write --max-tokens 119"),
         ([STUDENT, "--bench", "toy", "--engine", "turbo"], "'rollout.engine' is 'turbo'"),
     ],
 )
 def test_refusals(words, message, tmp_path):
-    result = run(*words, "--out", tmp_path)
-    assert result.returncode == 2 and message in result.stderr, result.stderr
-    assert result.stderr.count("\n") == 1
+    result = CliRunner().invoke(app, ["eval", *words, "--out", str(tmp_path)])
+    assert isinstance(result.exception, RecipeError)
+    assert message in str(result.exception) and "\n" not in str(result.exception)
+
+
+def test_answers_that_cannot_fit(tmp_path):
+    result = run(STUDENT, "--bench", "toy", "--out", tmp_path)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "write --max-tokens 119" in result.stderr
 
 
 def test_evalplus_variable(monkeypatch, tmp_path):
