@@ -36,10 +36,11 @@ def launch(
 ) -> None:
     """Run trainer, teachers and rollout servers as one job of a cluster.
 
-    Roles find each other through files in RUN/launch and run where this command does, so this folder
-    and RUN must be ones that all nodes share, as must the recipe's models and data. The trainer starts once every service's /health is 200. A
-    service that dies is started again; a job that crashes, or saves before its time limit, is
-    requeued and resumes. Secrets (HF_TOKEN, WANDB_API_KEY): export them in the shell that launches.
+    Roles find each other through files in RUN/launch and run where this command does, so this
+    folder and RUN must be ones that all nodes share, as must the recipe's models and data. The
+    trainer starts once every service's /health is 200. A service that dies is started again; a
+    job that crashes, or saves before its time limit, is requeued and resumes. Secrets (HF_TOKEN,
+    WANDB_API_KEY): export them in the shell that launches.
     """
     profile, loaded = load_profile(cluster), read_recipe(recipe, overrides or [])
     if dryrun and not loaded.student.hf.is_dir():
