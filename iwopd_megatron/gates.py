@@ -102,6 +102,24 @@ def server_fits(url: str, info: Mapping[str, Any], longest: int, temperature: fl
         )
 
 
+def served_student(url: str, info: Mapping[str, Any], student: Mapping[str, Any]) -> None:
+    """A rollout server holds a model of the student's shapes and tokens, as far as it tells.
+
+    info, student: see `fingerprint.identity`.
+    """
+    for key, what in (
+        ("vocab_size", "vocabulary size"),
+        ("eos_token_ids", "end-of-answer ids"),
+        ("tokenizer_fingerprint", "tokenizer"),
+        ("config_fingerprint", "config.json"),
+    ):
+        if info.get(key, student[key]) != student[key]:
+            raise GateError(
+                f"the rollout server at {url} serves {info.get('model_path')}, whose {what} is not "
+                "the student's; start it with the recipe's student.hf."
+            )
+
+
 def rollouts(
     samples: list[Trajectory], version: int, vocab_size: int, max_staleness: int = 0
 ) -> None:

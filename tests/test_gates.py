@@ -13,6 +13,7 @@ from iwopd_megatron.gates import (
     rollouts,
     same_chat_template,
     same_vocabulary,
+    served_student,
     served_teacher,
     server_fits,
     teacher_scores,
@@ -189,3 +190,17 @@ def test_a_jump_of_the_truncated_share():
     truncation([1.0] * 5 + [0.1] * 10, [cut, whole], 0.5)
     message = trips(truncation, [1.0] * 5 + [0.1] * 10, [cut, cut], 0.5)
     assert "100% of the answers are cut" in message and "10% in the rounds before" in message
+
+
+def test_served_student():
+    ours = {
+        "vocab_size": 16,
+        "eos_token_ids": [1],
+        "tokenizer_fingerprint": "t",
+        "config_fingerprint": "c",
+    }
+    served_student("http://a", {"model_path": "M"}, ours)  # tells nothing more
+    served_student("http://a", ours, ours)
+    for key, words in (("vocab_size", "vocabulary size"), ("config_fingerprint", "config.json")):
+        message = trips(served_student, "http://a", {**ours, key: 0, "model_path": "M"}, ours)
+        assert f"http://a serves M, whose {words} is not the student's" in message

@@ -107,6 +107,9 @@ class SglangServer:
                     raise ServerLost(f"not ready in {self.ready_timeout:.0f} s: {error}") from None
             await asyncio.sleep(0.5)
 
+    async def describe(self) -> dict[str, Any]:
+        return await ask(self.http, "GET", self.url + "/model_info", ALIVE_SECONDS)
+
     def _check(self, info: dict[str, Any]) -> None:
         if self.pause_mode == "in_place" and not info.get("disable_radix_cache"):
             raise UserError(
