@@ -218,8 +218,10 @@ class SglangServer:
         try:
             await self._post("/begin_weight_update")
         except ServerRefused as error:
-            if " 404: " not in str(error):  # versions before 0.5.23 have no such call
-                raise
+            if " 404: " in str(error):  # versions before 0.5.23 have no such call
+                return
+            await self._post("/end_weight_update")  # an update before this one was cut
+            await self._post("/begin_weight_update")
 
     async def send(self, tensors: NamedTensors) -> None:
         parts = [(name, tensor.cpu()) for name, tensor in tensors]
