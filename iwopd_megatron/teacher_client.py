@@ -73,8 +73,8 @@ class ScoringClient:
                 f"{self.vocab_size}."
             )
         failures: list[str] = []
-        end = time.monotonic() + self.patience_s
         async with self._slots:
+            end = time.monotonic() + self.patience_s  # not of the wait for a slot
             while len(failures) < MAX_ATTEMPTS:
                 server = await self._pick(failures, end)
                 server.in_flight += 1

@@ -99,6 +99,8 @@ def spoiled(url, spoil):
         def _send(self, status, whole, content):
             self.send_response(status)
             self.send_header("content-length", str(len(whole)))
+            if status == 503:
+                self.send_header("retry-after", "1")
             self.end_headers()
             self.wfile.write(whole[: len(whole) // 2] if content is None else whole)
             self.close_connection = content is None

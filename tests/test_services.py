@@ -51,6 +51,7 @@ def test_start_wait_restart_stop(tmp_path):
     first = server.process.pid
     server.restart()
     assert server.process.pid != first
+    wait_until(lambda: group(first) == [])
     server.wait_ready(30)
     server.stop()
     assert not server.is_running

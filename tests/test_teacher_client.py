@@ -84,6 +84,14 @@ def test_it_gives_up_with_one_sentence(service):
         ask([f"http://127.0.0.1:{free_port()}"], SAMPLES[:1], patience_s=1)
 
 
+def test_patience_is_of_one_sample_not_of_those_before_it(service, undisturbed):
+    """Every sample is told once to come again; all of them together take longer than patience."""
+    with spoiled(service.url, lambda n, content: (200 if n % 2 else 503, content)) as url:
+        scores, retries = ask([url], SAMPLES[:5], max_in_flight=1, patience_s=3)
+    same(scores, undisturbed[:5])
+    assert retries == 0
+
+
 def test_a_refusal_is_final(service):
     sample = Trajectory(0, [3] * 100, [4] * 100)
     with pytest.raises(ServiceError, match="refuses a sample: input_ids has 200 ids"):
