@@ -209,7 +209,7 @@ class VllmServer:
             raise ServerLost(f"{self.url}: a score lacks {error}") from None
 
     async def pause(self) -> None:
-        await self._post("/pause?mode=keep")
+        await self._post("/pause?mode=keep&clear_cache=false")  # `end_update` clears it
 
     async def resume(self) -> None:
         await self._post("/resume")

@@ -28,7 +28,7 @@ from iwopd_megatron.services import Keeper, Server, outer_environment
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes/demo_vllm.yaml"
 STUDENT = ROOT / "recipes/demo/student"
-READY_SECONDS = 400
+READY_SECONDS = 900
 IDS = [5, 9, 4, 7, 11, 3, 6]  # some prompt
 
 

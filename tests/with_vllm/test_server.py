@@ -120,7 +120,7 @@ def test_the_canary_notices_experts_that_were_not_packed(moe):
 
 @pytest.mark.parametrize("mode", ["retract", "in_place"])
 def test_answers_in_flight_go_on_under_new_weights(dense, mode):
-    """Tokens name the version that wrote them; retracted answers forget what old weights cached."""
+    """Tokens name the version that wrote them; only `in_place` keeps what old weights cached."""
     server = dense.client(pause_mode=mode)
     server.eos_ids = []
     old, new = dense.weights(seed=1), dense.weights(seed=2)
@@ -154,7 +154,8 @@ def test_answers_in_flight_go_on_under_new_weights(dense, mode):
             *logp(before, ids, len(IDS))[:count],
             *logp(after, ids, len(IDS))[count:],
         ]
-        if mode == "retract":
+        assert largest(expected[:count] or [0], answer.logp[:count] or [0]) < 1e-5
+        if mode == "retract" or count == 0:
             assert largest(expected, answer.logp) < 1e-5
-        else:
-            assert largest(expected[:count] or [0], answer.logp[:count] or [0]) < 1e-5
+        elif count < 90:
+            assert largest(expected, answer.logp) > 1e-3  # what the old weights cached

@@ -18,7 +18,7 @@ def test_a_run_trains_on_what_vllm_writes(tmp_path):
     ]  # fmt: skip
     with log.open("w") as file:
         done = subprocess.run(
-            command, cwd=ROOT, env=outer_environment(), stdout=file, stderr=file, timeout=500
+            command, cwd=ROOT, env=outer_environment(), stdout=file, stderr=file, timeout=900
         )
     assert done.returncode == 0, log.read_text()[-3000:]
     rounds = [line for line in read_metrics(out) if line["kind"] == "round"]
