@@ -65,7 +65,7 @@ def test_every_recipe_has_scripts(cluster, tmp_path):
     command = [LAUNCHER, "-W", "ignore", "-c", code, tmp_path, *recipes]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("plan: fits h100-80") == len(recipes) > 20
+    assert done.stdout.count("plan: fits h100-80") == len(recipes) >= 20
     for script in sorted(tmp_path.glob("*/launch/*/experiments/*/*/*_sbatch.sh")):
         assert subprocess.run(["bash", "-n", script]).returncode == 0
     assert len(sorted(tmp_path.glob("*/launch/*/experiments/*/*/*_sbatch.sh"))) == len(recipes)
