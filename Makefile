@@ -117,7 +117,7 @@ build/sglang-venv/ready: tests/with_sglang/environment/requirements.txt tests/wi
 	touch $@
 
 # Launches on a real Slurm of four emulated nodes, which it installs (apt), starts and stops; as root.
-test-slurm: setup cluster-venv
+test-slurm: setup cluster-venv build/sglang-venv/ready
 	$(VENV)/bin/python cluster/testbed/slurm.py install
 	$(RUN) -m pytest --durations=0 tests/with_slurm
 

@@ -66,6 +66,12 @@ class Board:
         self.post(f"status/{role}-{node}.json", line | more)
 
 
+def newest_attempt(launch: Path) -> int | None:
+    """None before any role of the launch has started."""
+    attempts = [int(path.name.partition("_")[2]) for path in launch.glob("attempt_*")]
+    return max(attempts, default=None)
+
+
 def hostname() -> str:
     """How other nodes reach this one: its name where it resolves, its address otherwise."""
     name = socket.gethostname()

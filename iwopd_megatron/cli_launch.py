@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from iwopd_megatron.board import Board, newest_attempt
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_profile import Profile, load_profile
 from iwopd_megatron.errors import RecipeError
@@ -36,11 +37,11 @@ def launch(
 ) -> None:
     """Run trainer, teachers and rollout servers as one job of a cluster.
 
-    Roles find each other through files in RUN/launch and run where this command does, so this
-    folder and RUN must be ones that all nodes share, as must the recipe's models and data. The
-    trainer starts once every service's /health is 200. A service that dies is started again; a
-    job that crashes, or saves before its time limit, is requeued and resumes. Secrets (HF_TOKEN,
-    WANDB_API_KEY): export them in the shell that launches.
+    Roles find each other through files in RUN/launch and run in this folder, so it and RUN must be
+    ones that all nodes share, as must the recipe's models and data. The trainer starts once every
+    service's /health is 200. A service that dies is started again; a job that crashes, or saves
+    before its time limit, is requeued and resumes. Secrets (HF_TOKEN, WANDB_API_KEY): export them
+    in the shell that launches. executor local and docker stay until the job ends.
     """
     profile, loaded = load_profile(cluster), read_recipe(recipe, overrides or [])
     if dryrun and not loaded.student.hf.is_dir():
@@ -57,13 +58,16 @@ def launch(
     folder = new_folder(loaded)
     job = make_job(loaded, profile, folder)
     print_roles(job, loaded, profile, dryrun)
-    from iwopd_megatron.launch_nemo import launch as submit
+    from iwopd_megatron import launch_nemo
 
+    places = launch_nemo.executors(job, profile, folder)
     write_job(job, loaded, folder)
-    name = submit(job, profile, folder, dryrun)
+    name = launch_nemo.launch(job, places, profile, folder, dryrun)
     print(f"written to {folder}" if dryrun else f"job {name} launched from {folder}")
-    for script in sorted(folder.glob("experiments/*/*/*.sh")):
+    for script in sorted(folder.glob("experiments/**/*.sh")):
         print(f"  {script}")
+    if profile.is_waiting and not dryrun:
+        sys.exit(Board(folder, newest_attempt(folder)).finished)
     if not dryrun:
         print(f"follow it with: iwopd status {loaded.out}, iwopd attach {loaded.out}")
 

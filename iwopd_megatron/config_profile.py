@@ -70,6 +70,11 @@ class Profile(Section):
     def has_gpus(self) -> bool:
         return self.gpu != "cpu"
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether `iwopd launch` stays until the job ends."""
+        return self.executor in ("local", "docker")
+
     def image(self, role: str) -> str | None:
         return self.containers.get(role, self.container)
 

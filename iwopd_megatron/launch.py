@@ -57,7 +57,7 @@ def make_job(recipe: Recipe, profile: Profile, folder: Path) -> Job:
     if recipe.rollout.engine != "hf" and not recipe.rollout.servers.urls:
         roles.append(_rollout(recipe, profile, [*program, "serve-rollout", snapshot]))
     job = Job(str(Path.cwd()), roles, profile.gpus_per_node, profile.requeues, profile.has_gpus)
-    if profile.executor in ("local", "docker") and job.machines > 1:
+    if profile.is_waiting and job.machines > 1:
         raise RecipeError(
             f"the roles need {job.machines} machines of {profile.gpus_per_node} GPUs and executor "
             f"{profile.executor} has this one; choose a smaller layout, or a cluster."

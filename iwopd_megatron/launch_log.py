@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from iwopd_megatron.board import FINAL, POLL_SECONDS, Board
+from iwopd_megatron.board import FINAL, POLL_SECONDS, Board, newest_attempt
 from iwopd_megatron.roles import Job, read_job
 
 
@@ -41,10 +41,9 @@ def _name(file: Path, job: Job) -> str:
 
 def _is_over(launch: Path, job: Job) -> bool:
     """Whether the newest attempt ended and no other can follow."""
-    attempts = [int(p.name.partition("_")[2]) for p in launch.glob("attempt_*")]
-    if not attempts:
+    attempt = newest_attempt(launch)
+    if attempt is None:
         return False
-    code = Board(launch, max(attempts)).finished
-    return code is not None and (
-        code == 0 or max(attempts) >= job.requeues or (launch / FINAL).exists()
-    )
+    code = Board(launch, attempt).finished
+    is_last = attempt >= job.requeues or (launch / FINAL).exists()
+    return code is not None and (code == 0 or is_last)

@@ -26,25 +26,36 @@ except ImportError as error:
 SECONDS_BETWEEN_LOOKS = 5  # of the batch script at its roles
 
 
-def launch(job: Job, profile: Profile, folder: Path, dryrun: bool) -> str:
+def executors(job: Job, profile: Profile, folder: Path) -> list[nemo_run.Executor]:
+    """One for each role on Slurm, one for all elsewhere."""
+    if profile.executor == "slurm":
+        return [_slurm(role, job, profile, folder) for role in job.roles]
+    try:
+        return [_machines(job, profile, folder)]
+    except AssertionError as error:  # NeMo-Run's way to say that an optional package is missing
+        raise UserError(f"executor {profile.executor}: {error}") from None
+
+
+def launch(
+    job: Job, places: list[nemo_run.Executor], profile: Profile, folder: Path, dryrun: bool
+) -> str:
     """Write the experiment into the launch folder, and submit it unless `dryrun`.
 
     Returns the scheduler's name of the job, or an empty one.
     """
     title = folder.name.rpartition("_")[0]
     nemo_run.config.set_nemorun_home(str(folder))
-    is_waiting = profile.executor in ("local", "docker") and not dryrun
+    is_waiting = profile.is_waiting and not dryrun
     with nemo_run.Experiment(
         title, id=folder.name, base_dir=str(folder), log_level="WARNING",
         skip_status_at_exit=True, enable_goodbye_message=False, clean_mode=not is_waiting,
     ) as experiment:  # fmt: skip
         if profile.executor == "slurm":
-            executors = [_slurm(role, job, profile, folder) for role in job.roles]
             tasks = [_task(role.name, job, profile, folder) for role in job.roles]
-            experiment.add(tasks, executor=executors, name=title)
+            experiment.add(tasks, executor=places, name=title)
         else:
             task = _task("machine", job, profile, folder)
-            experiment.add(task, executor=_machines(job, profile, folder), name=title)
+            experiment.add(task, executor=places[0], name=title)
         if dryrun:
             experiment.dryrun(log=False, delete_exp_dir=False)
         else:

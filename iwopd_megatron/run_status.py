@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from iwopd_megatron.board import FINAL
+from iwopd_megatron.board import FINAL, newest_attempt
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.roles import read_job
 from iwopd_megatron.runlog import read_metrics
@@ -29,8 +29,7 @@ def run_status(run: Path, launch: Path | None, now: float | None = None) -> dict
 
 
 def _launch_status(launch: Path, now: float) -> dict[str, Any]:
-    attempts = [int(p.name.partition("_")[2]) for p in launch.glob("attempt_*")]
-    attempt = max(attempts, default=None)
+    attempt = newest_attempt(launch)
     found: dict[str, Any] = {"launch": str(launch), "attempt": attempt}
     lines = {}
     if attempt is not None:

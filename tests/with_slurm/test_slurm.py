@@ -4,9 +4,10 @@ import json
 import os
 import re
 import signal
+import subprocess
 from pathlib import Path
 
-from launches import ROOT, until
+from launches import LAUNCHER, ROOT, until
 
 from iwopd_megatron.launch import newest_folder
 
@@ -51,6 +52,23 @@ def test_scripts_of_a_dry_run(cluster, tmp_path):
     for file in folder.rglob("*"):
         if file.is_file():
             assert "do_not_write_this" not in file.read_text(errors="replace"), file
+
+
+def test_every_recipe_has_scripts(cluster, tmp_path):
+    """One process for all of them: NeMo-Run takes seconds to import."""
+    recipes = sorted((ROOT / "recipes").glob("qwen3_*.yaml"))
+    code = "import pathlib, sys; from iwopd_megatron.cli_launch import launch\n"
+    code += "for i, recipe in enumerate(sys.argv[2:]):\n"
+    code += (
+        "  launch(pathlib.Path(recipe), [f'out={sys.argv[1]}/{i}'], 'slurm_h100', True, False)\n"
+    )
+    command = [LAUNCHER, "-W", "ignore", "-c", code, tmp_path, *recipes]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("plan: fits h100-80") == len(recipes) >= 20
+    for script in sorted(tmp_path.glob("*/launch/*/experiments/*/*/*_sbatch.sh")):
+        assert subprocess.run(["bash", "-n", script]).returncode == 0
+    assert len(sorted(tmp_path.glob("*/launch/*/experiments/*/*/*_sbatch.sh"))) == len(recipes)
 
 
 def test_bad_recipes_never_reach_slurm(cluster, tmp_path):
