@@ -19,7 +19,8 @@ def check_rollout(recipe: Recipe) -> None:
     if rollout.engine == "hf":
         _check_embedded(recipe)
         return
-    if not servers.urls and not servers.start:
+    launched = recipe.cluster.rollout if recipe.cluster is not None else 0
+    if not servers.urls and not servers.start and not launched:
         raise RecipeError(
             f"rollout.engine={rollout.engine} needs servers; name running ones in "
             "rollout.servers.urls, or write rollout.servers.start=1 to start one here."

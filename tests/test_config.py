@@ -153,7 +153,8 @@ def test_dense_student_takes_no_experts(recipe):
     dense = f"student.hf={recipe.parent / 'dense'}"
     message = refusal(recipe, dense, "student.parallel.ep=2")
     assert "student is a dense model" in message and "ep=1 etp=1" in message
-    message = refusal(recipe, dense, "rollout.routing_replay=true", "rollout.engine=sglang")
+    engine = ["rollout.engine=sglang", "rollout.servers.start=1", "rollout.routing_replay=true"]
+    message = refusal(recipe, dense, *engine)
     assert "routing_replay needs a student with experts" in message
     spoil(recipe, lambda tree: tree["student"].update(parallel={"tp": 2}))
     assert load_recipe(recipe, [dense]).student.parallel.tp == 2

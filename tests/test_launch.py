@@ -98,7 +98,7 @@ def test_a_source_of_several_teachers_is_named(tmp_path):
     ("overrides", "settings", "sentence"),
     [
         (["processes=6"], {"gpus_per_node": 4}, "6 processes of 1 GPUs do not fill whole nodes"),
-        (["rollout.engine=sglang"], {}, "rollout.engine=sglang has no servers"),
+        (["rollout.engine=sglang"], {}, "rollout.engine=sglang needs servers"),
         ([*SERVED, "rollout.servers.tp=4"], {}, "a rollout server takes 4 GPUs but nodes have 2"),
         (["processes=4"], {"executor": "local"}, "the roles need 2 machines"),
         (["cluster={trainer: 2, teacher: 2}"], {}, "no teacher has one; add teacher.service"),

@@ -11,6 +11,7 @@ import httpx
 
 from iwopd_megatron.background import Background
 from iwopd_megatron.config import Recipe
+from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.model import DTYPES
 from iwopd_megatron.parallel import Parallel, free_port
 from iwopd_megatron.preflight import eos_ids, read_hf_config
@@ -50,6 +51,11 @@ def _main_engine(
     canary: Canary | None,
 ) -> ServerEngine:
     rollout, servers = recipe.rollout, recipe.rollout.servers
+    if not servers.urls and not servers.start:
+        raise RecipeError(
+            f"rollout.engine={rollout.engine} has servers on a cluster only (cluster.rollout); "
+            "use 'iwopd launch', or write rollout.servers.start=1 to start one here."
+        )
     started = [] if servers.urls else [_server(recipe, i) for i in range(servers.start)]
     keeper = Keeper(
         started, servers.ready_timeout_s, servers.max_restarts, servers.hang_timeout_s, say

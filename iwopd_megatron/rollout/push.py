@@ -152,7 +152,10 @@ class BroadcastPush:
         self.version = version
         if self.group is None or self.members != places:
             self._leave()
-            self._join(places)
+            try:
+                self._join(places)
+            except RuntimeError as error:  # a server did not come
+                self._give_up(f"no process group: {error}")
         self.targets.each(lambda place: place.server.begin_update()).result()
 
     def _join(self, places: list[Place]) -> None:

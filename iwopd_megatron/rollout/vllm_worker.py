@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from vllm.model_executor.model_loader.reload import (
 from vllm.platforms import current_platform
 
 HEAD = "lm_head.weight"
+BROADCAST_TIMEOUT = timedelta(minutes=10)
 
 
 class WeightUpdates:
@@ -62,7 +64,7 @@ class WeightUpdates:
         self, address: str, port: int, first: int, world: int, group: str, backend: str
     ) -> None:
         """Become rank `first` + own rank of a process group whose rank 0 sends weights."""
-        store = c10d.TCPStore(address, port, world, False)
+        store = dist.TCPStore(address, port, world, False, BROADCAST_TIMEOUT)
         joined, _ = c10d._new_process_group_helper(
             world,
             first + self.rank,
@@ -70,6 +72,7 @@ class WeightUpdates:
             c10d.Backend(backend),
             c10d.PrefixStore(group, store),
             group_name=group,
+            timeout=BROADCAST_TIMEOUT,
         )
         c10d._world.pg_group_ranks[joined] = {i: i for i in range(world)}
         self._iwopd_group = joined

@@ -25,23 +25,28 @@ def rigs(tmp_path_factory):
     }
     try:
         for rig in rigs.values():
-            rig.run(rig.server.wait_ready())
+            _ready(rig)
         yield rigs
     finally:
         for rig in rigs.values():
             rig.stop()
 
 
+def _ready(rig: Rig) -> Rig:
+    rig.run(rig.server.wait_ready())
+    return rig
+
+
 @pytest.fixture(params=["moe", "dense"])
 def rig(request, rigs):
-    return rigs[request.param]
+    return _ready(rigs[request.param])
 
 
 @pytest.fixture
 def moe(rigs):
-    return rigs["moe"]
+    return _ready(rigs["moe"])
 
 
 @pytest.fixture
 def dense(rigs):
-    return rigs["dense"]
+    return _ready(rigs["dense"])

@@ -108,15 +108,20 @@ class Rig:
         expected = logp(self.model(weights), IDS, 1)
         return Canary(IDS, lambda: expected, limit=1e-5)
 
-    def engine(self, sync: str, canary: Canary | None = None) -> ServerEngine:
-        """The project's engine on this server, in this process as a world of one."""
+    def engine(
+        self, sync: str, canary: Canary | None = None, is_ours: bool = False
+    ) -> ServerEngine:
+        """The project's engine on this server, in this process as a world of one.
+
+        is_ours: it is killed, and started again, when it is lost.
+        """
         if not dist.is_initialized():
             os.environ.update(
                 RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
                 MASTER_PORT=str(free_port()),
             )  # fmt: skip
         self.said: list[str] = []
-        place = Place(self.server, self.process.kill)
+        place = Place(self.server, self.process.kill if is_ours else None)
         pool = Pool([place], 64, self.eos, self.said.append)
         targets = Targets(self.loop, pool.lose)
         push = {

@@ -10,7 +10,7 @@ from iwopd_megatron.rollout import Sampling
 
 
 def test_a_killed_server_comes_back_and_every_prompt_is_answered_once(moe):
-    engine, weights = moe.engine("disk"), moe.weights(seed=7)
+    engine, weights = moe.engine("disk", is_ours=True), moe.weights(seed=7)
     engine.update(weights.items(), 1)
     asked, first, seen = prompts(64), moe.process.process, []
 

