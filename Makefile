@@ -11,7 +11,7 @@ DISK ?=
 KILLS ?= 20
 
 .PHONY: setup demo demo-sglang demo-models test test-sglang test-vllm test-slurm lint bench bench-loss \
-	bench-convert bench-plan bench-trl drill gpu-check gpu-check-venv cluster-venv
+	bench-convert bench-plan bench-streaming bench-trl drill gpu-check gpu-check-venv cluster-venv
 
 setup: $(VENV)/ready
 
@@ -99,6 +99,10 @@ demo-sglang: setup build/sglang-venv/ready
 	rm -rf runs/demo_sglang
 	$(RUN) -m iwopd_megatron train recipes/demo_sglang.yaml
 	$(RUN) -m iwopd_megatron report runs/demo_sglang
+
+# Scoring answers as they end against generate-then-score, with real servers (3 minutes).
+bench-streaming: setup build/sglang-venv/ready
+	$(RUN) bench/streaming.py
 
 # Against real servers, on CPUs.
 test-sglang: setup build/sglang-venv/ready

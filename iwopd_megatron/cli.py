@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +25,7 @@ from iwopd_megatron import (
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_models import Layout
 from iwopd_megatron.errors import RecipeError, UserError
+from iwopd_megatron.lock import locked
 from iwopd_megatron.preflight import check_layout, check_resume, read_hf_config
 from iwopd_megatron.quiet import quiet
 from iwopd_megatron.recipe import load_recipe
@@ -79,15 +82,25 @@ def sft(recipe: RecipePath, overrides: Overrides = None, resume: Resume = False)
 
 
 def _train(recipe: Recipe, resume: bool) -> None:
-    if not resume and (recipe.out / "metrics.jsonl").exists():
-        raise RecipeError(
-            f"{recipe.out} already holds a run; "
-            "add --resume, or choose another folder with out=FOLDER."
-        )
-    if resume:
-        check_resume(recipe)
-    worker = _workers()
-    sys.exit(worker.execute(recipe.world, worker.train, (recipe, resume)))
+    with _alone_in([recipe.out]):
+        if not resume and (recipe.out / "metrics.jsonl").exists():
+            raise RecipeError(
+                f"{recipe.out} already holds a run; "
+                "add --resume, or choose another folder with out=FOLDER."
+            )
+        if resume:
+            check_resume(recipe)
+        worker = _workers()
+        sys.exit(worker.execute(recipe.world, worker.train, (recipe, resume)))
+
+
+@contextlib.contextmanager
+def _alone_in(folders: list[Path]) -> Iterator[None]:
+    """Two runs never write into one folder. Under torchrun rank 0 sees to it."""
+    with contextlib.ExitStack() as stack:
+        for folder in folders if os.environ.get("RANK", "0") == "0" else []:
+            stack.enter_context(locked(folder))
+        yield
 
 
 @app.command("doctor")
@@ -132,7 +145,8 @@ def compare(
     for arm in arms if resume else []:
         check_resume(arm.recipe)
     worker = _workers()
-    code = worker.execute(arms[0].recipe.world, worker.run_arms, (arms, resume))
+    with _alone_in([arm.recipe.out for arm in arms]):
+        code = worker.execute(arms[0].recipe.world, worker.run_arms, (arms, resume))
     if code == 0 and os.environ.get("RANK", "0") == "0":
         from iwopd_megatron.compare import print_table, write_summary
         from iwopd_megatron.report import find_runs, summarise, write_report

@@ -15,7 +15,7 @@ from iwopd_megatron.config_profile import Profile, load_profile
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.launch import make_job, new_folder, newest_folder, write_job
 from iwopd_megatron.preflight import check_resume
-from iwopd_megatron.recipe import load_recipe
+from iwopd_megatron.recipe import load_recipe, read_recipe
 from iwopd_megatron.roles import Job
 
 Run = Annotated[Path, typer.Argument(help="run folder, a recipe's 'out'")]
@@ -36,12 +36,17 @@ def launch(
 ) -> None:
     """Run trainer, teachers and rollout servers as one job of a cluster.
 
-    Roles find each other through files in RUN/launch, so RUN must be a folder that all nodes share,
-    as must the recipe's models and data. The trainer starts once every service's /health is 200. A
-    service that dies is started again; a job that crashes, or saves before its time limit, is
-    requeued and resumes. Secrets (HF_TOKEN, WANDB_API_KEY): export them in the shell that launches.
+    Roles find each other through files in RUN/launch and run where this command does, so this
+    folder and RUN must be ones that all nodes share, as must the recipe's models and data. The
+    trainer starts once every service's /health is 200. A service that dies is started again; a
+    job that crashes, or saves before its time limit, is requeued and resumes. Secrets (HF_TOKEN,
+    WANDB_API_KEY): export them in the shell that launches.
     """
-    loaded, profile = load_recipe(recipe, overrides or []), load_profile(cluster)
+    profile, loaded = load_profile(cluster), read_recipe(recipe, overrides or [])
+    if dryrun and not loaded.student.hf.is_dir():
+        print(f"note: {loaded.student.hf} is not on this machine; models and data are unchecked.")
+    else:
+        loaded = load_recipe(recipe, overrides or [])
     if not resume and (loaded.out / "metrics.jsonl").exists():
         raise RecipeError(
             f"{loaded.out} already holds a run; "
@@ -104,6 +109,25 @@ def serve_rollout(
     os.execvpe(python, command, server_environment(loaded))
 
 
+def verdict(recipe: Recipe, profile: Profile) -> str:
+    """What the planner says of the recipe on the profile's GPUs."""
+    from iwopd_megatron.plan import plan
+    from iwopd_megatron.plan_hardware import GIB
+
+    site = {"gpu": profile.gpu, "gpus_per_node": profile.gpus_per_node}
+    cluster = recipe.cluster.model_copy(update=site)
+    found = plan(recipe.model_copy(update={"cluster": cluster}))
+    tightest = min(found.roles, key=lambda role: role.margin)
+    if not found.fits:
+        worst = next(role for role in found.roles if not role.fits)
+        return f"does not fit {profile.gpu}: {worst.name} needs more memory; {worst.knob}."
+    return (
+        f"fits {profile.gpu} with {tightest.margin / GIB:.1f} GiB to spare ({tightest.name}); "
+        f"{found.seconds:,.0f} s a round, {found.tokens_per_second:,.0f} tokens/s/GPU, "
+        f"{found.gpu_hours:,.0f} GPU-hours in all."
+    )
+
+
 def print_roles(job: Job, recipe: Recipe, profile: Profile, with_commands: bool) -> None:
     """Roles, nodes, GPUs; and, where asked for, commands, variables and the plan's verdict."""
     from rich.console import Console
@@ -121,6 +145,8 @@ def print_roles(job: Job, recipe: Recipe, profile: Profile, with_commands: bool)
     cluster = recipe.cluster
     if cluster is not None and job.has_gpus and cluster.gpu != profile.gpu:
         print(f"note: the recipe was laid out for {cluster.gpu}, the profile has {profile.gpu}.")
+    if cluster is not None and job.has_gpus and len(recipe.named_teachers) == 1:
+        print(f"plan: {verdict(recipe, profile)}")
     if with_commands:
         for role in job.roles:
             console.print(f"[bold]{role.name}[/bold]: {' '.join(role.command)}", soft_wrap=True)

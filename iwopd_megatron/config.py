@@ -71,6 +71,11 @@ class Gates(Section):
     max_canary: float = Field(
         0.1, gt=0, description="the same for a fixed prompt, right after a weight update"
     )
+    on_bad_sample: Literal["stop", "drop"] = Field(
+        "stop",
+        description="an answer whose teacher log-probs are impossible (NaN, -inf, positive): stop "
+        "the run, or train without it (counted as dropped)",
+    )
     max_truncation_jump: float = Field(
         0.5, gt=0, description="stop when the truncated share exceeds the last 10 rounds' by this"
     )

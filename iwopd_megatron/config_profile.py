@@ -52,9 +52,6 @@ class Profile(Section):
     python: str = Field(
         "python", description="Python that has iwopd_megatron, in the container if there is one"
     )
-    workdir: Path | None = Field(
-        None, description="where paths of recipes begin; default: where iwopd launch is started"
-    )
     container: str | None = Field(None, description="image of every role; null: none")
     containers: dict[str, str] = Field({}, description="other images, by role")
     mounts: list[str] = Field([], description="HOST:CONTAINER of every container")

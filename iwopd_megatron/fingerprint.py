@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from transformers import AutoTokenizer
 
 from iwopd_megatron.preflight import eos_ids
 
@@ -32,6 +33,18 @@ def identity(folder: Path, tokenizer: Any) -> dict[str, Any]:
         "tokenizer_fingerprint": _digest(tokens),
         "config_fingerprint": _digest(config),
     }
+
+
+def with_identity(info: dict[str, Any]) -> dict[str, Any]:
+    """A server's /model_info with what it leaves out but its folder tells, if it can be read here.
+
+    SGLang names its model's and tokenizer's folders and nothing more.
+    """
+    folder = Path(info.get("model_path") or "")
+    if "tokenizer_fingerprint" in info or not (folder / "config.json").is_file():
+        return info
+    tokenizer = AutoTokenizer.from_pretrained(info.get("tokenizer_path") or folder)
+    return info | identity(folder, tokenizer)
 
 
 def _digest(value: Any) -> str:

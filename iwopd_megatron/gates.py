@@ -102,6 +102,24 @@ def server_fits(url: str, info: Mapping[str, Any], longest: int, temperature: fl
         )
 
 
+def served_student(url: str, info: Mapping[str, Any], student: Mapping[str, Any]) -> None:
+    """A rollout server holds a model of the student's shapes and tokens, as far as it tells.
+
+    info, student: see `fingerprint.identity`.
+    """
+    for key, what in (
+        ("vocab_size", "vocabulary size"),
+        ("eos_token_ids", "end-of-answer ids"),
+        ("tokenizer_fingerprint", "tokenizer"),
+        ("config_fingerprint", "config.json"),
+    ):
+        if info.get(key, student[key]) != student[key]:
+            raise GateError(
+                f"the rollout server at {url} serves {info.get('model_path')}, whose {what} is not "
+                "the student's; start it with the recipe's student.hf."
+            )
+
+
 def rollouts(
     samples: list[Trajectory], version: int, vocab_size: int, max_staleness: int = 0
 ) -> None:
@@ -139,6 +157,19 @@ def routes(samples: list[Trajectory], hf: Mapping[str, Any]) -> None:
             )
 
 
+def bad_teacher_score(sample: Trajectory) -> float | None:
+    """The first teacher log-prob that a loss reads and that is no finite number <= 0."""
+    for value, is_read in zip(sample.teacher_logp, sample.is_read, strict=True):
+        if is_read and (not math.isfinite(value) or value > 1e-4):
+            return value
+    return None
+
+
+def without_bad_scores(samples: list[Trajectory]) -> list[Trajectory]:
+    """The samples, those with an impossible teacher log-prob kept from every loss."""
+    return [sample if bad_teacher_score(sample) is None else sample.unread() for sample in samples]
+
+
 def teacher_scores(samples: list[Trajectory], vocab_size: int) -> None:
     """Teacher log-probs are finite, not positive, and not one constant such as -log V.
 
@@ -151,15 +182,14 @@ def teacher_scores(samples: list[Trajectory], vocab_size: int) -> None:
                 f"sample {sample.index} has {len(sample.response_ids)} tokens but "
                 f"{len(sample.teacher_logp)} teacher log-probs; each token needs one."
             )
-        scores = zip(sample.teacher_logp, sample.is_read, strict=True)
-        own = [v for v, is_read in scores if is_read]
-        values += own
-        bad = [v for v in own if not math.isfinite(v) or v > 1e-4]
-        if bad:
+        bad = bad_teacher_score(sample)
+        if bad is not None:
             raise GateError(
-                f"sample {sample.index}: teacher log-prob {bad[0]} is not a finite number <= 0; "
-                "check the teacher's weights and dtype."
+                f"sample {sample.index}: teacher log-prob {bad} is not a finite number <= 0; "
+                "check the teacher's weights and dtype, or set gates.on_bad_sample=drop."
             )
+        scores = zip(sample.teacher_logp, sample.is_read, strict=True)
+        values += [value for value, is_read in scores if is_read]
     if len(values) > 1 and max(values) - min(values) < 1e-6:
         uniform = (
             " (= -log V: its head or weights were not loaded)"

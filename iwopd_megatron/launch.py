@@ -44,7 +44,6 @@ def make_job(recipe: Recipe, profile: Profile, folder: Path) -> Job:
             f"cluster.teacher={recipe.cluster.teacher} gives GPUs to a teacher service, but no "
             "teacher has one; add teacher.service, or write cluster.teacher=0."
         )
-    workdir = (profile.workdir or Path.cwd()).absolute()
     program = [profile.python, "-m", "iwopd_megatron"]
     snapshot = str(folder / RECIPE)
     roles = [
@@ -57,7 +56,7 @@ def make_job(recipe: Recipe, profile: Profile, folder: Path) -> Job:
         roles.append(_teacher(recipe, profile, program, snapshot, key))
     if recipe.rollout.engine != "hf" and not recipe.rollout.servers.urls:
         roles.append(_rollout(recipe, profile, [*program, "serve-rollout", snapshot]))
-    job = Job(str(workdir), roles, profile.gpus_per_node, profile.requeues, profile.has_gpus)
+    job = Job(str(Path.cwd()), roles, profile.gpus_per_node, profile.requeues, profile.has_gpus)
     if profile.executor in ("local", "docker") and job.machines > 1:
         raise RecipeError(
             f"the roles need {job.machines} machines of {profile.gpus_per_node} GPUs and executor "

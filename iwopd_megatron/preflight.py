@@ -129,6 +129,11 @@ def _check_loss(recipe: Recipe, hf: dict[str, Any]) -> None:
                 f"loss.extrapolation={loss.extrapolation:g} scales an advantage, which "
                 "loss.objective=topk_kl does not have; write extrapolation=1 or objective=policy."
             )
+        if recipe.gates.on_bad_sample == "drop":
+            raise RecipeError(
+                "gates.on_bad_sample=drop needs loss.objective=policy: the teacher's top K is "
+                "already laid out with every answer; write on_bad_sample=stop."
+            )
         if loss.topk.k > hf["vocab_size"]:
             raise RecipeError(
                 f"loss.topk.k={loss.topk.k} exceeds the vocabulary of {hf['vocab_size']}; lower it."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from pathlib import Path
 from typing import Any
 
 import numpy
@@ -15,7 +14,7 @@ from iwopd_megatron import device, gates
 from iwopd_megatron.background import Background
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_models import Teacher
-from iwopd_megatron.fingerprint import identity
+from iwopd_megatron.fingerprint import identity, with_identity
 from iwopd_megatron.packing import Packer
 from iwopd_megatron.parallel import free_port
 from iwopd_megatron.scores import Scores, Support, by_batch
@@ -199,18 +198,6 @@ def own_server(recipe: Recipe, role: str, teacher: Teacher, first_gpu: int) -> S
     env = outer_environment() | device.beside(first_gpu, service.world)
     host = "127.0.0.1" if service.host == "0.0.0.0" else service.host
     return Server(role, command, env, logs / f"{role}.log", f"http://{host}:{port}")
-
-
-def with_identity(info: dict[str, Any]) -> dict[str, Any]:
-    """A server's /model_info with what it leaves out but its folder tells, if it can be read here.
-
-    SGLang names its model's and tokenizer's folders and nothing more.
-    """
-    folder = Path(info.get("model_path") or "")
-    if "tokenizer_fingerprint" in info or not (folder / "config.json").is_file():
-        return info
-    tokenizer = AutoTokenizer.from_pretrained(info.get("tokenizer_path") or folder)
-    return info | identity(folder, tokenizer)
 
 
 def _read_only(sample: Trajectory, logp: numpy.ndarray | None) -> list[float]:

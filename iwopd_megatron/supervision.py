@@ -97,6 +97,8 @@ class Supervision:
             sample.with_scores(**dict(zip(scores, values, strict=True)))
             for sample, *values in zip(samples, *scores.values(), strict=True)
         ]
+        if self.recipe.gates.on_bad_sample == "drop":
+            samples = gates.without_bad_scores(samples)
         mean = None
         if weighting.rule in RATIO_RULES:  # Z_t from log-probs that every rank knows
             mean = ratio_mean([sample.gaps() for sample in samples], weighting.alpha)

@@ -167,6 +167,8 @@ class Trainer:
             line |= self._train(minibatches)
         if self.is_distilling:
             line |= response_means(self.samples)
+            if self.recipe.gates.on_bad_sample == "drop":
+                line["dropped"] = _unread(self.samples) - _unread(samples)
             self.truncated.append(line["truncated"])
         with self._phase("sync"):
             self.engine.update(self.student.stream, self.round)
@@ -267,3 +269,7 @@ class Trainer:
         yield
         device.synchronize()
         self.seconds[name] = time.perf_counter() - start
+
+
+def _unread(samples: list[Trajectory]) -> int:
+    return sum(sample.loss_tokens == 0 for sample in samples)

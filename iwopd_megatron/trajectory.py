@@ -55,13 +55,19 @@ class Trajectory:
         """A copy with e.g. `teacher_logp=[...]`."""
         return replace(self, **scores)
 
+    def unread(self) -> Trajectory:
+        """A copy that no loss reads."""
+        nothing = [0.0] * len(self.response_ids)
+        scores = {name: nothing for name in ("teacher_logp", "base_logp") if getattr(self, name)}
+        return replace(self, loss_mask=[False] * len(self.response_ids), **scores)
+
 
 def mask_tokens(
     sample: Trajectory, unread_ids: set[int], mask_truncated: bool = False
 ) -> Trajectory:
     """The sample without `unread_ids`, or as a whole if it is truncated, in its loss mask."""
     if mask_truncated and sample.truncated:
-        return replace(sample, loss_mask=[False] * len(sample.response_ids))
+        return sample.unread()
     if not unread_ids.intersection(sample.response_ids):
         return sample
     return replace(sample, loss_mask=[token not in unread_ids for token in sample.response_ids])

@@ -123,6 +123,7 @@ def test_layout_arithmetic():
         (["loss.advantage=topk_kl"], ["expected gradient", "zero", "write loss.objective=topk_kl"]),
         (["loss.objective=topk_kl", "loss.extrapolation=1.2"], ["extrapolation=1.2", "advantage"]),
         (["loss.objective=topk_kl", "loss.topk.k=513"], ["loss.topk.k=513", "vocabulary of 512"]),
+        (["loss.objective=topk_kl", "gates.on_bad_sample=drop"], ["write on_bad_sample=stop"]),
         (["loss.topk.support=all"], ["'loss.topk.support'", "'renormalised', 'tail'"]),
         (["loss.extrapolation=0"], ["'loss.extrapolation' is 0", "greater than 0"]),
         (["loss.extrapolation=1.2", "student.random_init=0"], ["base student", "base.hf=FOLDER"]),

@@ -7,14 +7,18 @@ import torch
 
 from iwopd_megatron.gates import (
     GateError,
+    canary,
     drift,
     first_weights,
     rollouts,
     same_chat_template,
     same_vocabulary,
+    served_student,
     served_teacher,
     server_fits,
     teacher_scores,
+    truncation,
+    without_bad_scores,
 )
 from iwopd_megatron.trajectory import Trajectory
 
@@ -156,3 +160,47 @@ def test_server_fits():
     assert "scores at temperature 1 only" in trips(server_fits, "U", {}, 100, 0.7)
     message = trips(server_fits, "U", {"max_sequence_tokens": 99}, 100, 1.0)
     assert "at most 99 tokens, and rollout.max_prompt_tokens + max_response_tokens = 100" in message
+
+
+def test_bad_samples_may_be_dropped():
+    good, bad = sample(), sample(index=4, teacher_logp=[-1.0, math.nan])
+    kept, dropped = without_bad_scores([good, bad])
+    assert kept is good and dropped.loss_tokens == 0
+    teacher_scores([kept, dropped], 512)
+
+
+def test_answers_of_the_version_before_pass_only_where_they_may():
+    stale = [sample(weight_version=3)]
+    rollouts(stale, 4, 512, max_staleness=1)
+    assert "version 3, not 5" in trips(rollouts, stale, 5, 512, 1)
+
+
+def test_canary():
+    ours = [-1.0, -2.0]
+    assert canary(ours, {"http://a": [-1.0, -2.1]}, 0.1) == pytest.approx(0.05)
+    message = trips(canary, ours, {"http://a": ours, "http://b": [-1.5, -2.0]}, 0.1)
+    assert "http://b scores a canary prompt 0.25 nats from the trainer" in message
+    assert "does not hold the weights" in trips(canary, ours, {"u": [math.nan, -2.0]}, 0.1)
+
+
+def test_a_jump_of_the_truncated_share():
+    cut, whole = sample(truncated=True), sample()
+    truncation([], [cut, cut], 0.5)  # nothing to compare with yet
+    truncation([0.5, 0.6], [cut, cut], 0.5)
+    truncation([1.0] * 5 + [0.1] * 10, [cut, whole], 0.5)
+    message = trips(truncation, [1.0] * 5 + [0.1] * 10, [cut, cut], 0.5)
+    assert "100% of the answers are cut" in message and "10% in the rounds before" in message
+
+
+def test_served_student():
+    ours = {
+        "vocab_size": 16,
+        "eos_token_ids": [1],
+        "tokenizer_fingerprint": "t",
+        "config_fingerprint": "c",
+    }
+    served_student("http://a", {"model_path": "M"}, ours)  # tells nothing more
+    served_student("http://a", ours, ours)
+    for key, words in (("vocab_size", "vocabulary size"), ("config_fingerprint", "config.json")):
+        message = trips(served_student, "http://a", {**ours, key: 0, "model_path": "M"}, ours)
+        assert f"http://a serves M, whose {words} is not the student's" in message

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,11 +12,12 @@ import pytest
 
 from iwopd_megatron import tuning
 from iwopd_megatron.board import Board
+from iwopd_megatron.cli_launch import verdict
 from iwopd_megatron.config_models import Layout
 from iwopd_megatron.config_profile import SHIPPED, Profile, load_profile
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.launch import make_job, new_folder, newest_folder, write_job
-from iwopd_megatron.recipe import load_recipe
+from iwopd_megatron.recipe import load_recipe, read_recipe
 from iwopd_megatron.roles import Job, Role, read_job
 from iwopd_megatron.run_status import run_status
 
@@ -98,7 +100,6 @@ def test_a_source_of_several_teachers_is_named(tmp_path):
     ("overrides", "settings", "sentence"),
     [
         (["processes=6"], {"gpus_per_node": 4}, "6 processes of 1 GPUs do not fill whole nodes"),
-        (["rollout.engine=sglang"], {}, "rollout.engine=sglang needs servers"),
         ([*SERVED, "rollout.servers.tp=4"], {}, "a rollout server takes 4 GPUs but nodes have 2"),
         (["processes=4"], {"executor": "local"}, "the roles need 2 machines"),
         (["cluster={trainer: 2, teacher: 2}"], {}, "no teacher has one; add teacher.service"),
@@ -107,6 +108,31 @@ def test_a_source_of_several_teachers_is_named(tmp_path):
 def test_what_does_not_fit_is_refused(tmp_path, overrides, settings, sentence):
     with pytest.raises(RecipeError, match=sentence):
         job_of(tmp_path, *overrides, **settings)
+
+
+def test_servers_that_nobody_counts_are_refused(tmp_path):
+    recipe = read_recipe(DEMO, ["rollout.engine=sglang"])
+    with pytest.raises(RecipeError, match="rollout.engine=sglang has no servers"):
+        make_job(recipe, profile(), tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / "recipes").glob("*.yaml")))
+def test_every_recipe_has_a_place_on_a_cluster(tmp_path, name):
+    recipe, site = read_recipe(ROOT / "recipes" / f"{name}.yaml"), load_profile("slurm_h100")
+    job = make_job(recipe, site, tmp_path)
+    cluster = recipe.cluster
+    if cluster is not None:
+        gpus = {role.name: role.processes * role.gpus_each for role in job.roles}
+        wanted = {name: getattr(cluster, name) for name in ("trainer", "teacher", "rollout")}
+        assert gpus == {name: count for name, count in wanted.items() if count}
+        assert verdict(recipe, site).startswith("fits h100-80")
+
+
+def test_a_plan_that_does_not_fit_says_what_to_turn():
+    recipe = read_recipe(ROOT / "recipes" / "qwen3_235b_a22b_to_30b_a3b.yaml",
+                         ["student.recompute=none"])  # fmt: skip
+    assert re.match(r"does not fit h100-80: \w+ needs more memory; student\.recompute=",
+                    verdict(recipe, load_profile("slurm_h100")))  # fmt: skip
 
 
 def test_job_and_recipe_survive_the_launch_folder(tmp_path):

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from transformers import AutoTokenizer
 
 from iwopd_megatron.background import Background
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.fingerprint import identity
 from iwopd_megatron.model import DTYPES
 from iwopd_megatron.parallel import Parallel, free_port
 from iwopd_megatron.preflight import eos_ids, read_hf_config
@@ -39,7 +41,8 @@ def make_engine(
         engine = ServerEngine(parallel, None, None, None, rollout.verify_every, canary)
     else:
         engine = _main_engine(recipe, parallel, eos, say, canary)
-    parallel.on_main(lambda: engine.wait_ready())
+    tokenizer = AutoTokenizer.from_pretrained(student.hf)
+    parallel.on_main(lambda: engine.wait_ready(identity(student.hf, tokenizer)))
     return engine
 
 

@@ -8,6 +8,7 @@ version is thrown away. Lives in one event loop on the trainer's rank 0.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
@@ -180,6 +181,9 @@ class Pool:
         try:
             if is_dead and place.kill is not None:
                 place.kill()
+            else:  # an update may have left it paused, and then it never seems ready
+                with contextlib.suppress(ServerLost, ServerRefused):
+                    await place.server.resume()
             await place.server.wait_ready()
             if self.catch_up is not None:
                 place.version = await self.catch_up(place)

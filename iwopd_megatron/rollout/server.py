@@ -55,6 +55,10 @@ class RolloutServer(Protocol):
         """Return when it can generate; ServerLost if it cannot in time."""
         ...
 
+    async def describe(self) -> dict[str, Any]:
+        """What it tells of its model; `model_path` where it names its folder."""
+        ...
+
     async def generate(self, ids: list[int], sampling: Sampling) -> Answer: ...
 
     async def score(self, ids: list[int]) -> list[float]:

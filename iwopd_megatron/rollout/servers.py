@@ -9,18 +9,20 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from iwopd_megatron import gates
 from iwopd_megatron.background import Background
 from iwopd_megatron.errors import GateError, ServiceError
+from iwopd_megatron.fingerprint import with_identity
 from iwopd_megatron.parallel import Parallel
 from iwopd_megatron.rollout import OnSample, Prompt, Sampling
 from iwopd_megatron.rollout.pool import NoServer, Pool
 from iwopd_megatron.rollout.proof import Fingerprints, check_landed
 from iwopd_megatron.rollout.push import Push, buckets
-from iwopd_megatron.rollout.server import ServerLost
+from iwopd_megatron.rollout.server import ServerLost, ServerRefused
 from iwopd_megatron.services import Keeper
 from iwopd_megatron.trajectory import Trajectory
 
@@ -78,13 +80,23 @@ class ServerEngine:
         self.updates, self.proven = 0, -1  # proven: the last version whose checksums were compared
         self.job: Job | None = None
 
-    def wait_ready(self) -> None:
-        """Start the servers that are ours, and return when all servers can generate."""
+    def wait_ready(self, student: dict[str, Any] | None = None) -> None:
+        """Start the servers that are ours, and return when all servers can generate.
+
+        student: its `fingerprint.identity`; GateError if a server holds another model.
+        """
         self.keeper.start()
         while not self.keeper.is_ready():
             time.sleep(0.2)
         for place in self.pool.places:
-            self.loop.submit(place.server.wait_ready()).result()
+            server = place.server
+            try:
+                self.loop.submit(server.wait_ready()).result()
+                info = self.loop.submit(server.describe()).result()
+            except (ServerLost, ServerRefused) as error:
+                raise ServiceError(f"a rollout server is not there: {error}.") from None
+            if student is not None:
+                gates.served_student(server.url, with_identity(info), student)
 
     def close(self) -> None:
         """Stop the servers that are ours."""

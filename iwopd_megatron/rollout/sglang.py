@@ -107,6 +107,9 @@ class SglangServer:
                     raise ServerLost(f"not ready in {self.ready_timeout:.0f} s: {error}") from None
             await asyncio.sleep(0.5)
 
+    async def describe(self) -> dict[str, Any]:
+        return await ask(self.http, "GET", self.url + "/model_info", ALIVE_SECONDS)
+
     def _check(self, info: dict[str, Any]) -> None:
         if self.pause_mode == "in_place" and not info.get("disable_radix_cache"):
             raise UserError(
@@ -218,8 +221,10 @@ class SglangServer:
         try:
             await self._post("/begin_weight_update")
         except ServerRefused as error:
-            if " 404: " not in str(error):  # versions before 0.5.23 have no such call
-                raise
+            if " 404: " in str(error):  # versions before 0.5.23 have no such call
+                return
+            await self._post("/end_weight_update")  # an update before this one was cut
+            await self._post("/begin_weight_update")
 
     async def send(self, tensors: NamedTensors) -> None:
         parts = [(name, tensor.cpu()) for name, tensor in tensors]

@@ -116,6 +116,10 @@ class VllmServer:
             return False
         return True
 
+    async def describe(self) -> dict[str, Any]:
+        models = await ask(self.http, "GET", self.url + "/v1/models", ALIVE_SECONDS)
+        return {"model_path": models["data"][0].get("root")}
+
     async def wait_ready(self) -> None:
         end = time.monotonic() + self.ready_timeout
         while not await self.is_alive():

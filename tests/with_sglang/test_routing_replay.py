@@ -143,8 +143,8 @@ def test_replay_lowers_the_drift(rig, trainer):
         pytest.skip("an fp32 engine and an fp32 trainer choose the same experts")
     own, replayed = drifts(rig, trainer, answers(rig, 32))
     print(f"\nbf16 engine, {trainer} trainer\nwithout replay: {own}\nwith replay: {replayed}")
-    assert replayed.mean < 0.93 * own.mean
-    assert replayed.p99 < 0.93 * own.p99
+    assert replayed.mean < 0.7 * own.mean
+    assert replayed.p99 < 0.5 * own.p99
 
 
 def train(rig, out, *more):
@@ -175,4 +175,4 @@ def test_a_run_replays(rig, tmp_path):
         tokens = sum(line["loss_tokens"] for line in lines)
         drift[replay] = sum(line["drift"] * line["loss_tokens"] for line in lines) / tokens
     print(f"\ndrift of a bf16 run: {drift['true']:.5f} with replay, {drift['false']:.5f} without")
-    assert drift["true"] < 0.95 * drift["false"]
+    assert drift["true"] < 0.6 * drift["false"]  # of other answers each

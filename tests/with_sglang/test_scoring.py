@@ -9,9 +9,8 @@ from served import ROOT, TEACHER, served
 from test_teacher_service import SAMPLES, ask, request
 
 from iwopd_megatron.errors import ServiceError
-from iwopd_megatron.fingerprint import identity
+from iwopd_megatron.fingerprint import identity, with_identity
 from iwopd_megatron.parallel import free_port
-from iwopd_megatron.remote_teacher import with_identity
 from iwopd_megatron.services import Server, outer_environment
 from iwopd_megatron.teacher_client import ScoringClient
 
