@@ -19,7 +19,8 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check \
 		$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,eval]"
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt evalplus
 	touch $@
 
 # OPD against IW-OPD on a tiny Qwen3-MoE pair, two Megatron processes; SEEDS runs an arm.

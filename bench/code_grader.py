@@ -12,15 +12,15 @@ from pathlib import Path
 from iwopd_megatron.grading import grade
 from iwopd_megatron.grading_pool import Answer
 
+# The solution has a scope of its own, so that one which calls itself calls the right one.
 MUTANT = """
-{code}
-
-_right, _calls = {name}, 0
+_scope, _calls = {{}}, 0
+exec({code!r}, _scope)
 
 def {name}(*arguments):
     global _calls
     _calls += 1
-    value = _right(*arguments)
+    value = _scope[{name!r}](*arguments)
     if _calls != {place}:
         return value
     return None if value is not None else 0
@@ -49,18 +49,13 @@ def main() -> None:
     print(f"{'program':32} {'pass':>6} {'of':>5} {'s':>7}")
     for name, codes in programs.items():
         start = time.perf_counter()
-        grades = grade([
-            Answer("code", f"```python\n{code}\n```", answer)
-            for code, answer in zip(codes, answers, strict=True)
-        ])  # fmt: skip
+        tried = [i for i, row in enumerate(rows) if "plus" not in name or row["plus_input"]]
+        grades = grade([Answer("code", f"```python\n{codes[i]}\n```", answers[i]) for i in tried])
         print(f"{name:32} {sum(grades):6.0f} {len(grades):5} {time.perf_counter() - start:7.1f}")
-        unexpected = [
-            row["task_id"]
-            for row, right in zip(rows, grades, strict=True)
-            if right != (name == "canonical")
-        ]
-        if unexpected:
-            print(f"  not as expected: {', '.join(unexpected)}")
+        is_right = name == "canonical"
+        odd = [rows[i]["task_id"] for i, x in zip(tried, grades, strict=True) if x != is_right]
+        if odd:
+            print(f"  not as expected: {', '.join(odd)}")
         result[name.replace(" ", "_")] = int(sum(grades))
     print(json.dumps(result))
 

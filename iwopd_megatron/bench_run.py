@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,22 +57,39 @@ class BenchRun:
 def run_benchmarks(run: BenchRun, parallel: Parallel, progress: BenchProgress) -> dict[str, Any]:
     """Scores by benchmark, also in out/results.json; in a world of one process."""
     tokenizer = AutoTokenizer.from_pretrained(run.recipe.student.hf)
-    engine = None
-    results: dict[str, Any] = {}
-    for benchmark in run.benchmarks:
-        check_graders({problem.grader for problem in benchmark.problems})
-        places, prompts, sampling = _requests(run, benchmark, tokenizer)
-        answers = Answers(run.out / benchmark.name, _settings(run, prompts, sampling))
-        missing = [place for place in places if place not in answers.found]
-        start = time.perf_counter()
-        if missing:
-            engine = engine or _engine(run, parallel, progress)
-            progress.start(f"{benchmark.name}: answers", len(places), len(places) - len(missing))
-            _generate(run, engine, answers, prompts, places, sampling, tokenizer, progress)
-        results[benchmark.name] = _score(benchmark, answers, sorted(places), progress)
-        progress.finish(benchmark.name, results[benchmark.name], time.perf_counter() - start)
+    made: list[RolloutEngine] = []
+
+    def engine() -> RolloutEngine:
+        if not made:  # nobody waits for one if all answers are there
+            made.append(_engine(run, parallel, progress))
+        return made[0]
+
+    try:
+        results = {b.name: _run_one(run, b, tokenizer, engine, progress) for b in run.benchmarks}
+    finally:
+        for used in made:
+            used.close()
     _write(run, results)
     return results
+
+
+def _run_one(
+    run: BenchRun, benchmark: Benchmark, tokenizer: Any, engine: Callable[[], RolloutEngine],
+    progress: BenchProgress,
+) -> dict[str, Any]:  # fmt: skip
+    """Write and grade the answers to one benchmark that are not there yet."""
+    check_graders({problem.grader for problem in benchmark.problems})
+    places, prompts, sampling = _requests(run, benchmark, tokenizer)
+    answers = Answers(run.out / benchmark.name, _settings(run, prompts, sampling))
+    done = sum(place in answers.found for place in places)
+    start = time.perf_counter()
+    if done < len(places):
+        writer = engine()
+        progress.start(f"{benchmark.name}: answers", len(places), done)
+        _generate(run, writer, answers, prompts, places, sampling, tokenizer, progress)
+    result = _score(benchmark, answers, sorted(places), progress)
+    progress.finish(benchmark.name, result, time.perf_counter() - start)
+    return result
 
 
 def _requests(

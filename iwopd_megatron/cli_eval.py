@@ -16,6 +16,7 @@ from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_data import Source
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.preflight import check_model_files, read_hf_config
+from iwopd_megatron.preflight_rollout import check_rollout
 from iwopd_megatron.quiet import quiet
 from iwopd_megatron.recipe import load_recipe, parse_recipe
 
@@ -56,23 +57,36 @@ def evaluate(
     quiet()
     with _model(target, overrides or [], hf) as (recipe, folder, identity, default_out):
         own = recipe.data.benchmarks | _files(bench_file or [], recipe.data.benchmarks)
-        written = recipe.model_dump(mode="json")
-        changes: dict[str, Any] = {
-            "student": {"hf": str(folder), "dtype": recipe.student.dtype},
-            "rollout": written["rollout"] | ({"engine": engine} if engine else {}),
-            "out": str(out or default_out), "data": {"train": written["data"]["train"]},
-        }  # fmt: skip
+        evaluated = _evaluated(recipe, folder, out or default_out, engine, top_p)
         names = list(dict.fromkeys(bench.split(",")))
         benchmarks = [load_benchmark(name, own) for name in names]
         from iwopd_megatron import worker
         from iwopd_megatron.bench_run import BenchRun
 
         run = BenchRun(
-            parse_recipe(changes, str(target)), benchmarks, identity, out or default_out, samples,
+            evaluated, benchmarks, identity, out or default_out, samples,
             max_tokens or recipe.rollout.max_response_tokens, temperature, top_p, seed,
         )  # fmt: skip
         print(f"model: {identity['model']}; results: {run.out}", flush=True)
         sys.exit(worker.execute(1, worker.evaluate, (run,)))
+
+
+def _evaluated(recipe: Recipe, folder: Path, out: Path, engine: str | None, top_p: float) -> Recipe:
+    """A recipe of one process that only writes answers; servers are those of the given one."""
+    written = recipe.model_dump(mode="json")
+    rollout = written["rollout"] | {"max_staleness": 0, "routing_replay": False, "top_p": top_p}
+    rollout["engine"] = engine or rollout["engine"]
+    if rollout["engine"] == "hf":
+        del rollout["servers"]
+    elif not recipe.rollout.servers.urls:
+        rollout["servers"]["start"] = max(1, recipe.rollout.servers.start)
+    tree = {
+        "student": {"hf": str(folder), "dtype": recipe.student.dtype}, "rollout": rollout,
+        "out": str(out), "data": {"train": written["data"]["train"]},
+    }  # fmt: skip
+    evaluated = parse_recipe(tree, "--engine")
+    check_rollout(evaluated)
+    return evaluated
 
 
 def _files(pairs: list[str], own: dict[str, Source]) -> dict[str, Source]:

@@ -99,8 +99,14 @@ def _as_json(value: Any) -> Any:
 
 def _passes_evalplus(box: Sandbox, code: str, answer: str) -> bool:
     """EvalPlus's base and plus tests, each with a process of its own, as EvalPlus does."""
-    from evalplus.config import DEFAULT_GT_TIME_LIMIT_FACTOR, DEFAULT_MIN_TIME_LIMIT
-    from evalplus.eval import PASS, untrusted_check
+    try:
+        from evalplus.config import DEFAULT_GT_TIME_LIMIT_FACTOR, DEFAULT_MIN_TIME_LIMIT
+        from evalplus.eval import PASS, untrusted_check
+    except ImportError:
+        raise UserError(
+            "EvalPlus is not installed; run pip install --no-deps evalplus==0.3.1 and "
+            "pip install iwopd-megatron[eval]."
+        ) from None
 
     global replayed
     problem = json.loads(answer)

@@ -126,7 +126,7 @@ HARMFUL = {  # name: (a statement, what stops it)
     "link": ("import os\nos.symlink('/', 'x')", "PermissionError"),
     "kill": ("import os\nos.kill(os.getppid(), 9)", "PermissionError"),
     "memory file": ("import os\nos.memfd_create('x')", "PermissionError"),
-    "memory": ("x = 'x' * 10**10", "MemoryError"),
+    "memory": ("x = 'x' * 700_000_000", "MemoryError"),
     "raised limit": ("import resource\n"
                      "resource.setrlimit(resource.RLIMIT_AS, (2**40, 2**40))", "Error"),
     "raw call": ("import ctypes\nc = ctypes.CDLL(None, use_errno=True)\n"
