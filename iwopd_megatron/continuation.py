@@ -20,7 +20,7 @@ import torch
 from iwopd_megatron import lock
 from iwopd_megatron.manifest import DTYPE_NAMES, Digest, entry
 from iwopd_megatron.mapping import Block, hf_shape
-from iwopd_megatron.rawfile import UNFINISHED
+from iwopd_megatron.rawfile import UNFINISHED, return_large_blocks
 
 Tensors = dict[str, dict[str, Any]]  # manifest entries by Hugging Face name
 Parts = Iterator[tuple[str, torch.Tensor]]  # rows of Hugging Face tensors, each tensor's in order
@@ -94,6 +94,7 @@ def run(
         record.add(entries)
         return entries
 
+    return_large_blocks()
     found: Tensors = {}
     with ThreadPoolExecutor(max(1, workers)) as pool:
         futures = [pool.submit(work, *item) for item in plan]

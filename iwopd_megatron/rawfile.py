@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import mmap
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,17 @@ from iwopd_megatron.errors import RecipeError
 PAGE, STAGE = 4096, 16 * 2**20
 UNFINISHED = "unfinished.jsonl"  # see continuation.py
 _local = threading.local()
+
+
+def return_large_blocks() -> None:
+    """From now on freed blocks of a megabyte go back to the system at once (glibc).
+
+    Its allocator would keep those of many sizes in pieces, more the longer a conversion runs.
+    """
+    if sys.platform == "linux":
+        mmap_threshold = -3
+        with contextlib.suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).mallopt(mmap_threshold, 2**20)
 
 
 def raw(tensor: torch.Tensor) -> memoryview:
