@@ -142,5 +142,5 @@ def _machines(job: Job, profile: Profile, folder: Path) -> nemo_run.Executor:
         file_mounts=site.file_mounts or None,
         storage_mounts=site.storage_mounts or None,
         use_spot=site.use_spot,
-        packager=nemo_run.Packager(),
+        packager=nemo_run.GitArchivePackager(),  # it takes no other
     )

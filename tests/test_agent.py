@@ -1,7 +1,7 @@
 """Agents of a launch, as real processes on small stand-ins for trainer and services.
 
-A service here answers /health and says nothing else; a trainer is a script. What they run for real
-is tests/with_slurm.
+A service answers 503 while there is a file "loading", and not at all on /health while there is one
+"busy". A trainer takes a second to save when it is told to stop. The real ones: tests/with_slurm.
 """
 
 import json
@@ -23,16 +23,23 @@ if os.environ.get("RANK", "0") != "0":
     time.sleep(600)
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        self.send_response(200); self.end_headers()
+        while self.path == "/health" and os.path.exists(sys.argv[2] + "/busy"):
+            time.sleep(0.1)
+        self.send_response(503 if os.path.exists(sys.argv[2] + "/loading") else 200)
+        self.end_headers()
     def log_message(self, *words): pass
 open(sys.argv[2] + "/started", "a").write(os.environ.get("RANK", "-") + f" {os.getpid()}\\n")
-http.server.HTTPServer(("", int(sys.argv[1])), Handler).serve_forever()
+http.server.ThreadingHTTPServer(("", int(sys.argv[1])), Handler).serve_forever()
 """
 # Writes what it was given, waits for the file "go", ends with the code in it.
 TRAINER = """
 import json, os, pathlib, signal, sys, time
 folder = pathlib.Path(sys.argv[1])
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+def stop(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(1.5)
+    sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
 rank = os.environ["RANK"]
 keys = ("WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
 told = {"arguments": sys.argv[2:], "env": {k: os.environ[k] for k in keys}, "pid": os.getpid()}
@@ -130,9 +137,13 @@ def test_trainer_waits_for_services_and_learns_their_addresses(agents, tmp_path)
     trainers = [job.start("trainer", "--node", str(node)) for node in (0, 1)]
     until(lambda: job.status("trainer").get("detail") == "for teacher 0")
     assert not (tmp_path / "rank_0").exists()
+    (tmp_path / "loading").touch()
     teacher = job.start("teacher")
-    until(lambda: job.status("trainer").get("detail") == "for rollout 0")
+    until(lambda: starts(tmp_path))
     rollout = job.start("rollout")
+    until(lambda: len(starts(tmp_path)) == 3)
+    assert job.status("trainer")["detail"] == "for teacher 0"
+    (tmp_path / "loading").unlink()
     ranks = [told(tmp_path, rank) for rank in range(4)]
     assert len({rank["env"]["MASTER_PORT"] for rank in ranks}) == 1
     assert [rank["env"]["LOCAL_RANK"] for rank in ranks] == ["0", "1", "0", "1"]
@@ -185,6 +196,21 @@ def test_servers_restart_one_by_one(agents, tmp_path):
     os.kill(int(starts(tmp_path)[0][1]), signal.SIGKILL)
     until(lambda: len(starts(tmp_path)) == 3)
     until(lambda: job.status("rollout").get("restarts") == 1)
+
+
+@pytest.mark.parametrize("is_world", [True, False])
+def test_busy_service_is_not_taken_for_a_hung_one(agents, tmp_path, is_world):
+    """SGLang's /health hangs while weights change, and probes give up after 5 seconds."""
+    role = service(tmp_path, "teacher", is_world=is_world, hang_timeout_s=1)
+    job = agents(trainer(tmp_path), role)
+    job.start("teacher")
+    until(lambda: job.status("teacher").get("state") == "ready")
+    (tmp_path / "busy").touch()
+    time.sleep(13)  # two probes
+    assert "restart 1 of" not in job.log()
+    os.kill(int(starts(tmp_path)[0][1]), signal.SIGSTOP)
+    (tmp_path / "busy").unlink()
+    until(lambda: len(starts(tmp_path)) == 2)
 
 
 def test_warning_stops_the_trainer_and_nothing_else(agents, tmp_path):
