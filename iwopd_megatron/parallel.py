@@ -122,7 +122,11 @@ def _axis(group: Group) -> Axis:
 
 
 def shutdown() -> None:
-    """Leave the world; every rank calls it."""
+    """Leave the world together; every rank calls it.
+
+    The first process to end ends the others, so what they have to say comes before.
+    """
+    dist.barrier()
     mpu.destroy_model_parallel()
     dist.destroy_process_group()
 

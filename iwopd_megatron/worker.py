@@ -63,6 +63,7 @@ def run_arms(arms: list[Arm], resume: bool) -> None:
                     f"stopped after round {trainer.round}; "
                     f"saved in {arm.recipe.out}, go on with --resume"
                 )
+                shutdown()
                 sys.exit(EXIT_STOPPED)
     shutdown()
 

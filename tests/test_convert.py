@@ -107,6 +107,26 @@ def test_mixed_dtypes_are_kept(dense_folder, tmp_path):
         hf_to_megatron(source, tmp_path / "m2")
 
 
+def test_transformers_loads_what_is_exported(tmp_path, monkeypatch):
+    """Its tokenizer too; several shards, and the very same logits."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.setattr(safetensors_file, "SHARD_BYTES", 200_000)
+    source, back = Path(__file__).parents[1] / "recipes/demo/student", tmp_path / "b"
+    hf_to_megatron(source, tmp_path / "m")
+    megatron_to_hf(tmp_path / "m", back, source)
+    assert (back / "model.safetensors.index.json").is_file()
+    ids, logits = torch.arange(16)[None], []
+    for folder in (source, back):
+        model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not any(report.values()), report
+        logits.append(model(ids).logits)
+    assert torch.equal(*logits)
+    text = "sort hgfedcba"
+    ours, theirs = (AutoTokenizer.from_pretrained(x).encode(text) for x in (back, source))
+    assert ours == theirs
+
+
 def test_companion_files_are_carried(moe_folder, tmp_path):
     source = write_folder(tmp_path / "hf", moe_folder, on_disk(moe_folder), files=2)
     extra = {

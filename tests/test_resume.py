@@ -22,7 +22,7 @@ PYTHON = [sys.executable, "-W", "ignore"]
 def run(*arguments):
     return subprocess.run(
         [*PYTHON, *map(str, arguments)], cwd=ROOT, env=os.environ, capture_output=True, text=True,
-        timeout=120,
+        timeout=400,
     )  # fmt: skip
 
 
@@ -98,7 +98,7 @@ def test_sigterm_waits_for_the_pending_checkpoint(whole, tmp_path):
     ):
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=400)
     assert process.returncode == 75 and "go on with --resume" in said
     folders = sorted(x.name for x in (out / "checkpoints").iterdir())
     assert folders and not any(name.endswith("partial") for name in folders)
