@@ -6,11 +6,10 @@ They run in an environment of their own, build/sglang-venv, which `make test-sgl
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # exported.py
+sys.path.insert(0, str(Path(__file__).parents[1]))  # worlds.py
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from exported import round_trip  # noqa: E402
 from support import ROOT, Rig, copy_tokenizer  # noqa: E402
 
 STUDENT = ROOT / "recipes/demo/student"
@@ -35,14 +34,11 @@ def dense_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def moe(tmp_path_factory):
-    """The demo's student, as exported from a Megatron checkpoint."""
-    out = tmp_path_factory.mktemp("moe")
-    with Rig(round_trip(STUDENT, out), out) as rig:
+    with Rig(STUDENT, tmp_path_factory.mktemp("moe")) as rig:
         yield rig
 
 
 @pytest.fixture(scope="session")
 def dense(tmp_path_factory, dense_folder):
-    out = tmp_path_factory.mktemp("dense")
-    with Rig(round_trip(dense_folder, out), out) as rig:
+    with Rig(dense_folder, tmp_path_factory.mktemp("dense")) as rig:
         yield rig

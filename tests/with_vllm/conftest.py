@@ -4,17 +4,12 @@ They run in an environment of their own, build/vllm-venv, which `make test-vllm`
 """
 
 import os
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # exported.py
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from exported import round_trip  # noqa: E402
 from rig import STUDENT, Rig, write_dense  # noqa: E402
 
 torch.set_num_threads(1)
@@ -22,12 +17,11 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def rigs(tmp_path_factory):
-    """By name, of folders exported from Megatron checkpoints; they start at the same time."""
+    """By name; they start at the same time."""
     folder = tmp_path_factory.mktemp("vllm")
-    sources = {"moe": STUDENT, "dense": write_dense(folder / "hf")}
     rigs = {
-        name: Rig(round_trip(source, folder / f"{name}-converted"), folder / name)
-        for name, source in sources.items()
+        "moe": Rig(STUDENT, folder / "moe"),
+        "dense": Rig(write_dense(folder / "hf"), folder / "dense"),
     }
     try:
         for rig in rigs.values():
