@@ -188,9 +188,8 @@ def test_service_that_keeps_dying_ends_the_job(agents, tmp_path):
 
 
 def test_servers_restart_one_by_one(agents, tmp_path):
-    roles = [trainer(tmp_path),
-             service(tmp_path, "rollout", processes=2, per_node=2, is_world=False)]  # fmt: skip
-    job = agents(*roles)
+    rollout = service(tmp_path, "rollout", processes=2, per_node=2, is_world=False)
+    job = agents(trainer(tmp_path), rollout)
     job.start("rollout")
     until(lambda: job.status("rollout").get("state") == "ready")
     os.kill(int(starts(tmp_path)[0][1]), signal.SIGKILL)

@@ -1,25 +1,19 @@
 """Recipes and profiles become roles; what cannot run is refused before anything is submitted."""
 
-import json
 import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from iwopd_megatron import tuning
-from iwopd_megatron.board import Board
 from iwopd_megatron.cli_launch import verdict
-from iwopd_megatron.config_models import Layout
 from iwopd_megatron.config_profile import SHIPPED, Profile, load_profile
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.launch import make_job, new_folder, newest_folder, write_job
 from iwopd_megatron.recipe import load_recipe, read_recipe
-from iwopd_megatron.roles import Job, Role, read_job
-from iwopd_megatron.run_status import run_status
+from iwopd_megatron.roles import Job, read_job
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "recipes" / "demo_tiny_moe.yaml"
@@ -175,25 +169,6 @@ def test_unknown_profile_names_those_there_are():
         load_profile("nowhere")
 
 
-@pytest.mark.parametrize("gpu", tuning.GENERATION)
-@pytest.mark.parametrize("layout", [None, Layout(), Layout(tp=2), Layout(pp=2), Layout(cp=2, ep=4)])
-def test_tuning_rows_do_not_contradict(gpu, layout):
-    names = [row.name for row in tuning.rows(gpu, layout)]
-    assert len(names) == len(set(names))
-    assert ("CUDA_DEVICE_MAX_CONNECTIONS" in names) == (layout is not None and gpu != "cpu")
-
-
-@pytest.mark.parametrize(
-    ("gpu", "layout", "connections"),
-    [
-        ("h100-80", Layout(tp=2), "1"), ("a100", Layout(cp=2), "1"), ("h100-80", Layout(ep=8), "8"),
-        ("b200", Layout(tp=2), "32"),
-    ],
-)  # fmt: skip
-def test_hardware_queues_follow_generation_and_layout(gpu, layout, connections):
-    assert tuning.variables(gpu, layout)["CUDA_DEVICE_MAX_CONNECTIONS"] == connections
-
-
 def test_profile_overrides_tuning(tmp_path):
     job = job_of(tmp_path, gpu="h100-80", env={"NCCL_NVLS_ENABLE": "1"})
     assert job.roles[0].env["NCCL_NVLS_ENABLE"] == "1"
@@ -241,42 +216,3 @@ def test_missing_nemo_run_is_one_sentence(tmp_path):
     assert done.returncode == 1
     assert "make cluster-venv" in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
-
-
-def test_status_of_a_launch(tmp_path):
-    run, launch = tmp_path / "run", tmp_path / "run" / "launch" / "x_1"
-    roles = [
-        Role("trainer", 2, 1, 1, []),
-        Role("teacher", 1, 1, 1, [], urls_key="teacher.urls"),
-    ]
-    Job("/", roles, 8).write(launch)
-    assert [r["state"] for r in run_status(run, launch)["roles"]] == ["not started"] * 3
-    Board(launch, 0).status("trainer", 0, "failed")
-    board = Board(launch, 1)
-    board.status("trainer", 0, "waiting", detail="for teacher 0")
-    board.status("teacher", 0, "ready", restarts=2)
-    lines = [
-        {"kind": "eval", "round": 0, "accuracy": 0.25},
-        {"kind": "round", "round": 1, "loss": 0.5, "tokens_per_second": 100.0},
-    ]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (run / "recipe.yaml").write_text("train:\n  rounds: 7\n")
-    for name in ("round_000001", "round_000010", "round_000011.partial"):
-        (run / "checkpoints" / name).mkdir(parents=True)
-    found = run_status(run, launch, now=time.time() + 60)
-    assert found["attempt"] == 1
-    assert [(r["role"], r["state"]) for r in found["roles"]] == [
-        ("trainer", "waiting"), ("trainer", "not started"), ("teacher", "ready"),
-    ]  # fmt: skip
-    assert found["roles"][2]["restarts"] == 2
-    assert (found["round"], found["rounds"], found["tokens_per_second"]) == (1, 7, 100.0)
-    assert found["checkpoint"].endswith("round_000010")
-    assert 55 < found["silent_seconds"] < 120
-    assert 55 < found["roles"][0]["seconds"] < 120
-    assert board.finish(75) == 75 and board.finish(0) == 75
-    assert run_status(run, launch)["exit_code"] == 75
-
-
-def test_status_of_no_run(tmp_path):
-    with pytest.raises(RecipeError, match="is not a run folder"):
-        run_status(tmp_path, None)
