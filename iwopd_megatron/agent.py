@@ -20,7 +20,7 @@ from iwopd_megatron.board import FINAL, POLL_SECONDS, Board, free_port, hostname
 from iwopd_megatron.errors import GateError, RecipeError, ServiceError
 from iwopd_megatron.roles import TRAINER, Job, Role, read_job
 from iwopd_megatron.services import Keeper, Server
-from iwopd_megatron.stop import EXIT_STOPPED
+from iwopd_megatron.stop import EXIT_STOPPED, die_with_parent
 
 # A person must mend these; starting again would end the same way.
 FINAL_CODES = {error.exit_code: error.__name__ for error in (RecipeError, GateError)}
@@ -32,7 +32,10 @@ def main() -> int:
     parser.add_argument("role", help="one of its roles, or 'machine' for all that this one has")
     parser.add_argument("--node", type=int, help="place in the role, or in the gang of machines")
     parser.add_argument("--attempt", type=int, help="0 at the job's first start")
+    parser.add_argument("--attached", action="store_true", help="die with the starting process")
     given = parser.parse_args()
+    if given.attached:
+        die_with_parent()
     job = read_job(given.folder)
     os.chdir(job.workdir)
     index = _number(given.node, "SLURM_NODEID", "SKYPILOT_NODE_RANK")
@@ -124,7 +127,7 @@ def _run_parts(folder: Path, job: Job, parts: list[tuple[Role, int]], attempt: i
             env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, own))
             first_gpu = own.stop
         command = [sys.executable, "-m", "iwopd_megatron.agent", str(folder), role.name]
-        command += ["--node", str(node), "--attempt", str(attempt)]
+        command += ["--node", str(node), "--attempt", str(attempt), "--attached"]
         agents.append(subprocess.Popen(command, env=env, start_new_session=True))
 
     def stop(number: int, frame: object) -> None:
