@@ -24,13 +24,15 @@ from iwopd_megatron.errors import ServiceError
 # tells it so, and it kills its whole process group: an engine's children would outlive the engine.
 _LAUNCHER = """
 import ctypes, os, signal, subprocess, sys
-signal.signal(signal.SIGTERM, lambda *_: None)  # sent to the whole group: the command decides
+command = None
+signal.signal(signal.SIGTERM, lambda *_: command and command.terminate())
 signal.signal(signal.SIGUSR1, lambda *_: os.killpg(0, signal.SIGKILL))
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGUSR1)
     if os.getppid() != int(sys.argv[1]):
         sys.exit(1)
-code = subprocess.Popen(sys.argv[2:]).wait()
+command = subprocess.Popen(sys.argv[2:])
+code = command.wait()
 sys.exit(code if code >= 0 else 128 - code)
 """
 PROBE_SECONDS = 5.0  # for an answer of /health
@@ -128,7 +130,7 @@ class Server:
         """SIGTERM, and SIGKILL for what is left after `grace` seconds."""
         if self.is_running:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGTERM)
+                os.kill(self.process.pid, signal.SIGTERM)  # its ranks hear of it from the command
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(grace)
         self.kill()

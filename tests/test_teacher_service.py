@@ -252,7 +252,7 @@ def test_sigterm_drains_and_exits_with_zero(tmp_path):
         thread.start()
         info = lambda: httpx.get(f"{server.url}/server_info", trust_env=False).json()  # noqa: E731
         wait_until(lambda: info()["tokens_in_flight"] > 0)
-        os.killpg(server.process.pid, signal.SIGTERM)
+        os.kill(server.process.pid, signal.SIGTERM)
         wait_until(lambda: server.health() == 503)
         url = f"{server.url}/generate"
         refused = httpx.post(url, json=request(), trust_env=False)
