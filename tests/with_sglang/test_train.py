@@ -51,7 +51,7 @@ def rounds_done(out: Path) -> int:
 def servers_of(process: subprocess.Popen, words: str) -> list[psutil.Process]:
     """Processes below the run whose command line has these words."""
     children = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in children if words in " ".join(child.cmdline())]
+    return [child for child in children if words in " ".join(_command(child))]
 
 
 def test_roles_apart_on_policy(tmp_path):
