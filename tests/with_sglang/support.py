@@ -57,7 +57,7 @@ class Rig:
             command = [str(settings.python), *server_command(self.recipe, port)]
             log, url = out / f"server-{number}.log", f"http://127.0.0.1:{port}"
             self.processes.append(Server(f"server {number}", command, env, log, url))
-        self.keeper = Keeper(self.processes, 400, hang_timeout=600)
+        self.keeper = Keeper(self.processes, 400, max_restarts=100, hang_timeout=600)
 
     def __enter__(self):
         self.keeper.start()
