@@ -11,7 +11,7 @@ DISK ?=
 KILLS ?= 20
 
 .PHONY: setup demo demo-sglang demo-models test test-sglang test-vllm test-slurm lint bench bench-loss \
-	bench-convert bench-plan bench-streaming bench-trl drill gpu-check gpu-check-venv cluster-venv
+	bench-convert bench-plan bench-streaming bench-trl drill gpu-check gpu-check-venv gpu-tables cluster-venv
 
 setup: $(VENV)/ready
 
@@ -133,11 +133,17 @@ build/cluster-venv/ready: pyproject.toml cluster/requirements.txt
 	touch $@
 
 # For a machine with one GPU and torch already there: torch is left as it is, missing packages go beside it.
+# Parity and steps, checkpoints under the modules used there, the LM head: tables for bench/RESULTS.md.
 gpu-check:
 	@if $(PYTHON) -c "import megatron.core, pydantic, transformers" 2>/dev/null; \
-	then $(PYTHON) -W ignore bench/gpu_check.py; else $(MAKE) gpu-check-venv; fi
+	then $(MAKE) gpu-tables; else $(MAKE) gpu-check-venv; fi
 
 gpu-check-venv:
 	$(PYTHON) -m venv --system-site-packages .venv-gpu
 	.venv-gpu/bin/pip install --quiet --editable .
-	.venv-gpu/bin/python -W ignore bench/gpu_check.py
+	$(MAKE) gpu-tables PYTHON=.venv-gpu/bin/python
+
+gpu-tables:
+	$(PYTHON) -W ignore bench/gpu_check.py
+	$(PYTHON) -W ignore bench/gpu_checkpoint.py
+	$(PYTHON) -W ignore bench/gpu_head.py

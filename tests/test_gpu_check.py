@@ -30,7 +30,8 @@ def gpu_check(monkeypatch):
     monkeypatch.setattr(module, "STEPS", 2)
     monkeypatch.setattr(module, "WARM_UP", 1)
     yield module
-    del sys.modules["gpu_check"]
+    for name in ("gpu_check", "gpu_checkpoint"):
+        sys.modules.pop(name, None)
     os.environ.clear()
     os.environ.update(before)
 
@@ -43,6 +44,16 @@ def test_every_table_of_the_gpu_check(gpu_check, capsys):
     printed = capsys.readouterr().out
     assert printed.count("| agrees |") == 2
     assert "| fp32 | " in printed and "| bf16 | " in printed
+
+
+def test_checkpoints_of_the_gpu_check(gpu_check, capsys, monkeypatch):
+    import gpu_checkpoint
+
+    assert gpu_checkpoint.check("native") == 0
+    write = gpu_checkpoint.write_models
+    monkeypatch.setattr(gpu_checkpoint, "write_models", lambda folder: write(folder)[:1])
+    assert gpu_checkpoint.check("te") == 2  # not the names of the modules used here
+    assert "input_layernorm" in capsys.readouterr().out
 
 
 def test_without_a_gpu_it_says_what_to_do(gpu_check, monkeypatch):

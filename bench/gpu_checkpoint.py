@@ -1,0 +1,121 @@
+"""On one GPU in bf16: converted checkpoints against Megatron's own, with the modules used there.
+
+With TransformerEngine installed this is what shows that the names written by `--names te` are its
+names. Three comparisons a model, each exact: the keys, shapes and objects of a checkpoint that
+Megatron saves itself; every parameter loaded from a converted one; the tensors of Megatron's own
+checkpoint exported again.
+"""
+
+import math
+import os
+import pickle
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "4"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+from gpu_check import ROOT, in_world, print_heading, print_row  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from iwopd_megatron import backend, torch_dist  # noqa: E402
+from iwopd_megatron.config_models import Layout  # noqa: E402
+from iwopd_megatron.convert import hf_to_megatron, megatron_to_hf  # noqa: E402
+from iwopd_megatron.hf_io import HfTensors, load_shards  # noqa: E402
+from iwopd_megatron.model import build_model, wrap_precision  # noqa: E402
+from iwopd_megatron.parallel import initialise, shutdown  # noqa: E402
+from iwopd_megatron.preflight import read_hf_config  # noqa: E402
+
+from megatron.core import dist_checkpointing  # isort: skip  # noqa: E402
+
+
+def write_models(folder: Path) -> list[Path]:
+    """The demo's MoE teacher and a dense model with tied embeddings, in bf16."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).bfloat16().save_pretrained(folder / "dense")
+    (folder / "moe").mkdir()
+    source = ROOT / "recipes/demo/teacher"
+    shutil.copy(source / "config.json", folder / "moe")
+    low = {
+        name: tensor.bfloat16() for name, tensor in load_file(source / "model.safetensors").items()
+    }
+    save_file(low, folder / "moe/model.safetensors", metadata={"format": "pt"})
+    return [folder / "moe", folder / "dense"]
+
+
+def contents(checkpoint: Path) -> dict:
+    """Name -> (shape, dtype), or None for an object."""
+    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
+    return {
+        key: (tuple(item.size), item.properties.dtype) if hasattr(item, "size") else None
+        for key, item in metadata.state_dict_metadata.items()
+    }
+
+
+def save_and_load(source: Path, converted: Path, own: Path, queue) -> None:
+    """Save Megatron's own, then load the converted one: how many parameters differ, of how many."""
+    parallel, hf = initialise(Layout()), read_hf_config(source)
+    models = [wrap_precision(build_model(hf, parallel, "bf16"))[0] for _ in range(2)]
+    expected, got = (model.module for model in models)
+    load_shards([expected], HfTensors(source), hf, parallel)
+    metadata = torch_dist.METADATA | {"dp_cp_group": parallel.dp_cp.group}
+    own.mkdir()
+    dist_checkpointing.save({"model0": expected.sharded_state_dict(metadata=metadata)}, str(own))
+    if contents(converted) == contents(own):  # what has other names cannot be loaded
+        queue.put(_count_different(converted, expected, got, metadata))
+    shutdown()
+
+
+def _count_different(converted, expected, got, metadata) -> tuple[int, int]:
+    for parameter in got.parameters():
+        parameter.data.fill_(math.nan)
+    state = {"model0": got.sharded_state_dict(metadata=metadata)}
+    got.load_state_dict(dist_checkpointing.load(state, str(converted))["model0"])
+    pairs = list(zip(expected.parameters(), got.parameters(), strict=True))
+    return sum(not torch.equal(a, b) for a, b in pairs), len(pairs)
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        sys.exit("error: this table is of a CUDA GPU; `make test` holds the same on CPUs.")
+    names = "te" if backend.has_transformer_engine(torch.bfloat16) else "native"
+    return check(names)
+
+
+def check(names: str) -> int:
+    """Prints the table; how many of its cells disagree."""
+    print_heading(f"checkpoints, {names} names", "keys and shapes", "loaded", "exported again")
+    failed = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        for source in write_models(Path(temporary)):
+            converted, own, back = (
+                source.with_name(source.name + s) for s in ("_c", "_own", "_hf")
+            )
+            hf_to_megatron(source, converted, names, say=lambda _: None)
+            loaded = in_world(save_and_load, source, converted, own)
+            differing = sorted(map(str, contents(converted).items() ^ contents(own).items()))
+            megatron_to_hf(own, back, source, say=lambda _: None)
+            before, after = (load_file(f / "model.safetensors") for f in (source, back))
+            unequal = before.keys() ^ after.keys() or {
+                name for name in before if not torch.equal(before[name], after[name])
+            }
+            cells = (
+                "; ".join(differing[:4]) or "equal",
+                "{} of {} differ".format(*loaded[0]) if loaded else "not tried",
+                f"{len(unequal)} of {len(before)} differ",
+            )
+            print_row(source.name, *cells)
+            failed += bool(differing) + (not loaded or loaded[0][0] > 0) + bool(unequal)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(min(main(), 1))
