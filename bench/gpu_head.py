@@ -47,13 +47,52 @@ def peak_mib(function: Callable[[], object]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
+def print_errors() -> None:
+    """Gradients in bf16 against those of fp64 logits, relative to their size, on fewer tokens."""
+    hidden, weight, targets = inputs(N // 16)
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    naive(*exact, targets).backward()
+    print("\n| relative error in bf16 | dhidden | dweight |\n| --- | --- | --- |")
+    for name, loss in (
+        ("naive log-softmax in fp32", naive),
+        ("ours", two_pass),
+        ("ours, gradient in the forward", one_pass),
+    ):
+        hidden.grad = weight.grad = None
+        loss(hidden, weight, targets).backward()
+        errors = [
+            ((x.grad.double() - y.grad).norm() / y.grad.norm()).item()
+            for x, y in zip((hidden, weight), exact, strict=True)
+        ]
+        print(f"| {name} | {errors[0]:.2e} | {errors[1]:.2e} |")
+
+
+def inputs(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    place = device.current_device()
+    options = dict(generator=torch.Generator(place).manual_seed(0), device=place)
+    hidden = torch.randn(tokens, D, **options).bfloat16().requires_grad_()
+    weight = (torch.randn(V, D, **options) / D**0.5).bfloat16().requires_grad_()
+    return hidden, weight, torch.randint(0, V, (tokens,), **options)
+
+
+def naive(hidden, weight, targets) -> torch.Tensor:
+    logits = hidden @ weight.t()
+    logp = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+    return -logp.gather(-1, targets[:, None]).mean()
+
+
+def two_pass(hidden, weight, targets) -> torch.Tensor:
+    return -linear_logprobs(hidden, weight, targets, with_entropy=False).logp.mean()
+
+
+def one_pass(hidden, weight, targets, **how) -> torch.Tensor:
+    count = len(targets)
+    return linear_loss(hidden, weight, targets, lambda p, _: -p.logp.sum() / count, **how)[0]
+
+
 def main() -> None:
     place = device.current_device()
-    generator = torch.Generator(place).manual_seed(0)
-    options = dict(generator=generator, device=place)
-    hidden = torch.randn(N, D, **options).bfloat16().requires_grad_()
-    weight = (torch.randn(V, D, **options) / D**0.5).bfloat16().requires_grad_()
-    targets = torch.randint(0, V, (N,), **options)
+    hidden, weight, targets = inputs(N)
     further = (targets[:, None] + torch.arange(K, device=place)) % V
 
     def products(count: int) -> None:
@@ -73,16 +112,6 @@ def main() -> None:
 
         return run
 
-    def naive() -> torch.Tensor:
-        logp = (hidden @ weight.t()).float().log_softmax(-1)
-        return -logp.gather(-1, targets[:, None]).mean()
-
-    def ours(**how: object) -> torch.Tensor:
-        return -linear_logprobs(hidden, weight, targets, with_entropy=False, **how).logp.mean()
-
-    def one_pass(**how: object) -> torch.Tensor:
-        return linear_loss(hidden, weight, targets, lambda p, _: -p.logp.sum() / N, **how)[0]
-
     floor = {count: milliseconds(lambda c=count: products(c)) for count in (3, 4)}
     flops = 2 * N * D * V
     print(f"\n{N} tokens, D={D}, V={V}, bf16, {torch.cuda.get_device_name()}")
@@ -93,13 +122,13 @@ def main() -> None:
             f"| {count} bare products | | {ms:.1f} ({count * flops / ms / 1e9:.0f} TFLOP/s) | 1 | |"
         )
     variants: list[tuple[str, Callable[[], torch.Tensor], int]] = [
-        ("naive log-softmax in fp32", naive, 3),
-        ("ours", ours, 4),
-        ("ours, gradient in the forward", one_pass, 3),
+        ("naive log-softmax in fp32", lambda: naive(hidden, weight, targets), 3),
+        ("ours", lambda: two_pass(hidden, weight, targets), 4),
+        ("ours, gradient in the forward", lambda: one_pass(hidden, weight, targets), 3),
         (f"ours, {K} further ids a token", lambda: -linear_logprobs(
             hidden, weight, targets, topk_ids=further).topk_logp.mean(), 4),
         *((f"ours, gradient in the forward, {c} tokens a slice",
-           lambda c=c: one_pass(chunk_tokens=c), 3) for c in CHUNKS),
+           lambda c=c: one_pass(hidden, weight, targets, chunk_tokens=c), 3) for c in CHUNKS),
     ]  # fmt: skip
     best = None
     for name, loss, count in variants:
@@ -109,11 +138,13 @@ def main() -> None:
         best = ms if name == "ours, gradient in the forward" else best
         ratio = f"{ms / floor[count]:.2f}"
         print(f"| {name} | {forward:.1f} | {ms:.1f} | {ratio} | {mib:,.0f} |", flush=True)
+    hidden.grad = weight.grad = None
+    print_errors()
 
     print("\n| token weights, 8 packed responses | tokens | ms | share of the head's time |")
     print("| --- | --- | --- | --- |")
     for tokens in (N, 16 * N):
-        gap = torch.randn(tokens, **options)
+        gap = torch.randn(tokens, device=place)
         segments = torch.arange(RESPONSES, device=place).repeat_interleave(tokens // RESPONSES)
         mask = torch.ones(tokens, dtype=torch.bool, device=place)
         for rule in ("iw", "iw_signed"):

@@ -15,8 +15,8 @@ from collections.abc import Callable
 
 import torch
 
-from iwopd_megatron import device
-from iwopd_megatron.logprobs import Head, LogProbs, add_product, default_tile, places, scored_ids
+from iwopd_megatron import device, tile_ops
+from iwopd_megatron.logprobs import Head, LogProbs, add_product, default_tile, merge, scored_ids
 
 # (a chunk's log-probs, its place among the tokens) -> the sum of its tokens' losses
 TokenLoss = Callable[[LogProbs, slice], torch.Tensor]
@@ -78,9 +78,9 @@ class _Chunk:
             start += exp_CU.numel()
 
     def _fill(self, exp_CU: torch.Tensor, s: slice, v: slice) -> torch.Tensor:
-        logits_CU = self.head.logits(s, v)
-        place_CK, is_here_CK = places(self.ids_CK[s], v)
-        self.found_CK[s] += logits_CU.gather(1, place_CK).where(is_here_CK, 0)
+        tile_CU, scale = self.head.product(s, v), self.head.inv_temperature
+        self.found_CK[s] += tile_ops.found(tile_CU, scale, self.ids_CK[s] - v.start)
+        logits_CU = tile_ops.scaled(tile_CU, scale)
         peak_C = torch.maximum(self.max_C[s], logits_CU.amax(-1))
         torch.exp(logits_CU.sub_(peak_C[:, None]), out=exp_CU)
         # sums of exp and of exp * (logit - peak); the older ones move to the new peak
@@ -96,13 +96,38 @@ class _Chunk:
         dlogz_C = dlogp_CK.sum(1)
         for s, v, dlogits_CU, peak_C in self.tiles:
             dlogits_CU.mul_((peak_C - logz_C[s]).exp_().mul_(-dlogz_C[s])[:, None])
-            place_CK, is_here_CK = places(self.ids_CK[s], v)
+            place_CK, is_here_CK = tile_ops.places(self.ids_CK[s] - v.start, v.stop - v.start)
             dlogits_CU.scatter_add_(1, place_CK, dlogp_CK[s].where(is_here_CK, 0))
             if self.head.inv_temperature != 1:
                 dlogits_CU.mul_(self.head.inv_temperature)
             dlogits_CU = dlogits_CU.to(self.head.weight_VD.dtype)
             add_product(dhidden_CD[s], dlogits_CU, self.head.weight_VD[v])
             add_product(dweight_VD[v], dlogits_CU.t(), self.head.hidden_ND[s])
+
+
+class _FusedChunk:
+    """A chunk on a GPU: its logits as the product wrote them, over which their gradient goes."""
+
+    def __init__(self, head: Head, ids_CK: torch.Tensor):
+        self.head, self.ids_CK = head, ids_CK
+        self.sum_C, weighted_C = torch.zeros(2, len(ids_CK), device=ids_CK.device)
+        self.max_C = torch.full_like(self.sum_C, -torch.inf)
+        self.found_CK = torch.zeros(ids_CK.shape, device=ids_CK.device)
+        self.tiles = []
+        for s, v in head.tiles():
+            tile_CU, scale = head.product(s, v), head.inv_temperature
+            self.found_CK[s] += tile_ops.found(tile_CU, scale, ids_CK[s] - v.start)
+            part = tile_ops.statistics(tile_CU, scale, True)
+            merge(part, self.max_C[s], self.sum_C[s], weighted_C[s])
+            self.tiles.append((s, v, tile_CU))
+        self.weighted_C = weighted_C - self.max_C * self.sum_C
+
+    def add_gradients(self, logz_C, dlogp_CK, dhidden_CD, dweight_VD) -> None:
+        for s, v, tile_CU in self.tiles:
+            ids_CK, scale = self.ids_CK[s] - v.start, self.head.inv_temperature
+            dtile_CU = tile_ops.gradient(tile_CU, scale, ids_CK, logz_C[s], dlogp_CK[s], None)
+            add_product(dhidden_CD[s], dtile_CU, self.head.weight_VD[v])
+            add_product(dweight_VD[v], dtile_CU.t(), self.head.hidden_ND[s])
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -116,11 +141,16 @@ class _LinearLoss(torch.autograd.Function):
         loss = torch.zeros((), device=on)
         dhidden_ND = torch.zeros_like(hidden_ND, dtype=torch.float32)
         dweight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-        workspace = torch.empty(min(chunk, tokens) * weight_VD.shape[0], device=on)
+        is_fused = tile_ops.is_fused(weight_VD)
+        if not is_fused:
+            workspace = torch.empty(min(chunk, tokens) * weight_VD.shape[0], device=on)
         for start in range(0, tokens, chunk):
             s = slice(start, min(start + chunk, tokens))
             head = Head(hidden_ND[s], weight_VD, inv_temperature, tile)
-            part = _Chunk(head, ids_NK[s], workspace)
+            if is_fused:
+                part = _FusedChunk(head, ids_NK[s])
+            else:
+                part = _Chunk(head, ids_NK[s], workspace)
             log_sum_C = part.sum_C.log()
             logz_C = part.max_C + log_sum_C
             logp_NK[s] = part.found_CK - logz_C[:, None]
@@ -128,6 +158,7 @@ class _LinearLoss(torch.autograd.Function):
             value, dlogp_CK = _differentiate(token_loss, logp_NK[s], entropy_N[s], topk_NK, s)
             loss += value
             part.add_gradients(logz_C, dlogp_CK, dhidden_ND[s], dweight_VD)
+            del part  # its logits, before the next ones
         ctx.save_for_backward(dhidden_ND, dweight_VD)
         ctx.dtypes = hidden_ND.dtype, weight_VD.dtype
         topk_logp_NK = None if topk_NK is None else logp_NK[:, 1:].clone()

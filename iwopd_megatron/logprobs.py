@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from iwopd_megatron import device
+from iwopd_megatron import device, tile_ops
+from iwopd_megatron.tile_ops import EntropyGradient
 from iwopd_megatron.topk import RunningTopK
 
 device.install()
@@ -26,6 +27,9 @@ from megatron.core.tensor_parallel import (  # noqa: E402
 # A CPU tile stays in the cache, though top-K selection prefers width; on a GPU few large kernels
 # are faster.
 CPU_TILE, CPU_TOPK_TILE, GPU_TILE = (128, 2048), (128, 16384), (2048, 2**20)
+
+
+_HAS_OUT_DTYPE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
 
 
 class LogProbs(NamedTuple):
@@ -110,12 +114,9 @@ class Head(NamedTuple):
             for c in range(0, rows, tokens):
                 yield slice(c, min(c + tokens, rows)), slice(v, min(v + vocab, columns))
 
-    def logits(self, s: slice, v: slice) -> torch.Tensor:
-        """fp32 `[C, U]`."""
-        logits_CU = (self.hidden_ND[s] @ self.weight_VD[v].t()).float()
-        if self.inv_temperature != 1:
-            logits_CU.mul_(self.inv_temperature)
-        return logits_CU
+    def product(self, s: slice, v: slice) -> torch.Tensor:
+        """`[C, U]`, in the weight's dtype; times 1 / temperature these are the logits."""
+        return self.hidden_ND[s] @ self.weight_VD[v].t()
 
     def statistics(
         self, ids_NK: torch.Tensor, with_entropy: bool, best: RunningTopK | None, start: int = 0
@@ -124,24 +125,15 @@ class Head(NamedTuple):
         and the logits of `ids_NK`, 0 where another rank has them. `start`: id of the first column.
         """
         stats = ids_NK.new_zeros(2 + ids_NK.shape[1], len(ids_NK), dtype=torch.float32)
-        sum_N, weighted_N, found_KN = stats[0], stats[1], stats[2:]
-        max_N = torch.full_like(sum_N, -torch.inf)
+        max_N = torch.full_like(stats[0], -torch.inf)
         for s, v in self.tiles():
-            logits_CU = self.logits(s, v)
-            place_CK, is_here_CK = places(ids_NK[s], v)
-            found_KN[:, s] += logits_CU.gather(1, place_CK).where(is_here_CK, 0).t()
+            tile_CU = self.product(s, v)
+            stats[2:, s] += tile_ops.found(tile_CU, self.inv_temperature, ids_NK[s] - v.start).t()
             if best is not None:
+                logits_CU = tile_ops.scaled(tile_CU, self.inv_temperature)
                 best.add(logits_CU, s, start + v.start)
-            new_max_C = torch.maximum(max_N[s], logits_CU.amax(-1))
-            rescale_C = (max_N[s] - new_max_C).exp_()
-            max_N[s] = new_max_C
-            if with_entropy:
-                exp_CU = (logits_CU - new_max_C[:, None]).exp_()
-                tile_C = torch.linalg.vecdot(exp_CU, logits_CU)
-                weighted_N[s] = weighted_N[s] * rescale_C + tile_C
-            else:
-                exp_CU = logits_CU.sub_(new_max_C[:, None]).exp_()
-            sum_N[s] = sum_N[s] * rescale_C + exp_CU.sum(-1)
+            part = tile_ops.statistics(tile_CU, self.inv_temperature, with_entropy)
+            merge(part, max_N[s], stats[0, s], stats[1, s])
         return max_N, stats
 
     def add_gradients(
@@ -149,42 +141,36 @@ class Head(NamedTuple):
         ids_NK: torch.Tensor,
         logz_N: torch.Tensor,
         dids_NK: torch.Tensor,
-        entropy: tuple[torch.Tensor, torch.Tensor] | None,
+        entropy: EntropyGradient | None,
         dhidden_ND: torch.Tensor,
         dweight_VD: torch.Tensor,
     ) -> None:
-        """Add to both gradients, fp32, those of sum(dids * log-prob of ids).
-
-        entropy: its upstream gradient and the mean logits, `[N]` each.
-        """
-        dlogz_N = dids_NK.sum(1)  # every scored log-prob subtracts the normaliser once
+        """Add to both gradients, fp32, those of sum(dids * log-prob of ids)."""
         for s, v in self.tiles():
-            logits_CU = self.logits(s, v)
-            if entropy is None:
-                dlogits_CU = logits_CU.sub_(logz_N[s, None]).exp_().mul_(-dlogz_N[s, None])
-            else:
-                dentropy_C, mean_logit_C = entropy[0][s, None], entropy[1][s, None]
-                prob_CU = (logits_CU - logz_N[s, None]).exp_()
-                scale_CU = logits_CU.sub_(mean_logit_C).mul_(dentropy_C)
-                dlogits_CU = prob_CU.mul_(scale_CU.add_(dlogz_N[s, None])).neg_()
-            place_CK, is_here_CK = places(ids_NK[s], v)
-            dlogits_CU.scatter_add_(1, place_CK, dids_NK[s].where(is_here_CK, 0))
-            if self.inv_temperature != 1:
-                dlogits_CU.mul_(self.inv_temperature)
-            dlogits_CU = dlogits_CU.to(self.weight_VD.dtype)
-            add_product(dhidden_ND[s], dlogits_CU, self.weight_VD[v])
-            add_product(dweight_VD[v], dlogits_CU.t(), self.hidden_ND[s])
+            part = None if entropy is None else EntropyGradient(*(x[s] for x in entropy))
+            dtile_CU = tile_ops.gradient(
+                self.product(s, v), self.inv_temperature, ids_NK[s] - v.start, logz_N[s],
+                dids_NK[s], part,
+            )  # fmt: skip
+            add_product(dhidden_ND[s], dtile_CU, self.weight_VD[v])
+            add_product(dweight_VD[v], dtile_CU.t(), self.hidden_ND[s])
+
+
+def merge(
+    part: tile_ops.Statistics, max_C: torch.Tensor, sum_C: torch.Tensor, weighted_C: torch.Tensor
+) -> None:
+    """Add a tile's statistics to those of the row's earlier tiles, in place."""
+    new_max_C = torch.maximum(max_C, part.max)
+    older_C, newer_C = (max_C - new_max_C).exp_(), (part.max - new_max_C).exp_()
+    max_C.copy_(new_max_C)
+    sum_C.mul_(older_C).addcmul_(part.sum, newer_C)
+    if part.weighted is not None:
+        weighted_C.mul_(older_C).addcmul_(part.weighted, newer_C)
 
 
 def scored_ids(target_N: torch.Tensor, topk_NK: torch.Tensor | None) -> torch.Tensor:
     """Ids whose log-probs are wanted, `[N, 1 + K]`, the target first."""
     return target_N[:, None] if topk_NK is None else torch.cat([target_N[:, None], topk_NK], 1)
-
-
-def places(ids_CK: torch.Tensor, vocab: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Columns of these ids in a tile, 0 where they lie outside it; and which lie inside."""
-    is_here_CK = (ids_CK >= vocab.start) & (ids_CK < vocab.stop)
-    return (ids_CK - vocab.start).where(is_here_CK, 0), is_here_CK
 
 
 class _LinearLogProbs(torch.autograd.Function):
@@ -229,7 +215,7 @@ class _LinearLogProbs(torch.autograd.Function):
             dids_NK[:, 1:] = dtopk_NK
         dhidden_ND = torch.zeros_like(hidden_ND, dtype=torch.float32)
         dweight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-        entropy = None if dentropy_N is None else (dentropy_N, mean_logit_N)
+        entropy = None if dentropy_N is None else EntropyGradient(dentropy_N, mean_logit_N)
         head = Head(hidden_ND, weight_VD, ctx.inv_temperature, ctx.tile)
         head.add_gradients(ids_NK, logz_N, dids_NK, entropy, dhidden_ND, dweight_VD)
         return dhidden_ND.to(hidden_ND.dtype), dweight_VD.to(weight_VD.dtype), *[None] * 6
@@ -239,5 +225,7 @@ def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total += a @ b, with an fp32 total whatever the product's dtype."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
+    elif total.is_cuda and _HAS_OUT_DTYPE:  # summed in fp32 by the product itself
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total += a @ b
