@@ -101,14 +101,16 @@ def check(names: str) -> int:
             )
             hf_to_megatron(source, converted, names, say=lambda _: None)
             loaded = in_world(save_and_load, source, converted, own)
-            differing = sorted(map(str, contents(converted).items() ^ contents(own).items()))
+            written, wanted = set(contents(converted).items()), set(contents(own).items())
+            differing = [f"missing {name}" for name, _ in sorted(wanted - written, key=str)]
+            differing += [f"not wanted {name}" for name, _ in sorted(written - wanted, key=str)]
             megatron_to_hf(own, back, source, say=lambda _: None)
             before, after = (load_file(f / "model.safetensors") for f in (source, back))
             unequal = before.keys() ^ after.keys() or {
                 name for name in before if not torch.equal(before[name], after[name])
             }
             cells = (
-                "; ".join(differing[:4]) or "equal",
+                "; ".join(differing) or "equal",
                 "{} of {} differ".format(*loaded[0]) if loaded else "not tried",
                 f"{len(unequal)} of {len(before)} differ",
             )

@@ -5,7 +5,7 @@ A checkpoint holds global tensors by name, each as chunks (offset, size) in `__*
 Chunks may be cut anywhere, so one written here is one piece (pieces.py).
 
 `native` names are checked against Megatron's own load and save in every layout. `te` names differ
-in the norms; they are taken from Megatron's source, for TransformerEngine does not run on a CPU.
+in the norms; TransformerEngine does not run on a CPU: bench/gpu_checkpoint.py checks them on a GPU.
 """
 
 from __future__ import annotations
@@ -48,7 +48,6 @@ CONFIG = {
 _STATEFUL = {
     "native": ["self_attention.linear_qkv", "self_attention.linear_proj"],
     "te": [
-        "input_layernorm", "pre_mlp_layernorm", "self_attention.core_attention",
         "self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.q_layernorm",
         "self_attention.k_layernorm",
     ],
@@ -82,6 +81,8 @@ def object_keys(hf: dict[str, Any], names: str) -> list[str]:
     modules = list(_STATEFUL[names])
     if not experts:
         modules += ["mlp.linear_fc1", "mlp.linear_fc2"]
+    elif names == "te":
+        modules.append("pre_mlp_layernorm")  # of a dense layer it is inside mlp.linear_fc1
     keys = [
         f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}"
         for module in modules
