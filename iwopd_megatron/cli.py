@@ -26,7 +26,7 @@ from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_models import Layout
 from iwopd_megatron.errors import RecipeError, UserError
 from iwopd_megatron.lock import locked
-from iwopd_megatron.preflight import check_layout, check_resume, read_hf_config
+from iwopd_megatron.preflight import check_layout, check_resume, check_start, read_hf_config
 from iwopd_megatron.quiet import quiet
 from iwopd_megatron.recipe import load_recipe
 
@@ -83,13 +83,7 @@ def sft(recipe: RecipePath, overrides: Overrides = None, resume: Resume = False)
 
 def _train(recipe: Recipe, resume: bool) -> None:
     with _alone_in([recipe.out]):
-        if not resume and (recipe.out / "metrics.jsonl").exists():
-            raise RecipeError(
-                f"{recipe.out} already holds a run; "
-                "add --resume, or choose another folder with out=FOLDER."
-            )
-        if resume:
-            check_resume(recipe)
+        check_start(recipe, resume)
         worker = _workers()
         sys.exit(worker.execute(recipe.world, worker.train, (recipe, resume)))
 

@@ -15,7 +15,7 @@ from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_profile import Profile, load_profile
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.launch import make_job, new_folder, newest_folder, write_job
-from iwopd_megatron.preflight import check_resume
+from iwopd_megatron.preflight import check_start
 from iwopd_megatron.recipe import load_recipe, read_recipe
 from iwopd_megatron.roles import Job
 
@@ -48,13 +48,7 @@ def launch(
         print(f"note: {loaded.student.hf} is not on this machine; models and data are unchecked.")
     else:
         loaded = load_recipe(recipe, overrides or [])
-    if not resume and (loaded.out / "metrics.jsonl").exists():
-        raise RecipeError(
-            f"{loaded.out} already holds a run; "
-            "add --resume, or choose another folder with out=FOLDER."
-        )
-    if resume:
-        check_resume(loaded)
+    check_start(loaded, resume)
     folder = new_folder(loaded)
     job = make_job(loaded, profile, folder)
     print_roles(job, loaded, profile, dryrun)

@@ -83,6 +83,7 @@ class Collector:
             rollout.top_p,
             self.recipe.train.seed,
             round_number,
+            rollout.routing_replay,
         )
         return Draw(round_number, [problem for problem, _ in taken], prompts, sampling)
 

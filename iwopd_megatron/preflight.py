@@ -160,6 +160,17 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
+def check_start(recipe: Recipe, resume: bool) -> None:
+    """Refuse to start over a run, and to resume it with other settings."""
+    if not resume and (recipe.out / "metrics.jsonl").exists():
+        raise RecipeError(
+            f"{recipe.out} already holds a run; "
+            "add --resume, or choose another folder with out=FOLDER."
+        )
+    if resume:
+        check_resume(recipe)
+
+
 def check_resume(recipe: Recipe) -> None:
     """Refuse to go on with a run folder that was started with other settings."""
     stored = recipe.out / "recipe.yaml"

@@ -135,13 +135,17 @@ class Server:
                 self.process.wait(grace)
         self.kill()
 
-    def kill(self) -> None:
-        """SIGKILL the whole process group; no-op when it is gone."""
-        if self.process is None:
+    def kill(self, only: subprocess.Popen | None = None) -> None:
+        """SIGKILL the whole process group; no-op when it is gone.
+
+        only: spare a later process, which was started since that one was seen to fail.
+        """
+        process = self.process
+        if process is None or only not in (None, process):
             return
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
     def last_line(self) -> str:
         """Of the log, at most 300 characters; '(empty)'."""

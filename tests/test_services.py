@@ -48,11 +48,13 @@ def test_start_wait_restart_stop(tmp_path):
     server.start()
     server.wait_ready(30)
     assert len(group(server.process.pid)) == 3 and server.last_line() == "listening"
-    first = server.process.pid
+    first = server.process
     server.restart()
-    assert server.process.pid != first
-    wait_until(lambda: group(first) == [])
+    assert server.process is not first
+    wait_until(lambda: group(first.pid) == [])
     server.wait_ready(30)
+    server.kill(only=first)
+    assert server.is_running
     server.stop()
     assert not server.is_running
     wait_until(lambda: group(server.process.pid) == [])  # children too

@@ -30,6 +30,7 @@ class Sampling:
     top_p: float = 1.0  # draw from the likeliest tokens of this joint probability
     seed: int = 0
     stream: int = 0  # e.g. the round
+    with_experts: bool = False  # also return the experts that each token went to
     request_seed: int | None = None  # of one prompt's continuation, for engines that can use it
 
     def rest(self, prompt: Prompt, written: int) -> Sampling:

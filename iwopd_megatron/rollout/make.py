@@ -69,15 +69,14 @@ def _main_engine(
     places = []
     for url in servers.urls or [server.url for server in started]:
         server = kind(
-            url, http, hf, eos, servers.request_timeout_s, servers.ready_timeout_s,
-            rollout.pause, rollout.routing_replay,
-        )  # fmt: skip
+            url, http, hf, eos, servers.request_timeout_s, servers.ready_timeout_s, rollout.pause
+        )
         places.append(Place(server))
     for place, server in zip(places, started, strict=False):
-        place.kill = server.kill
+        place.own = server
     pool = Pool(places, servers.max_running, eos, say)
     pool.max_staleness = rollout.max_staleness
-    push = _push(recipe, Targets(loop, pool.lose))
+    push = _push(recipe, Targets(loop, pool))
     pool.catch_up = push.catch_up
     return ServerEngine(parallel, pool, push, loop, rollout.verify_every, canary, keeper)
 

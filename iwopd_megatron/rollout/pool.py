@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import subprocess
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from iwopd_megatron.errors import UserError
 from iwopd_megatron.rollout import Prompt, Sampling
 from iwopd_megatron.rollout.server import Answer, RolloutServer, ServerLost, ServerRefused
+from iwopd_megatron.services import Server
 from iwopd_megatron.trajectory import Trajectory
 
 WATCH_SECONDS = 2.0  # between looks at servers that work
@@ -31,10 +33,17 @@ class Place:
     """One server as the pool sees it."""
 
     server: RolloutServer
-    kill: Callable[[], None] | None = None  # its keeper starts it again; None: it is not ours
+    own: Server | None = None  # its process, which its keeper starts again; None: it is not ours
+    process: subprocess.Popen | None = None  # of its own, the one that became ready
     version: int | None = None  # of the weights it holds; None: unknown, or half updated
     is_up: bool = True
     running: set[asyncio.Task] = field(default_factory=set)
+
+    async def wait_ready(self) -> None:
+        """As the server's; remembers which process it was."""
+        await self.server.wait_ready()
+        if self.own is not None:
+            self.process = self.own.process
 
 
 class Pool:
@@ -179,12 +188,12 @@ class Pool:
     async def _revive(self, place: Place, is_dead: bool) -> None:
         """Wait until it is ready again, and give it the weights if that can be done alone."""
         try:
-            if is_dead and place.kill is not None:
-                place.kill()
+            if is_dead and place.own is not None:
+                place.own.kill(only=place.process)
             else:  # an update may have left it paused, and then it never seems ready
                 with contextlib.suppress(ServerLost, ServerRefused):
                     await place.server.resume()
-            await place.server.wait_ready()
+            await place.wait_ready()
             if self.catch_up is not None:
                 place.version = await self.catch_up(place)
             place.is_up = True
@@ -208,22 +217,32 @@ class Pool:
         places = [place for place in self.live if place.version != version]
         for place in places:
             place.version = None
-        await self._on_each(places, lambda place: place.server.pause())
+        await self.on_each(places, lambda place: place.server.pause())
         return [place for place in places if place.is_up]
 
     async def end_update(self) -> None:
         """Let all servers go on."""
-        await self._on_each(self.live, lambda place: place.server.resume())
+        await self.on_each(self.live, lambda place: place.server.resume())
         self.updating = False
         await self._notify()
 
-    async def _on_each(self, places: list[Place], call: Callable[[Place], Awaitable[None]]) -> None:
+    async def on_each(
+        self, places: list[Place], call: Callable[[Place], Awaitable[None]], what: str = ""
+    ) -> list[Place]:
+        """Call for all of them at once; those for which it did not fail. The others are lost.
+
+        what: goes before the reason that people are told.
+        """
         results = await asyncio.gather(*map(call, places), return_exceptions=True)
+        kept = []
         for place, result in zip(places, results, strict=True):
             if isinstance(result, ServerLost | ServerRefused):
-                await self.lose(place, str(result))
+                await self.lose(place, f"{what}{result}")
             elif isinstance(result, BaseException):
                 raise result
+            else:
+                kept.append(place)
+        return kept
 
 
 def _joined(first: Answer, rest: Answer) -> Answer:

@@ -6,11 +6,11 @@ fails on one server is that server's loss, not the update's.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import shutil
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Iterator
+from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from iwopd_megatron import device
 from iwopd_megatron.background import Background
 from iwopd_megatron.convert import copy_companions
-from iwopd_megatron.rollout.pool import Place
+from iwopd_megatron.rollout.pool import Place, Pool
 from iwopd_megatron.rollout.server import NamedTensors, ServerLost, ServerRefused
 
 
@@ -41,27 +41,25 @@ class Push(Protocol):
         """Give one server alone the last version that was sent whole; None: it cannot be done."""
         ...
 
+    def close(self) -> None:
+        """Leave the servers as if there had been no updates; no-op when repeated."""
+        ...
+
 
 class Targets:
     """The servers of an update; those that fail drop out."""
 
-    def __init__(self, loop: Background, lose: Callable[[Place, str], Awaitable[None]]):
-        self.loop, self.lose = loop, lose
+    def __init__(self, loop: Background, pool: Pool):
+        self.loop, self.pool = loop, pool
         self.places: list[Place] = []
 
-    def each(self, call: Callable[[Place], Awaitable[None]]) -> asyncio.Future:
+    def each(self, call: Callable[[Place], Awaitable[None]]) -> Future[None]:
         """Start the call for all of them at once; the future ends when all have ended."""
         return self.loop.submit(self._each(call))
 
     async def _each(self, call: Callable[[Place], Awaitable[None]]) -> None:
-        places = list(self.places)
-        results = await asyncio.gather(*map(call, places), return_exceptions=True)
-        for place, result in zip(places, results, strict=True):
-            if isinstance(result, ServerLost | ServerRefused):
-                self.places.remove(place)
-                await self.lose(place, f"weight update failed: {result}")
-            elif isinstance(result, BaseException):
-                raise result
+        kept = await self.pool.on_each(list(self.places), call, "weight update failed: ")
+        self.places = [place for place in self.places if place in kept]
 
 
 class FolderPush:
@@ -110,6 +108,9 @@ class FolderPush:
         await place.server.load_folder(str(folder), version)
         return version
 
+    def close(self) -> None:
+        """The newest folder stays: servers may be started from it."""
+
 
 class RequestPush:
     """Send the bytes in the requests themselves: needs nothing shared, and suits small models."""
@@ -132,8 +133,11 @@ class RequestPush:
     async def catch_up(self, place: Place) -> None:
         return None
 
+    def close(self) -> None:
+        """Nothing outlives an update."""
 
-class BroadcastPush:
+
+class BroadcastPush(RequestPush):
     """Broadcast over a process group of rank 0 and every rank of every server (NCCL; gloo on CPUs).
 
     The group lasts as long as the same servers do. A broadcast that breaks leaves every server of
@@ -142,21 +146,22 @@ class BroadcastPush:
 
     def __init__(self, targets: Targets, address: str, timeout: timedelta = timedelta(minutes=10)):
         """address: of this machine, as the servers see it."""
-        self.targets, self.address, self.timeout = targets, address, timeout
+        super().__init__(targets)
+        self.address, self.timeout = address, timeout
         self.group: dist.ProcessGroup | None = None
         self.members: list[Place] = []
         self.name = ""
 
     def begin(self, places: list[Place], version: int) -> None:
         self.targets.places = list(places)
-        self.version = version
         if self.group is None or self.members != places:
-            self._leave()
+            self.close()
+            self.targets.places = list(places)
             try:
                 self._join(places)
             except RuntimeError as error:  # a server did not come
                 self._give_up(f"no process group: {error}")
-        self.targets.each(lambda place: place.server.begin_update()).result()
+        super().begin(self.targets.places, version)
 
     def _join(self, places: list[Place]) -> None:
         self.name, backend = f"weights-{uuid.uuid4().hex[:8]}", device.dist_backend()
@@ -174,11 +179,18 @@ class BroadcastPush:
         joined.result()
         self.members = list(places)
 
-    def _leave(self) -> None:
+    def close(self) -> None:
+        """Leave the group, on both sides: its threads last, and spin once the others are gone."""
         if self.group is None:
             return
-        name, self.group = self.name, None
+        name, self.targets.places = self.name, self.members
         self.targets.each(lambda place: _leave(place, name)).result()
+        self._forget()
+
+    def _forget(self) -> None:
+        if self.group is not None:
+            dist.destroy_process_group(self.group)
+        self.group, self.members = None, []
 
     def send(self, tensors: NamedTensors) -> None:
         if not self.targets.places:
@@ -199,14 +211,7 @@ class BroadcastPush:
             raise ServerLost(reason)
 
         self.targets.each(fail).result()
-        self.group, self.members = None, []
-
-    def end(self) -> list[Place]:
-        self.targets.each(lambda place: place.server.end_update(self.version)).result()
-        return self.targets.places
-
-    async def catch_up(self, place: Place) -> None:
-        return None
+        self._forget()
 
 
 async def _leave(place: Place, group: str) -> None:

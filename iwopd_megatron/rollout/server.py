@@ -14,10 +14,13 @@ import httpx
 import numpy
 import torch
 
+from iwopd_megatron.errors import UserError
 from iwopd_megatron.rollout import Sampling
 from iwopd_megatron.rollout.proof import Fingerprints
 
 NamedTensors = Sequence[tuple[str, torch.Tensor]]
+ALIVE_SECONDS = 20.0  # for what an HTTP front answers at once
+CONTROL_SECONDS = 600.0
 
 
 class ServerLost(Exception):
@@ -104,6 +107,59 @@ class RolloutServer(Protocol):
     async def checksums(self) -> list[dict[str, str]]:
         """Per rank: a hash of each tensor it holds, see `proof.py`."""
         ...
+
+
+class HttpServer:
+    """What both engines' servers share: where one is, how it is asked, which prompts it may get."""
+
+    alive_path: str  # answered at once unless the process hangs
+
+    def __init__(
+        self,
+        url: str,
+        http: httpx.AsyncClient,
+        hf: dict[str, Any],
+        eos_ids: set[int],
+        timeout: float = 3600.0,
+        ready_timeout: float = 1800.0,
+        pause_mode: str = "retract",
+    ):
+        """hf: config.json of the model; timeout: of one answer, seconds."""
+        self.url, self.http, self.hf = url.rstrip("/"), http, hf
+        self.eos_ids = sorted(eos_ids)
+        self.timeout, self.ready_timeout, self.pause_mode = timeout, ready_timeout, pause_mode
+        self.tp = 1
+
+    async def _get(self, path: str) -> Any:
+        return await ask(self.http, "GET", self.url + path, ALIVE_SECONDS)
+
+    async def _post(self, path: str, timeout: float = CONTROL_SECONDS, **body: Any) -> Any:
+        return await ask(self.http, "POST", self.url + path, timeout, body)
+
+    async def is_alive(self) -> bool:
+        try:
+            await self._get(self.alive_path)
+        except (ServerLost, ServerRefused):
+            return False
+        return True
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        vocab = self.hf["vocab_size"]
+        if not ids or not 0 <= min(ids) <= max(ids) < vocab:
+            raise UserError(
+                f"a prompt is empty or holds ids outside the vocabulary of {vocab}; "
+                "its tokenizer is not the model's."
+            )
+        return ids
+
+
+def header(tensors: NamedTensors) -> dict[str, list[Any]]:
+    """Names, types and shapes of tensors whose bytes come another way."""
+    return {
+        "names": [name for name, _ in tensors],
+        "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors],
+        "shapes": [list(tensor.shape) for _, tensor in tensors],
+    }
 
 
 async def ask(

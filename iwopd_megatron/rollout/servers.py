@@ -5,7 +5,6 @@ Every rank calls it; HTTP happens on rank 0, in an event loop beside Megatron's 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -86,12 +85,11 @@ class ServerEngine:
         student: its `fingerprint.identity`; GateError if a server holds another model.
         """
         self.keeper.start()
-        while not self.keeper.is_ready():
-            time.sleep(0.2)
+        self.keeper.wait_ready()
         for place in self.pool.places:
             server = place.server
             try:
-                self.loop.submit(server.wait_ready()).result()
+                self.loop.submit(place.wait_ready()).result()
                 info = self.loop.submit(server.describe()).result()
             except (ServerLost, ServerRefused) as error:
                 raise ServiceError(f"a rollout server is not there: {error}.") from None
@@ -99,8 +97,9 @@ class ServerEngine:
                 gates.served_student(server.url, with_identity(info), student)
 
     def close(self) -> None:
-        """Stop the servers that are ours."""
+        """Leave the servers, and stop those that are ours."""
         if self.parallel.is_main:
+            self.push.close()
             self.loop.close()
             self.keeper.stop()
 

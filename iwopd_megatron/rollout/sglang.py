@@ -12,10 +12,10 @@ import base64
 import pickle
 import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy
 
 from iwopd_megatron.config import Recipe
@@ -24,16 +24,22 @@ from iwopd_megatron.errors import UserError
 from iwopd_megatron.preflight import num_experts
 from iwopd_megatron.rollout import Sampling
 from iwopd_megatron.rollout.proof import SglangFingerprints
-from iwopd_megatron.rollout.server import Answer, NamedTensors, ServerLost, ServerRefused, ask
+from iwopd_megatron.rollout.server import (
+    ALIVE_SECONDS,
+    Answer,
+    HttpServer,
+    NamedTensors,
+    ServerLost,
+    ServerRefused,
+    header,
+)
 
-ALIVE_SECONDS = 20.0  # the HTTP front answers at once unless the process hangs
-CONTROL_SECONDS = 600.0
 
-
-class SglangServer:
+class SglangServer(HttpServer):
     """`RolloutServer` of one SGLang server."""
 
     module = ("-m", "sglang.launch_server")
+    alive_path = "/model_info"
 
     @staticmethod
     def environment() -> dict[str, str]:
@@ -65,40 +71,12 @@ class SglangServer:
             "sleep-on-idle": True,
         }
 
-    def __init__(
-        self,
-        url: str,
-        http: httpx.AsyncClient,
-        hf: dict[str, Any],
-        eos_ids: set[int],
-        timeout: float = 3600.0,
-        ready_timeout: float = 1800.0,
-        pause_mode: str = "retract",
-        routed_experts: bool = False,
-    ):
-        """hf: config.json of the model; timeout: of one answer, seconds."""
-        self.url, self.http, self.hf = url.rstrip("/"), http, hf
-        self.eos_ids = sorted(eos_ids)
-        self.timeout, self.ready_timeout = timeout, ready_timeout
-        self.pause_mode, self.routed_experts = pause_mode, routed_experts
-        self.tp = 1
-
-    async def _post(self, path: str, timeout: float = CONTROL_SECONDS, **body: Any) -> Any:
-        return await ask(self.http, "POST", self.url + path, timeout, body)
-
-    async def is_alive(self) -> bool:
-        try:
-            await ask(self.http, "GET", self.url + "/model_info", ALIVE_SECONDS)
-        except (ServerLost, ServerRefused):
-            return False
-        return True
-
     async def wait_ready(self) -> None:
         end = time.monotonic() + self.ready_timeout
         while True:
             try:
-                await ask(self.http, "GET", self.url + "/health", ALIVE_SECONDS)
-                info = await ask(self.http, "GET", self.url + "/server_info", ALIVE_SECONDS)
+                await self._get("/health")
+                info = await self._get("/server_info")
                 self.tp = int(info.get("tp_size", 1))
                 self._check(info)
                 return
@@ -108,7 +86,7 @@ class SglangServer:
             await asyncio.sleep(0.5)
 
     async def describe(self) -> dict[str, Any]:
-        return await ask(self.http, "GET", self.url + "/model_info", ALIVE_SECONDS)
+        return await self._get("/model_info")
 
     def _check(self, info: dict[str, Any]) -> None:
         if self.pause_mode == "in_place" and not info.get("disable_radix_cache"):
@@ -116,15 +94,6 @@ class SglangServer:
                 f"{self.url} keeps prefixes of old weights when rollout.pause=in_place; "
                 "start it with --disable-radix-cache, or set rollout.pause=retract."
             )
-
-    def _checked(self, ids: list[int]) -> list[int]:
-        vocab = self.hf["vocab_size"]
-        if not ids or not 0 <= min(ids) <= max(ids) < vocab:
-            raise UserError(
-                f"a prompt is empty or holds ids outside the vocabulary of {vocab}; "
-                "its tokenizer is not the model's."
-            )
-        return ids
 
     async def generate(self, ids: list[int], sampling: Sampling) -> Answer:
         request = uuid.uuid4().hex
@@ -141,12 +110,16 @@ class SglangServer:
                     "stop_token_ids": self.eos_ids,
                 },
                 return_logprob=True,
-                return_routed_experts=self.routed_experts,
+                return_routed_experts=sampling.with_experts,
             )
         except (ServerLost, asyncio.CancelledError):
             await self._abort(request)
             raise
-        return self._answer(reply, len(ids))
+        answer = self._answer(reply)
+        if not sampling.with_experts:
+            return answer
+        encoded = reply["meta_info"].get("routed_experts")
+        return replace(answer, experts=self._experts(encoded, len(ids) + len(answer.ids) - 1))
 
     async def _abort(self, request: str) -> None:
         """Tell the server to stop working on what nobody waits for."""
@@ -155,7 +128,7 @@ class SglangServer:
         except (ServerLost, ServerRefused, TimeoutError):
             pass
 
-    def _answer(self, reply: dict[str, Any], prompt: int) -> Answer:
+    def _answer(self, reply: dict[str, Any]) -> Answer:
         try:
             ids, meta = list(reply["output_ids"]), reply["meta_info"]
             entries = meta["output_token_logprobs"]
@@ -169,10 +142,7 @@ class SglangServer:
             raise ServerLost(f"{self.url}: an answer lacks {error}") from None
         if [entry[1] for entry in entries] != ids or len(versions) != len(ids):
             raise ServerLost(f"{self.url}: an answer's log-probs are not those of its tokens")
-        experts = None
-        if self.routed_experts:
-            experts = self._experts(meta.get("routed_experts"), prompt + len(ids) - 1)
-        return Answer(ids, [entry[0] for entry in entries], finish, versions, experts)
+        return Answer(ids, [entry[0] for entry in entries], finish, versions)
 
     def _experts(self, encoded: str | None, tokens: int) -> numpy.ndarray:
         if encoded is None:
@@ -255,16 +225,14 @@ class SglangServer:
     async def receive(self, tensors: NamedTensors, group: str) -> None:
         await self._post(
             "/update_weights_from_distributed",
-            names=[name for name, _ in tensors],
-            dtypes=[str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors],
-            shapes=[list(tensor.shape) for _, tensor in tensors],
+            **header(tensors),
             group_name=group,
             load_format="flattened_bucket",
             flush_cache=False,
         )
 
     async def leave_group(self, group: str) -> None:
-        await self._post("/destroy_weights_update_group", group_name=group)
+        await self._post("/destroy_weights_update_group", ALIVE_SECONDS, group_name=group)
 
     async def end_update(self, version: int) -> None:
         try:

@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import httpx
 from safetensors.torch import save
 
 from iwopd_megatron.config import Recipe
@@ -23,18 +22,24 @@ from iwopd_megatron.errors import UserError
 from iwopd_megatron.preflight import read_hf_config
 from iwopd_megatron.rollout import Sampling
 from iwopd_megatron.rollout.proof import NameFingerprints
-from iwopd_megatron.rollout.server import Answer, NamedTensors, ServerLost, ServerRefused, ask
+from iwopd_megatron.rollout.server import (
+    Answer,
+    HttpServer,
+    NamedTensors,
+    ServerLost,
+    ServerRefused,
+    header,
+)
 
-ALIVE_SECONDS = 20.0  # the HTTP front answers at once unless the process hangs
-CONTROL_SECONDS = 600.0
 EXTENSION = "iwopd_megatron.rollout.vllm_worker.WeightUpdates"
 UPDATING = "updating"  # the version of what is neither the old weights nor the new
 
 
-class VllmServer:
+class VllmServer(HttpServer):
     """`RolloutServer` of one vLLM server without data parallelism."""
 
     module = ("-m", "vllm.entrypoints.openai.api_server")
+    alive_path = "/health"
 
     @staticmethod
     def environment() -> dict[str, str]:
@@ -82,42 +87,17 @@ class VllmServer:
             "kv-cache-memory-bytes": max(64 * 2**20, tokens * _kv_bytes(hf)),
         }
 
-    def __init__(
-        self,
-        url: str,
-        http: httpx.AsyncClient,
-        hf: dict[str, Any],
-        eos_ids: set[int],
-        timeout: float = 3600.0,
-        ready_timeout: float = 1800.0,
-        pause_mode: str = "retract",
-        routed_experts: bool = False,
-    ):
-        """hf: config.json of the model; timeout: of one answer, seconds."""
-        self.url, self.http, self.hf = url.rstrip("/"), http, hf
-        self.eos_ids = sorted(eos_ids)
-        self.timeout, self.ready_timeout = timeout, ready_timeout
-        self.pause_mode = pause_mode
-        self.tp = 1
+    def __init__(self, *args: Any, **settings: Any):
+        super().__init__(*args, **settings)
         self.prove = False  # the next update is hashed
-
-    async def _post(self, path: str, timeout: float = CONTROL_SECONDS, **body: Any) -> Any:
-        return await ask(self.http, "POST", self.url + path, timeout, body)
 
     async def _on_workers(self, method: str, **arguments: Any) -> list[Any]:
         """What each worker returns from one of `vllm_worker.WeightUpdates`' methods."""
         reply = await self._post("/collective_rpc", method=f"iwopd_{method}", kwargs=arguments)
         return reply["results"]
 
-    async def is_alive(self) -> bool:
-        try:
-            await ask(self.http, "GET", self.url + "/health", ALIVE_SECONDS)
-        except (ServerLost, ServerRefused):
-            return False
-        return True
-
     async def describe(self) -> dict[str, Any]:
-        models = await ask(self.http, "GET", self.url + "/v1/models", ALIVE_SECONDS)
+        models = await self._get("/v1/models")
         return {"model_path": models["data"][0].get("root")}
 
     async def wait_ready(self) -> None:
@@ -152,15 +132,6 @@ class VllmServer:
                 f"{self.url} keeps prefixes of old weights when rollout.pause=in_place; "
                 "start it with --no-enable-prefix-caching, or set rollout.pause=retract."
             )
-
-    def _checked(self, ids: list[int]) -> list[int]:
-        vocab = self.hf["vocab_size"]
-        if not ids or not 0 <= min(ids) <= max(ids) < vocab:
-            raise UserError(
-                f"a prompt is empty or holds ids outside the vocabulary of {vocab}; "
-                "its tokenizer is not the model's."
-            )
-        return ids
 
     async def generate(self, ids: list[int], sampling: Sampling) -> Answer:
         """With top_p < 1 the answer has no log-probs: vLLM's are then of the tokens left only."""
@@ -237,9 +208,7 @@ class VllmServer:
     async def receive(self, tensors: NamedTensors, group: str) -> None:
         await self._on_workers(
             "receive",
-            names=[name for name, _ in tensors],
-            dtypes=[str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors],
-            shapes=[list(tensor.shape) for _, tensor in tensors],
+            **header(tensors),
         )
 
     async def leave_group(self, group: str) -> None:

@@ -1,7 +1,8 @@
 """SGLang loads a folder that went through a Megatron checkpoint, and scores as the source does."""
 
 import pytest
-from support import ROOT, Rig, hf_logp, largest, prompts
+from served_models import ROOT, hf_logp, largest, prompts
+from support import Rig
 
 from iwopd_megatron import safetensors_file
 from iwopd_megatron.convert import hf_to_megatron, megatron_to_hf

@@ -10,7 +10,8 @@ import threading
 import time
 
 import pytest
-from support import Rig, hf_logp, largest, prompts
+from served_models import hf_logp, largest, prompts
+from support import Rig
 
 from iwopd_megatron.rollout import Sampling
 
@@ -21,7 +22,7 @@ SAMPLING = Sampling(100)
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """Two servers of the MoE model."""
-    from support import ROOT
+    from served_models import ROOT
 
     with Rig(ROOT / STUDENT, tmp_path_factory.mktemp("pair"), 2) as rig:
         yield rig

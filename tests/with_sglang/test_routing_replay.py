@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from support import RECIPE, ROOT, Rig, copy_tokenizer, prompts
+from served_models import ROOT, copy_tokenizer, prompts
+from support import RECIPE, Rig
 from worlds import run_world
 
 from iwopd_megatron.actor import Schedule
@@ -54,7 +55,6 @@ def student(tmp_path_factory):
 def rig(request, student, tmp_path_factory):
     settings = "rollout.routing_replay=true", f"student.dtype={request.param}"
     with Rig(student, tmp_path_factory.mktemp("served"), 1, *settings) as rig:
-        rig.server.routed_experts = True
         yield rig
 
 
@@ -66,7 +66,9 @@ def answers(rig, count, interrupt=False):
     async def collect():
         await rig.server._post("/update_weight_version", new_version="0")
         keep = lambda sample: samples.update({sample.index: sample})  # noqa: E731
-        work = asyncio.create_task(pool.collect(prompts(count), Sampling(TOKENS), keep))
+        work = asyncio.create_task(
+            pool.collect(prompts(count), Sampling(TOKENS, with_experts=True), keep)
+        )
         while interrupt and not pool.places[0].running:
             await asyncio.sleep(0.05)
         if interrupt:

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from support import hf_logp, largest, prompts
+from served_models import hf_logp, largest, prompts, spoil_last_tensor
 
 from iwopd_megatron.errors import GateError, UserError
 from iwopd_megatron.rollout import Sampling
@@ -63,13 +63,7 @@ def test_weights_land_and_are_proven_to(rig, sync):
 def test_a_tensor_that_did_not_land_is_noticed(rig):
     """The server gets another last tensor than the one that was believed sent."""
     engine = rig.engine("tensor")
-    send = engine.push.send
-
-    def spoil(tensors):
-        (name, tensor), *rest = reversed(tensors)
-        send([*rest, (name, tensor + 1e-3)])
-
-    engine.push.send = spoil
+    spoil_last_tensor(engine)
     with pytest.raises(GateError, match="does not hold the weights it was sent: 1 tensors"):
         engine.update(rig.weights(seed=5).items(), 3)
 

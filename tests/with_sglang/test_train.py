@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support import ROOT
+from served_models import ROOT
 
 from iwopd_megatron.journal import Journal
 from iwopd_megatron.runlog import read_jsonl, read_metrics

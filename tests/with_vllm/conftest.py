@@ -4,13 +4,18 @@ They run in an environment of their own, build/vllm-venv, which `make test-vllm`
 """
 
 import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # served_models.py
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from rig import STUDENT, Rig, write_dense  # noqa: E402
+from rig import Rig  # noqa: E402
+from served_models import STUDENT, write_dense  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -21,7 +26,7 @@ def rigs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vllm")
     rigs = {
         "moe": Rig(STUDENT, folder / "moe"),
-        "dense": Rig(write_dense(folder / "hf"), folder / "dense"),
+        "dense": Rig(write_dense(folder / "hf", head_dim=32), folder / "dense"),
     }
     try:
         for rig in rigs.values():

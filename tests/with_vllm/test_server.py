@@ -4,7 +4,8 @@ import asyncio
 
 import httpx
 import pytest
-from rig import IDS, largest, logp, prompts
+from rig import IDS
+from served_models import hf_logp, largest, prompts, spoil_last_tensor
 
 from iwopd_megatron.errors import GateError, UserError
 from iwopd_megatron.rollout import Sampling
@@ -19,7 +20,7 @@ def test_answers_carry_the_log_probs_of_the_whole_distribution(rig, temperature)
     assert [sample.index for sample in samples] == list(range(12))
     for sample in samples:
         ids = sample.prompt_ids + sample.response_ids
-        expected = logp(model, ids, len(sample.prompt_ids), temperature)
+        expected = hf_logp(model, ids, len(sample.prompt_ids), temperature)
         assert largest(expected, sample.rollout_logp) < 1e-5
         assert sample.truncated == (sample.response_ids[-1] != 1)
         assert 1 not in sample.response_ids[:-1]
@@ -63,7 +64,7 @@ def test_weights_land_and_are_proven_to(rig, sync):
         assert found.keys() == weights.keys()
         (sample,) = engine.generate(prompts(1), Sampling(5))
         ids = sample.prompt_ids + sample.response_ids
-        expected = logp(rig.model(weights), ids, len(sample.prompt_ids))
+        expected = hf_logp(rig.model(weights), ids, len(sample.prompt_ids))
         assert largest(expected, sample.rollout_logp) < 1e-5
         assert sample.weight_version == version
 
@@ -71,13 +72,7 @@ def test_weights_land_and_are_proven_to(rig, sync):
 def test_a_tensor_that_did_not_land_is_noticed(rig):
     """The server gets another last tensor than the one that was believed sent."""
     engine = rig.engine("tensor")
-    send = engine.push.send
-
-    def spoil(tensors):
-        (name, tensor), *rest = reversed(tensors)
-        send([*rest, (name, tensor + 1e-3)])
-
-    engine.push.send = spoil
+    spoil_last_tensor(engine)
     with pytest.raises(GateError, match="does not hold the weights it was sent: 1 tensors"):
         engine.update(rig.weights(seed=5).items(), 3)
 
@@ -151,8 +146,8 @@ def test_answers_in_flight_go_on_under_new_weights(dense, mode):
         count, ids = answer.versions.count("4"), IDS + answer.ids
         assert answer.versions == ["4"] * count + ["5"] * (90 - count)
         expected = [
-            *logp(before, ids, len(IDS))[:count],
-            *logp(after, ids, len(IDS))[count:],
+            *hf_logp(before, ids, len(IDS))[:count],
+            *hf_logp(after, ids, len(IDS))[count:],
         ]
         assert largest(expected[:count] or [0], answer.logp[:count] or [0]) < 1e-5
         if mode == "retract" or count == 0:

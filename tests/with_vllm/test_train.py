@@ -3,7 +3,8 @@
 import subprocess
 import sys
 
-from rig import RECIPE, ROOT
+from rig import RECIPE
+from served_models import ROOT
 
 from iwopd_megatron.runlog import read_metrics
 from iwopd_megatron.services import outer_environment

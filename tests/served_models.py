@@ -1,0 +1,150 @@
+"""What tests with a real engine's servers share, whichever engine it is."""
+
+import os
+import shutil
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from iwopd_megatron.config_models import Layout
+from iwopd_megatron.hf_reference import hf_model
+from iwopd_megatron.parallel import free_port, initialise
+from iwopd_megatron.preflight import eos_ids, read_hf_config
+from iwopd_megatron.recipe import load_recipe
+from iwopd_megatron.rollout import Prompt
+from iwopd_megatron.rollout.make import server_command, server_environment
+from iwopd_megatron.rollout.pool import Place, Pool
+from iwopd_megatron.rollout.push import BroadcastPush, FolderPush, Push, RequestPush, Targets
+from iwopd_megatron.rollout.servers import Canary, ServerEngine
+from iwopd_megatron.services import Server
+
+ROOT = Path(__file__).parents[1]
+STUDENT = ROOT / "recipes/demo/student"
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    for file in source.iterdir():
+        if "token" in file.name or file.suffix == ".jinja":
+            shutil.copy(file, folder)
+
+
+def write_dense(folder: Path, head_dim: int) -> Path:
+    """A tiny dense model with tied embeddings and the demo's tokenizer."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(3)
+    config = Qwen3Config(
+        vocab_size=16, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=head_dim,
+        max_position_embeddings=256, initializer_range=0.3, tie_word_embeddings=True,
+        eos_token_id=1,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    copy_tokenizer(STUDENT, folder)
+    return folder
+
+
+class ServedModel:
+    """A model folder, and what becomes of it: processes, other weights, the project's engine."""
+
+    def __init__(self, recipe: Path, folder: Path, out: Path, *overrides: str):
+        os.chdir(ROOT)  # the recipe's paths are relative to it
+        self.folder, self.out = folder, out
+        self.hf, self.eos = read_hf_config(folder), eos_ids(folder)
+        own = [f"student.hf={folder}", f"teacher.hf={folder}", f"out={out}", "student.parallel={}"]
+        own += ["rollout.max_response_tokens=100", *overrides]
+        self.recipe = load_recipe(recipe, own)
+        self.push: Push | None = None  # of the last engine
+
+    def new_process(self, number: int = 0) -> Server:
+        """A server of the model, not yet started."""
+        port = free_port()
+        python = str(self.recipe.rollout.servers.python)
+        command, env = [python, *server_command(self.recipe, port)], server_environment(self.recipe)
+        log, url = self.out / f"server-{number}.log", f"http://127.0.0.1:{port}"
+        return Server(f"server {number}", command, env, log, url)
+
+    def weights(self, seed: int | None = None) -> dict[str, torch.Tensor]:
+        """The folder's tensors; with a seed, every one of them moved a little."""
+        tensors = load_file(self.folder / "model.safetensors")
+        if self.hf["tie_word_embeddings"]:
+            tensors.pop("lm_head.weight", None)
+        if seed is None:
+            return tensors
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            name: tensor + 0.02 * torch.randn(tensor.shape, generator=generator)
+            for name, tensor in tensors.items()
+        }
+
+    def model(self, weights: dict[str, torch.Tensor] | None = None) -> torch.nn.Module:
+        """transformers' model with these weights; default: the folder's."""
+        if weights is None:
+            return hf_model(self.folder, torch.float32)
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copy(self.folder / "config.json", folder)
+            save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+            return hf_model(Path(folder), torch.float32)
+
+    def assemble(
+        self,
+        loop,
+        places: list[Place],
+        sync: str,
+        say,
+        max_running=64,
+        canary: Canary | None = None,
+    ) -> ServerEngine:
+        """The project's engine on these servers, in this process as a world of one."""
+        if not dist.is_initialized():
+            os.environ.update(
+                RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(free_port()),
+            )  # fmt: skip
+        if self.push is not None:
+            self.push.close()
+        pool = Pool(places, max_running, self.eos, say)
+        targets = Targets(loop, pool)
+        push = {
+            "disk": lambda: FolderPush(targets, self.out / "weights", self.folder),
+            "tensor": lambda: RequestPush(targets),
+            "distributed": lambda: BroadcastPush(targets, "127.0.0.1", timedelta(seconds=60)),
+        }[sync]()
+        pool.catch_up, self.push = push.catch_up, push
+        return ServerEngine(initialise(Layout()), pool, push, loop, 1, canary)
+
+
+def spoil_last_tensor(engine: ServerEngine) -> None:
+    """Servers get another last tensor of a bucket than the one that is believed sent."""
+    send = engine.push.send
+
+    def spoil(tensors):
+        (name, tensor), *rest = reversed(tensors)
+        send([*rest, (name, tensor + 1e-3)])
+
+    engine.push.send = spoil
+
+
+def prompts(count: int, longest: int = 12) -> list[Prompt]:
+    """Ragged prompts over the demo's vocabulary, without its special ids."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [1 + i % longest for i in range(count)]
+    return [
+        Prompt(i, torch.randint(4, 16, (n,), generator=generator).tolist())
+        for i, n in enumerate(lengths)
+    ]
+
+
+@torch.no_grad()
+def hf_logp(model, ids: list[int], first: int, temperature: float = 1.0) -> list[float]:
+    """Log-probs of ids[first:] by transformers, over the whole vocabulary."""
+    logits = model(torch.tensor([ids])).logits[0, first - 1 : -1].float() / temperature
+    return logits.log_softmax(-1).gather(-1, torch.tensor(ids[first:])[:, None])[:, 0].tolist()
+
+
+def largest(a: list[float], b: list[float]) -> float:
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
