@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,17 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 def _key(record: dict[str, Any]) -> tuple[str, int]:
     return record["kind"], record["round"]
+
+
+def append_event(run: Path, round_number: int, kind: str, text: str) -> None:
+    """Add to events.jsonl what a person should know later: gates, steps left out, restarts.
+
+    Unlike metrics.jsonl it is not cut on resume: what stopped a run stays known.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    line = {"time": time.time(), "round": round_number, "event": kind, "text": text}
+    with (run / "events.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 class MetricsLog:
