@@ -19,6 +19,7 @@ from iwopd_megatron import (
     cli_launch,
     cli_plan,
     cli_rehearse,
+    cli_report,
     cli_serve,
     doctor,
 )  # fmt: skip
@@ -38,7 +39,7 @@ RecipePath = Annotated[Path, typer.Argument(help="recipe YAML")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.lr=3e-4")]
 for _command in (
     cli_convert.convert, cli_convert.export, cli_convert.check,
-    cli_data.data, cli_plan.plan, cli_rehearse.rehearse,
+    cli_data.data, cli_plan.plan, cli_rehearse.rehearse, cli_report.report,
     cli_launch.launch, cli_launch.status, cli_launch.attach, cli_launch.serve_rollout,
 ):  # fmt: skip
     app.command()(_command)
@@ -149,23 +150,14 @@ def compare(
         code = worker.execute(arms[0].recipe.world, worker.run_arms, (arms, resume))
     if code == 0 and os.environ.get("RANK", "0") == "0":
         from iwopd_megatron.compare import print_table, write_summary
-        from iwopd_megatron.report import find_runs, summarise, write_report
+        from iwopd_megatron.report import write_report
+        from iwopd_megatron.report_data import find_runs, summarise
 
-        summary = summarise(find_runs(out))
+        summary = summarise(find_runs([out]))
         write_summary(out, summary)
         print_table(summary)
         print(f"{out / 'summary.json'}\n{write_report(out)}")
     sys.exit(code)
-
-
-@app.command()
-def report(
-    folder: Annotated[Path, typer.Argument(help="run folder, or a folder of compared runs")],
-) -> None:
-    """Draw report.html of a run or a comparison."""
-    from iwopd_megatron.report import write_report
-
-    print(write_report(folder))
 
 
 @app.command("toy-task")
