@@ -239,11 +239,9 @@ def _time(runs: Runs) -> Charts:
 def _services(runs: Runs) -> Charts:
     if not any("scored_early" in r for arm in runs.values() for run in arm.values() for r in run):
         return {}
-    timed = {
-        arm: {seed: [r for r in run if r.get("time")] for seed, run in runs[arm].items()}
-        for arm in runs
-    }
-    sync = curves_of(timed, lambda records: {r["round"]: r["time"]["sync"] for r in records})
+    sync = curves_of(
+        runs, lambda rs: {r["round"]: r["time"]["sync"] for r in rs if "sync" in r.get("time", {})}
+    )
     return {
         "weight_update": band_chart(sync, ROUND, "Weight update (s)"),
         "scored_early": _over(runs, "scored_early", "Scored while generating (%)", scale=100),
