@@ -39,7 +39,8 @@ RecipePath = Annotated[Path, typer.Argument(help="recipe YAML")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.lr=3e-4")]
 for _command in (
     cli_convert.convert, cli_convert.export, cli_convert.check,
-    cli_data.data, cli_plan.plan, cli_rehearse.rehearse, cli_report.report,
+    cli_data.data, cli_plan.plan, cli_rehearse.rehearse,
+    cli_report.report, cli_report.prefixes,
     cli_launch.launch, cli_launch.status, cli_launch.attach, cli_launch.serve_rollout,
 ):  # fmt: skip
     app.command()(_command)

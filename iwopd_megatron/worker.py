@@ -19,6 +19,7 @@ from iwopd_megatron.bench_run import BenchRun, run_benchmarks
 from iwopd_megatron.compare import Arm, is_finished
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_models import Layout
+from iwopd_megatron.continuations import PrefixStudy, study_prefixes
 from iwopd_megatron.errors import (
     CheckpointError,
     GateError,
@@ -75,6 +76,14 @@ def evaluate(run: BenchRun) -> None:
     with BenchProgress() as progress:
         results = run_benchmarks(run, parallel, progress)
     progress.table(results)
+    shutdown()
+
+
+def continue_prefixes(study: PrefixStudy) -> None:
+    """Who gets the answer right from a student's prefix, on every rank."""
+    die_with_parent()
+    parallel = initialise(Layout())
+    study_prefixes(study, parallel, Progress(0, parallel.is_main).say)
     shutdown()
 
 
