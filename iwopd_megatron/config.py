@@ -61,6 +61,15 @@ class Checkpoint(Section):
     )
 
 
+class Wandb(Section):
+    project: str = Field(description="W&B project")
+    entity: str | None = Field(None, description="team or user; default: the account's own")
+    group: str | None = Field(None, description="what the runs of a comparison share")
+    mode: Literal["online", "offline"] = Field(
+        "online", description="offline: RUN/wandb, to be sent later with 'wandb sync'"
+    )
+
+
 class Gates(Section):
     max_drift: float = Field(
         0.5, gt=0, description="stop when mean |trainer - engine| log-prob exceeds this (nats)"
@@ -102,6 +111,9 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
     gates: Gates = Gates()
+    wandb: Wandb | None = Field(
+        None, description="metrics to Weights & Biases too; pip install 'iwopd-megatron[wandb]'"
+    )
     cluster: Cluster | None = Field(None, description="GPUs of each role, for plan and launch")
     processes: PositiveInt | None = Field(
         None, description="world size; default: cluster.trainer, or the fewest the layout fits on"

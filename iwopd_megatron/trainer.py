@@ -11,7 +11,6 @@ import time
 from functools import partial
 from typing import Any
 
-import yaml
 from transformers import AutoTokenizer
 
 from iwopd_megatron import checkpoint, device, doctor, gates
@@ -31,7 +30,7 @@ from iwopd_megatron.preflight_scorers import check_sources
 from iwopd_megatron.progress import Progress
 from iwopd_megatron.rollout.make import make_engine
 from iwopd_megatron.rollout.servers import Canary
-from iwopd_megatron.runlog import MetricsLog, append_event, read_metrics
+from iwopd_megatron.runlog import append_event, open_log, truncated_shares
 from iwopd_megatron.samples import keep_samples
 from iwopd_megatron.saver import Saver
 from iwopd_megatron.steps import train_round
@@ -73,15 +72,8 @@ class Trainer:
             self._event("resumed", f"resumed after round {self.round} from {found}")
         self.log = None
         if parallel.is_main:
-            self.log = MetricsLog(recipe.out, self.round if found else None)
-            resolved = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-            (recipe.out / "recipe.yaml").write_text(resolved)
-        self.truncated = parallel.on_main(self._truncated_before)
-
-    def _truncated_before(self) -> list[float]:
-        """Share of truncated answers of every round before this one."""
-        lines = read_metrics(self.recipe.out)
-        return [line["truncated"] for line in lines if "truncated" in line]
+            self.log = open_log(recipe, self.round if found else None)
+        self.truncated = parallel.on_main(lambda: truncated_shares(recipe.out))
 
     def _load_data(self) -> None:
         recipe = self.recipe

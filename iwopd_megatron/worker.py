@@ -31,6 +31,7 @@ from iwopd_megatron.parallel import initialise, shutdown, start_local
 from iwopd_megatron.progress import Progress
 from iwopd_megatron.stop import EXIT_STOPPED, die_with_parent, watch_signals
 from iwopd_megatron.trainer import Trainer
+from iwopd_megatron.wandb_log import check_installed
 
 EXIT_CODES = {
     error.__name__: error.exit_code
@@ -47,6 +48,7 @@ def run_arms(arms: list[Arm], resume: bool) -> None:
     """Runs one after the other in this world. With `resume`, finished ones are skipped."""
     watch_signals()
     die_with_parent()
+    check_installed(arms[0].recipe)
     parallel = initialise(arms[0].recipe.student.parallel, arms[0].recipe.train.seed)
     with Progress(sum(arm.recipe.train.rounds for arm in arms), parallel.is_main) as progress:
         for note in dict.fromkeys(note for arm in arms for note in doctor.findings(arm.recipe)):
