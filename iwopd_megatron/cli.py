@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from iwopd_megatron import (
+    cli_compare,
     cli_convert,
     cli_data,
     cli_eval,
@@ -38,6 +39,7 @@ app = typer.Typer(
 RecipePath = Annotated[Path, typer.Argument(help="recipe YAML")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.lr=3e-4")]
 for _command in (
+    cli_compare.compare,
     cli_convert.convert, cli_convert.export, cli_convert.check,
     cli_data.data, cli_plan.plan, cli_rehearse.rehearse,
     cli_report.report, cli_report.prefixes,
@@ -121,44 +123,6 @@ def examine(recipe: RecipePath, overrides: Overrides = None) -> None:
     notes = doctor.findings(loaded) + doctor.long_prompts(dropped, kept + dropped, limit)
     for note in notes:
         print(f"note: {note}")
-
-
-@app.command()
-def compare(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    vary: Annotated[
-        str, typer.Option(help="KEY=VALUE,VALUE: one arm a value")
-    ] = "loss.weighting.rule=uniform,iw",
-    seeds: Annotated[int, typer.Option(min=1, help="runs an arm")] = 2,
-    out: Annotated[
-        Path, typer.Option(help="folder for all runs, summary.json and report.html")
-    ] = Path("runs/compare"),
-    resume: Resume = False,
-) -> None:
-    """Run several arms from the same start, with the same data and seeds, and compare them."""
-    from iwopd_megatron.compare import plan_arms
-
-    arms = plan_arms(recipe, overrides or [], vary, seeds, out)
-    if not resume and any((arm.recipe.out / "metrics.jsonl").exists() for arm in arms):
-        raise RecipeError(
-            f"{out} already holds runs; add --resume, or choose another folder with --out."
-        )
-    for arm in arms if resume else []:
-        check_resume(arm.recipe)
-    worker = _workers()
-    with _alone_in([arm.recipe.out for arm in arms]):
-        code = worker.execute(arms[0].recipe.world, worker.run_arms, (arms, resume))
-    if code == 0 and os.environ.get("RANK", "0") == "0":
-        from iwopd_megatron.compare import print_table, write_summary
-        from iwopd_megatron.report import write_report
-        from iwopd_megatron.report_data import find_runs, summarise
-
-        summary = summarise(find_runs([out]))
-        write_summary(out, summary)
-        print_table(summary)
-        print(f"{out / 'summary.json'}\n{write_report(out)}")
-    sys.exit(code)
 
 
 @app.command("toy-task")
