@@ -48,6 +48,10 @@ class Evaluate(Section):
         10, description="rounds between evaluations; also before the first and after the last"
     )
     problems: PositiveInt = Field(512, description="first problems of data.eval")
+    benchmarks: list[str] = Field(
+        [], description="besides data.eval, whole: aime25, ... of 'iwopd eval' and data.benchmarks"
+    )
+    samples: PositiveInt = Field(1, description="answers a problem; programs get one, greedy")
     temperature: float = Field(1.0, ge=0, description="0 is greedy")
 
 

@@ -134,6 +134,17 @@ def by_position(records: list[dict], key: str, part: slice, scale: float = 1) ->
     }
 
 
+def keys_of(runs: Runs, prefix: str) -> list[str]:
+    """All metrics of this beginning."""
+    lines = (line for arm in runs.values() for run in arm.values() for line in run)
+    return sorted({key for line in lines for key in line if key.startswith(prefix)})
+
+
+def is_zero(runs: Runs, key: str) -> bool:
+    """Whether no round of any run has another value."""
+    return not any(line.get(key) for arm in runs.values() for run in arm.values() for line in run)
+
+
 def prefix_logp(records: list[dict], part: slice) -> tuple[Curve, Curve]:
     """Tokens of a prefix -> its log-likelihood under student and teacher, nats, mean of responses.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ from iwopd_megatron.report_data import (
     by_position,
     difference,
     gains,
+    is_zero,
+    keys_of,
     mean_curve,
     prefix_logp,
     series,
@@ -135,12 +138,11 @@ def _first(runs: Runs, key: str) -> list[Curve]:
     return [curve for curves in found.values() for curve in curves]
 
 
-def _is_zero(runs: Runs, key: str) -> bool:
-    return not any(r.get(key) for arm in runs.values() for run in arm.values() for r in run)
-
-
 def _accuracy(runs: Runs) -> Charts:
     charts = {"accuracy": _over(runs, "accuracy", "Accuracy (%)", "eval", 100)}
+    for key in keys_of(runs, "accuracy_"):
+        name = key.removeprefix("accuracy_")
+        charts[re.sub(r"\W", "_", key)] = _over(runs, key, f"Right on {name} (%)", "eval", 100)
     if REFERENCE in runs and len(runs) > 1:
         found = {arm: gains(runs[arm], runs[REFERENCE]) for arm in runs if arm != REFERENCE}
         found = {arm: curves for arm, curves in found.items() if curves}
@@ -207,7 +209,7 @@ def _by_decile(runs: Runs) -> Charts:
     }
     shares = {"clipped": "Clipped tokens (%)", "tis_capped": "Capped by truncated IS (%)"}
     for key, label in shares.items():
-        if not _is_zero(runs, key):
+        if not is_zero(runs, key):
             charts[f"{key}_by_position"] = _at(runs, f"{key}_deciles", label, scale=100)
     return charts
 

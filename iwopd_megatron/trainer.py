@@ -16,10 +16,8 @@ from transformers import AutoTokenizer
 from iwopd_megatron import checkpoint, device, doctor, gates
 from iwopd_megatron.collect import Collector
 from iwopd_megatron.config import Recipe
-from iwopd_megatron.config_data import Source
-from iwopd_megatron.data_sources import read_source
 from iwopd_megatron.errors import GateError
-from iwopd_megatron.evaluate import Evaluator, grade_samples
+from iwopd_megatron.evaluate import Evaluation, grade_samples
 from iwopd_megatron.flops import attention_cost
 from iwopd_megatron.grading import check_graders
 from iwopd_megatron.hf_io import save_folder
@@ -90,14 +88,7 @@ class Trainer:
         for finding in doctor.long_prompts(found.too_long, total, limit):
             self.progress.say(f"note: {finding}")
         self.order = found.order(recipe.train.seed, recipe.data.shuffle)
-        self.evaluator = None
-        if recipe.data.eval is not None:
-            self.evaluator = Evaluator(
-                read_source(Source(path=recipe.data.eval))[0][: recipe.evaluate.problems],
-                self.tokenizer,
-                recipe.rollout.max_response_tokens,
-                recipe.evaluate.temperature,
-            )
+        self.evaluation = Evaluation(recipe, self.tokenizer)
 
     def run(self) -> bool:
         """Train to the last round; False if a stop was asked for and the state saved instead."""
@@ -222,12 +213,11 @@ class Trainer:
         return samples
 
     def _evaluate(self, last_round: dict[str, Any]) -> None:
-        if self.evaluator is None:
+        if not self.evaluation:
             return
         start = time.perf_counter()
-        accuracy = self.evaluator.accuracy(self.engine)
-        line = {"kind": "eval", "round": self.round, "accuracy": accuracy}
-        line["problems"] = len(self.evaluator.problems)
+        scores = self.evaluation.scores(self.engine)
+        line = {"kind": "eval", "round": self.round} | scores
         self._write(line, {"seconds": time.perf_counter() - start})
         self.progress.evaluation(line, last_round)
         if self.is_distilling and self.round > 0 and self.parallel.is_main:
