@@ -23,6 +23,7 @@ STYLE = {
     "legend.columnspacing": 1.2, "axes.titlesize": 9.5,
 }  # fmt: skip
 SIZE = 4.5, 3.1  # inches
+SINGLE = 5  # runs of an arm that are still drawn one by one
 
 
 def new_chart(x_label: str, y_label: str, whole_steps: bool = True) -> tuple[Figure, Axes]:
@@ -52,13 +53,13 @@ def looks(arms: Iterable[str]) -> dict[str, dict]:
 
 
 def draw_band(axes: Axes, curves: list[Curve], label: str, look: dict, single: bool = True) -> None:
-    """Mean over runs, +-1 SE shaded, each run as a thin line; over what all runs have."""
+    """Mean over runs, +-1 SE shaded, a few runs as thin lines too; over what all runs have."""
     xs = sorted(set.intersection(*map(set, curves)))  # a mean over fewer seeds would jump
     middle = np.array([mean(curve[x] for curve in curves) for x in xs])
     error = np.array([stderr(curve[x] for curve in curves) or 0.0 for x in xs])
     axes.plot(xs, middle, label=label, marker="o" if len(xs) <= 12 else None, **look)
     axes.fill_between(xs, middle - error, middle + error, color=look["color"], alpha=0.18, lw=0)
-    for curve in curves if single and len(curves) > 1 else []:
+    for curve in curves if single and 1 < len(curves) <= SINGLE else []:
         axes.plot(list(curve), list(curve.values()), **look | {"alpha": 0.5, "lw": 0.6})
 
 

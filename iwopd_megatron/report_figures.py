@@ -50,7 +50,7 @@ def sections(runs: Runs, prefixes: dict[str, dict], samples: list[dict]) -> list
         Section(
             "Accuracy",
             "On the evaluation problems. Line: mean over seeds; band: ± 1 standard error; thin "
-            "lines: single seeds. Second chart: difference from OPD, paired by seed (Fig. 1a, 2a).",
+            "lines: up to five seeds. Second chart: difference from OPD, paired by seed (Fig. 1a, 2a).",
             _accuracy(runs),
         ),
         Section(
@@ -82,9 +82,8 @@ def sections(runs: Runs, prefixes: dict[str, dict], samples: list[dict]) -> list
         ),
         Section(
             "By position",
-            "Mean over the tokens of each tenth of the response. |gap|: teacher − student, first "
-            "three rounds (dotted) against the last three; the others over all rounds. "
-            "Clipped and capped shares are left out where they are zero throughout.",
+            "Mean over the tokens of each tenth of the response. |gap|: first three rounds (dotted), "
+            "last three; others: all rounds. Shares that are zero throughout are left out.",
             _by_decile(runs),
         ),
         Section(
@@ -106,8 +105,8 @@ def sections(runs: Runs, prefixes: dict[str, dict], samples: list[dict]) -> list
         ),
         Section(
             "Services",
-            "Seconds to give the rollout servers new weights, proofs included; and the share of "
-            "answers whose teacher scores were there when the round's last answer ended.",
+            "Time to give the rollout servers new weights and prove it; and the share of answers "
+            "whose teacher scores were there when the round's last answer ended.",
             _services(runs),
         ),
     ]
@@ -161,6 +160,7 @@ def _prefixes(prefixes: dict[str, dict]) -> Charts:
             curves[who] = means, bounds
         figure = pair_chart(curves, "Student's prefix (% of its response)", "Right answers (%)")
         figure.axes[0].set_title(name, loc="right")
+        figure.axes[0].set_ylim(0)
         charts["prefix_continuation" + (f"_{number}" if number else "")] = figure
     return charts
 
