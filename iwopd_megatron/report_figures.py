@@ -49,8 +49,8 @@ def sections(runs: Runs, prefixes: dict[str, dict], samples: list[dict]) -> list
     made = [
         Section(
             "Accuracy",
-            "On the evaluation problems. Line: mean over seeds; band: ± 1 standard error; thin "
-            "lines: up to five seeds. Second chart: difference from OPD, paired by seed (Fig. 1a, 2a).",
+            "On the evaluation problems. Line: mean over seeds; band: ± 1 standard error; thin: up to "
+            "five single seeds. Second chart: difference from OPD, paired by seed (Fig. 1a, 2a).",
             _accuracy(runs),
         ),
         Section(
@@ -82,7 +82,7 @@ def sections(runs: Runs, prefixes: dict[str, dict], samples: list[dict]) -> list
         ),
         Section(
             "By position",
-            "Mean over the tokens of each tenth of the response. |gap|: first three rounds (dotted), "
+            "Mean over the tokens of each tenth of a response. |gap|: first three rounds (dotted), "
             "last three; others: all rounds. Shares that are zero throughout are left out.",
             _by_decile(runs),
         ),
