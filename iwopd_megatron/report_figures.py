@@ -50,7 +50,7 @@ def sections(runs: Runs, prefixes: dict[str, dict], samples: list[dict]) -> list
         Section(
             "Accuracy",
             "On the evaluation problems. Line: mean over seeds; band: ± 1 standard error; thin: up "
-            "to five single seeds. Second chart: difference from OPD, paired by seed (Fig. 1a, 2a).",
+            "to five single seeds. Second chart: gain over OPD, paired by seed (Fig. 1a, 2a).",
             _accuracy(runs),
         ),
         Section(
