@@ -10,7 +10,7 @@ OUT ?= runs/demo
 DISK ?=
 KILLS ?= 20
 
-.PHONY: setup demo demo-sglang demo-models test test-sglang test-vllm test-slurm lint bench bench-loss \
+.PHONY: setup demo demo-sglang demo-models ablation test test-sglang test-vllm test-slurm lint bench bench-loss \
 	bench-convert bench-plan bench-streaming bench-trl drill gpu-check gpu-check-venv gpu-tables cluster-venv
 
 setup: $(VENV)/ready
@@ -27,6 +27,12 @@ $(VENV)/ready: pyproject.toml constraints.txt
 demo: setup
 	rm -rf $(OUT)
 	$(RUN) -m iwopd_megatron compare recipes/demo_tiny_moe.yaml --seeds $(SEEDS) --out $(OUT)
+
+# The paper's Fig. 1a on the demo's task: the whole response, its first 30 %, its last 30 %; and IW-OPD.
+ablation: setup
+	rm -rf runs/ablation
+	$(RUN) -m iwopd_megatron compare recipes/demo_tiny_moe.yaml --seeds 3 --out runs/ablation \
+		--vary loss.weighting.rule=uniform,iw,prefix,suffix
 
 # The demo's task, teacher and student again, from random weights into recipes/demo (about 3 minutes).
 demo-models: setup

@@ -16,6 +16,7 @@ from iwopd_megatron.model import HiddenStateModel
 from iwopd_megatron.objective import Objective
 from iwopd_megatron.packing import MicroBatch, Packer, response_places
 from iwopd_megatron.parallel import Parallel
+from iwopd_megatron.router_load import RouterLoad
 from iwopd_megatron.routing import RoutingReplay
 from iwopd_megatron.scores import Support
 from iwopd_megatron.trajectory import Trajectory
@@ -37,6 +38,7 @@ class Schedule:
     parallel: Parallel
     temperature: float = 1.0
     replay: RoutingReplay | None = None  # of the chunks' routers
+    load: RouterLoad | None = None  # likewise
 
     def run(
         self,
@@ -58,6 +60,8 @@ class Schedule:
             batch = next(iterator)
             if self.replay is not None:
                 self.replay.follow(batch.experts)
+            if self.load is not None:
+                self.load.follow(batch.is_real)
             hidden = chunk(batch.tokens, batch.positions, None, packed_seq_params=batch.packed)
 
             def on_last_stage(hidden):

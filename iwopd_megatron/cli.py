@@ -13,12 +13,14 @@ from typing import Annotated
 import typer
 
 from iwopd_megatron import (
+    cli_compare,
     cli_convert,
     cli_data,
     cli_eval,
     cli_launch,
     cli_plan,
     cli_rehearse,
+    cli_report,
     cli_serve,
     doctor,
 )  # fmt: skip
@@ -26,7 +28,7 @@ from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_models import Layout
 from iwopd_megatron.errors import RecipeError, UserError
 from iwopd_megatron.lock import locked
-from iwopd_megatron.preflight import check_layout, check_resume, check_start, read_hf_config
+from iwopd_megatron.preflight import check_layout, check_start, read_hf_config
 from iwopd_megatron.quiet import quiet
 from iwopd_megatron.recipe import load_recipe
 
@@ -37,8 +39,10 @@ app = typer.Typer(
 RecipePath = Annotated[Path, typer.Argument(help="recipe YAML")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.lr=3e-4")]
 for _command in (
+    cli_compare.compare,
     cli_convert.convert, cli_convert.export, cli_convert.check,
     cli_data.data, cli_plan.plan, cli_rehearse.rehearse,
+    cli_report.report, cli_report.prefixes,
     cli_launch.launch, cli_launch.status, cli_launch.attach, cli_launch.serve_rollout,
 ):  # fmt: skip
     app.command()(_command)
@@ -113,53 +117,6 @@ def examine(recipe: RecipePath, overrides: Overrides = None) -> None:
     notes = doctor.findings(loaded) + doctor.long_prompts(dropped, kept + dropped, limit)
     for note in notes:
         print(f"note: {note}")
-
-
-@app.command()
-def compare(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    vary: Annotated[
-        str, typer.Option(help="KEY=VALUE,VALUE: one arm a value")
-    ] = "loss.weighting.rule=uniform,iw",
-    seeds: Annotated[int, typer.Option(min=1, help="runs an arm")] = 2,
-    out: Annotated[
-        Path, typer.Option(help="folder for all runs, summary.json and report.html")
-    ] = Path("runs/compare"),
-    resume: Resume = False,
-) -> None:
-    """Run several arms from the same start, with the same data and seeds, and compare them."""
-    from iwopd_megatron.compare import plan_arms
-
-    arms = plan_arms(recipe, overrides or [], vary, seeds, out)
-    if not resume and any((arm.recipe.out / "metrics.jsonl").exists() for arm in arms):
-        raise RecipeError(
-            f"{out} already holds runs; add --resume, or choose another folder with --out."
-        )
-    for arm in arms if resume else []:
-        check_resume(arm.recipe)
-    worker = _workers()
-    with _alone_in([arm.recipe.out for arm in arms]):
-        code = worker.execute(arms[0].recipe.world, worker.run_arms, (arms, resume))
-    if code == 0 and os.environ.get("RANK", "0") == "0":
-        from iwopd_megatron.compare import print_table, write_summary
-        from iwopd_megatron.report import find_runs, summarise, write_report
-
-        summary = summarise(find_runs(out))
-        write_summary(out, summary)
-        print_table(summary)
-        print(f"{out / 'summary.json'}\n{write_report(out)}")
-    sys.exit(code)
-
-
-@app.command()
-def report(
-    folder: Annotated[Path, typer.Argument(help="run folder, or a folder of compared runs")],
-) -> None:
-    """Draw report.html of a run or a comparison."""
-    from iwopd_megatron.report import write_report
-
-    print(write_report(folder))
 
 
 @app.command("toy-task")

@@ -49,21 +49,28 @@ def launch(
     else:
         loaded = load_recipe(recipe, overrides or [])
     check_start(loaded, resume)
-    folder = new_folder(loaded)
-    job = make_job(loaded, profile, folder)
-    print_roles(job, loaded, profile, dryrun)
+    code = submit(loaded, profile, dryrun)
+    if not dryrun and profile.is_waiting:
+        sys.exit(code)
+    if not dryrun:
+        print(f"follow it with: iwopd status {loaded.out}, iwopd attach {loaded.out}")
+
+
+def submit(recipe: Recipe, profile: Profile, dryrun: bool) -> int:
+    """One job of all roles; the job's exit code where the profile stays until it ends, else 0."""
+    folder = new_folder(recipe)
+    job = make_job(recipe, profile, folder)
+    print_roles(job, recipe, profile, dryrun)
     from iwopd_megatron import launch_nemo
 
     places = launch_nemo.executors(job, profile, folder)
-    write_job(job, loaded, folder)
+    write_job(job, recipe, folder)
     name = launch_nemo.launch(job, places, profile, folder, dryrun)
     print(f"written to {folder}" if dryrun else f"job {name} launched from {folder}")
     for script in sorted(folder.glob("experiments/**/*.sh")):
         print(f"  {script}")
-    if profile.is_waiting and not dryrun:
-        sys.exit(Board(folder, newest_attempt(folder)).finished)
-    if not dryrun:
-        print(f"follow it with: iwopd status {loaded.out}, iwopd attach {loaded.out}")
+    is_over = profile.is_waiting and not dryrun
+    return Board(folder, newest_attempt(folder)).finished if is_over else 0
 
 
 def status(

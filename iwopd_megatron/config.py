@@ -48,6 +48,10 @@ class Evaluate(Section):
         10, description="rounds between evaluations; also before the first and after the last"
     )
     problems: PositiveInt = Field(512, description="first problems of data.eval")
+    benchmarks: list[str] = Field(
+        [], description="besides data.eval, whole: aime25, ... of 'iwopd eval' and data.benchmarks"
+    )
+    samples: PositiveInt = Field(1, description="answers a problem; programs get one, greedy")
     temperature: float = Field(1.0, ge=0, description="0 is greedy")
 
 
@@ -58,6 +62,15 @@ class Checkpoint(Section):
     keep: PositiveInt = Field(2, description="newest complete checkpoints kept")
     async_save: bool = Field(
         True, description="train on while a process writes; false: wait for the disk"
+    )
+
+
+class Wandb(Section):
+    project: str = Field(description="W&B project")
+    entity: str | None = Field(None, description="team or user; default: the account's own")
+    group: str | None = Field(None, description="what the runs of a comparison share")
+    mode: Literal["online", "offline"] = Field(
+        "online", description="offline: RUN/wandb, to be sent later with 'wandb sync'"
     )
 
 
@@ -102,6 +115,9 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
     gates: Gates = Gates()
+    wandb: Wandb | None = Field(
+        None, description="metrics to Weights & Biases too; pip install 'iwopd-megatron[wandb]'"
+    )
     cluster: Cluster | None = Field(None, description="GPUs of each role, for plan and launch")
     processes: PositiveInt | None = Field(
         None, description="world size; default: cluster.trainer, or the fewest the layout fits on"

@@ -6,8 +6,12 @@ from typing import Any
 
 import torch.distributed as dist
 
+from iwopd_megatron.benchmarks import Benchmark, load_benchmark
+from iwopd_megatron.config import Recipe
+from iwopd_megatron.config_data import Source
 from iwopd_megatron.data import Problem, encode_prompt
-from iwopd_megatron.grading import grade
+from iwopd_megatron.data_sources import read_source
+from iwopd_megatron.grading import check_graders, grade
 from iwopd_megatron.grading_pool import Answer
 from iwopd_megatron.parallel import gather
 from iwopd_megatron.rollout import Prompt, RolloutEngine, Sampling
@@ -19,19 +23,53 @@ STREAM = 2**32 - 1  # random numbers no training round uses
 class Evaluator:
     """The same problems and the same random numbers every time it runs."""
 
-    def __init__(
-        self, problems: list[Problem], tokenizer: Any, max_tokens: int, temperature: float
-    ):
-        self.problems, self.tokenizer = problems, tokenizer
-        self.prompts = [
-            Prompt(i, encode_prompt(tokenizer, p.prompt)) for i, p in enumerate(problems)
-        ]
-        self.sampling = Sampling(max_tokens, temperature, seed=0, stream=STREAM)
+    def __init__(self, problems: list[Problem], tokenizer: Any, sampling: Sampling, samples: int):
+        self.problems, self.tokenizer, self.sampling = problems * samples, tokenizer, sampling
+        ids = [encode_prompt(tokenizer, problem.prompt) for problem in problems]
+        self.prompts = [Prompt(i, prompt) for i, prompt in enumerate(ids * samples)]
 
     def accuracy(self, engine: RolloutEngine) -> float:
-        """Share of the problems answered right, one answer each. Collective."""
+        """Share of right answers: mean@samples. Collective."""
         samples = engine.generate(self.prompts, self.sampling)
         return sum(grade_samples(samples, self.problems, self.tokenizer)) / len(samples)
+
+
+class Evaluation:
+    """All that a recipe evaluates while it trains: data.eval, and benchmarks by name."""
+
+    def __init__(self, recipe: Recipe, tokenizer: Any):
+        self.recipe, self.tokenizer = recipe, tokenizer
+        self.main = None
+        if recipe.data.eval is not None:
+            problems = read_source(Source(path=recipe.data.eval))[0]
+            self.main = self._evaluator(Benchmark("", problems[: recipe.evaluate.problems]), False)
+        self.named = {}
+        for name in dict.fromkeys(recipe.evaluate.benchmarks):
+            benchmark = load_benchmark(name, recipe.data.benchmarks)
+            self.named[name] = self._evaluator(benchmark, benchmark.is_greedy)
+
+    def _evaluator(self, benchmark: Benchmark, greedy: bool) -> Evaluator:
+        settings = self.recipe.evaluate
+        check_graders({problem.grader for problem in benchmark.problems})
+        temperature = 0.0 if greedy else settings.temperature
+        limit = self.recipe.rollout.max_response_tokens
+        sampling = Sampling(limit, temperature, seed=0, stream=STREAM)
+        samples = 1 if greedy else settings.samples
+        return Evaluator(benchmark.problems, self.tokenizer, sampling, samples)
+
+    def __bool__(self) -> bool:
+        return self.main is not None or bool(self.named)
+
+    def scores(self, engine: RolloutEngine) -> dict[str, float]:
+        """`accuracy` on data.eval, or else the benchmarks' mean; `accuracy_NAME`. Collective."""
+        named = {name: evaluator.accuracy(engine) for name, evaluator in self.named.items()}
+        if self.main is not None:
+            accuracy, problems = self.main.accuracy(engine), len(self.main.problems)
+        else:
+            accuracy = sum(named.values()) / len(named)
+            problems = sum(len(evaluator.problems) for evaluator in self.named.values())
+        line = {"accuracy": accuracy, "problems": problems}
+        return line | {f"accuracy_{name}": score for name, score in named.items()}
 
 
 def grade_samples(

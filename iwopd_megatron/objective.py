@@ -18,11 +18,13 @@ import torch.distributed as dist
 from iwopd_megatron.config_loss import Loss
 from iwopd_megatron.logprobs import LogProbs
 from iwopd_megatron.loss import importance_weight, is_clipped, opd_advantage, policy_loss
+from iwopd_megatron.metrics import BINS, BY_DECILE, BY_POSITION, DECILES
 from iwopd_megatron.packing import MicroBatch
 from iwopd_megatron.topk import topk_kl
 from iwopd_megatron.weighting import token_weights_packed
 
 Sums = dict[str, torch.Tensor]
+Values = dict[str, torch.Tensor]  # [N] each, detached
 ALL = slice(None)
 
 
@@ -59,6 +61,7 @@ class DistillationObjective:
     ratio_mean: torch.Tensor | None = None  # Z_t of the whole optimiser step, for ratio rules
     step: int = 0  # rounds done, of total_steps; for schedule
     total_steps: int = 1
+    bin_tokens: int = 1  # of a response, for the metrics by position
 
     @property
     def weighting(self) -> dict[str, Any]:
@@ -73,7 +76,7 @@ class DistillationObjective:
         old_N = own_logp if batch.old_logp is None else batch.old_logp
         weight_N = self.weights(batch.teacher_logp - old_N, batch)
         kind = TopKTerms if self.loss.objective == "topk_kl" else PolicyTerms
-        return kind(self.loss, batch, old_N, weight_N)
+        return kind(self.loss, batch, old_N, weight_N, self.bin_tokens)
 
     def weights(self, gap_N: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
         """Token weights of the loss tokens; prefix sums run over all context-parallel shards."""
@@ -98,20 +101,27 @@ class DistillationTerms:
     batch: MicroBatch
     old_N: torch.Tensor
     weight_N: torch.Tensor
+    bin_tokens: int
 
     def sums(self, logprobs: LogProbs, loss: torch.Tensor) -> Sums:
         batch, gap_N = self.batch, self.batch.teacher_logp - self.old_N
-        return self.own_sums(logprobs) | {
+        values = self.own_values(logprobs) | {
+            "tokens": torch.ones_like(gap_N),
+            "reverse_kl": -gap_N,
+            "weight": self.weight_N,
+            "logp": self.old_N,
+            "abs_gap": gap_N.abs(),
+            "entropy": logprobs.entropy.detach(),
+            "drift": (self.old_N - batch.rollout_logp).abs(),
+        }
+        names = BY_DECILE[self.settings.objective]
+        table_NM = torch.stack([values[name].float() for name in names], 1)
+        bin_N = (batch.offset // self.bin_tokens).clamp(max=BINS - 1)
+        return {
             "tokens": torch.tensor(len(gap_N), device=gap_N.device),
             "loss": loss.detach(),
-            "gap": gap_N.sum(),
-            "abs_gap": gap_N.abs().sum(),
-            "weight": self.weight_N.sum(),
-            "entropy": logprobs.entropy.detach().sum(),
-            "drift": (self.old_N - batch.rollout_logp).abs().sum(),
-            "decile_tokens": by_decile(batch.place, torch.ones_like(gap_N)),
-            "gap_deciles": by_decile(batch.place, gap_N.abs()),
-            "weight_deciles": by_decile(batch.place, self.weight_N),
+            "deciles": sum_rows(batch.place, table_NM, DECILES),
+            "positions": sum_rows(bin_N, table_NM[:, : len(BY_POSITION)], BINS),
         }
 
 
@@ -142,11 +152,11 @@ class PolicyTerms(DistillationTerms):
             denominator=self.batch.denominator[part],
         )
 
-    def own_sums(self, logprobs: LogProbs) -> Sums:
+    def own_values(self, logprobs: LogProbs) -> Values:
         cap = self.settings.tis_cap or float("inf")
         correction_N = importance_weight(self.old_N, self.batch.rollout_logp, cap)
         clipped_N = is_clipped(logprobs.logp, self.old_N, self.advantage_N, self.settings.clip)
-        return {"clipped": clipped_N.sum(), "tis_capped": (correction_N >= cap).sum()}
+        return {"clipped": clipped_N, "tis_capped": correction_N >= cap}
 
 
 class TopKTerms(DistillationTerms):
@@ -156,13 +166,13 @@ class TopKTerms(DistillationTerms):
         kl_C = self._kl(logprobs.topk_logp, part)
         return (self.weight_N[part] * kl_C / self.batch.denominator[part]).sum()
 
-    def own_sums(self, logprobs: LogProbs) -> Sums:
+    def own_values(self, logprobs: LogProbs) -> Values:
         teacher_NK, student_NK = self.batch.topk_logp, logprobs.topk_logp.detach()
         return {
-            "topk_kl": self._kl(student_NK, ALL).sum(),
-            "topk_mass_teacher": teacher_NK.exp().sum(),
-            "topk_mass_student": student_NK.exp().sum(),
-            "topk_hit": (self.batch.topk_ids == self.batch.targets[:, None]).sum(),
+            "topk_kl": self._kl(student_NK, ALL),
+            "topk_mass_teacher": teacher_NK.exp().sum(1),
+            "topk_mass_student": student_NK.exp().sum(1),
+            "topk_hit": (self.batch.topk_ids == self.batch.targets[:, None]).any(1),
         }
 
     def _kl(self, student_CK: torch.Tensor, part: slice) -> torch.Tensor:
@@ -193,6 +203,6 @@ class LikelihoodTerms:
         return {"tokens": tokens, "loss": loss.detach()}
 
 
-def by_decile(place_N: torch.Tensor, value_N: torch.Tensor) -> torch.Tensor:
-    """Sums `[10]` of a value over the tenths of the responses."""
-    return torch.zeros(10, device=place_N.device).index_add_(0, place_N, value_N.float())
+def sum_rows(place_N: torch.Tensor, table_NM: torch.Tensor, places: int) -> torch.Tensor:
+    """Sums `[places, M]` of the rows that have the same place."""
+    return table_NM.new_zeros(places, table_NM.shape[1]).index_add_(0, place_N, table_NM)

@@ -46,6 +46,7 @@ class MicroBatch:
     topk_ids: torch.Tensor | None = None  # [N, K] int64: the teacher's likeliest tokens
     topk_logp: torch.Tensor | None = None  # [N, K]
     experts: torch.Tensor | None = None  # [layers, T / tp, top k] on the host, to be replayed
+    is_real: torch.Tensor | None = None  # [T / tp] bool: no padding, of this tensor-parallel rank
 
 
 @dataclass(frozen=True)
@@ -183,8 +184,8 @@ def _build(
     lengths = [round_up(sample.inputs, layout.token_multiple) for sample in samples]
     if sum(lengths) < total:
         lengths.append(total - sum(lengths))  # padding: a last segment that no loss reads
-    ids = numpy.zeros((7, total), dtype=numpy.int64)
-    token, position, segment, is_loss, target, offset, owner = ids
+    ids = numpy.zeros((8, total), dtype=numpy.int64)
+    token, position, segment, is_loss, target, offset, owner, is_real = ids
     values = numpy.zeros((2 + len(SCORES), total), dtype=numpy.float32)
     denominator, response_length = values[:2]
     segment[:] = numpy.repeat(numpy.arange(len(lengths)), lengths)
@@ -195,6 +196,7 @@ def _build(
         loss = slice(start + len(sample.prompt_ids) - 1, start + sample.inputs)
         token[start : start + sample.inputs] = (sample.prompt_ids + sample.response_ids)[:-1]
         is_loss[loss] = sample.is_read
+        is_real[start : start + sample.inputs] = True
         target[loss] = sample.response_ids
         offset[loss] = numpy.arange(response)
         owner[loss] = sample.index
@@ -223,5 +225,6 @@ def _build(
         offset=kept[5],
         denominator=value[0],
         experts=cut_routes(samples, lengths, index, parallel.tp),
+        is_real=column[7].view(parallel.tp.size, -1)[parallel.tp.rank].bool(),
         **scores,
     )

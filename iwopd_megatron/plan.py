@@ -64,7 +64,8 @@ class Plan:
         recipe, rounds = self.setup.recipe, self.setup.recipe.train.rounds
         total = rounds * self.seconds
         if recipe.data.eval is not None:
-            share = recipe.evaluate.problems / self.setup.prompts
+            answers = recipe.evaluate.problems * recipe.evaluate.samples
+            share = answers / self.setup.prompts
             times = 2 + (rounds - 1) // recipe.evaluate.every
             total += times * share * self.generation.seconds
         if recipe.checkpoint.every:

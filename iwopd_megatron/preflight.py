@@ -156,7 +156,7 @@ MAY_CHANGE = (
     "rollout.batch_size", "rollout.servers", "rollout.sync", "rollout.sync_folder",
     "rollout.sync_address", "rollout.pause", "rollout.verify_every", "rollout.stream_scoring",
     "train.rounds", "train.microbatch_tokens", "evaluate", "checkpoint",
-    "gates", "cluster",
+    "gates", "cluster", "wandb",
 )  # fmt: skip
 
 

@@ -1,11 +1,17 @@
-"""A run folder's metrics.jsonl and TensorBoard files: written by rank 0, read by reports."""
+"""A run folder's metrics.jsonl, TensorBoard files, events: written by rank 0, read by reports."""
 
 from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
+
+import yaml
+
+from iwopd_megatron.config import Recipe
+from iwopd_megatron.wandb_log import WandbLog
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -33,13 +39,24 @@ def _key(record: dict[str, Any]) -> tuple[str, int]:
     return record["kind"], record["round"]
 
 
+def append_event(run: Path, round_number: int, kind: str, text: str) -> None:
+    """Add to events.jsonl what a person should know later: gates, steps left out, restarts.
+
+    Unlike metrics.jsonl it is not cut on resume: what stopped a run stays known.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    line = {"time": time.time(), "round": round_number, "event": kind, "text": text}
+    with (run / "events.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
 class MetricsLog:
     """One object a line, and TensorBoard scalars, of one run folder.
 
     metrics.jsonl holds what the seed and the layout determine, timing.jsonl what the clock said.
     """
 
-    def __init__(self, run: Path, resumed_round: int | None = None):
+    def __init__(self, run: Path, resumed_round: int | None = None, wandb: WandbLog | None = None):
         """Empty, or the lines up to `resumed_round`: a resumed run writes later ones again."""
         from torch.utils.tensorboard import SummaryWriter
 
@@ -52,6 +69,7 @@ class MetricsLog:
             partial = path.with_suffix(".partial")
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
             partial.replace(path)
+        self._wandb = wandb
         self._board = SummaryWriter(run / "tensorboard", purge_step=(resumed_round or 0) + 1)
 
     def write(self, line: dict[str, Any], clock: dict[str, Any] | None = None) -> None:
@@ -60,12 +78,32 @@ class MetricsLog:
         for name, record in (("metrics.jsonl", line), ("timing.jsonl", own | (clock or {}))):
             with (self.run / name).open("a") as file:
                 file.write(json.dumps(_finite(record)) + "\n")
-        for key, value in (line | (clock or {})).items():
-            if isinstance(value, int | float) and key != "round":
-                self._board.add_scalar(f"{line['kind']}/{key}", value, line["round"])
+        figures = (line | (clock or {})).items()
+        figures = {k: v for k, v in figures if isinstance(v, int | float) and k != "round"}
+        for key, value in figures.items():
+            self._board.add_scalar(f"{line['kind']}/{key}", value, line["round"])
+        if self._wandb is not None:
+            self._wandb.write(line["kind"], line["round"], figures)
 
     def close(self) -> None:
         self._board.close()
+        if self._wandb is not None:
+            self._wandb.close()
+
+
+def open_log(recipe: Recipe, resumed_round: int | None) -> MetricsLog:
+    """The log of a run that begins or goes on, with the resolved recipe beside it."""
+    recipe.out.mkdir(parents=True, exist_ok=True)
+    wandb = WandbLog(recipe) if recipe.wandb is not None else None
+    log = MetricsLog(recipe.out, resumed_round, wandb)
+    resolved = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    (recipe.out / "recipe.yaml").write_text(resolved)
+    return log
+
+
+def truncated_shares(run: Path) -> list[float]:
+    """Share of truncated answers of every round so far."""
+    return [line["truncated"] for line in read_metrics(run) if "truncated" in line]
 
 
 def _finite(value: Any) -> Any:

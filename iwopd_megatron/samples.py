@@ -26,8 +26,9 @@ def keep_samples(
 ) -> None:
     """Write the round's first samples to samples/round_<n>.jsonl.
 
-    Gaps are `Trajectory.gaps`, 0 where no loss reads the token. weighting: the settings of
-    `token_weights_packed`, those of the round's first optimiser step.
+    Gaps are `Trajectory.gaps`, 0 where no loss reads the token. `weight` is by the run's own rule,
+    weight_iw and weight_iw_signed by these. weighting: the settings of `token_weights_packed`,
+    those of the round's first optimiser step.
     """
     lines = []
     for sample, problem in list(zip(samples, problems, strict=True))[:KEPT]:
@@ -35,7 +36,14 @@ def keep_samples(
         mask = torch.tensor(sample.is_read)
         gap = torch.zeros(count).masked_scatter(mask, torch.tensor(sample.gaps()))
         gap, mask = (x.to(device.current_device()) for x in (gap, mask))
-        weight = token_weights_packed(gap, mask.new_zeros(count).long(), mask, **weighting)
+        whole = mask.new_zeros(count).long()
+        weight = token_weights_packed(gap, whole, mask, **weighting)
+        both = {
+            f"weight_{rule}": token_weights_packed(
+                gap, whole, mask, rule=rule, gamma=weighting["gamma"]
+            ).tolist()
+            for rule in ("iw", "iw_signed")
+        }
         lines.append({
             "prompt": problem.prompt,
             "response": tokenizer.decode(sample.response_ids),
@@ -44,6 +52,7 @@ def keep_samples(
             "tokens": [tokenizer.decode([token]) for token in sample.response_ids],
             "gap": gap.tolist(),
             "weight": weight.tolist(),
+            **both,
         })  # fmt: skip
     folder = run / "samples"
     folder.mkdir(exist_ok=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from iwopd_megatron import checkpoint
 from iwopd_megatron.actor import Schedule
@@ -16,7 +19,8 @@ from iwopd_megatron.model import build_model, wrap_precision
 from iwopd_megatron.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from iwopd_megatron.packing import MicroBatch, Packer
 from iwopd_megatron.parallel import Parallel
-from iwopd_megatron.preflight import read_hf_config
+from iwopd_megatron.preflight import num_experts, read_hf_config
+from iwopd_megatron.router_load import RouterLoad
 from iwopd_megatron.routing import RoutingReplay
 from iwopd_megatron.saver import Saver
 from iwopd_megatron.sync import WeightStream
@@ -38,7 +42,11 @@ class Student:
         self.scheduler = build_scheduler(self.optimizer, recipe.train)
         temperature = recipe.rollout.temperature if recipe.is_distilling else 1.0
         replay = RoutingReplay(self.chunks) if recipe.rollout.routing_replay else None
-        self.schedule = Schedule(self.chunks, parallel, temperature, replay)
+        experts = num_experts(self.hf)
+        self.load = None
+        if experts:
+            self.load = RouterLoad(self.chunks, self.hf["num_hidden_layers"], experts)
+        self.schedule = Schedule(self.chunks, parallel, temperature, replay, self.load)
 
     @staticmethod
     def sources(recipe: Recipe) -> Mapping[str, Any]:
@@ -50,7 +58,13 @@ class Student:
 
     def accumulate(self, batches: list[MicroBatch], length: int, objective: Any) -> list[Any]:
         """Gradients of `objective` over the micro-batches; what it kept of each."""
-        return self.schedule.accumulate(self.optimizer, batches, length, objective)
+        with self.load.counting() if self.load is not None else contextlib.nullcontext():
+            return self.schedule.accumulate(self.optimizer, batches, length, objective)
+
+    @property
+    def expert_tokens(self) -> torch.Tensor | None:
+        """`[layers, experts]`: tokens this rank's routers sent there in the last `accumulate`."""
+        return self.load.tokens if self.load is not None else None
 
     def score(self, samples: list[Trajectory], packer: Packer) -> list[list[float]]:
         """Log-probs of every loss token under the present weights, as training computes them."""

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from iwopd_megatron import device, gates
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_models import Frozen
+from iwopd_megatron.metrics import bin_tokens
 from iwopd_megatron.minibatch import Minibatch
 from iwopd_megatron.objective import DistillationObjective, LikelihoodObjective
 from iwopd_megatron.packing import Packer, deal
@@ -104,5 +105,7 @@ class Supervision:
             mean = ratio_mean([sample.gaps() for sample in samples], weighting.alpha)
             mean = mean.to(device.current_device())
         progress = round_number - 1, self.recipe.train.rounds
+        width = bin_tokens(self.recipe.rollout.max_response_tokens)
         cp_group = self.packer.parallel.cp.group
-        return Minibatch(samples, DistillationObjective(loss, cp_group, mean, *progress), support)
+        objective = DistillationObjective(loss, cp_group, mean, *progress, width)
+        return Minibatch(samples, objective, support)

@@ -7,35 +7,31 @@ denominators and gates need no messages.
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from functools import partial
 from typing import Any
 
-import torch
-import yaml
 from transformers import AutoTokenizer
 
 from iwopd_megatron import checkpoint, device, doctor, gates
 from iwopd_megatron.collect import Collector
 from iwopd_megatron.config import Recipe
-from iwopd_megatron.config_data import Source
-from iwopd_megatron.data_sources import read_source
-from iwopd_megatron.evaluate import Evaluator, grade_samples
+from iwopd_megatron.errors import GateError
+from iwopd_megatron.evaluate import Evaluation, grade_samples
 from iwopd_megatron.flops import attention_cost
 from iwopd_megatron.grading import check_graders
 from iwopd_megatron.hf_io import save_folder
-from iwopd_megatron.metrics import NLL_SUMS, SUMS, reduce_sums, response_means, token_means
-from iwopd_megatron.minibatch import Minibatch
+from iwopd_megatron.metrics import response_means
 from iwopd_megatron.packing import Packer
 from iwopd_megatron.parallel import Parallel, any_rank, gather
 from iwopd_megatron.preflight_scorers import check_sources
 from iwopd_megatron.progress import Progress
 from iwopd_megatron.rollout.make import make_engine
 from iwopd_megatron.rollout.servers import Canary
-from iwopd_megatron.runlog import MetricsLog, read_metrics
+from iwopd_megatron.runlog import append_event, open_log, truncated_shares
 from iwopd_megatron.samples import keep_samples
 from iwopd_megatron.saver import Saver
+from iwopd_megatron.steps import train_round
 from iwopd_megatron.stop import stop_requested
 from iwopd_megatron.student import Student
 from iwopd_megatron.supervision import Supervision
@@ -50,6 +46,7 @@ class Trainer:
         self, recipe: Recipe, parallel: Parallel, progress: Progress, resume: bool = False
     ):
         self.recipe, self.parallel, self.progress = recipe, parallel, progress
+        self.is_distilling, self.round, self.seconds = recipe.is_distilling, 0, {}
         self.tokenizer = AutoTokenizer.from_pretrained(recipe.student.hf)
         self._load_data()
         self.student = Student(recipe, parallel)
@@ -58,32 +55,23 @@ class Trainer:
         longest = max((ids for _, ids in self.problems), key=len)
         probe = partial(self.student.probe, longest, self.packer)
         canary = Canary(longest, probe, recipe.gates.max_canary)
-        self.engine = make_engine(recipe, parallel, progress.say, canary)
+        self.engine = make_engine(recipe, parallel, partial(self._event, "service"), canary)
         self.supervision = Supervision(recipe, self.student, self.packer, self.tokenizer)
         self.collector = Collector(
             recipe, parallel, self.problems, self.order, self.engine, self._begin
         )
-        self.is_distilling = recipe.is_distilling
         for role, model in self.supervision.models.items():
             progress.loaded(role, gather(model.loaded))
-        self.round, self.seconds = 0, {}
         settings = recipe.checkpoint
         self.saver = Saver(recipe.out, settings.keep, settings.async_save, parallel)
         found = checkpoint.newest(recipe.out, parallel, progress.say) if resume else None
         if found is not None:
             self.round, self.collector.order.cursor = self.student.restore(found)
-            progress.say(f"resumed after round {self.round} from {found}")
+            self._event("resumed", f"resumed after round {self.round} from {found}")
         self.log = None
         if parallel.is_main:
-            self.log = MetricsLog(recipe.out, self.round if found else None)
-            resolved = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-            (recipe.out / "recipe.yaml").write_text(resolved)
-        self.truncated = parallel.on_main(self._truncated_before)
-
-    def _truncated_before(self) -> list[float]:
-        """Share of truncated answers of every round before this one."""
-        lines = read_metrics(self.recipe.out)
-        return [line["truncated"] for line in lines if "truncated" in line]
+            self.log = open_log(recipe, self.round if found else None)
+        self.truncated = parallel.on_main(lambda: truncated_shares(recipe.out))
 
     def _load_data(self) -> None:
         recipe = self.recipe
@@ -100,19 +88,15 @@ class Trainer:
         for finding in doctor.long_prompts(found.too_long, total, limit):
             self.progress.say(f"note: {finding}")
         self.order = found.order(recipe.train.seed, recipe.data.shuffle)
-        self.evaluator = None
-        if recipe.data.eval is not None:
-            self.evaluator = Evaluator(
-                read_source(Source(path=recipe.data.eval))[0][: recipe.evaluate.problems],
-                self.tokenizer,
-                recipe.rollout.max_response_tokens,
-                recipe.evaluate.temperature,
-            )
+        self.evaluation = Evaluation(recipe, self.tokenizer)
 
     def run(self) -> bool:
         """Train to the last round; False if a stop was asked for and the state saved instead."""
         try:
             return self._run()
+        except GateError as error:
+            self._keep_event("gate", str(error))
+            raise
         finally:
             self.engine.close()
             self.supervision.close()
@@ -164,11 +148,16 @@ class Trainer:
             self.collector.prefetch(self.round + 1)
         line = {"kind": "round", "round": self.round}
         with self._phase("train"):
-            line |= self._train(minibatches)
+            line |= train_round(
+                self.recipe, self.student, self.packer, minibatches, self._say_skipped
+            )
         if self.is_distilling:
             line |= response_means(self.samples)
             if self.recipe.gates.on_bad_sample == "drop":
                 line["dropped"] = _unread(self.samples) - _unread(samples)
+                if line["dropped"]:
+                    text = f"round {self.round}: {line['dropped']} answers are left out."
+                    self._event("dropped", text)
             self.truncated.append(line["truncated"])
         with self._phase("sync"):
             self.engine.update(self.student.stream, self.round)
@@ -182,39 +171,18 @@ class Trainer:
         self.progress.round(line | clock)
         return line | clock
 
-    def _train(self, minibatches: list[Minibatch]) -> dict[str, Any]:
-        """The round's optimiser steps; means over all of them."""
-        recipe, sizes = self.recipe, NLL_SUMS
-        if self.is_distilling:
-            sizes = SUMS[recipe.loss.objective]
-        total, norms = {name: torch.zeros(n).double() for name, n in sizes.items()}, []
-        for _ in range(recipe.train.epochs):
-            for minibatch in minibatches:
-                if not any(sample.loss_tokens for sample in minibatch.samples):
-                    self._say_skipped("every response token is masked")
-                    continue
-                batches, length = minibatch.pack(self.packer, recipe.loss.aggregation)
-                kept = self.student.accumulate(batches, length, minibatch.objective)
-                sums = reduce_sums(kept, self.parallel, sizes)
-                if self.is_distilling:
-                    gates.drift((sums["drift"] / sums["tokens"]).item(), recipe.gates.max_drift)
-                norms.append(self.student.step())
-                if not math.isfinite(norms[-1]):
-                    self._say_skipped(f"the gradient norm is {norms[-1]}")
-                total = {name: total[name] + sums[name] for name in sizes}
-        line = {
-            "loss": total["loss"].item() / max(len(norms), 1),
-            "response_tokens": sum(len(sample.response_ids) for sample in self.samples),
-            "loss_tokens": round(total["tokens"].item() / recipe.train.epochs),
-        }
-        if self.is_distilling:
-            line |= token_means(total)
-        line |= {"grad_norm": sum(norms) / max(len(norms), 1), "lr": self.student.lr}
-        self.student.end_round()
-        return line
-
     def _say_skipped(self, reason: str) -> None:
-        self.progress.say(f"round {self.round}: {reason}; this optimiser step is left out.")
+        text = f"round {self.round}: {reason}; this optimiser step is left out."
+        self._event("skipped step", text)
+
+    def _event(self, kind: str, text: str) -> None:
+        """Tell who watches, and keep it in events.jsonl."""
+        self.progress.say(text)
+        self._keep_event(kind, text)
+
+    def _keep_event(self, kind: str, text: str) -> None:
+        if self.parallel.is_main:
+            append_event(self.recipe.out, self.round, kind, text)
 
     def _own_responses(self) -> list[Trajectory]:
         """The student's answers to the next prompts, graded and masked."""
@@ -245,12 +213,11 @@ class Trainer:
         return samples
 
     def _evaluate(self, last_round: dict[str, Any]) -> None:
-        if self.evaluator is None:
+        if not self.evaluation:
             return
         start = time.perf_counter()
-        accuracy = self.evaluator.accuracy(self.engine)
-        line = {"kind": "eval", "round": self.round, "accuracy": accuracy}
-        line["problems"] = len(self.evaluator.problems)
+        scores = self.evaluation.scores(self.engine)
+        line = {"kind": "eval", "round": self.round} | scores
         self._write(line, {"seconds": time.perf_counter() - start})
         self.progress.evaluation(line, last_round)
         if self.is_distilling and self.round > 0 and self.parallel.is_main:

@@ -19,6 +19,7 @@ from iwopd_megatron.bench_run import BenchRun, run_benchmarks
 from iwopd_megatron.compare import Arm, is_finished
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_models import Layout
+from iwopd_megatron.continuations import PrefixStudy, study_prefixes
 from iwopd_megatron.errors import (
     CheckpointError,
     GateError,
@@ -30,6 +31,7 @@ from iwopd_megatron.parallel import initialise, shutdown, start_local
 from iwopd_megatron.progress import Progress
 from iwopd_megatron.stop import EXIT_STOPPED, die_with_parent, watch_signals
 from iwopd_megatron.trainer import Trainer
+from iwopd_megatron.wandb_log import check_installed
 
 EXIT_CODES = {
     error.__name__: error.exit_code
@@ -46,6 +48,7 @@ def run_arms(arms: list[Arm], resume: bool) -> None:
     """Runs one after the other in this world. With `resume`, finished ones are skipped."""
     watch_signals()
     die_with_parent()
+    check_installed(arms[0].recipe)
     parallel = initialise(arms[0].recipe.student.parallel, arms[0].recipe.train.seed)
     with Progress(sum(arm.recipe.train.rounds for arm in arms), parallel.is_main) as progress:
         for note in dict.fromkeys(note for arm in arms for note in doctor.findings(arm.recipe)):
@@ -75,6 +78,14 @@ def evaluate(run: BenchRun) -> None:
     with BenchProgress() as progress:
         results = run_benchmarks(run, parallel, progress)
     progress.table(results)
+    shutdown()
+
+
+def continue_prefixes(study: PrefixStudy) -> None:
+    """Who gets the answer right from a student's prefix, on every rank."""
+    die_with_parent()
+    parallel = initialise(Layout())
+    study_prefixes(study, parallel, Progress(0, parallel.is_main).say)
     shutdown()
 
 

@@ -216,3 +216,22 @@ def test_missing_nemo_run_is_one_sentence(tmp_path):
     assert done.returncode == 1
     assert "make cluster-venv" in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+COMPARE = [*LAUNCH[:-1], "compare", str(DEMO), "--seeds", "1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--dryrun"], "name their cluster with --cluster PROFILE"),
+        (["--cluster", "nowhere"], "cluster profile"),
+        # the first arm could run
+        (["--cluster", "local", "--vary", "processes=2,16"], "the roles need 2 machines"),
+    ],
+)
+def test_bad_comparisons_launch_nothing(tmp_path, arguments, sentence):
+    command = [*COMPARE, *arguments, "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()

@@ -13,6 +13,7 @@ import httpx
 import psutil
 import pytest
 import torch
+from same_figures import assert_same_figures
 from served import ROOT, TEACHER, served, wait_until
 from test_teacher_service import SAMPLES
 from transformers import AutoTokenizer
@@ -81,8 +82,7 @@ def is_near(ours, theirs):
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
         assert a.keys() == b.keys()
-        for key in a.keys() - {"kind", "drift"}:
-            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6), (key, a["round"])
+        assert_same_figures(a, b)
 
 
 def test_a_service_teaches_what_an_embedded_teacher_does(undisturbed, tmp_path):

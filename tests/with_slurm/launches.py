@@ -40,8 +40,10 @@ class Cluster:
         self.bed, self.profile = bed, folder / "slurm.yaml"
         self.profile.write_text(PROFILE)
 
-    def launch(self, *arguments: str, **env: str) -> subprocess.CompletedProcess:
-        command = [LAUNCHER, "-W", "ignore", "-m", "iwopd_megatron", "launch", *arguments]
+    def launch(
+        self, *arguments: str, command: str = "launch", **env: str
+    ) -> subprocess.CompletedProcess:
+        command = [LAUNCHER, "-W", "ignore", "-m", "iwopd_megatron", command, *arguments]
         command += ["--cluster", str(self.profile)]
         env = self.bed.env | {"PYTHONPATH": str(ROOT)} | env
         return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 from launches import LAUNCHER, ROOT, until
@@ -22,6 +23,12 @@ THREE_ROLES = [
     "rollout.servers.env={PYTHONPATH: tests/with_sglang/environment, OMP_NUM_THREADS: '1'}",
     "rollout.servers.hang_timeout_s=300", "checkpoint.every=1",
 ]  # fmt: skip
+
+
+def iwopd(*arguments: str) -> str:
+    """In the trainer's environment, which has what draws."""
+    command = [sys.executable, "-W", "ignore", "-m", "iwopd_megatron", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
 def rounds(run: Path) -> list[int]:
@@ -52,6 +59,24 @@ def test_scripts_of_a_dry_run(cluster, tmp_path):
     for file in folder.rglob("*"):
         if file.is_file():
             assert "do_not_write_this" not in file.read_text(errors="replace"), file
+
+
+def test_a_comparison_is_a_job_for_each_run(cluster, tmp_path):
+    out = tmp_path / "rules"
+    words = [DEMO, *SMALL, "train.rounds=2", "--seeds", "2", "--out", str(out)]
+    done = cluster.launch(*words, "--dryrun", command="compare")
+    assert done.returncode == 0, done.stderr
+    assert len(list(out.glob("*/seed_*/launch/*/experiments/*/*/*_sbatch.sh"))) == 4
+    done = cluster.launch(*words, command="compare")
+    assert done.returncode == 0, done.stderr
+    assert len(set(re.findall(r"job (\d+) launched", done.stdout))) == 4
+    runs = [out / arm / f"seed_{seed}" for arm in ("opd", "iw") for seed in (1, 2)]
+    until(lambda: all((run / "hf" / "config.json").is_file() for run in runs), 300)
+    assert [rounds(run) for run in runs] == [[1, 2]] * 4
+    until(lambda: not cluster.bed.output("squeue", "-h").strip(), 60)
+    again = cluster.launch(*words, "--resume", command="compare")
+    assert again.returncode == 0 and "launched" not in again.stdout  # all have ended
+    assert "<td>IW-OPD</td><td>2</td>" in Path(iwopd("report", str(out)).strip()).read_text()
 
 
 def test_every_recipe_has_scripts(cluster, tmp_path):

@@ -1,0 +1,87 @@
+"""`iwopd report | prefixes`: what runs recorded as one page, and one thing they did not record."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from iwopd_megatron.config import Recipe
+from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.preflight import check_model_files
+from iwopd_megatron.quiet import quiet
+from iwopd_megatron.recipe import load_recipe
+
+
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="run folders, or folders of compared runs")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="folder of report.html; default: the only one, else runs/report"),
+    ] = None,
+) -> None:
+    """Draw report.html of runs or comparisons, several in one page."""
+    from iwopd_megatron.report import write_report
+
+    for folder in folders:
+        if not folder.is_dir():
+            raise RecipeError(f"{folder} is no folder; give a run folder, a recipe's 'out'.")
+    print(write_report(folders, out or (folders[0] if len(folders) == 1 else Path("runs/report"))))
+
+
+def prefixes(
+    run: Annotated[Path, typer.Argument(help="run folder, a recipe's 'out'")],
+    at: Annotated[
+        str, typer.Option(help="shares of the student's answers that are kept")
+    ] = "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9",
+    problems: Annotated[int, typer.Option(min=1, help="first problems of data.eval")] = 64,
+    samples: Annotated[int, typer.Option(min=1, help="continuations of each prefix")] = 8,
+    trained: Annotated[
+        bool, typer.Option("--trained", help="the run's final student; default: its first one")
+    ] = False,
+    processes: Annotated[int, typer.Option(min=1, help="each holds a whole model")] = 1,
+) -> None:
+    """Teacher's and student's chance of a right answer from student prefixes of growing length.
+
+    Student and teacher write on the embedded engine. RUN/prefixes.json has the figures, which
+    'iwopd report RUN' draws.
+    """
+    if not (run / "recipe.yaml").is_file():
+        raise RecipeError(f"{run} is not a run folder: it has no recipe.yaml.")
+    recipe = load_recipe(run / "recipe.yaml")
+    _check(recipe, run)
+    student = run / "hf" if trained else recipe.student.hf
+    if trained and not (student / "config.json").is_file():
+        raise RecipeError(f"{run} has no trained student yet; leave out --trained, or finish it.")
+    check_model_files(student, weights=True)
+    fractions = _fractions(at)
+    quiet()
+    from iwopd_megatron import worker
+    from iwopd_megatron.continuations import PrefixStudy
+
+    study = PrefixStudy(recipe, student, fractions, problems, samples, run)
+    code = worker.execute(processes, worker.continue_prefixes, (study,))
+    if code == 0:
+        print(run / "prefixes.json")
+    sys.exit(code)
+
+
+def _check(recipe: Recipe, run: Path) -> None:
+    if recipe.data.eval is None:
+        raise RecipeError(f"{run}/recipe.yaml has no data.eval; its problems are what is answered.")
+    if len(recipe.named_teachers) != 1:
+        raise RecipeError(f"{run}/recipe.yaml must have one teacher to continue with.")
+    (teacher,) = recipe.named_teachers.values()
+    check_model_files(teacher.hf, weights=True)
+
+
+def _fractions(text: str) -> list[float]:
+    try:
+        found = sorted({float(word) for word in text.split(",")})
+    except ValueError:
+        found = []
+    if not found or found[0] < 0 or found[-1] >= 1:
+        raise RecipeError(f"--at '{text}' is not a list of shares from 0 to below 1, e.g. 0,0.25.")
+    return found

@@ -1,0 +1,148 @@
+"""Charts of curves over arms and seeds. Each is one small picture, so that a page can wrap them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from iwopd_megatron.report_data import ARM_NAMES, Curve, Reduce, Runs, mean, stderr
+
+# Okabe-Ito for arms; Tol's light scheme for phases, so that no phase looks like an arm.
+ARM_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+PHASE_COLOURS = ["#77AADD", "#EE8866", "#BBCC33", "#FFAABB", "#44BB99", "#EEDD88", "#99DDFF"]
+STUDENT, TEACHER, BEFORE = "#0072B2", "#E69F00", "#777777"
+STYLE = {
+    "savefig.dpi": 200, "figure.constrained_layout.use": True, "legend.frameon": False,
+    "axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True, "lines.markersize": 4,
+    "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.8,
+    "font.size": 9.5, "legend.fontsize": 8.5, "legend.handlelength": 1.6,
+    "legend.columnspacing": 1.2, "axes.titlesize": 9.5,
+}  # fmt: skip
+SIZE = 4.5, 3.1  # inches
+SINGLE = 5  # runs of an arm that are still drawn one by one
+
+
+def new_chart(x_label: str, y_label: str, whole_steps: bool = True) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=SIZE)
+    axes = figure.subplots()
+    axes.set(xlabel=x_label, ylabel=y_label)
+    if whole_steps:
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    return figure, axes
+
+
+def add_legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    columns = len(handles) if len(handles) <= 4 else 3
+    if handles:
+        figure.legend(handles, labels, loc="outside upper left", ncols=columns)
+
+
+def looks(arms: Iterable[str]) -> dict[str, dict]:
+    """Colour and dash of every arm, the same in all charts of a page."""
+    order = [*ARM_NAMES, *(arm for arm in arms if arm not in ARM_NAMES)]
+    styles = itertools.cycle(itertools.product(["-", "--"], ARM_COLOURS))
+    return {
+        arm: {"color": colour, "linestyle": dash}
+        for arm, (dash, colour) in zip(order, styles, strict=False)
+    }
+
+
+def draw_band(axes: Axes, curves: list[Curve], label: str, look: dict, single: bool = True) -> None:
+    """Mean over runs, +-1 SE shaded, a few runs as thin lines too; over what all runs have."""
+    xs = sorted(set.intersection(*map(set, curves)))  # a mean over fewer seeds would jump
+    middle = np.array([mean(curve[x] for curve in curves) for x in xs])
+    error = np.array([stderr(curve[x] for curve in curves) or 0.0 for x in xs])
+    axes.plot(xs, middle, label=label, marker="o" if len(xs) <= 12 else None, **look)
+    axes.fill_between(xs, middle - error, middle + error, color=look["color"], alpha=0.18, lw=0)
+    for curve in curves if single and 1 < len(curves) <= SINGLE else []:
+        axes.plot(list(curve), list(curve.values()), **look | {"alpha": 0.5, "lw": 0.6})
+
+
+def curves_of(runs: Runs, reduce: Reduce) -> dict[str, list[Curve]]:
+    """Arm -> curves, of the arms and runs that have one."""
+    found = {arm: [curve for curve in map(reduce, runs[arm].values()) if curve] for arm in runs}
+    return {arm: curves for arm, curves in found.items() if curves}
+
+
+def band_chart(
+    curves: Mapping[str, list[Curve]],
+    x_label: str,
+    y_label: str,
+    before: list[Curve] | None = None,
+    zero_line: bool = False,
+) -> Figure | None:
+    """A line an arm; `before`, where given, as one grey line of all. None without data."""
+    if not curves:
+        return None
+    figure, axes = new_chart(x_label, y_label)
+    if zero_line:
+        axes.axhline(0, color="#888888", lw=0.8)
+    if before:
+        draw_band(axes, before, "first rounds", {"color": BEFORE, "linestyle": ":"}, single=False)
+    styles = looks(curves)
+    for arm in sorted(curves, key=list(styles).index):
+        draw_band(axes, curves[arm], ARM_NAMES.get(arm, arm), styles[arm])
+    add_legend(figure, axes)
+    return figure
+
+
+def trajectories_chart(lines: list[list[float]], y_label: str) -> Figure | None:
+    """Single responses as thin lines over their tokens, and the mean of those that are as long."""
+    if not lines:
+        return None
+    figure, axes = new_chart("Position in the response (token)", y_label)
+    for line in lines:
+        axes.plot(range(1, len(line) + 1), line, color=STUDENT, alpha=0.35, lw=0.8)
+    longest = max(map(len, lines))
+    middle = [np.mean([line[t] for line in lines if t < len(line)]) for t in range(longest)]
+    axes.plot(range(1, longest + 1), middle, color="black", label=f"mean of {len(lines)} responses")
+    add_legend(figure, axes)
+    return figure
+
+
+def pair_chart(
+    curves: Mapping[str, tuple[Curve, list[tuple[float, float]] | None]], x_label: str, y_label: str
+) -> Figure:
+    """Student and teacher; with an interval (low, high) at each point where there are some."""
+    figure, axes = new_chart(x_label, y_label, whole_steps=False)
+    styles = {
+        "student": {"color": STUDENT, "linestyle": "-"},
+        "teacher": {"color": TEACHER, "linestyle": "--"},
+    }
+    for name, (curve, intervals) in curves.items():
+        xs, ys = list(curve), list(curve.values())
+        if intervals is None:
+            axes.plot(xs, ys, label=name, **styles[name])
+            continue
+        errors = np.array([(y - a, b - y) for y, (a, b) in zip(ys, intervals, strict=True)]).T
+        axes.errorbar(xs, ys, errors.clip(0), label=name, marker="o", capsize=3, **styles[name])
+    add_legend(figure, axes)
+    return figure
+
+
+def phase_chart(runs: Runs) -> Figure | None:
+    """Mean seconds a round spends in each phase; what the phases leave of the round is `other`."""
+    timed = {arm: [r for run in runs[arm].values() for r in run if r.get("time")] for arm in runs}
+    timed = {ARM_NAMES.get(arm, arm): rounds for arm, rounds in timed.items() if rounds}
+    if not timed:
+        return None
+    figure = Figure(figsize=(SIZE[0], max(SIZE[1], 1.6 + 0.35 * len(timed))))
+    axes, left = figure.subplots(), np.zeros(len(timed))
+    wall = np.array([mean(r.get("seconds") for r in rs) or 0.0 for rs in timed.values()])
+    names = dict.fromkeys(name for rounds in timed.values() for r in rounds for name in r["time"])
+    for name, colour in [*zip(names, itertools.cycle(PHASE_COLOURS)), ("other", "#DDDDDD")]:
+        width = [sum(r["time"].get(name) or 0 for r in rs) / len(rs) for rs in timed.values()]
+        width = np.maximum(wall - left, 0) if name == "other" else np.array(width)
+        bars = axes.barh(list(timed), width, left=left, label=name, color=colour, ec="white")
+        shown = [f"{w:.2g}" if w > 0.11 * max(wall) else "" for w in width]
+        axes.bar_label(bars, shown, label_type="center", fontsize=8)
+        left += width
+    axes.set(xlabel="Mean time of a round (s)", ylim=(len(timed) - 0.5, -0.5))
+    axes.grid(axis="y", visible=False)
+    add_legend(figure, axes)
+    return figure

@@ -1,0 +1,84 @@
+"""Continuing from student prefixes: the cut, and the demo's student and teacher."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from iwopd_megatron.continuations import cut, joined
+from iwopd_megatron.recipe import load_recipe
+from iwopd_megatron.report import write_report
+from iwopd_megatron.trajectory import Trajectory
+
+ROOT = Path(__file__).parent.parent
+
+
+def answer(*ids, **changes):
+    return Trajectory(3, [7], list(ids), rollout_logp=[-1.0] * len(ids), **changes)
+
+
+@pytest.mark.parametrize(("fraction", "kept"), [(0, 0), (0.1, 1), (0.29, 2), (0.3, 3), (0.99, 9)])
+def test_a_prefix_is_so_much_of_the_response_and_never_all(fraction, kept):
+    assert cut(answer(*range(10)), fraction).response_ids == list(range(kept))
+    assert cut(answer(5), 0.99).response_ids == []
+
+
+def test_a_whole_answer_is_prefix_and_continuation_within_the_limit():
+    whole = joined(answer(1, 2), answer(3, 4), limit=4)
+    assert (whole.response_ids, whole.truncated) == ([1, 2, 3, 4], False)
+    assert (whole.index, whole.prompt_ids) == (3, [7])
+    long = joined(answer(1, 2), answer(3, 4, 5), limit=4)
+    assert (long.response_ids, long.truncated) == ([1, 2, 3, 4], True)
+    assert joined(answer(1), answer(2, truncated=True), limit=4).truncated
+
+
+def iwopd(*words):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "ignore", "-m", "iwopd_megatron", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder as far as the command reads it."""
+    shutil.copy(ROOT / "recipes/demo_tiny_moe.yaml", tmp_path / "recipe.yaml")
+    (tmp_path / "metrics.jsonl").write_text("")
+    return tmp_path
+
+
+def test_the_demos_teacher_comes_down_to_the_student(run):
+    words = ["--at", "0.9,0,0.5", "--problems", "48", "--samples", "4", "--processes", "2"]
+    done = iwopd("prefixes", run, *words)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((run / "prefixes.json").read_text())
+    recipe = load_recipe(ROOT / "recipes/demo_tiny_moe.yaml")
+    assert (found["teacher"], found["problems"]) == (str(recipe.teacher.hf), 48)
+    start, middle, end = found["points"]
+    assert [p["fraction"] for p in found["points"]] == [0, 0.5, 0.9]
+    assert start["tokens"] == 0 and 14 < middle["tokens"] < 20 < end["tokens"] < 39
+    assert start["teacher"]["mean"] > 0.95
+    assert start["teacher"]["mean"] > middle["teacher"]["mean"] > end["teacher"]["mean"]
+    assert 0.05 < end["student"]["mean"] <= end["teacher"]["mean"] < 0.4
+    assert 0.1 < start["student"]["mean"] < 0.3 and start["student"]["samples"] == 4
+    assert (write_report(run).parent / "figures" / "prefix_continuation.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "sentence"),
+    [
+        ("", ["--at", "0,1"], "--at '0,1' is not a list of shares from 0 to below 1"),
+        ("", ["--at", "a"], "--at 'a' is not a list"),
+        ("", ["--trained"], "has no trained student yet"),
+        ("  eval: recipes/demo/eval.jsonl\n", [], "has no data.eval"),
+    ],
+)
+def test_what_cannot_be_asked_is_one_sentence(run, change, words, sentence):
+    file = run / "recipe.yaml"
+    file.write_text(file.read_text().replace(change, "") if change else file.read_text())
+    done = iwopd("prefixes", run, *words)
+    assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr
+    assert not (run / "prefixes.json").exists()

@@ -1,0 +1,75 @@
+"""Evaluation while training: several benchmarks by name, several answers a problem."""
+
+import os
+from pathlib import Path
+
+import pytest
+from worlds import run_world
+
+from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.evaluate import Evaluation
+from iwopd_megatron.parallel import initialise, shutdown
+from iwopd_megatron.progress import Progress
+from iwopd_megatron.recipe import load_recipe
+from iwopd_megatron.report import write_report
+from iwopd_megatron.runlog import read_metrics
+from iwopd_megatron.trainer import Trainer
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def recipe_of(out, *words):
+    own = out.parent / "mine.jsonl"
+    rows = (ROOT / "recipes/demo/eval.jsonl").read_text().splitlines()
+    own.write_text("\n".join(rows[:8]) + "\n")
+    settings = [
+        f"out={out}", "student.parallel={}", "train.rounds=1", "train.warmup_rounds=0",
+        "train.prompts_per_round=8", "evaluate.problems=8", "evaluate.benchmarks=[mine,toy]",
+        f"data.benchmarks={{mine: {{path: {own}}}}}",
+    ]  # fmt: skip
+    return load_recipe(ROOT / "recipes/demo_tiny_moe.yaml", [*settings, *words])
+
+
+def train(recipes):
+    os.chdir(ROOT)
+    for recipe in recipes:
+        parallel = initialise(recipe.student.parallel, recipe.train.seed)
+        with Progress(1, visible=False) as progress:
+            assert Trainer(recipe, parallel, progress).run()
+    shutdown()
+
+
+def evaluations(out):
+    return [line for line in read_metrics(out) if line["kind"] == "eval"]
+
+
+def test_benchmarks_by_name_and_mean_at_n(tmp_path):
+    words = {
+        "one": ("evaluate.problems=512",), "first": (), "four": ("evaluate.samples=4",),
+        "named": ("data.eval=null",),
+    }  # fmt: skip
+    run_world(1, train, [recipe_of(tmp_path / name, *more) for name, more in words.items()])
+    one, first, four, named = (evaluations(tmp_path / name)[0] for name in words)
+    # the toy benchmark holds the 512 problems of data.eval, and mine the first eight of them
+    assert one["accuracy_toy"] == one["accuracy"] == first["accuracy_toy"] > 0
+    assert first["accuracy_mine"] == first["accuracy"] == one["accuracy_mine"]
+    assert (first["problems"], four["problems"]) == (8, 32)
+    assert four["accuracy_mine"] == four["accuracy"]
+    assert four["accuracy_toy"] != first["accuracy_toy"]  # other answers
+    assert four["accuracy_toy"] == pytest.approx(first["accuracy_toy"], abs=0.05)
+    assert named["accuracy"] == (named["accuracy_mine"] + named["accuracy_toy"]) / 2
+    assert [line["round"] for line in evaluations(tmp_path / "one")] == [0, 1]
+    write_report(tmp_path / "one")
+    drawn = {file.stem for file in (tmp_path / "one" / "figures").iterdir()}
+    assert {"accuracy_mine", "accuracy_toy"} <= drawn
+
+
+def test_an_unknown_benchmark_is_one_sentence(tmp_path):
+    recipe = recipe_of(tmp_path / "run", "evaluate.benchmarks=[nowhere]", "data.eval=null")
+    with pytest.raises(RecipeError, match="no benchmark 'nowhere'; known ones"):
+        Evaluation(recipe, None)
