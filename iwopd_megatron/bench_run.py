@@ -26,7 +26,7 @@ from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.evaluate import STREAM
 from iwopd_megatron.grading import check_graders, grade
 from iwopd_megatron.grading_pool import Answer
-from iwopd_megatron.hf_io import HfTensors
+from iwopd_megatron.hf_io import whole_tensors
 from iwopd_megatron.parallel import Parallel
 from iwopd_megatron.pass_at_k import summarise
 from iwopd_megatron.preflight import read_hf_config
@@ -123,10 +123,8 @@ def _settings(run: BenchRun, prompts: dict[int, list[int]], sampling: Sampling) 
 def _engine(run: BenchRun, parallel: Parallel, progress: BenchProgress) -> RolloutEngine:
     engine = make_engine(run.recipe, parallel, progress.say)
     folder = run.recipe.student.hf
-    tied = read_hf_config(folder).get("tie_word_embeddings", False)
-    tensors = HfTensors(folder)
-    names = [name for name in tensors if not (tied and name == "lm_head.weight")]
-    engine.update(((name, tensors[name][:]) for name in names), 0)
+    is_tied = read_hf_config(folder).get("tie_word_embeddings", False)
+    engine.update(whole_tensors(folder, is_tied), 0)
     return engine
 
 

@@ -24,7 +24,7 @@ from iwopd_megatron.data import Problem, encode_prompt
 from iwopd_megatron.data_sources import read_source
 from iwopd_megatron.evaluate import STREAM, grade_samples
 from iwopd_megatron.grading import check_graders
-from iwopd_megatron.hf_io import HfTensors
+from iwopd_megatron.hf_io import whole_tensors
 from iwopd_megatron.model import DTYPES
 from iwopd_megatron.parallel import Parallel
 from iwopd_megatron.pass_at_k import summarise
@@ -101,10 +101,8 @@ def joined(prefix: Trajectory, rest: Trajectory, limit: int) -> Trajectory:
 def _engine(study: PrefixStudy, model: Model) -> HfEngine:
     size = study.recipe.rollout.batch_size
     engine = HfEngine(model.hf, DTYPES[model.dtype], eos_ids(study.student), size)
-    tensors = HfTensors(model.hf)
-    tied = read_hf_config(model.hf).get("tie_word_embeddings", False)
-    names = [name for name in tensors if not (tied and name == "lm_head.weight")]
-    engine.update(((name, tensors[name][:]) for name in names), 0)
+    is_tied = read_hf_config(model.hf).get("tie_word_embeddings", False)
+    engine.update(whole_tensors(model.hf, is_tied), 0)
     return engine
 
 

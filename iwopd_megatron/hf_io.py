@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,6 +74,14 @@ class HfTensors(Mapping):
 
     def __len__(self) -> int:
         return len(self._files)
+
+
+def whole_tensors(folder: Path, is_tied: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """A folder's tensors, one at a time, without the head that a tied model may store as well."""
+    tensors = HfTensors(folder)
+    for name in tensors:
+        if not (is_tied and name == "lm_head.weight"):
+            yield name, tensors[name][:]
 
 
 class Loaded(NamedTuple):
