@@ -163,14 +163,15 @@ def head_bytes(
 ) -> float:
     """LM head: a tile of logits, and in training both gradients (logprobs.py, linear_loss.py).
 
-    A tile: the bf16 product, fp32 logits, fp32 exponentials. Training: fp32 gradient of the head
-    and its bf16 product beside it, fp32 hidden gradient and the bf16 hidden states of all rows.
+    A tile: the bf16 product, over which its gradient goes; where the top K are looked for, fp32
+    logits and what sorts them. Training: fp32 gradients of the head and of the hidden states, and
+    both in bf16.
     """
     vocab, local = size.vocab / layout.tp, tokens / layout.cp
-    tile = min(rows, local) * vocab * 10
+    tile = min(rows, local) * vocab
     if not training:
-        return tile
-    return tile + vocab * size.hidden * 6 + local * size.hidden * 6
+        return tile * 10
+    return tile * 2 + (vocab + local) * size.hidden * 6
 
 
 def communication(size: ModelSize, layout: Layout, tokens: int, width: int = 2) -> float:
