@@ -24,6 +24,7 @@ from iwopd_megatron.report_data import (
     summarise,
 )
 from iwopd_megatron.report_figures import Section, sections
+from iwopd_megatron.report_pairs import pair_gains
 from iwopd_megatron.report_tables import benchmark_table
 from iwopd_megatron.runlog import read_jsonl
 
@@ -44,7 +45,7 @@ def write_report(
     runs = read_runs(paths)
     kept = _kept_samples(paths)
     with matplotlib.rc_context(STYLE):
-        made = sections(runs, _prefixes(paths), _early(kept))
+        made = sections(runs, _prefixes(paths), _early(kept), pair_gains(folders))
         images = _draw(made, out / "figures")
     last = {
         max(series(run, "eval", "accuracy"), default=0)

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from iwopd_megatron.report_data import ARM_NAMES, Curve, Reduce, Runs, mean, stderr
+from iwopd_megatron.report_pairs import PairGain
 
 # Okabe-Ito for arms; Tol's light scheme for phases, so that no phase looks like an arm.
 ARM_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -121,6 +122,23 @@ def pair_chart(
             continue
         errors = np.array([(y - a, b - y) for y, (a, b) in zip(ys, intervals, strict=True)]).T
         axes.errorbar(xs, ys, errors.clip(0), label=name, marker="o", capsize=3, **styles[name])
+    add_legend(figure, axes)
+    return figure
+
+
+def ratio_chart(gains: Mapping[str, list[PairGain]]) -> Figure | None:
+    """Gain over OPD against compression ratio, a line an arm, with intervals over seeds."""
+    if not gains:
+        return None
+    label = "Teacher / student parameters (ratio)"
+    figure, axes = new_chart(label, "Final gain over OPD (points)", whole_steps=False)
+    axes.axhline(0, color="#888888", lw=0.8)
+    styles = looks(gains)
+    for arm, points in gains.items():
+        ratios, ys, bounds = zip(*sorted(points), strict=True)
+        errors = [(y - b[0], b[1] - y) if b else (0, 0) for y, b in zip(ys, bounds, strict=True)]
+        look = styles[arm] | {"label": ARM_NAMES.get(arm, arm), "marker": "o", "capsize": 3}
+        axes.errorbar(ratios, ys, np.array(errors).T.clip(0), **look)
     add_legend(figure, axes)
     return figure
 

@@ -13,6 +13,7 @@ from iwopd_megatron.report_charts import (
     curves_of,
     pair_chart,
     phase_chart,
+    ratio_chart,
     trajectories_chart,
 )
 from iwopd_megatron.report_data import (
@@ -28,6 +29,7 @@ from iwopd_megatron.report_data import (
     prefix_logp,
     series,
 )
+from iwopd_megatron.report_pairs import PairGain
 
 FIRST, LAST, ALL = slice(3), slice(-3, None), slice(None)
 STEP, ROUND = "Optimiser step", "Round"
@@ -44,14 +46,20 @@ class Section:
     charts: Charts
 
 
-def sections(runs: Runs, prefixes: dict[str, dict], samples: list[dict]) -> list[Section]:
-    """prefixes: a run's name -> what `iwopd prefixes` found; samples: kept ones of one round."""
+def sections(
+    runs: Runs, prefixes: dict[str, dict], samples: list[dict], pairs: dict[str, list[PairGain]]
+) -> list[Section]:
+    """prefixes: a run's name -> what `iwopd prefixes` found; samples: kept ones of one round;
+    pairs: `report_pairs.pair_gains`.
+    """
     made = [
         Section(
             "Accuracy",
             "On the evaluation problems. Line: mean over seeds; band: ± 1 standard error; thin: up "
-            "to five single seeds. Second chart: gain over OPD, paired by seed (Fig. 1a, 2a).",
-            _accuracy(runs),
+            "to five single seeds. Second chart: gain over OPD, paired by seed (Fig. 1a, 2a). "
+            "Where several pairs of models are compared, final gain against how much smaller the "
+            "student is (Fig. 2b).",
+            {**_accuracy(runs), "gain_by_compression": ratio_chart(pairs)},
         ),
         Section(
             "Continuing from student prefixes",

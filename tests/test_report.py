@@ -19,6 +19,7 @@ from iwopd_megatron.report_data import (
     read_runs,
     summarise,
 )
+from iwopd_megatron.report_pairs import pair_gains
 from iwopd_megatron.report_tables import benchmark_table
 from iwopd_megatron.runlog import append_event, read_metrics
 
@@ -221,6 +222,27 @@ def test_several_folders_make_one_page(tmp_path):
     page = write_report([first, second, single], out=tmp_path / "page")
     assert page == tmp_path / "page" / "report.html"
     assert all(f"<td>{arm}</td>" in page.read_text() for arm in runs)
+
+
+def write_pair(folder: Path, teacher: str, student: str) -> Path:
+    write_comparison(folder)
+    for recipe in folder.glob("*/*/recipe.yaml"):
+        recipe.write_text(f"student: {{hf: models/{student}}}\nteacher: {{hf: models/{teacher}}}\n")
+    return folder
+
+
+def test_gains_against_compression_over_pairs_of_models(tmp_path):
+    large, small = "Qwen3-30B-A3B-Instruct-2507", "Qwen3-4B-Instruct-2507"
+    first = write_pair(tmp_path / "a", large, "Qwen3-4B")
+    second = write_pair(tmp_path / "b", small, "Qwen3-1.7B")
+    found = pair_gains([first, second, write_comparison(tmp_path / "c")])  # c names no models
+    assert list(found) == ["iw"]
+    assert [round(point.ratio, 1) for point in found["iw"]] == [7.6, 2.3]  # 30.5 / 4.0, 4.0 / 1.7
+    assert [point.gain for point in found["iw"]] == pytest.approx([15, 15])
+    assert found["iw"][0].interval == pytest.approx([15 - 12.706 * 5, 15 + 12.706 * 5])
+    assert pair_gains([first]) == {}  # one ratio is no curve
+    page = write_report([first, second], out=tmp_path / "page")
+    assert (page.parent / "figures/gain_by_compression.png").exists()
 
 
 def test_runs_of_a_comparison_may_be_given_one_by_one(tmp_path):

@@ -16,6 +16,7 @@ from test_report import FIGURES, training, write_comparison
 from iwopd_megatron.report import write_report
 from iwopd_megatron.report_data import find_runs, read_runs
 from iwopd_megatron.report_figures import sections
+from iwopd_megatron.report_pairs import PairGain
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 needs_browser = pytest.mark.skipif(
@@ -124,11 +125,14 @@ def test_every_axis_says_what_it_shows_and_in_which_unit(tmp_path):
     point = {"mean": 0.5, "mean_interval": [0.4, 0.6]}
     prefixes = {"a": {"points": [{"fraction": 0.5, "student": point, "teacher": point}]}}
     samples = [{"weight_iw": [1.5, 1.0], "weight_iw_signed": [1.0, 1.5]}]
+    pairs = {"iw": [PairGain(7.6, 2.0, [1.0, 3.0]), PairGain(2.3, 1.0, None)]}
     charts: dict[str, Figure] = {}
-    for section in sections(runs, prefixes, samples):
+    for section in sections(runs, prefixes, samples, pairs):
         charts |= section.charts
     assert set(FIGURES) < set(charts)
-    assert {"prefix_continuation", "weight_signed", "scored_early"} <= set(charts)
+    assert {"prefix_continuation", "weight_signed", "scored_early", "gain_by_compression"} <= set(
+        charts
+    )
     for name, figure in charts.items():
         (axes,) = figure.axes
         assert re.search(r"\(.+\)|^Round$|^Optimiser step$", axes.get_xlabel()), name
