@@ -10,7 +10,7 @@ OUT ?= runs/demo
 DISK ?=
 KILLS ?= 20
 
-.PHONY: setup demo demo-sglang demo-models ablation test test-sglang test-vllm test-slurm lint bench bench-loss \
+.PHONY: setup demo demo-sglang demo-models ablation test test-runs test-sglang test-vllm test-slurm lint bench bench-loss \
 	bench-convert bench-plan bench-streaming bench-trl drill gpu-check gpu-check-venv gpu-tables cluster-venv
 
 setup: $(VENV)/ready
@@ -48,6 +48,10 @@ demo-models: setup
 
 test: setup
 	$(RUN) -m pytest
+
+# Whole runs: trained, killed, resumed, evaluated, launched on this machine.
+test-runs: setup
+	$(RUN) -m pytest tests/with_runs
 
 # Rollouts by a real vLLM server on this machine's CPU, in an environment of its own (3.4 GB).
 test-vllm: setup build/vllm-venv/ready

@@ -14,7 +14,7 @@ from iwopd_megatron.recipe import load_recipe
 from iwopd_megatron.report import write_report
 from iwopd_megatron.trajectory import Trajectory
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def answer(*ids, **changes):

@@ -29,7 +29,7 @@ from iwopd_megatron.teacher import EmbeddedScorer
 from iwopd_megatron.toy_task import write_task
 from iwopd_megatron.trainer import Trainer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes/demo_tiny_moe.yaml"
 SMALL = [
     "train.rounds=5", "train.warmup_rounds=2", "train.prompts_per_round=16",

@@ -15,7 +15,7 @@ from iwopd_megatron.report import write_report
 from iwopd_megatron.runlog import read_metrics
 from iwopd_megatron.trainer import Trainer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RECIPE = "recipes/demo_tiny_moe.yaml"
 SETTINGS = [
     "train.rounds=5", "train.warmup_rounds=2", "train.prompts_per_round=16", "checkpoint.every=2",
