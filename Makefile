@@ -11,7 +11,7 @@ DISK ?=
 KILLS ?= 20
 
 .PHONY: setup demo demo-sglang demo-models ablation test test-runs test-sglang test-vllm test-slurm lint bench bench-loss \
-	bench-convert bench-plan bench-streaming bench-trl drill gpu-check gpu-check-venv gpu-tables cluster-venv
+	bench-convert bench-exactness bench-plan bench-streaming bench-trl drill gpu-check gpu-check-venv gpu-tables cluster-venv
 
 setup: $(VENV)/ready
 
@@ -83,6 +83,10 @@ bench-loss: setup
 # temporary folder of DISK (33 GB free).
 bench-convert: setup
 	$(RUN) bench/convert.py $(DISK)
+
+# Conversion: every byte back, and damages noticed.
+bench-exactness: setup
+	$(RUN) bench/exactness.py
 
 # The planner's predictions against published measurements.
 bench-plan: setup
