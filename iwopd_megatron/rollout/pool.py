@@ -155,8 +155,10 @@ class Pool:
 
     async def _suspect(self, place: Place, reason: str) -> None:
         """A request failed: the server is lost unless it still answers."""
-        if place.is_up and not await place.server.is_alive():
-            await self.lose(place, reason)
+        for _ in range(MISSED_LOOKS):
+            if not place.is_up or await place.server.is_alive():
+                return
+        await self.lose(place, reason)
 
     async def _watch(self) -> None:
         missed = dict.fromkeys(self.places, 0)
