@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from iwopd_megatron.config_models import Layout
 from iwopd_megatron.hf_reference import hf_model
-from iwopd_megatron.parallel import free_port, initialise
+from iwopd_megatron.parallel import free_port, initialise, shutdown
 from iwopd_megatron.preflight import eos_ids, read_hf_config
 from iwopd_megatron.recipe import load_recipe
 from iwopd_megatron.rollout import Prompt
@@ -115,7 +115,19 @@ class ServedModel:
             "distributed": lambda: BroadcastPush(targets, "127.0.0.1", timedelta(seconds=60)),
         }[sync]()
         pool.catch_up, self.push = push.catch_up, push
+        _IN_USE.append(push)
         return ServerEngine(initialise(Layout()), pool, push, loop, 1, canary)
+
+
+_IN_USE: list[Push] = []  # of engines in this process, which is their world
+
+
+def leave_world() -> None:
+    """End this process's world: ranks that are forked from it later must not inherit one."""
+    while _IN_USE:
+        _IN_USE.pop().close()
+    if dist.is_initialized():
+        shutdown()
 
 
 def spoil_last_tensor(engine: ServerEngine) -> None:

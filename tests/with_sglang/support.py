@@ -30,6 +30,8 @@ class Rig(ServedModel):
         return self
 
     def __exit__(self, *_):
+        if self.push is not None:
+            self.push.close()
         self.loop.close()
         self.keeper.stop()
 

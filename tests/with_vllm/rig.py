@@ -35,6 +35,8 @@ class Rig(ServedModel):
         )
 
     def stop(self) -> None:
+        if self.push is not None:
+            self.push.close()
         self.loop.close()
         self.keeper.stop()
 
