@@ -65,7 +65,7 @@ def test_roles_apart_on_policy(tmp_path):
     report = [sys.executable, "-W", "ignore", "-m", "iwopd_megatron", "report", str(out)]
     subprocess.run(report, cwd=ROOT, check=True)
     names = {path.stem for path in (out / "figures").glob("*.png")}
-    assert {"services", "health", "phase_times"} <= names
+    assert {"weight_update", "scored_early", "drift", "phase_times"} <= names
 
 
 def _command(process: psutil.Process) -> list[str]:
