@@ -101,10 +101,8 @@ class ServedModel:
     ) -> ServerEngine:
         """The project's engine on these servers, in this process as a world of one."""
         if not dist.is_initialized():
-            os.environ.update(
-                RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=str(free_port()),
-            )  # fmt: skip
+            values = "0", "0", "1", "127.0.0.1", str(free_port())
+            os.environ.update(zip(_WORLD, values, strict=True))
         if self.push is not None:
             self.push.close()
         pool = Pool(places, max_running, self.eos, say)
@@ -120,14 +118,17 @@ class ServedModel:
 
 
 _IN_USE: list[Push] = []  # of engines in this process, which is their world
+_WORLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def leave_world() -> None:
-    """End this process's world: ranks that are forked from it later must not inherit one."""
+    """End this process's world: what is forked or started from it later must not inherit one."""
     while _IN_USE:
         _IN_USE.pop().close()
     if dist.is_initialized():
         shutdown()
+    for name in _WORLD:
+        os.environ.pop(name, None)
 
 
 def spoil_last_tensor(engine: ServerEngine) -> None:

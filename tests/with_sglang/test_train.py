@@ -36,9 +36,10 @@ def finish(process: subprocess.Popen, out: Path) -> list[dict]:
     return rounds
 
 
-def wait_for(condition, limit=300):
+def wait_for(condition, process: subprocess.Popen, limit=300):
     end = time.monotonic() + limit
     while not condition():
+        assert process.poll() is None, "the run has ended"
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.02)
 
@@ -90,13 +91,13 @@ def test_trainer_killed_halfway_through_a_round_keeps_its_answers(tmp_path):
     slow = "rollout.servers.max_running=2"
     process = start(out, slow)
     file = journal.folder / "round-000003.jsonl"
-    wait_for(lambda: file.is_file() and len(file.read_text().split("\n")) > 8)
+    wait_for(lambda: file.is_file() and len(file.read_text().split("\n")) > 8, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     kept = {line["index"]: line["response_ids"] for line in read_jsonl(file)}
     assert 7 <= len(kept) < PROMPTS
     process = start(out, slow, "--resume")
-    wait_for(lambda: len(read_jsonl(file)) > len(kept) or rounds_done(out) > 2)
+    wait_for(lambda: len(read_jsonl(file)) > len(kept) or rounds_done(out) > 2, process)
     rounds = finish(process, out)
     assert rounds[2]["response_tokens"] >= sum(map(len, kept.values()))
 
@@ -104,7 +105,7 @@ def test_trainer_killed_halfway_through_a_round_keeps_its_answers(tmp_path):
 def test_a_killed_rollout_server_costs_no_round_and_no_answer(tmp_path):
     out = tmp_path / "run"
     process = start(out)
-    wait_for(lambda: rounds_done(out) >= 2)
+    wait_for(lambda: rounds_done(out) >= 2, process)
     (server, *_) = servers_of(process, "sglang.launch_server")
     os.killpg(os.getpgid(server.pid), signal.SIGKILL)
     rounds = finish(process, out)
