@@ -189,6 +189,7 @@ class Cutter:
             client.sendall(server.recv(40))
             self.cut += 1
             time.sleep(0.05)
+            client.shutdown(socket.SHUT_RDWR)  # a close alone waits for the other thread's recv
 
 
 def _copy(source, sink):
