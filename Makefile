@@ -118,9 +118,9 @@ demo-sglang: setup build/sglang-venv/ready
 bench-streaming: setup build/sglang-venv/ready
 	$(RUN) bench/streaming.py
 
-# Against real servers, on CPUs.
+# Against real servers, on CPUs. A file a process: some make it a world, others fork ranks.
 test-sglang: setup build/sglang-venv/ready
-	$(RUN) -m pytest tests/with_sglang
+	for file in tests/with_sglang/test_*.py; do $(RUN) -m pytest $$file || exit 1; done
 
 build/sglang-venv/ready: tests/with_sglang/environment/requirements.txt tests/with_sglang/environment/prepare.py
 	$(PYTHON) -m venv build/sglang-venv

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from iwopd_megatron.config_models import Layout
 from iwopd_megatron.hf_reference import hf_model
-from iwopd_megatron.parallel import free_port, initialise, shutdown
+from iwopd_megatron.parallel import free_port, initialise
 from iwopd_megatron.preflight import eos_ids, read_hf_config
 from iwopd_megatron.recipe import load_recipe
 from iwopd_megatron.rollout import Prompt
@@ -101,8 +101,10 @@ class ServedModel:
     ) -> ServerEngine:
         """The project's engine on these servers, in this process as a world of one."""
         if not dist.is_initialized():
-            values = "0", "0", "1", "127.0.0.1", str(free_port())
-            os.environ.update(zip(_WORLD, values, strict=True))
+            os.environ.update(
+                RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(free_port()),
+            )  # fmt: skip
         if self.push is not None:
             self.push.close()
         pool = Pool(places, max_running, self.eos, say)
@@ -113,22 +115,7 @@ class ServedModel:
             "distributed": lambda: BroadcastPush(targets, "127.0.0.1", timedelta(seconds=60)),
         }[sync]()
         pool.catch_up, self.push = push.catch_up, push
-        _IN_USE.append(push)
         return ServerEngine(initialise(Layout()), pool, push, loop, 1, canary)
-
-
-_IN_USE: list[Push] = []  # of engines in this process, which is their world
-_WORLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-def leave_world() -> None:
-    """End this process's world: what is forked or started from it later must not inherit one."""
-    while _IN_USE:
-        _IN_USE.pop().close()
-    if dist.is_initialized():
-        shutdown()
-    for name in _WORLD:
-        os.environ.pop(name, None)
 
 
 def spoil_last_tensor(engine: ServerEngine) -> None:

@@ -9,14 +9,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # served_models.py
 
 import pytest  # noqa: E402
-from served_models import STUDENT, leave_world, write_dense  # noqa: E402
+from served_models import STUDENT, write_dense  # noqa: E402
 from support import Rig  # noqa: E402
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_world_is_left():
-    yield
-    leave_world()
 
 
 @pytest.fixture(scope="session")

@@ -15,15 +15,9 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from rig import Rig  # noqa: E402
-from served_models import STUDENT, leave_world, write_dense  # noqa: E402
+from served_models import STUDENT, write_dense  # noqa: E402
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_world_is_left():
-    yield
-    leave_world()
 
 
 @pytest.fixture(scope="session")
