@@ -4,8 +4,9 @@ Where a token's loss depends on nothing but its own log-probs and constants know
 old log-probs, given responses), its gradient can be formed while its logits are at hand:
 dlogits = dloss/dlogp (onehot - softmax), then dhidden and dweight. Nothing is recomputed. Needs the
 whole vocabulary on this rank; `logprobs.linear_logprobs` is for all other cases.
-Exponentials are kept, relative to the largest logit so far, and need one factor a row and tile to
-become probabilities: no logit is read twice.
+On CPUs exponentials are kept, relative to the largest logit so far, and need one factor a row and
+tile to become probabilities: no logit is read twice. On GPUs the products themselves are kept, in
+the weight's dtype, and become their gradient in place (tile_ops.py).
 Shapes: N tokens, D hidden, V vocabulary, K scored ids, C tokens of a chunk.
 """
 
@@ -41,7 +42,8 @@ def linear_loss(
 
     hidden: `[N, D]`; weight: `[V, D]`, the whole head; targets, rows, topk_ids: as for
     `linear_logprobs`. `token_loss` is differentiated in the `logp` and `topk_logp` it is given.
-    Workspace: `chunk_tokens` rows of fp32 logits; and the two gradients, until backward.
+    Workspace: `chunk_tokens` rows of logits (fp32, on GPUs the weight's dtype); and the two
+    gradients, until backward.
     """
     if rows is not None:
         hidden = hidden.index_select(0, rows)

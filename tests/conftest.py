@@ -29,6 +29,15 @@ def _write_folder(folder: Path, **settings) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def in_the_repository():
+    """Recipes name their files relative to the repository."""
+    before = Path.cwd()
+    os.chdir(Path(__file__).parents[1])
+    yield
+    os.chdir(before)
+
+
 @pytest.fixture(scope="session")
 def moe_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("hf") / "moe"

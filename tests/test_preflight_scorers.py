@@ -1,8 +1,5 @@
 """What is refused of teachers before any process starts, and `iwopd serve-teacher`'s choice."""
 
-import os
-from pathlib import Path
-
 import pytest
 import yaml
 from served import ROOT
@@ -13,18 +10,11 @@ from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.preflight import check_resume
 from iwopd_megatron.recipe import load_recipe
 
+pytestmark = pytest.mark.usefixtures("in_the_repository")
 RECIPE = ROOT / "recipes/demo_tiny_moe.yaml"
 MODEL = "{hf: recipes/demo/teacher}"
 SERVED = "{hf: recipes/demo/teacher, service: {}}"
 TWO = ["teacher=null", f"teachers.math={SERVED}", f"teachers.code={MODEL}"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def in_the_repository():
-    before = Path.cwd()
-    os.chdir(ROOT)
-    yield
-    os.chdir(before)
 
 
 @pytest.mark.parametrize(

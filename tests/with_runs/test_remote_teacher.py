@@ -7,7 +7,6 @@ import shutil
 import signal
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import httpx
 import psutil
@@ -31,20 +30,13 @@ from iwopd_megatron.teacher import EmbeddedScorer
 from iwopd_megatron.teachers import Teachers
 from iwopd_megatron.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("in_the_repository")
 RECIPE = ROOT / "recipes/demo_tiny_moe.yaml"
 STUDENT = ROOT / "recipes/demo/student"
 SMALL = [
     "train.rounds=3", "train.warmup_rounds=1", "train.prompts_per_round=8", "data.eval=null",
     "train.microbatch_tokens=300", "student.parallel={}",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def in_the_repository():
-    before = Path.cwd()
-    os.chdir(ROOT)
-    yield
-    os.chdir(before)
 
 
 def small_recipe(out, *overrides):

@@ -1,7 +1,6 @@
 """The whole loop on the demo: determinism, layouts, resume, signals, fine-tuning, comparison."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -30,6 +29,7 @@ from iwopd_megatron.toy_task import write_task
 from iwopd_megatron.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("in_the_repository")
 RECIPE = ROOT / "recipes/demo_tiny_moe.yaml"
 SMALL = [
     "train.rounds=5", "train.warmup_rounds=2", "train.prompts_per_round=16",
@@ -43,15 +43,6 @@ LAYOUTS = {
     "pp2": {"pp": 2},
     "cp2": {"cp": 2},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def in_the_repository():
-    """Recipes name their files relative to the repository."""
-    before = Path.cwd()
-    os.chdir(ROOT)
-    yield
-    os.chdir(before)
 
 
 def small_recipe(out, layout, *overrides):
