@@ -1,5 +1,6 @@
 """What tests with a real engine's servers share, whichever engine it is."""
 
+import asyncio
 import os
 import shutil
 import tempfile
@@ -46,6 +47,35 @@ def write_dense(folder: Path, head_dim: int) -> Path:
     Qwen3ForCausalLM(config).save_pretrained(folder)
     copy_tokenizer(STUDENT, folder)
     return folder
+
+
+async def overtaken(ask, push) -> list[tuple]:
+    """(prompt, answer) of eight who ask all the time while new weights come.
+
+    ask: coroutine function of a prompt and a number of tokens. push: coroutine function of a
+    version, 0 at first; the next ones come until they overtook an answer, which an engine so fast
+    may have written whole before it hears of them.
+    """
+    answers, is_done = [], asyncio.Event()
+
+    async def keep_asking(prompt: Prompt, tokens: int) -> None:
+        while not is_done.is_set():
+            answers.append((prompt, await ask(prompt, tokens)))
+
+    await push(0)
+    asked = zip(prompts(8), range(30, 110, 10), strict=True)
+    asking = [asyncio.create_task(keep_asking(*one)) for one in asked]
+    for version in range(1, 31):
+        seen = len(answers)
+        while len(answers) < seen + 8:
+            await asyncio.sleep(0.01)
+        await push(version)
+        if any(len(set(answer.versions)) > 1 for _, answer in answers):
+            break
+    is_done.set()
+    await asyncio.gather(*asking)
+    assert any(len(set(answer.versions)) > 1 for _, answer in answers), "nothing was in flight"
+    return answers
 
 
 class ServedModel:
@@ -144,6 +174,13 @@ def hf_logp(model, ids: list[int], first: int, temperature: float = 1.0) -> list
     """Log-probs of ids[first:] by transformers, over the whole vocabulary."""
     logits = model(torch.tensor([ids])).logits[0, first - 1 : -1].float() / temperature
     return logits.log_softmax(-1).gather(-1, torch.tensor(ids[first:])[:, None])[:, 0].tolist()
+
+
+def hf_logp_of_versions(models: list, prompt: Prompt, answer) -> list[float]:
+    """Each token's log-prob by the model that wrote it: models[0] of even versions, [1] of odd."""
+    ids, first = prompt.ids + answer.ids, len(prompt.ids)
+    logp = [hf_logp(model, ids, first) for model in models]
+    return [logp[int(version) % 2][i] for i, version in enumerate(answer.versions)]
 
 
 def largest(a: list[float], b: list[float]) -> float:

@@ -1,11 +1,17 @@
 """One SGLang server: what it answers against transformers, and every way of giving it weights."""
 
 import asyncio
-import time
 
 import pytest
 import torch
-from served_models import hf_logp, largest, prompts, spoil_last_tensor
+from served_models import (
+    hf_logp,
+    hf_logp_of_versions,
+    largest,
+    overtaken,
+    prompts,
+    spoil_last_tensor,
+)
 
 from iwopd_megatron.errors import GateError, UserError
 from iwopd_megatron.rollout import Sampling
@@ -70,27 +76,17 @@ def test_a_tensor_that_did_not_land_is_noticed(rig):
 
 def test_answers_in_flight_go_on_under_new_weights(rig):
     """Every token names the version that wrote it, and has that version's log-prob."""
-    engine, old, new = rig.engine("tensor"), rig.weights(seed=1), rig.weights(seed=2)
-    engine.update(old.items(), 4)
+    engine, weights = rig.engine("tensor"), (rig.weights(seed=1), rig.weights(seed=2))
+    models = [rig.model(each) for each in weights]
     eos, rig.server.eos_ids = rig.server.eos_ids, []
 
-    async def ask_one_after_the_other():
-        tasks = []
-        for prompt in prompts(30):
-            generate = rig.server.generate(prompt.ids, Sampling(100, top_p=0.99))
-            tasks.append(asyncio.create_task(generate))
-            await asyncio.sleep(0.03)
-        return await asyncio.gather(*tasks)
+    async def push(version: int) -> None:
+        await asyncio.to_thread(engine.update, weights[version % 2].items(), version)
 
-    asked = rig.loop.submit(ask_one_after_the_other())
-    time.sleep(0.5)
-    engine.update(new.items(), 5)
-    answers = asked.result(300)
+    async def ask(prompt, tokens: int):
+        return await rig.server.generate(prompt.ids, Sampling(tokens, top_p=0.99))
+
+    answers = rig.loop.submit(overtaken(ask, push)).result(300)
     rig.server.eos_ids = eos
-    models = {"4": rig.model(old), "5": rig.model(new)}
-    for prompt, answer in zip(prompts(30), answers, strict=True):
-        ids, first = prompt.ids + answer.ids, len(prompt.ids)
-        logp = {version: hf_logp(model, ids, first) for version, model in models.items()}
-        expected = [logp[version][i] for i, version in enumerate(answer.versions)]
-        assert largest(expected, answer.logp) < 1e-4
-    assert any(len(set(answer.versions)) == 2 for answer in answers), "nothing was in flight"
+    for prompt, answer in answers:
+        assert largest(hf_logp_of_versions(models, prompt, answer), answer.logp) < 1e-4

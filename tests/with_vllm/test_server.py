@@ -5,7 +5,14 @@ import asyncio
 import httpx
 import pytest
 from rig import IDS
-from served_models import hf_logp, largest, prompts, spoil_last_tensor
+from served_models import (
+    hf_logp,
+    hf_logp_of_versions,
+    largest,
+    overtaken,
+    prompts,
+    spoil_last_tensor,
+)
 
 from iwopd_megatron.errors import GateError, UserError
 from iwopd_megatron.rollout import Sampling
@@ -118,39 +125,24 @@ def test_answers_in_flight_go_on_under_new_weights(dense, mode):
     """Tokens name the version that wrote them; only `in_place` keeps what old weights cached."""
     server = dense.client(pause_mode=mode)
     server.eos_ids = []
-    old, new = dense.weights(seed=1), dense.weights(seed=2)
-    before, after = dense.model(old), dense.model(new)
+    weights = dense.weights(seed=1), dense.weights(seed=2)
+    models = [dense.model(each) for each in weights]
 
-    async def push(weights, version: int) -> None:
+    async def push(version: int) -> None:
         await server.pause()
         await server.begin_update()
-        await server.send(list(weights.items()))
+        await server.send(list(weights[version % 2].items()))
         await server.end_update(version)
         await server.resume()
 
-    async def overtake(delay: float) -> list:
-        await push(old, 4)
-        answers = [asyncio.create_task(server.generate(IDS, Sampling(90))) for _ in range(8)]
-        await asyncio.sleep(delay)
-        await push(new, 5)
-        return await asyncio.gather(*answers)
+    async def ask(prompt, tokens: int):
+        return await server.generate(prompt.ids, Sampling(tokens))
 
-    for delay in (0.1, 0.2, 0.4, 0.8, 1.6):
-        answers = dense.run(overtake(delay))
-        if any(len(set(answer.versions)) == 2 for answer in answers):
-            break
-    else:
-        pytest.fail("nothing was in flight")
-    for answer in answers:
-        assert len(answer.ids) == len(answer.logp) == 90
-        count, ids = answer.versions.count("4"), IDS + answer.ids
-        assert answer.versions == ["4"] * count + ["5"] * (90 - count)
-        expected = [
-            *hf_logp(before, ids, len(IDS))[:count],
-            *hf_logp(after, ids, len(IDS))[count:],
-        ]
-        assert largest(expected[:count] or [0], answer.logp[:count] or [0]) < 1e-5
-        if mode == "retract" or count == 0:
-            assert largest(expected, answer.logp) < 1e-5
-        elif count < 90:
+    for prompt, answer in dense.run(overtaken(ask, push)):
+        expected = hf_logp_of_versions(models, prompt, answer)
+        count = answer.versions.count(answer.versions[0])  # tokens before new weights came
+        assert largest(expected[:count], answer.logp[:count]) < 1e-4
+        if mode == "retract":
+            assert largest(expected, answer.logp) < 1e-4
+        elif count < len(answer.ids):
             assert largest(expected, answer.logp) > 1e-3  # what the old weights cached
