@@ -14,7 +14,7 @@ import typer
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.quiet import quiet
 from iwopd_megatron.recipe import read_recipe
-from iwopd_megatron.rehearse import BUDGET, LENGTHS, Rehearsal, rehearsals, write_model
+from iwopd_megatron.rehearse import BUDGET, Rehearsal, rehearsals, write_model
 
 
 def rehearse(
@@ -42,8 +42,7 @@ def _run(role: str, rehearsal: Rehearsal) -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), rehearsal.config)
-        samples = hf_reference.make_samples(rehearsal.config["vocab_size"], LENGTHS)
-        reference = hf_reference.compute_reference(Path(folder), samples)
+        reference = hf_reference.compute_reference(Path(folder), rehearsal.samples())
         queue = local_context().SimpleQueue()
         arguments = (Path(folder), reference, rehearsal.layout, BUDGET, "fp32", queue)
         code = worker.execute(

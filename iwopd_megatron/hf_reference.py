@@ -52,15 +52,15 @@ def make_samples(
 ) -> list[Trajectory]:
     """Random prompts (a quarter of each length), responses, and engine and teacher scores.
 
-    `pad_id` never occurs: transformers withholds the gradient of its embedding, Megatron does not.
+    `pad_id` occurs in every prompt and in every response.
     """
     generator = torch.Generator().manual_seed(seed)
     samples = []
     for index, length in enumerate(lengths):
-        ids = torch.randint(0, vocab - 1, (length + 1,), generator=generator)
-        ids += ids >= (vocab - 1 if pad_id is None else pad_id)
-        ids = ids.tolist()
+        ids = torch.randint(0, vocab, (length + 1,), generator=generator).tolist()
         prompt = max(1, length // 4)
+        if pad_id is not None:
+            ids[prompt // 2] = ids[(prompt + length) // 2] = pad_id
         logp = -6 * torch.rand(2, length + 1 - prompt, generator=generator)
         scores = logp[0].tolist(), logp[1].tolist()
         samples.append(Trajectory(index, ids[:prompt], ids[prompt:], *scores))

@@ -137,6 +137,8 @@ def build_model(
             vp_stage=vp_stage,
         ).to(device.current_device())
         mark_expert_parameters(chunk)
+        if chunk.pre_process and hf.get("pad_token_id") is not None:
+            withhold_pad_gradient(chunk.embedding.word_embeddings, hf["pad_token_id"], parallel)
         chunks.append(chunk)
     return chunks
 
@@ -150,6 +152,24 @@ def mark_expert_parameters(chunk: torch.nn.Module) -> None:
     for name, parameter in chunk.named_parameters():
         if ".experts." in name:
             parameter.allreduce = False
+
+
+def withhold_pad_gradient(embedding: torch.nn.Module, pad_id: int, parallel: Parallel) -> None:
+    """Looking up the pad token trains nothing, as in transformers (`nn.Embedding.padding_idx`).
+
+    transformers starts that row at zero, where RMSNorm's gradient is 1 / sqrt(eps) = 1000 times
+    what it is elsewhere: one pad token that a student samples would fill the whole gradient norm,
+    and clipping would spend the step on it. A tied row still learns as a row of the LM head.
+    """
+
+    def withhold(module, arguments, output):
+        is_pad = arguments[0] == pad_id  # [b, s]
+        if parallel.layout.tp > 1:  # the output is this rank's part of the sequence, [s / tp, b, D]
+            is_pad = is_pad.t().chunk(parallel.tp.size)[parallel.tp.rank]
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradient.masked_fill(is_pad[..., None], 0))
+
+    embedding.register_forward_hook(withhold)
 
 
 def wrap_precision(chunks: list[HiddenStateModel]) -> list[torch.nn.Module]:

@@ -14,6 +14,7 @@ from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_models import Layout
 from iwopd_megatron.known_models import planning_config
 from iwopd_megatron.preflight import check_layout, num_experts
+from iwopd_megatron.trajectory import Trajectory
 
 LENGTHS, BUDGET = [24, 16, 32, 20, 28, 12, 24, 32], 96  # packed, unequal
 # Which axis gives way first among equally large ones.
@@ -39,7 +40,7 @@ class Rehearsal:
             num_hidden_layers=max(2, axes.pp * axes.vpp),
             num_attention_heads=2 * max(2, axes.tp), num_key_value_heads=max(2, axes.tp),
             head_dim=16, max_position_embeddings=256, rms_norm_eps=1e-6,
-            tie_word_embeddings=self.is_tied,
+            tie_word_embeddings=self.is_tied, pad_token_id=0,
         )  # fmt: skip
         if self.is_moe:
             config |= dict(
@@ -47,6 +48,12 @@ class Rehearsal:
                 moe_intermediate_size=32 * axes.etp,
             )  # fmt: skip
         return config
+
+    def samples(self) -> list[Trajectory]:
+        """What its layouts are compared on; the pad token is among the ids."""
+        from iwopd_megatron.hf_reference import make_samples
+
+        return make_samples(self.config["vocab_size"], LENGTHS, self.config["pad_token_id"])
 
 
 def rehearsals(recipe: Recipe, limit: int) -> dict[str, Rehearsal]:
@@ -101,4 +108,6 @@ def write_model(folder: Path, config: dict[str, Any]) -> None:
                 parameter.copy_(1 + 0.2 * noise)
             else:
                 parameter.copy_((0.5 if "mlp.gate.weight" in name else 0.08) * noise)
+        if settings.pad_token_id is not None:
+            model.model.embed_tokens.weight[settings.pad_token_id] = 0  # as transformers starts it
     model.save_pretrained(folder)

@@ -76,7 +76,7 @@ def outcomes(folders):
     for _, model, lengths, _, _, dtype, _ in CASES.values():
         key = model, tuple(lengths), dtype
         if key not in references:
-            samples = hf_reference.make_samples(512, lengths)
+            samples = hf_reference.make_samples(512, lengths, pad_id=300)
             references[key] = hf_reference.compute_reference(
                 folders[model], samples, dtype == "bf16"
             )

@@ -13,7 +13,7 @@ from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.parallel import local_context, shutdown
 from iwopd_megatron.plan import plan
 from iwopd_megatron.recipe import load_recipe, read_recipe
-from iwopd_megatron.rehearse import BUDGET, LENGTHS, rehearsals, scaled, write_model
+from iwopd_megatron.rehearse import BUDGET, rehearsals, scaled, write_model
 
 RECIPES = sorted(p for p in Path("recipes").glob("*.yaml") if p.name.startswith("qwen3_"))
 PROCESSES = 4
@@ -88,8 +88,8 @@ def rehearsed(tmp_path_factory):
         if key not in references:
             folder = tmp_path_factory.mktemp("toy") / str(i)
             write_model(folder, rehearsal.config)
-            samples = hf_reference.make_samples(rehearsal.config["vocab_size"], LENGTHS)
-            references[key] = folder, hf_reference.compute_reference(folder, samples)
+            reference = hf_reference.compute_reference(folder, rehearsal.samples())
+            references[key] = folder, reference
         jobs[rehearsal] = (*references[key], rehearsal)
     found = {}
     for world in sorted({r.processes for r in jobs}):

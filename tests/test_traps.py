@@ -64,7 +64,9 @@ def remove_fix_and_compare(remove, folder, reference, axes, queue):
 @pytest.mark.parametrize("name", TRAPS)
 def test_parity_notices_a_missing_fix(name, moe_folder):
     remove, axes, figure, at_least = TRAPS[name]
-    reference = hf_reference.compute_reference(moe_folder, hf_reference.make_samples(512, LENGTHS))
+    reference = hf_reference.compute_reference(
+        moe_folder, hf_reference.make_samples(512, LENGTHS, pad_id=300)
+    )
     queue = local_context().SimpleQueue()
     run_world(2, remove_fix_and_compare, remove, moe_folder, reference, axes, queue)
     result, problems = queue.get()
