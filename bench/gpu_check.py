@@ -25,11 +25,12 @@ from iwopd_megatron import backend, device, hf_reference, parity  # noqa: E402
 from iwopd_megatron.actor import Schedule  # noqa: E402
 from iwopd_megatron.config import Train  # noqa: E402
 from iwopd_megatron.config_models import Layout  # noqa: E402
+from iwopd_megatron.local_world import local_context, start_local  # noqa: E402
 from iwopd_megatron.model import build_model, wrap_precision  # noqa: E402
 from iwopd_megatron.objective import DistillationObjective  # noqa: E402
 from iwopd_megatron.optimizer import build_optimizer, wrap_data_parallel  # noqa: E402
 from iwopd_megatron.packing import Packer  # noqa: E402
-from iwopd_megatron.parallel import initialise, local_context, shutdown, start_local  # noqa: E402
+from iwopd_megatron.parallel import initialise, shutdown  # noqa: E402
 from iwopd_megatron.preflight import read_hf_config  # noqa: E402
 from iwopd_megatron.progress import Progress  # noqa: E402
 from iwopd_megatron.recipe import load_recipe  # noqa: E402

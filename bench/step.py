@@ -20,11 +20,12 @@ from iwopd_megatron.actor import Schedule
 from iwopd_megatron.config import Train
 from iwopd_megatron.config_models import Layout
 from iwopd_megatron.hf_io import HfTensors, load_shards
+from iwopd_megatron.local_world import local_context, start_local
 from iwopd_megatron.model import build_model
 from iwopd_megatron.objective import DistillationObjective
 from iwopd_megatron.optimizer import build_optimizer, wrap_data_parallel
 from iwopd_megatron.packing import Packer
-from iwopd_megatron.parallel import initialise, local_context, start_local
+from iwopd_megatron.parallel import initialise
 from iwopd_megatron.preflight import read_hf_config
 from iwopd_megatron.weighting import token_weights
 

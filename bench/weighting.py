@@ -16,7 +16,8 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from loss import forward_backward, inputs, ours  # noqa: E402
 
-from iwopd_megatron.parallel import local_context, start_local, zigzag_index  # noqa: E402
+from iwopd_megatron.local_world import local_context, start_local  # noqa: E402
+from iwopd_megatron.parallel import zigzag_index  # noqa: E402
 from iwopd_megatron.weighting import token_weights_packed  # noqa: E402
 
 LENGTH, REPEATS = 4096, 9

@@ -16,10 +16,11 @@ from pathlib import Path
 
 from iwopd_megatron.agent_node import Node
 from iwopd_megatron.agent_world import World
-from iwopd_megatron.board import FINAL, POLL_SECONDS, Board, free_port, hostname
+from iwopd_megatron.board import FINAL, POLL_SECONDS, Board, hostname
 from iwopd_megatron.errors import GateError, RecipeError, ServiceError
+from iwopd_megatron.keeper import Keeper
 from iwopd_megatron.roles import TRAINER, Job, Role, read_job
-from iwopd_megatron.services import Keeper, Server
+from iwopd_megatron.services import Server, free_port
 from iwopd_megatron.stop import EXIT_STOPPED, die_with_parent
 
 # A person must mend these; starting again would end the same way.

@@ -14,10 +14,10 @@ import time
 from typing import Any
 
 from iwopd_megatron.agent_node import Node
-from iwopd_megatron.board import POLL_SECONDS, free_port, hostname
+from iwopd_megatron.board import POLL_SECONDS, hostname
 from iwopd_megatron.errors import ServiceError
 from iwopd_megatron.roles import Role
-from iwopd_megatron.services import health, is_answering
+from iwopd_megatron.services import free_port, health, is_answering
 from iwopd_megatron.stop import EXIT_STOPPED
 
 GRACE_SECONDS = 10  # for the other ranks of a node to end after one did

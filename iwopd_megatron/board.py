@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import socket
 import time
 from pathlib import Path
@@ -81,12 +80,3 @@ def hostname() -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing
         probe.connect(("192.0.2.1", 9))
         return probe.getsockname()[0]
-
-
-def free_port() -> int:
-    """One that nothing listens on, and that the kernel gives to no connection before it is used."""
-    while True:
-        port = random.SystemRandom().randrange(20000, 32768)
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("", port))
-            return port

@@ -28,7 +28,8 @@ from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_models import Layout
 from iwopd_megatron.errors import RecipeError, UserError
 from iwopd_megatron.lock import locked
-from iwopd_megatron.preflight import check_layout, check_start, read_hf_config
+from iwopd_megatron.preflight import check_layout, read_hf_config
+from iwopd_megatron.preflight_resume import check_start
 from iwopd_megatron.quiet import quiet
 from iwopd_megatron.recipe import load_recipe
 
@@ -150,7 +151,7 @@ def parity(
     worker = _workers()
     from iwopd_megatron import hf_reference
     from iwopd_megatron import parity as check
-    from iwopd_megatron.parallel import local_context
+    from iwopd_megatron.local_world import local_context
 
     lengths = [24, 16, 32, 20, 28, 12, 24, 32] if packed else [32] * 8
     dtype = "bf16" if bf16 else "fp32"

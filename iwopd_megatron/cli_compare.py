@@ -15,7 +15,7 @@ from iwopd_megatron.config_profile import load_profile
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.launch import make_job, new_folder
 from iwopd_megatron.lock import locked
-from iwopd_megatron.preflight import check_resume
+from iwopd_megatron.preflight_resume import check_resume
 from iwopd_megatron.quiet import quiet
 
 

@@ -15,7 +15,7 @@ from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_profile import Profile, load_profile
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.launch import make_job, new_folder, newest_folder, write_job
-from iwopd_megatron.preflight import check_start
+from iwopd_megatron.preflight_resume import check_start
 from iwopd_megatron.recipe import load_recipe, read_recipe
 from iwopd_megatron.roles import Job
 

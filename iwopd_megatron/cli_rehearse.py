@@ -37,7 +37,7 @@ def rehearse(
 
 def _run(role: str, rehearsal: Rehearsal) -> int:
     from iwopd_megatron import hf_reference, parity, worker
-    from iwopd_megatron.parallel import local_context
+    from iwopd_megatron.local_world import local_context
     from iwopd_megatron.preflight import describe
 
     with tempfile.TemporaryDirectory() as folder:

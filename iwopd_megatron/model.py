@@ -88,29 +88,38 @@ def transformer_config(
         apply_rope_fusion=backend.has_transformer_engine(torch_dtype),
         gradient_accumulation_fusion=False,
     )
-    if num_experts(hf):
-        settings.update(
-            num_moe_experts=num_experts(hf),
-            moe_ffn_hidden_size=hf["moe_intermediate_size"],
-            moe_router_topk=hf["num_experts_per_tok"],
-            moe_router_pre_softmax=not hf["norm_topk_prob"],
-            moe_router_score_function="softmax",
-            moe_router_dtype="fp32",
-            moe_router_load_balancing_type="none",
-            moe_aux_loss_coeff=0.0,
-            moe_token_dispatcher_type="alltoall",
-            moe_grouped_gemm=backend.has_transformer_engine(torch_dtype),
-        )
-    if recompute == "full":
-        settings.update(
-            recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
-        )
-    elif recompute == "selective":
-        modules = ["core_attn", "moe"] if num_experts(hf) else ["core_attn", "mlp"]
-        settings.update(recompute_granularity="selective", recompute_modules=modules)
+    settings |= _expert_settings(hf, torch_dtype) | _recompute_settings(hf, recompute)
     config = TransformerConfig(**settings)
     config.rotary_base = rope_theta(hf)
     return config
+
+
+def _expert_settings(hf: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    if not num_experts(hf):
+        return {}
+    return dict(
+        num_moe_experts=num_experts(hf),
+        moe_ffn_hidden_size=hf["moe_intermediate_size"],
+        moe_router_topk=hf["num_experts_per_tok"],
+        moe_router_pre_softmax=not hf["norm_topk_prob"],
+        moe_router_score_function="softmax",
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=backend.has_transformer_engine(dtype),
+    )
+
+
+def _recompute_settings(hf: dict[str, Any], recompute: str) -> dict[str, Any]:
+    if recompute == "full":
+        return dict(
+            recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
+        )
+    if recompute == "selective":
+        modules = ["core_attn", "moe" if num_experts(hf) else "mlp"]
+        return dict(recompute_granularity="selective", recompute_modules=modules)
+    return {}
 
 
 def build_model(

@@ -1,4 +1,4 @@
-"""Process groups of a run, the zigzag context-parallel layout, and local process launch.
+"""Process groups of a run, and the zigzag context-parallel layout.
 
 Axes: tp tensor, pp pipeline, vpp virtual pipeline, ep expert, etp expert-tensor, cp context, dp
 data. `initialise()` is the only place that builds Megatron's process groups; the rest of the
@@ -8,7 +8,6 @@ package reads them from the `Parallel` it returns.
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,11 +16,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from iwopd_megatron import device
 from iwopd_megatron.config_models import Layout
-from iwopd_megatron.errors import RecipeError
 
 device.install()
 
@@ -221,40 +218,3 @@ def packed_seq_params(lengths: list[int]) -> PackedSeqParams:
     )
     params.packing = Packing(lengths)
     return params
-
-
-def free_port() -> int:
-    """A TCP port of this machine nobody listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def _enter(rank: int, world: int, port: int, function: Callable[..., Any], args: tuple) -> None:
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
-    )  # fmt: skip
-    if not device.has_gpu():
-        torch.set_num_threads(1)
-    function(*args)
-
-
-def local_context() -> Any:
-    """The multiprocessing context of `start_local`; a queue for its processes must come from it.
-
-    On a CPU processes are forked, so that imports are paid once; one with a GPU context cannot be.
-    """
-    return mp.get_context("spawn" if device.has_gpu() else "fork")
-
-
-def start_local(world: int, function: Callable[..., Any], args: tuple = ()) -> mp.ProcessContext:
-    """Start `function(*args)` on `world` local processes, with torchrun's variables set."""
-    if device.has_gpu() and world > device.gpu_count():
-        raise RecipeError(
-            f"{world} processes need as many GPUs, this machine has {device.gpu_count()}; "
-            "choose a smaller layout, or set CUDA_VISIBLE_DEVICES= to run on CPUs."
-        )
-    arguments = (world, free_port(), function, args)
-    method = local_context().get_start_method()
-    return mp.start_processes(_enter, arguments, world, join=False, start_method=method)

@@ -41,15 +41,10 @@ def prefix_sums(
 ) -> Prefix:
     """One all-gather of 6 * S doubles a rank, or 12 * S with signed sums."""
     ranks, rank = (cp_group.size(), cp_group.rank()) if cp_group is not None else (1, 0)
-    # Local chunk (half, segment) is number half * S + segment; both halves are equally long.
-    tokens_S = segment_T.new_zeros(segments).index_add_(0, segment_T, torch.ones_like(segment_T))
-    start_S = tokens_S.cumsum(0) - tokens_S
-    position_T = torch.arange(len(segment_T), device=gap_T.device)
-    half_T = (position_T - start_S[segment_T]) >= (tokens_S // 2)[segment_T]
-    chunk_T = half_T * segments + segment_T
-
+    chunk_T, start_S, tokens_S = _chunks(segment_T, segments)
     gap_T = gap_T.double().where(mask_T, 0)
     distance_T = gap_T.abs()
+    position_T = torch.arange(len(segment_T), device=gap_T.device)
     last_C = position_T.new_full((2 * segments,), -1)  # each chunk's last masked-in token
     last_C.scatter_reduce_(0, chunk_T, position_T.where(mask_T, -1), "amax")
     is_last_T = mask_T & (last_C[chunk_T] == position_T)
@@ -93,6 +88,18 @@ def prefix_sums(
         prior_T.clamp(0, 1), total_S[segment_T], last_S[segment_T], index_T, length_S[segment_T],
         *signed,
     )  # fmt: skip
+
+
+def _chunks(segment_T, segments: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Each token's local chunk; first token and number of tokens of each segment.
+
+    Local chunk (half, segment) is number half * S + segment; both halves are equally long.
+    """
+    tokens_S = segment_T.new_zeros(segments).index_add_(0, segment_T, torch.ones_like(segment_T))
+    start_S = tokens_S.cumsum(0) - tokens_S
+    position_T = torch.arange(len(segment_T), device=segment_T.device)
+    half_T = (position_T - start_S[segment_T]) >= (tokens_S // 2)[segment_T]
+    return half_T * segments + segment_T, start_S, tokens_S
 
 
 def _signed_inside(gap_T, sum_C, chunk_T, start_S, tokens_S) -> torch.Tensor:

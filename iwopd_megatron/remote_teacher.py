@@ -10,15 +10,15 @@ import numpy
 import yaml
 from transformers import AutoTokenizer
 
-from iwopd_megatron import device, gates
+from iwopd_megatron import device, gates_start
 from iwopd_megatron.background import Background
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_models import Teacher
 from iwopd_megatron.fingerprint import identity, with_identity
+from iwopd_megatron.keeper import Keeper
 from iwopd_megatron.packing import Packer
-from iwopd_megatron.parallel import free_port
 from iwopd_megatron.scores import Scores, Support, by_batch
-from iwopd_megatron.services import Keeper, Server, outer_environment
+from iwopd_megatron.services import Server, free_port, outer_environment
 from iwopd_megatron.teacher_client import ScoringClient
 from iwopd_megatron.trajectory import Trajectory
 
@@ -147,7 +147,7 @@ class Line:
     def _check(self, url: str, info: dict[str, Any]) -> None:
         recipe, rollout = self.recipe, self.recipe.rollout
         theirs = AutoTokenizer.from_pretrained(self.teacher.hf)
-        gates.served_teacher(
+        gates_start.served_teacher(
             url,
             with_identity(info),
             identity(recipe.student.hf, self.tokenizer),
@@ -155,7 +155,7 @@ class Line:
             recipe.gates.same_chat_template,
         )
         longest = rollout.max_prompt_tokens + rollout.max_response_tokens
-        gates.server_fits(url, info, longest, rollout.temperature)
+        gates_start.server_fits(url, info, longest, rollout.temperature)
 
     def check_alive(self) -> None:
         """ServiceError if its own server is not restarted any more."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from iwopd_megatron.report_captions import CAPTIONS
 from iwopd_megatron.report_charts import (
     band_chart,
     curves_of,
@@ -50,79 +51,25 @@ def sections(
     runs: Runs, prefixes: dict[str, dict], samples: list[dict], pairs: dict[str, list[PairGain]]
 ) -> list[Section]:
     """prefixes: a run's name -> what `iwopd prefixes` found; samples: kept ones of one round;
-    pairs: `report_pairs.pair_gains`.
+    pairs: `report_pairs.pair_gains`. Sections without data are left out.
     """
+    charts = (
+        {**_accuracy(runs), "gain_by_compression": ratio_chart(pairs)},
+        _prefixes(prefixes),
+        _reverse_kl(runs),
+        _likelihood(runs),
+        _weights(runs, samples),
+        _by_decile(runs),
+        _health(runs),
+        _router(runs),
+        _time(runs),
+        _services(runs),
+    )
     made = [
-        Section(
-            "Accuracy",
-            "On the evaluation problems. Line: mean over seeds; band: ± 1 standard error; thin: up "
-            "to five single seeds. Second chart: gain over OPD, paired by seed (Fig. 1a, 2a). "
-            "Where several pairs of models are compared, final gain against how much smaller the "
-            "student is (Fig. 2b).",
-            {**_accuracy(runs), "gain_by_compression": ratio_chart(pairs)},
-        ),
-        Section(
-            "Continuing from student prefixes",
-            "The student's responses are cut, and student and teacher go on from there: their "
-            "chance of a right answer, with 95 % bootstrap intervals over problems (Fig. 1b).",
-            _prefixes(prefixes),
-        ),
-        Section(
-            "Reverse KL",
-            "Mean student − teacher log-probability of the student's own tokens, an estimate of "
-            "KL(student ‖ teacher). Second chart: by position, first three rounds of all runs "
-            "(dotted) against the last three, as far as 5 % of the responses reach (Fig. 3a, 3b).",
-            _reverse_kl(runs),
-        ),
-        Section(
-            "Likelihood of student prefixes",
-            "Cumulative log-probability of the first tokens of the student's responses, mean over "
-            "responses; one that has ended stays where it ended. Under student and teacher, first "
-            "three rounds; and the teacher's minus the student's, last three (Fig. 3c).",
-            _likelihood(runs),
-        ),
-        Section(
-            "Where the weight goes",
-            "Mean token weight by tenth of the response, over all rounds; OPD is 1. Then the "
-            "unsigned rule (iw) and the signed rule (iw_signed) on single responses of an early "
-            "round (Fig. 4b).",
-            _weights(runs, samples),
-        ),
-        Section(
-            "By position",
-            "Mean over the tokens of each tenth of a response. |gap|: first three rounds (dotted), "
-            "last three; others: all rounds. Shares that are zero throughout are left out.",
-            _by_decile(runs),
-        ),
-        Section(
-            "Health",
-            "Engine drift: mean |trainer − rollout engine| log-probability of the same tokens.",
-            _health(runs),
-        ),
-        Section(
-            "Load of the experts",
-            "Of the student's routers, mean over layers: busiest expert over the mean one, 1 is "
-            "even; and standard deviation over mean.",
-            _router(runs),
-        ),
-        Section(
-            "Time",
-            "Phases of a round, and response tokens per second of the whole round; “other” is what "
-            "the phases leave.",
-            _time(runs),
-        ),
-        Section(
-            "Services",
-            "Time to give the rollout servers new weights and prove it; and the share of answers "
-            "whose teacher scores were there when the round's last answer ended.",
-            _services(runs),
-        ),
+        Section(title, caption, {name: chart for name, chart in found.items() if chart})
+        for (title, caption), found in zip(CAPTIONS.items(), charts, strict=True)
     ]
-    with_data = [
-        Section(s.title, s.caption, {name: chart for name, chart in s.charts.items() if chart})
-        for s in made
-    ]
-    return [section for section in with_data if section.charts]
+    return [section for section in made if section.charts]
 
 
 def _over(runs: Runs, key: str, y_label: str, kind: str = "round", scale: float = 1) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from iwopd_megatron import device, gates
+from iwopd_megatron import device, gates, gates_start
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_models import Frozen
 from iwopd_megatron.metrics import bin_tokens
@@ -40,7 +40,7 @@ class Supervision:
         if settings is None:
             return None
         student, tokenizer = self.recipe.student.hf, AutoTokenizer.from_pretrained(settings.hf)
-        gates.same_vocabulary(student, settings.hf, self.tokenizer, tokenizer)
+        gates_start.same_vocabulary(student, settings.hf, self.tokenizer, tokenizer)
         return EmbeddedScorer(settings, self.packer, self.recipe.rollout.temperature)
 
     @property

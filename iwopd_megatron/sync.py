@@ -6,8 +6,8 @@ then broadcast along pp. No rank ever holds more than one bucket beside its own 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from iwopd_megatron.mapping import Entry, entries
 from iwopd_megatron.parallel import Axis, Parallel
 
 BUCKET_BYTES = 256 * 2**20
+T = TypeVar("T")
 
 
 class WeightStream:
@@ -27,7 +28,8 @@ class WeightStream:
         self.buckets: list[tuple[list[Entry], list[list[list[str]]]]] = []
         for is_expert in (False, True):
             part = [entry for entry in own if entry.is_expert == is_expert]
-            for bucket in _split(part, BUCKET_BYTES // self._axis(is_expert).size):
+            limit = BUCKET_BYTES // self._axis(is_expert).size
+            for bucket in buckets(part, lambda entry: entry.parameter, limit):
                 names: list[list[list[str]]] = [None] * self._axis(
                     is_expert
                 ).size  # per shard, per entry
@@ -91,16 +93,18 @@ class WeightStream:
         }
 
 
-def _split(items: list[Entry], limit: int) -> Iterator[list[Entry]]:
-    """Consecutive entries of one dtype with under `limit` bytes (at least one entry each)."""
-    run: list[Entry] = []
+def buckets(
+    items: Iterable[T], tensor: Callable[[T], torch.Tensor], limit: int = BUCKET_BYTES
+) -> Iterator[list[T]]:
+    """Consecutive items whose tensors are of one dtype and at most `limit` bytes (at least one)."""
+    run: list[T] = []
     size = 0
-    for entry in items:
-        nbytes = entry.parameter.nbytes
-        if run and (size + nbytes > limit or entry.parameter.dtype != run[0].parameter.dtype):
+    for item in items:
+        new = tensor(item)
+        if run and (size + new.nbytes > limit or new.dtype != tensor(run[0]).dtype):
             yield run
             run, size = [], 0
-        run.append(entry)
-        size += nbytes
+        run.append(item)
+        size += new.nbytes
     if run:
         yield run

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from iwopd_megatron import gates
+from iwopd_megatron import gates_start
 from iwopd_megatron.background import Background
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.packing import Packer
@@ -27,9 +27,9 @@ class Teachers:
         models = {source: recipe.named_teachers[role] for source, role in named.items()}
         for teacher in models.values():
             theirs = AutoTokenizer.from_pretrained(teacher.hf)
-            gates.same_vocabulary(recipe.student.hf, teacher.hf, tokenizer, theirs)
+            gates_start.same_vocabulary(recipe.student.hf, teacher.hf, tokenizer, theirs)
             if recipe.gates.same_chat_template:
-                gates.same_chat_template(recipe.student.hf, teacher.hf, tokenizer, theirs)
+                gates_start.same_chat_template(recipe.student.hf, teacher.hf, tokenizer, theirs)
         remote = {source: model for source, model in models.items() if model.is_remote}
         self.remote: RemoteScorer | None = None
         if remote:

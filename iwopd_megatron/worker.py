@@ -27,7 +27,8 @@ from iwopd_megatron.errors import (
     ServiceError,
     UserError,
 )
-from iwopd_megatron.parallel import initialise, shutdown, start_local
+from iwopd_megatron.local_world import start_local
+from iwopd_megatron.parallel import initialise, shutdown
 from iwopd_megatron.progress import Progress
 from iwopd_megatron.stop import EXIT_STOPPED, die_with_parent, watch_signals
 from iwopd_megatron.trainer import Trainer

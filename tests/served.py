@@ -12,7 +12,8 @@ from pathlib import Path
 import httpx
 
 from iwopd_megatron.config_models import Layout, Service, Teacher
-from iwopd_megatron.parallel import free_port, start_local
+from iwopd_megatron.local_world import start_local
+from iwopd_megatron.services import free_port
 from iwopd_megatron.teacher_service import serve
 
 ROOT = Path(__file__).parent.parent

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from iwopd_megatron.config_models import Layout
 from iwopd_megatron.hf_reference import hf_model
-from iwopd_megatron.parallel import free_port, initialise
+from iwopd_megatron.parallel import initialise
 from iwopd_megatron.preflight import eos_ids, read_hf_config
 from iwopd_megatron.recipe import load_recipe
 from iwopd_megatron.rollout import Prompt
@@ -21,7 +21,7 @@ from iwopd_megatron.rollout.make import server_command, server_environment
 from iwopd_megatron.rollout.pool import Place, Pool
 from iwopd_megatron.rollout.push import BroadcastPush, FolderPush, Push, RequestPush, Targets
 from iwopd_megatron.rollout.servers import Canary, ServerEngine
-from iwopd_megatron.services import Server
+from iwopd_megatron.services import Server, free_port
 
 ROOT = Path(__file__).parents[1]
 STUDENT = ROOT / "recipes/demo/student"

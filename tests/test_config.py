@@ -12,7 +12,8 @@ import yaml
 import iwopd_megatron
 from iwopd_megatron.config_models import Layout
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.preflight import check_resume, describe
+from iwopd_megatron.preflight import describe
+from iwopd_megatron.preflight_resume import check_resume
 from iwopd_megatron.recipe import load_recipe
 
 HF = dict(

@@ -11,14 +11,16 @@ from iwopd_megatron.gates import (
     drift,
     first_weights,
     rollouts,
+    teacher_scores,
+    truncation,
+    without_bad_scores,
+)
+from iwopd_megatron.gates_start import (
     same_chat_template,
     same_vocabulary,
     served_student,
     served_teacher,
     server_fits,
-    teacher_scores,
-    truncation,
-    without_bad_scores,
 )
 from iwopd_megatron.trajectory import Trajectory
 

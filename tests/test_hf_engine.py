@@ -13,7 +13,8 @@ from worlds import run_world
 from iwopd_megatron.config_models import Layout
 from iwopd_megatron.hf_io import HfTensors
 from iwopd_megatron.hf_reference import hf_model
-from iwopd_megatron.parallel import initialise, local_context, shutdown
+from iwopd_megatron.local_world import local_context
+from iwopd_megatron.parallel import initialise, shutdown
 from iwopd_megatron.rollout import Prompt, Sampling
 from iwopd_megatron.rollout.hf import HfEngine, _causal_mask, _sample, _uniform
 

@@ -7,7 +7,7 @@ from served import ROOT
 from iwopd_megatron.cli_serve import choose_teacher
 from iwopd_megatron.config_models import Layout
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.preflight import check_resume
+from iwopd_megatron.preflight_resume import check_resume
 from iwopd_megatron.recipe import load_recipe
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")

@@ -10,7 +10,8 @@ from worlds import run_world
 from iwopd_megatron import hf_reference, parity
 from iwopd_megatron.config_models import Layout
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.parallel import local_context, shutdown
+from iwopd_megatron.local_world import local_context
+from iwopd_megatron.parallel import shutdown
 from iwopd_megatron.plan import plan
 from iwopd_megatron.recipe import load_recipe, read_recipe
 from iwopd_megatron.rehearse import BUDGET, rehearsals, scaled, write_model

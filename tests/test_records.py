@@ -13,10 +13,11 @@ from iwopd_megatron.actor import Schedule
 from iwopd_megatron.config_models import Layout
 from iwopd_megatron.hf_io import HfTensors, load_shards
 from iwopd_megatron.hf_reference import hf_model, make_samples
+from iwopd_megatron.local_world import local_context
 from iwopd_megatron.metrics import router_means
 from iwopd_megatron.model import build_model
 from iwopd_megatron.packing import Packer
-from iwopd_megatron.parallel import initialise, local_context, shutdown
+from iwopd_megatron.parallel import initialise, shutdown
 from iwopd_megatron.preflight import read_hf_config
 from iwopd_megatron.progress import Progress
 from iwopd_megatron.recipe import load_recipe

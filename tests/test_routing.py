@@ -18,12 +18,13 @@ from iwopd_megatron.errors import GateError
 from iwopd_megatron.hf_io import HfTensors, load_shards, named_views
 from iwopd_megatron.hf_reference import hf_model, make_samples, max_error
 from iwopd_megatron.journal import Journal
+from iwopd_megatron.local_world import local_context
 from iwopd_megatron.mapping import entries
 from iwopd_megatron.model import build_model
 from iwopd_megatron.objective import LikelihoodObjective
 from iwopd_megatron.optimizer import build_optimizer, wrap_data_parallel
 from iwopd_megatron.packing import Packer
-from iwopd_megatron.parallel import initialise, local_context, shutdown
+from iwopd_megatron.parallel import initialise, shutdown
 from iwopd_megatron.preflight import read_hf_config
 from iwopd_megatron.rollout import Prompt
 from iwopd_megatron.routing import RoutingReplay

@@ -10,8 +10,8 @@ import pytest
 from served import ROOT, wait_until
 
 from iwopd_megatron.errors import ServiceError
-from iwopd_megatron.parallel import free_port
-from iwopd_megatron.services import Keeper, Server, outer_environment
+from iwopd_megatron.keeper import Keeper
+from iwopd_megatron.services import Server, free_port, outer_environment
 
 HEALTHY = """
 import http.server, subprocess, sys
@@ -127,7 +127,8 @@ def test_a_server_that_never_was_ready_is_not_restarted(tmp_path):
 PARENT = """
 import sys, time
 from pathlib import Path
-from iwopd_megatron.services import Keeper, Server
+from iwopd_megatron.services import Server
+from iwopd_megatron.keeper import Keeper
 code, port, log = sys.argv[1:]
 server = Server("s", [sys.executable, "-c", code, port], None, Path(log), f"http://127.0.0.1:{port}")
 keeper = Keeper([server], 30)

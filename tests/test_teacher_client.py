@@ -13,8 +13,8 @@ from test_teacher_service import SAMPLES, ask
 
 from iwopd_megatron.background import Background
 from iwopd_megatron.errors import GateError, ServiceError
-from iwopd_megatron.parallel import free_port
 from iwopd_megatron.scoring_protocol import BadAnswer, read_answer
+from iwopd_megatron.services import free_port
 from iwopd_megatron.teacher_client import ScoringClient
 from iwopd_megatron.trajectory import Trajectory
 

@@ -14,9 +14,8 @@ import torch
 from served import ROOT, TEACHER, served, wait_until
 
 from iwopd_megatron.hf_reference import hf_model
-from iwopd_megatron.parallel import free_port
 from iwopd_megatron.scoring_queue import Job, QueueClosed, QueueFull, ScoringQueue
-from iwopd_megatron.services import Server
+from iwopd_megatron.services import Server, free_port
 from iwopd_megatron.teacher_client import ScoringClient
 from iwopd_megatron.trajectory import Trajectory
 

@@ -14,8 +14,9 @@ from iwopd_megatron.background import Background
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.fingerprint import identity
+from iwopd_megatron.keeper import Keeper
 from iwopd_megatron.model import DTYPES
-from iwopd_megatron.parallel import Parallel, free_port
+from iwopd_megatron.parallel import Parallel
 from iwopd_megatron.preflight import eos_ids, read_hf_config
 from iwopd_megatron.rollout import RolloutEngine
 from iwopd_megatron.rollout.hf import HfEngine
@@ -24,7 +25,7 @@ from iwopd_megatron.rollout.push import BroadcastPush, FolderPush, Push, Request
 from iwopd_megatron.rollout.servers import Canary, ServerEngine
 from iwopd_megatron.rollout.sglang import SglangServer
 from iwopd_megatron.rollout.vllm import VllmServer
-from iwopd_megatron.services import Keeper, Server, outer_environment
+from iwopd_megatron.services import Server, free_port, outer_environment
 
 KINDS = {"sglang": SglangServer, "vllm": VllmServer}
 

@@ -99,7 +99,7 @@ class Pool:
                 failure = f"{place.server.url} answered under weights {sorted(set(part.versions))}"
                 await self.lose(place, f"{failure}, not {self.version}", is_dead=False)
                 continue
-            whole = _joined(whole, part)
+            whole = whole.then(part)
             if whole.finish != "abort":
                 return self._trajectory(prompt, whole)
         raise UserError(f"prompt {prompt.index} failed {MAX_TRIES} times, at last: {failure}.")
@@ -245,14 +245,3 @@ class Pool:
             else:
                 kept.append(place)
         return kept
-
-
-def _joined(first: Answer, rest: Answer) -> Answer:
-    """Tokens of both; the experts of the second request, whose prompt the first tokens were."""
-    return Answer(
-        first.ids + rest.ids,
-        first.logp + rest.logp,
-        rest.finish,
-        first.versions + rest.versions,
-        rest.experts,
-    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
@@ -238,19 +238,3 @@ def _sending_group(
     )
     c10d._world.pg_group_ranks[group] = {i: i for i in range(world)}
     return group
-
-
-def buckets(
-    weights: Iterable[tuple[str, torch.Tensor]], limit: int = 256 * 2**20
-) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Consecutive tensors of together at most `limit` bytes (at least one)."""
-    run: list[tuple[str, torch.Tensor]] = []
-    size = 0
-    for name, tensor in weights:
-        if run and size + tensor.nbytes > limit:
-            yield run
-            run, size = [], 0
-        run.append((name, tensor))
-        size += tensor.nbytes
-    if run:
-        yield run

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ import numpy
 import torch
 
 from iwopd_megatron.errors import UserError
+from iwopd_megatron.preflight import num_experts
 from iwopd_megatron.rollout import Sampling
 from iwopd_megatron.rollout.proof import Fingerprints
 
@@ -42,6 +44,11 @@ class Answer:
     finish: str
     versions: list[str] = field(default_factory=list)  # weight version of every token
     experts: numpy.ndarray | None = None  # [prompt + answer - 1, layers, top k], `Trajectory`'s
+
+    def then(self, rest: Answer) -> Answer:
+        """Both; `rest` answers the prompt with these tokens, and its experts are those of all."""
+        ids, logp = self.ids + rest.ids, self.logp + rest.logp
+        return Answer(ids, logp, rest.finish, self.versions + rest.versions, rest.experts)
 
 
 class RolloutServer(Protocol):
@@ -151,6 +158,16 @@ class HttpServer:
                 "its tokenizer is not the model's."
             )
         return ids
+
+    def _experts(self, flat: numpy.ndarray, tokens: int) -> numpy.ndarray:
+        """`Answer.experts` of what the engine chose for so many tokens, end to end."""
+        shape = tokens, self.hf["num_hidden_layers"], self.hf["num_experts_per_tok"]
+        if flat.size != math.prod(shape):
+            raise ServerLost(f"{self.url}: {flat.size} routed experts for {tokens} tokens")
+        experts = num_experts(self.hf)
+        if not 0 <= flat.min() <= flat.max() < experts:
+            raise ServerLost(f"{self.url}: a routed expert is none of the model's {experts}")
+        return flat.astype(numpy.uint8 if experts <= 256 else numpy.int16).reshape(shape)
 
 
 def header(tensors: NamedTensors) -> dict[str, list[Any]]:

@@ -12,17 +12,18 @@ from typing import Any
 
 import torch
 
-from iwopd_megatron import gates
+from iwopd_megatron import gates, gates_start
 from iwopd_megatron.background import Background
 from iwopd_megatron.errors import GateError, ServiceError
 from iwopd_megatron.fingerprint import with_identity
+from iwopd_megatron.keeper import Keeper
 from iwopd_megatron.parallel import Parallel
 from iwopd_megatron.rollout import OnSample, Prompt, Sampling
 from iwopd_megatron.rollout.pool import NoServer, Pool
 from iwopd_megatron.rollout.proof import Fingerprints, check_landed
-from iwopd_megatron.rollout.push import Push, buckets
+from iwopd_megatron.rollout.push import Push
 from iwopd_megatron.rollout.server import ServerLost, ServerRefused
-from iwopd_megatron.services import Keeper
+from iwopd_megatron.sync import buckets
 from iwopd_megatron.trajectory import Trajectory
 
 ATTEMPTS = 3  # at one weight version, with the servers that are left or came back
@@ -94,7 +95,7 @@ class ServerEngine:
             except (ServerLost, ServerRefused) as error:
                 raise ServiceError(f"a rollout server is not there: {error}.") from None
             if student is not None:
-                gates.served_student(server.url, with_identity(info), student)
+                gates_start.served_student(server.url, with_identity(info), student)
 
     def close(self) -> None:
         """Leave the servers, and stop those that are ours."""
@@ -170,7 +171,7 @@ class ServerEngine:
     def _send(self, weights: Weights) -> Exception | None:
         """Every rank takes part in gathering; rank 0's trouble must not keep it from doing so."""
         failure = None
-        for bucket in buckets(weights):
+        for bucket in buckets(weights, lambda item: item[1]):
             if self.parallel.is_main and failure is None:
                 try:
                     for prints in self.fingerprints.values():

@@ -21,7 +21,6 @@ import numpy
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.device import has_gpu
 from iwopd_megatron.errors import UserError
-from iwopd_megatron.preflight import num_experts
 from iwopd_megatron.rollout import Sampling
 from iwopd_megatron.rollout.proof import SglangFingerprints
 from iwopd_megatron.rollout.server import (
@@ -119,7 +118,13 @@ class SglangServer(HttpServer):
         if not sampling.with_experts:
             return answer
         encoded = reply["meta_info"].get("routed_experts")
-        return replace(answer, experts=self._experts(encoded, len(ids) + len(answer.ids) - 1))
+        if encoded is None:
+            raise UserError(
+                f"{self.url} returns no routed experts; "
+                "start it with --enable-return-routed-experts, or set rollout.routing_replay=false."
+            )
+        flat = numpy.frombuffer(base64.b64decode(encoded), dtype=numpy.int32)
+        return replace(answer, experts=self._experts(flat, len(ids) + len(answer.ids) - 1))
 
     async def _abort(self, request: str) -> None:
         """Tell the server to stop working on what nobody waits for."""
@@ -143,22 +148,6 @@ class SglangServer(HttpServer):
         if [entry[1] for entry in entries] != ids or len(versions) != len(ids):
             raise ServerLost(f"{self.url}: an answer's log-probs are not those of its tokens")
         return Answer(ids, [entry[0] for entry in entries], finish, versions)
-
-    def _experts(self, encoded: str | None, tokens: int) -> numpy.ndarray:
-        if encoded is None:
-            raise UserError(
-                f"{self.url} returns no routed experts; "
-                "start it with --enable-return-routed-experts, or set rollout.routing_replay=false."
-            )
-        flat = numpy.frombuffer(base64.b64decode(encoded), dtype=numpy.int32)
-        layers, top = self.hf["num_hidden_layers"], self.hf["num_experts_per_tok"]
-        if flat.size != tokens * layers * top:
-            raise ServerLost(f"{self.url}: {flat.size} routed experts for {tokens} tokens")
-        experts = num_experts(self.hf)
-        if not 0 <= flat.min() <= flat.max() < experts:
-            raise ServerLost(f"{self.url}: a routed expert is none of the model's {experts}")
-        dtype = numpy.uint8 if experts <= 256 else numpy.int16
-        return flat.astype(dtype).reshape(tokens, layers, top)
 
     async def score(self, ids: list[int]) -> list[float]:
         reply = await self._post(

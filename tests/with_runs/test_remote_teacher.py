@@ -20,8 +20,9 @@ from worlds import run_world
 
 from iwopd_megatron.grading import GRADERS
 from iwopd_megatron.hf_io import HfTensors
+from iwopd_megatron.local_world import local_context, start_local
 from iwopd_megatron.packing import Packer
-from iwopd_megatron.parallel import initialise, local_context, shutdown, start_local
+from iwopd_megatron.parallel import initialise, shutdown
 from iwopd_megatron.progress import Progress
 from iwopd_megatron.recipe import load_recipe
 from iwopd_megatron.runlog import read_jsonl

@@ -16,8 +16,9 @@ from worlds import run_world
 from iwopd_megatron.config_models import Frozen, Layout
 from iwopd_megatron.hf_io import HfTensors
 from iwopd_megatron.hf_reference import hf_model, make_samples
+from iwopd_megatron.local_world import local_context
 from iwopd_megatron.packing import Packer
-from iwopd_megatron.parallel import initialise, local_context, shutdown
+from iwopd_megatron.parallel import initialise, shutdown
 from iwopd_megatron.preflight import read_hf_config
 from iwopd_megatron.progress import Progress
 from iwopd_megatron.recipe import load_recipe

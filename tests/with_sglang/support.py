@@ -6,10 +6,10 @@ import httpx
 from served_models import ROOT, ServedModel
 
 from iwopd_megatron.background import Background
+from iwopd_megatron.keeper import Keeper
 from iwopd_megatron.rollout.pool import Place
 from iwopd_megatron.rollout.servers import ServerEngine
 from iwopd_megatron.rollout.sglang import SglangServer
-from iwopd_megatron.services import Keeper
 
 RECIPE = ROOT / "recipes/demo_sglang.yaml"
 

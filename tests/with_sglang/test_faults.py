@@ -109,7 +109,7 @@ def test_a_server_killed_in_the_middle_of_an_update_serves_nothing_half_updated(
 
     import iwopd_megatron.rollout.servers as servers
 
-    split, servers.buckets = servers.buckets, lambda w: ([item] for item in w)
+    split, servers.buckets = servers.buckets, lambda w, _: ([item] for item in w)
     try:
         engine.update(Weights(), 2)
     finally:

@@ -10,8 +10,7 @@ from test_teacher_service import SAMPLES, ask, request
 
 from iwopd_megatron.errors import ServiceError
 from iwopd_megatron.fingerprint import identity, with_identity
-from iwopd_megatron.parallel import free_port
-from iwopd_megatron.services import Server, outer_environment
+from iwopd_megatron.services import Server, free_port, outer_environment
 from iwopd_megatron.teacher_client import ScoringClient
 
 ENVIRONMENT = ROOT / "tests/with_sglang/environment"
