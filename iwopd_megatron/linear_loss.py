@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 
 from iwopd_megatron import device, tile_ops
-from iwopd_megatron.logprobs import Head, LogProbs, add_product, default_tile, merge, scored_ids
+from iwopd_megatron.logprobs import Head, LogProbs, add_product, default_tile, scored_ids
 
 # (a chunk's log-probs, its place among the tokens) -> the sum of its tokens' losses
 TokenLoss = Callable[[LogProbs, slice], torch.Tensor]
@@ -111,25 +111,15 @@ class _FusedChunk:
     """A chunk on a GPU: its logits as the product wrote them, over which their gradient goes."""
 
     def __init__(self, head: Head, ids_CK: torch.Tensor):
-        self.head, self.ids_CK = head, ids_CK
-        self.sum_C, weighted_C = torch.zeros(2, len(ids_CK), device=ids_CK.device)
-        self.max_C = torch.full_like(self.sum_C, -torch.inf)
-        self.found_CK = torch.zeros(ids_CK.shape, device=ids_CK.device)
-        self.tiles = []
-        for s, v in head.tiles():
-            tile_CU, scale = head.product(s, v), head.inv_temperature
-            self.found_CK[s] += tile_ops.found(tile_CU, scale, ids_CK[s] - v.start)
-            part = tile_ops.statistics(tile_CU, scale, True)
-            merge(part, self.max_C[s], self.sum_C[s], weighted_C[s])
-            self.tiles.append((s, v, tile_CU))
-        self.weighted_C = weighted_C - self.max_C * self.sum_C
+        self.head, self.ids_CK, self.products = head, ids_CK, []
+        self.max_C, stats = head.statistics(ids_CK, with_entropy=True, kept=self.products)
+        self.sum_C, self.found_CK = stats[0], stats[2:].t()
+        self.weighted_C = stats[1] - self.max_C * self.sum_C
 
     def add_gradients(self, logz_C, dlogp_CK, dhidden_CD, dweight_VD) -> None:
-        for s, v, tile_CU in self.tiles:
-            ids_CK, scale = self.ids_CK[s] - v.start, self.head.inv_temperature
-            dtile_CU = tile_ops.gradient(tile_CU, scale, ids_CK, logz_C[s], dlogp_CK[s], None)
-            add_product(dhidden_CD[s], dtile_CU, self.head.weight_VD[v])
-            add_product(dweight_VD[v], dtile_CU.t(), self.head.hidden_ND[s])
+        self.head.add_gradients(
+            self.ids_CK, logz_C, dlogp_CK, None, dhidden_CD, dweight_VD, self.products
+        )
 
 
 class _LinearLoss(torch.autograd.Function):

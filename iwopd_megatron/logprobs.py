@@ -99,6 +99,10 @@ def default_tile(topk: int = 0) -> tuple[int, int]:
     return CPU_TOPK_TILE if topk else CPU_TILE
 
 
+# (tokens, vocabulary, product) of a tile
+Product = tuple[slice, slice, torch.Tensor]
+
+
 class Head(NamedTuple):
     """Hidden states and this rank's vocabulary, whose logits exist one tile at a time."""
 
@@ -118,22 +122,34 @@ class Head(NamedTuple):
         """`[C, U]`, in the weight's dtype; times 1 / temperature these are the logits."""
         return self.hidden_ND[s] @ self.weight_VD[v].t()
 
+    def products(self) -> Iterator[Product]:
+        for s, v in self.tiles():
+            yield s, v, self.product(s, v)
+
     def statistics(
-        self, ids_NK: torch.Tensor, with_entropy: bool, best: RunningTopK | None, start: int = 0
+        self,
+        ids_NK: torch.Tensor,
+        with_entropy: bool,
+        best: RunningTopK | None = None,
+        start: int = 0,
+        kept: list[Product] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Maxima `[N]`, and `[2 + K, N]`: sums of exp, of exp * logit, both relative to the maxima,
-        and the logits of `ids_NK`, 0 where another rank has them. `start`: id of the first column.
+        and the logits of `ids_NK`, 0 where another rank has them.
+
+        start: id of the first column; kept: takes all products, for `add_gradients`.
         """
         stats = ids_NK.new_zeros(2 + ids_NK.shape[1], len(ids_NK), dtype=torch.float32)
         max_N = torch.full_like(stats[0], -torch.inf)
-        for s, v in self.tiles():
-            tile_CU = self.product(s, v)
+        for s, v, tile_CU in self.products():
             stats[2:, s] += tile_ops.found(tile_CU, self.inv_temperature, ids_NK[s] - v.start).t()
             if best is not None:
                 logits_CU = tile_ops.scaled(tile_CU, self.inv_temperature)
                 best.add(logits_CU, s, start + v.start)
             part = tile_ops.statistics(tile_CU, self.inv_temperature, with_entropy)
             merge(part, max_N[s], stats[0, s], stats[1, s])
+            if kept is not None:
+                kept.append((s, v, tile_CU))
         return max_N, stats
 
     def add_gradients(
@@ -144,14 +160,17 @@ class Head(NamedTuple):
         entropy: EntropyGradient | None,
         dhidden_ND: torch.Tensor,
         dweight_VD: torch.Tensor,
+        kept: list[Product] | None = None,
     ) -> None:
-        """Add to both gradients, fp32, those of sum(dids * log-prob of ids)."""
-        for s, v in self.tiles():
+        """Add to both gradients, fp32, those of sum(dids * log-prob of ids).
+
+        kept: all products, which become their gradient in place on GPUs; else computed anew.
+        """
+        for s, v, tile_CU in self.products() if kept is None else kept:
             part = None if entropy is None else EntropyGradient(*(x[s] for x in entropy))
             dtile_CU = tile_ops.gradient(
-                self.product(s, v), self.inv_temperature, ids_NK[s] - v.start, logz_N[s],
-                dids_NK[s], part,
-            )  # fmt: skip
+                tile_CU, self.inv_temperature, ids_NK[s] - v.start, logz_N[s], dids_NK[s], part
+            )
             add_product(dhidden_ND[s], dtile_CU, self.weight_VD[v])
             add_product(dweight_VD[v], dtile_CU.t(), self.hidden_ND[s])
 

@@ -311,6 +311,7 @@ def test_the_papers_numbers_stand_beside_the_runs(tmp_path):
     pooled = table["own"]["IW-OPD, step 10"]["aime25"]
     assert (pooled["score"], pooled["error"]) == (pytest.approx(50), pytest.approx(10))
     assert table["paper"]["IW-OPD, step 10"]["aime25"] == 49.3
+    assert table["paper"]["IW-ExOPD, final"]["hmmt25"] == 32.0
     page = write_report(folder).read_text()
     assert "<td>Paper: IW-OPD, step 10</td>" in page and "<td>49.3</td>" in page
     assert "50.0 <small>[40.0, 60.0]</small>" in page and "<td>50.0 ± 10.0</td>" in page

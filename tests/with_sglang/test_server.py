@@ -34,7 +34,7 @@ def test_answers_carry_the_log_probs_of_the_whole_distribution(rig, settings):
     for sample in samples:
         ids = sample.prompt_ids + sample.response_ids
         expected = hf_logp(model, ids, len(sample.prompt_ids), temperature or 1.0)
-        assert largest(expected, sample.rollout_logp) < 1e-5
+        assert largest(expected, sample.rollout_logp) < 1e-4
         assert sample.truncated == (sample.response_ids[-1] != 1)
         assert len(sample.response_ids) == 40 or not sample.truncated
         if temperature == 0:

@@ -27,7 +27,7 @@ def test_a_killed_server_comes_back_and_every_prompt_is_answered_once(moe):
     for sample in samples:
         ids = sample.prompt_ids + sample.response_ids
         assert sample.weight_version == 1
-        assert largest(hf_logp(model, ids, len(sample.prompt_ids)), sample.rollout_logp) < 1e-5
+        assert largest(hf_logp(model, ids, len(sample.prompt_ids)), sample.rollout_logp) < 1e-4
 
 
 def test_a_server_restarted_with_old_weights_is_noticed(dense):
@@ -44,4 +44,4 @@ def test_a_server_restarted_with_old_weights_is_noticed(dense):
     for sample in samples:
         ids = sample.prompt_ids + sample.response_ids
         assert sample.weight_version == 3
-        assert largest(hf_logp(model, ids, len(sample.prompt_ids)), sample.rollout_logp) < 1e-5
+        assert largest(hf_logp(model, ids, len(sample.prompt_ids)), sample.rollout_logp) < 1e-4

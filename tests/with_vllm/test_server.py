@@ -28,7 +28,7 @@ def test_answers_carry_the_log_probs_of_the_whole_distribution(rig, temperature)
     for sample in samples:
         ids = sample.prompt_ids + sample.response_ids
         expected = hf_logp(model, ids, len(sample.prompt_ids), temperature)
-        assert largest(expected, sample.rollout_logp) < 1e-5
+        assert largest(expected, sample.rollout_logp) < 1e-4
         assert sample.truncated == (sample.response_ids[-1] != 1)
         assert 1 not in sample.response_ids[:-1]
         assert not sample.truncated or len(sample.response_ids) == 40
@@ -72,7 +72,7 @@ def test_weights_land_and_are_proven_to(rig, sync):
         (sample,) = engine.generate(prompts(1), Sampling(5))
         ids = sample.prompt_ids + sample.response_ids
         expected = hf_logp(rig.model(weights), ids, len(sample.prompt_ids))
-        assert largest(expected, sample.rollout_logp) < 1e-5
+        assert largest(expected, sample.rollout_logp) < 1e-4
         assert sample.weight_version == version
 
 
