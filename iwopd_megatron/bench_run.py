@@ -6,6 +6,8 @@ ends with the very same samples.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import time
@@ -17,6 +19,7 @@ from typing import Any
 import numpy
 from transformers import AutoTokenizer
 
+from iwopd_megatron.answering import answering_engine
 from iwopd_megatron.answers import Answers, Place, write_whole
 from iwopd_megatron.bench_progress import BenchProgress
 from iwopd_megatron.benchmarks import Benchmark
@@ -26,12 +29,10 @@ from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.evaluate import STREAM
 from iwopd_megatron.grading import check_graders, grade
 from iwopd_megatron.grading_pool import Answer
-from iwopd_megatron.hf_io import whole_tensors
 from iwopd_megatron.parallel import Parallel
 from iwopd_megatron.pass_at_k import summarise
 from iwopd_megatron.preflight import read_hf_config
 from iwopd_megatron.rollout import Prompt, RolloutEngine, Sampling
-from iwopd_megatron.rollout.make import make_engine
 from iwopd_megatron.trajectory import Trajectory
 
 MOST_PROBLEMS = 2**20  # a prompt's index is sample * this + problem
@@ -57,18 +58,13 @@ class BenchRun:
 def run_benchmarks(run: BenchRun, parallel: Parallel, progress: BenchProgress) -> dict[str, Any]:
     """Scores by benchmark, also in out/results.json; in a world of one process."""
     tokenizer = AutoTokenizer.from_pretrained(run.recipe.student.hf)
-    made: list[RolloutEngine] = []
+    with contextlib.ExitStack() as stack:
 
-    def engine() -> RolloutEngine:
-        if not made:  # nobody waits for one if all answers are there
-            made.append(_engine(run, parallel, progress))
-        return made[0]
+        @functools.cache
+        def engine() -> RolloutEngine:  # nobody waits for one if all answers are there
+            return stack.enter_context(answering_engine(run.recipe, parallel, progress.say))
 
-    try:
         results = {b.name: _run_one(run, b, tokenizer, engine, progress) for b in run.benchmarks}
-    finally:
-        for used in made:
-            used.close()
     _write(run, results)
     return results
 
@@ -118,14 +114,6 @@ def _settings(run: BenchRun, prompts: dict[int, list[int]], sampling: Sampling) 
         "engine": run.recipe.rollout.engine, "prompts": digest, "temperature": sampling.temperature,
         "top_p": sampling.top_p, "max_tokens": sampling.max_tokens, "seed": sampling.seed,
     }  # fmt: skip
-
-
-def _engine(run: BenchRun, parallel: Parallel, progress: BenchProgress) -> RolloutEngine:
-    engine = make_engine(run.recipe, parallel, progress.say)
-    folder = run.recipe.student.hf
-    is_tied = read_hf_config(folder).get("tie_word_embeddings", False)
-    engine.update(whole_tensors(folder, is_tied), 0)
-    return engine
 
 
 def _generate(

@@ -11,12 +11,13 @@ from typing import Annotated, Any
 
 import typer
 
+from iwopd_megatron.answering import answering_recipe
 from iwopd_megatron.benchmarks import load_benchmark, with_path
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_data import Source
+from iwopd_megatron.config_models import Model
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.preflight import check_model_files, read_hf_config
-from iwopd_megatron.preflight_rollout import check_rollout
 from iwopd_megatron.quiet import quiet
 from iwopd_megatron.recipe import load_recipe, parse_recipe
 
@@ -57,7 +58,8 @@ def evaluate(
     quiet()
     with _model(target, overrides or [], hf) as (recipe, folder, identity, default_out):
         own = recipe.data.benchmarks | _files(bench_file or [], recipe.data.benchmarks)
-        evaluated = _evaluated(recipe, folder, out or default_out, engine, top_p)
+        model = Model(hf=folder, dtype=recipe.student.dtype)
+        evaluated = answering_recipe(recipe, model, out or default_out, engine, top_p)
         names = list(dict.fromkeys(bench.split(",")))
         benchmarks = [load_benchmark(name, own) for name in names]
         from iwopd_megatron import worker
@@ -69,24 +71,6 @@ def evaluate(
         )  # fmt: skip
         print(f"model: {identity['model']}; results: {run.out}", flush=True)
         sys.exit(worker.execute(1, worker.evaluate, (run,)))
-
-
-def _evaluated(recipe: Recipe, folder: Path, out: Path, engine: str | None, top_p: float) -> Recipe:
-    """A recipe of one process that only writes answers; servers are those of the given one."""
-    written = recipe.model_dump(mode="json")
-    rollout = written["rollout"] | {"max_staleness": 0, "routing_replay": False, "top_p": top_p}
-    rollout["engine"] = engine or rollout["engine"]
-    if rollout["engine"] == "hf":
-        del rollout["servers"]
-    elif not recipe.rollout.servers.urls:
-        rollout["servers"]["start"] = max(1, recipe.rollout.servers.start)
-    tree = {
-        "student": {"hf": str(folder), "dtype": recipe.student.dtype}, "rollout": rollout,
-        "out": str(out), "data": {"train": written["data"]["train"]},
-    }  # fmt: skip
-    evaluated = parse_recipe(tree, "--engine")
-    check_rollout(evaluated)
-    return evaluated
 
 
 def _files(pairs: list[str], own: dict[str, Source]) -> dict[str, Source]:

@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
+from iwopd_megatron.answering import answering_recipe
 from iwopd_megatron.config import Recipe
+from iwopd_megatron.config_models import Model
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.preflight import check_model_files
 from iwopd_megatron.quiet import quiet
@@ -41,12 +43,17 @@ def prefixes(
     trained: Annotated[
         bool, typer.Option("--trained", help="the run's final student; default: its first one")
     ] = False,
-    processes: Annotated[int, typer.Option(min=1, help="each holds a whole model")] = 1,
+    engine: Annotated[
+        str | None, typer.Option(help="hf, vllm or sglang; default: the recipe's")
+    ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="with engine hf, each holds a whole model")
+    ] = 1,
 ) -> None:
     """Teacher's and student's chance of a right answer from student prefixes of growing length.
 
-    Student and teacher write on the embedded engine. RUN/prefixes.json has the figures, which
-    'iwopd report RUN' draws.
+    Servers are started for the student, then for the teacher. RUN/prefixes.json has the figures,
+    which 'iwopd report RUN' draws.
     """
     if not (run / "recipe.yaml").is_file():
         raise RecipeError(f"{run} is not a run folder: it has no recipe.yaml.")
@@ -57,11 +64,17 @@ def prefixes(
         raise RecipeError(f"{run} has no trained student yet; leave out --trained, or finish it.")
     check_model_files(student, weights=True)
     fractions = _fractions(at)
+    writers = _writers(recipe, run, student, engine)
+    if processes > 1 and writers[0].rollout.engine != "hf":
+        raise RecipeError(
+            f"--processes {processes} is for the embedded engine; leave it out, and write "
+            "rollout.servers.start in the run's recipe for several servers."
+        )
     quiet()
     from iwopd_megatron import worker
     from iwopd_megatron.continuations import PrefixStudy
 
-    study = PrefixStudy(recipe, student, fractions, problems, samples, run)
+    study = PrefixStudy(recipe, *writers, fractions, problems, samples, run)
     code = worker.execute(processes, worker.continue_prefixes, (study,))
     if code == 0:
         print(run / "prefixes.json")
@@ -75,6 +88,20 @@ def _check(recipe: Recipe, run: Path) -> None:
         raise RecipeError(f"{run}/recipe.yaml must have one teacher to continue with.")
     (teacher,) = recipe.named_teachers.values()
     check_model_files(teacher.hf, weights=True)
+
+
+def _writers(recipe: Recipe, run: Path, student: Path, engine: str | None) -> list[Recipe]:
+    """Student and teacher as models that write answers. Servers of given urls hold but one."""
+    if recipe.rollout.servers.urls:
+        servers = recipe.rollout.servers.model_copy(update={"urls": [], "start": 1})
+        rollout = recipe.rollout.model_copy(update={"servers": servers})
+        recipe = recipe.model_copy(update={"rollout": rollout})
+    (teacher,) = recipe.named_teachers.values()
+    models = (
+        Model(hf=student, dtype=recipe.student.dtype),
+        Model(hf=teacher.hf, dtype=teacher.dtype),
+    )
+    return [answering_recipe(recipe, model, run / "prefixes", engine) for model in models]
 
 
 def _fractions(text: str) -> list[float]:

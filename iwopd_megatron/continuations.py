@@ -1,8 +1,8 @@
 """How far a teacher can still help: who gets the answer right from a student's prefix (Fig. 1b).
 
 The student answers problems; every answer is cut after a share of its tokens; teacher and student
-go on from there, several times each, on the embedded engine, and the whole answers are graded.
-An answer that the recipe's limit would have cut is wrong, as in evaluation.
+go on from there, several times each, on the recipe's kind of engine, and the whole answers are
+graded. An answer that the recipe's limit would have cut is wrong, as in evaluation.
 """
 
 from __future__ import annotations
@@ -16,21 +16,17 @@ from typing import Any
 import numpy
 from transformers import AutoTokenizer
 
+from iwopd_megatron.answering import answering_engine
 from iwopd_megatron.answers import write_whole
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_data import Source
-from iwopd_megatron.config_models import Model
 from iwopd_megatron.data import Problem, encode_prompt
 from iwopd_megatron.data_sources import read_source
 from iwopd_megatron.evaluate import STREAM, grade_samples
 from iwopd_megatron.grading import check_graders
-from iwopd_megatron.hf_io import whole_tensors
-from iwopd_megatron.model import DTYPES
 from iwopd_megatron.parallel import Parallel
 from iwopd_megatron.pass_at_k import summarise
-from iwopd_megatron.preflight import eos_ids, read_hf_config
 from iwopd_megatron.rollout import Prompt, RolloutEngine, Sampling
-from iwopd_megatron.rollout.hf import HfEngine
 from iwopd_megatron.trajectory import Trajectory
 
 PREFIX_STREAM = STREAM - 1  # random numbers of the answers that are cut; no continuation's
@@ -39,10 +35,11 @@ FILE = "prefixes.json"
 
 @dataclass(frozen=True)
 class PrefixStudy:
-    """What is asked. `recipe` is the run's, `student` the folder of the weights that answer."""
+    """What is asked. `recipe` is the run's; `student` and `teacher` only write answers."""
 
     recipe: Recipe
-    student: Path
+    student: Recipe
+    teacher: Recipe
     fractions: list[float]
     problems: int
     samples: int
@@ -58,30 +55,26 @@ def study_prefixes(study: PrefixStudy, parallel: Parallel, say: Callable[[str], 
     recipe = study.recipe
     problems = read_source(Source(path=recipe.data.eval))[0][: study.problems]
     check_graders({problem.grader for problem in problems})
-    tokenizer = AutoTokenizer.from_pretrained(study.student)
-    (teacher,) = recipe.named_teachers.values()
-    models = {
-        "student": Model(hf=study.student, dtype=recipe.student.dtype),
-        "teacher": Model(hf=teacher.hf, dtype=teacher.dtype),
-    }
+    tokenizer = AutoTokenizer.from_pretrained(study.student.student.hf)
+    writers = {"student": study.student, "teacher": study.teacher}
     points: list[dict[str, Any]] = [{"fraction": fraction} for fraction in study.fractions]
     whole: list[Trajectory] = []
-    for who, model in models.items():  # one at a time is in memory, the student first
-        engine = _engine(study, model)
-        whole = whole or _answers(engine, study, problems, tokenizer)
-        for point in points:
-            prefixes = [cut(sample, point["fraction"]) for sample in whole]
-            point["tokens"] = float(numpy.mean([len(x.response_ids) for x in prefixes]))
-            grades = _continue(engine, study, prefixes, problems, tokenizer)
-            point[who] = summarise(grades)
-            low, high = point[who]["mean_interval"]
-            say(
-                f"{who} from {point['fraction']:.0%} of the student's answers: "
-                f"{point[who]['mean']:.3f} right [{low:.3f}, {high:.3f}]"
-            )
+    for who, writer in writers.items():  # one at a time is in memory, the student first
+        with answering_engine(writer, parallel, say) as engine:
+            whole = whole or _answers(engine, study, problems, tokenizer)
+            for point in points:
+                prefixes = [cut(sample, point["fraction"]) for sample in whole]
+                point["tokens"] = float(numpy.mean([len(x.response_ids) for x in prefixes]))
+                point[who] = summarise(_continue(engine, study, prefixes, problems, tokenizer))
+                low, high = point[who]["mean_interval"]
+                say(
+                    f"{who} from {point['fraction']:.0%} of the student's answers: "
+                    f"{point[who]['mean']:.3f} right [{low:.3f}, {high:.3f}]"
+                )
     if parallel.is_main:
-        found = {who: str(model.hf) for who, model in models.items()}
-        found |= {"problems": len(problems), "samples": study.samples, "points": points}
+        found = {who: str(writer.student.hf) for who, writer in writers.items()}
+        found |= {"engine": study.student.rollout.engine, "problems": len(problems)}
+        found |= {"samples": study.samples, "points": points}
         write_whole(study.out / FILE, json.dumps(found, indent=2) + "\n")
 
 
@@ -91,19 +84,10 @@ def cut(sample: Trajectory, fraction: float) -> Trajectory:
     return replace(sample, response_ids=sample.response_ids[:kept], rollout_logp=[])
 
 
-def joined(prefix: Trajectory, rest: Trajectory, limit: int) -> Trajectory:
-    """The whole response of at most `limit` tokens."""
+def joined(prefix: Trajectory, rest: Trajectory) -> Trajectory:
+    """The whole response."""
     ids = prefix.response_ids + rest.response_ids
-    truncated = rest.truncated or len(ids) > limit
-    return replace(prefix, response_ids=ids[:limit], truncated=truncated)
-
-
-def _engine(study: PrefixStudy, model: Model) -> HfEngine:
-    size = study.recipe.rollout.batch_size
-    engine = HfEngine(model.hf, DTYPES[model.dtype], eos_ids(study.student), size)
-    is_tied = read_hf_config(model.hf).get("tie_word_embeddings", False)
-    engine.update(whole_tensors(model.hf, is_tied), 0)
-    return engine
+    return replace(prefix, response_ids=ids, truncated=rest.truncated)
 
 
 def _answers(
@@ -121,11 +105,13 @@ def _continue(
 ) -> numpy.ndarray:  # fmt: skip
     """Grades `[problems, samples]` of the answers that go on from the prefixes."""
     pairs = [prefix for prefix in prefixes for _ in range(study.samples)]
-    prompts = [Prompt(i, x.prompt_ids + x.response_ids) for i, x in enumerate(pairs)]
-    room = study.limit - min(len(prefix.response_ids) for prefix in prefixes)
+    prompts = [
+        Prompt(i, x.prompt_ids + x.response_ids, given=len(x.response_ids))
+        for i, x in enumerate(pairs)
+    ]
     temperature = study.recipe.evaluate.temperature
-    rests = engine.generate(prompts, Sampling(room, temperature, stream=STREAM))
-    whole = [joined(*pair, study.limit) for pair in zip(pairs, rests, strict=True)]
+    rests = engine.generate(prompts, Sampling(study.limit, temperature, stream=STREAM))
+    whole = [joined(*pair) for pair in zip(pairs, rests, strict=True)]
     asked = [problem for problem in problems for _ in range(study.samples)]
     grades = grade_samples(whole, asked, tokenizer)
     return numpy.array(grades).reshape(len(problems), study.samples)

@@ -196,3 +196,22 @@ def test_an_update_that_lacks_a_tensor_is_an_error(moe_folder):
     with pytest.raises(RuntimeError, match=f"weight version 3 lacks 1 tensors, e.g. {name}"):
         engine.update(pairs, 3)
     assert engine.version == -1
+
+
+def begin_and_finish(folder, queue):
+    """Greedy answers; then the same, of which 0, 1, 2 ... tokens are given."""
+    initialise(Layout())
+    engine, sampling = build_engine(folder, {NO_EOS}, 8), Sampling(MAX_TOKENS, 0.0)
+    whole = engine.generate(prompts(), sampling)
+    begun = [Prompt(i, x.prompt_ids + x.response_ids[:i], given=i) for i, x in enumerate(whole)]
+    rest = engine.generate(begun, sampling)
+    expected = [sample.response_ids[i:] for i, sample in enumerate(whole)]
+    queue.put((expected, [sample.response_ids for sample in rest]))
+    shutdown()
+
+
+def test_given_tokens_count_as_the_answers_own(moe_folder):
+    queue = local_context().SimpleQueue()
+    run_world(1, begin_and_finish, moe_folder, queue)
+    expected, found = queue.get()
+    assert found == expected

@@ -19,13 +19,14 @@ class Prompt:
     index: int
     ids: list[int]
     source: str = ""  # of the problem
+    given: int = 0  # last tokens of `ids` that count as the answer's own
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How to continue; `seed` and `stream` fix every prompt's random numbers on whatever rank."""
 
-    max_tokens: int
+    max_tokens: int  # of an answer, with those that its prompt gave
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0  # draw from the likeliest tokens of this joint probability
     seed: int = 0
@@ -37,7 +38,8 @@ class Sampling:
         """How to go on with one prompt's answer of which `written` tokens are there."""
         key = self.seed, self.stream, prompt.index, written
         seed = int.from_bytes(blake2b(repr(key).encode(), digest_size=7).digest())
-        return replace(self, max_tokens=self.max_tokens - written, request_seed=seed)
+        left = self.max_tokens - prompt.given - written
+        return replace(self, max_tokens=left, request_seed=seed)
 
 
 OnSample = Callable[[Trajectory], None]

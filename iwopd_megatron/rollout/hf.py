@@ -9,6 +9,7 @@ the batch.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -64,7 +65,8 @@ class HfEngine:
 
     @torch.inference_mode()
     def _generate_batch(self, prompts: list[Prompt], sampling: Sampling) -> list[Trajectory]:
-        on = device.current_device()
+        on, limit = device.current_device(), sampling.max_tokens
+        sampling = replace(sampling, max_tokens=limit - min(prompt.given for prompt in prompts))
         width = max(len(prompt.ids) for prompt in prompts)
         total = width + sampling.max_tokens
         ids = torch.zeros(len(prompts), width, dtype=torch.long)
@@ -79,8 +81,8 @@ class HfEngine:
         ).to(on)
         tokens, logps = self._decode(ids.to(on), visible.to(on), uniform, sampling)
         return [
-            self._trajectory(*row)
-            for row in zip(prompts, tokens.tolist(), logps.tolist(), strict=True)
+            self._trajectory(prompt, *(row[: limit - prompt.given] for row in rows))
+            for prompt, *rows in zip(prompts, tokens.tolist(), logps.tolist(), strict=True)
         ]
 
     def _decode(self, ids, visible, uniform, sampling) -> tuple[torch.Tensor, torch.Tensor]:

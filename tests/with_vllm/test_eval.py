@@ -1,6 +1,7 @@
-"""`iwopd eval` of the demo's student on its toy benchmark, answered by a real vLLM server."""
+"""Evaluation and diagnostics of the demo's models, answered by a real vLLM server."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -10,14 +11,15 @@ from served_models import ROOT
 from iwopd_megatron.services import outer_environment
 
 
-def evaluate(out, *words) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable, "-W", "ignore", "-m", "iwopd_megatron", "eval", str(RECIPE),
-        "--bench", "toy", "--max-tokens", "43", "--out", str(out), *words,
-    ]  # fmt: skip
+def iwopd(*words) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-W", "ignore", "-m", "iwopd_megatron", *map(str, words)]
     return subprocess.run(
         command, cwd=ROOT, env=outer_environment(), capture_output=True, text=True, timeout=600
     )
+
+
+def evaluate(out, *words) -> subprocess.CompletedProcess:
+    return iwopd("eval", RECIPE, "--bench", "toy", "--max-tokens", "43", "--out", out, *words)
 
 
 def test_the_students_accuracy_and_every_sample(tmp_path):
@@ -35,3 +37,19 @@ def test_the_students_accuracy_and_every_sample(tmp_path):
     written = log.stat().st_mtime_ns
     again = evaluate(tmp_path / "eval", "--samples", "1")  # all answers are there: no server
     assert again.returncode == 0 and log.stat().st_mtime_ns == written
+    assert not list((tmp_path / "eval").glob("**/*.safetensors"))  # a copy of the weights
+
+
+def test_teacher_and_student_continue_prefixes(tmp_path):
+    """A server of the student, then one of the teacher; answers end at the recipe's limit."""
+    shutil.copy(RECIPE, tmp_path / "recipe.yaml")
+    words = ["--at", "0,0.9", "--problems", 64, "--samples", 2]
+    done = iwopd("prefixes", tmp_path, *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "prefixes.json").read_text())
+    start, end = found["points"]
+    assert found["engine"] == "vllm" and start["tokens"] == 0 and end["tokens"] > 15
+    assert start["teacher"]["mean"] > 0.95 > 0.5 > end["teacher"]["mean"]
+    assert max(start["student"]["mean"], end["student"]["mean"]) < 0.4
+    refused = iwopd("prefixes", tmp_path, *words, "--processes", 2)
+    assert refused.returncode == 2 and "--processes 2 is for the embedded engine" in refused.stderr

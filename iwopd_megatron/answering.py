@@ -1,0 +1,61 @@
+"""A model that only writes answers, for evaluation and diagnostics: its recipe and its engine."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from iwopd_megatron.config import Recipe
+from iwopd_megatron.config_models import Model
+from iwopd_megatron.preflight import read_hf_config
+from iwopd_megatron.preflight_rollout import check_rollout
+from iwopd_megatron.recipe import parse_recipe
+
+if TYPE_CHECKING:
+    from iwopd_megatron.parallel import Parallel
+    from iwopd_megatron.rollout import RolloutEngine
+
+
+def answering_recipe(
+    recipe: Recipe, model: Model, out: Path, engine: str | None = None, top_p: float = 1.0
+) -> Recipe:
+    """What `recipe` says of rollouts, for another model; its servers are started where it gives
+    no urls. Weights go through a folder of `out`.
+    """
+    written = recipe.model_dump(mode="json")
+    rollout = written["rollout"] | {"max_staleness": 0, "routing_replay": False, "top_p": top_p}
+    rollout |= {"engine": engine or rollout["engine"], "sync_folder": None}
+    if rollout["engine"] == "hf":
+        del rollout["servers"]
+    elif not recipe.rollout.servers.urls:
+        rollout["servers"]["start"] = max(1, recipe.rollout.servers.start)
+    tree = {
+        "student": {"hf": str(model.hf), "dtype": model.dtype}, "rollout": rollout,
+        "out": str(out), "data": {"train": written["data"]["train"]},
+    }  # fmt: skip
+    answering = parse_recipe(tree, "--engine")
+    check_rollout(answering)
+    return answering
+
+
+@contextlib.contextmanager
+def answering_engine(
+    recipe: Recipe, parallel: Parallel, say: Callable[[str], None]
+) -> Iterator[RolloutEngine]:
+    """The engine with the weights of `recipe.student.hf`. Collective."""
+    from iwopd_megatron.hf_io import whole_tensors
+    from iwopd_megatron.rollout.make import make_engine
+
+    folder = recipe.student.hf
+    engine = make_engine(recipe, parallel, say)
+    try:
+        is_tied = read_hf_config(folder).get("tie_word_embeddings", False)
+        engine.update(whole_tensors(folder, is_tied), 0)
+        yield engine
+    finally:
+        engine.close()
+        if parallel.is_main:  # a copy of the whole model
+            shutil.rmtree(recipe.out / "weights", ignore_errors=True)
