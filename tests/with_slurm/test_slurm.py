@@ -106,7 +106,7 @@ def test_bad_recipes_never_reach_slurm(cluster, tmp_path):
 
 def test_three_roles_survive_the_death_of_teacher_and_trainer(cluster, tmp_path):
     run = tmp_path / "run"
-    job = cluster.submit(DEMO, *THREE_ROLES, *SMALL, "train.rounds=12", f"out={run}")
+    job = cluster.submit(DEMO, *THREE_ROLES, *SMALL, "train.rounds=24", f"out={run}")
     until(lambda: len(rounds(run)) >= 2)
     before = cluster.status(run)
     assert [r["state"] for r in before["roles"]] == ["running", "running", "ready", "ready"]
@@ -120,9 +120,9 @@ def test_three_roles_survive_the_death_of_teacher_and_trainer(cluster, tmp_path)
     saved = max(int(p.name[6:]) for p in (run / "checkpoints").glob("round_??????"))
     assert cluster.states(job) == ["RUNNING"]
     until(lambda: cluster.states(job) == ["REQUEUED", "COMPLETED"])
-    assert rounds(run) == list(range(1, 13))
+    assert rounds(run) == list(range(1, 25))
     after = cluster.status(run)
-    assert (after["attempt"], after["exit_code"], after["round"]) == (1, 0, 12)
+    assert (after["attempt"], after["exit_code"], after["round"]) == (1, 0, 24)
     assert (run / "hf" / "model.safetensors").is_file()
     log = cluster.iwopd("attach", str(run))
     resumed = re.search(r"trainer attempt 1 \| resumed after round (\d+)", log)
