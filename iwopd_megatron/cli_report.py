@@ -84,24 +84,30 @@ def prefixes(
 def _check(recipe: Recipe, run: Path) -> None:
     if recipe.data.eval is None:
         raise RecipeError(f"{run}/recipe.yaml has no data.eval; its problems are what is answered.")
-    if len(recipe.named_teachers) != 1:
-        raise RecipeError(f"{run}/recipe.yaml must have one teacher to continue with.")
-    (teacher,) = recipe.named_teachers.values()
-    check_model_files(teacher.hf, weights=True)
+    if not recipe.named_teachers:
+        raise RecipeError(f"{run}/recipe.yaml has no teacher to continue with.")
+    for teacher in recipe.named_teachers.values():
+        check_model_files(teacher.hf, weights=True)
 
 
-def _writers(recipe: Recipe, run: Path, student: Path, engine: str | None) -> list[Recipe]:
-    """Student and teacher as models that write answers. Servers of given urls hold but one."""
+def _writers(
+    recipe: Recipe, run: Path, student: Path, engine: str | None
+) -> tuple[Recipe, dict[str, Recipe]]:
+    """Student, and teachers by source, as models that write answers.
+
+    On servers of their own: those of given urls hold one model.
+    """
     if recipe.rollout.servers.urls:
         servers = recipe.rollout.servers.model_copy(update={"urls": [], "start": 1})
         rollout = recipe.rollout.model_copy(update={"servers": servers})
         recipe = recipe.model_copy(update={"rollout": rollout})
-    (teacher,) = recipe.named_teachers.values()
-    models = (
-        Model(hf=student, dtype=recipe.student.dtype),
-        Model(hf=teacher.hf, dtype=teacher.dtype),
-    )
-    return [answering_recipe(recipe, model, run / "prefixes", engine) for model in models]
+
+    def writer(hf: Path, dtype: str) -> Recipe:
+        return answering_recipe(recipe, Model(hf=hf, dtype=dtype), run / "prefixes", engine)
+
+    named = {"": recipe.teacher} if recipe.teacher is not None else recipe.teachers
+    teachers = {source: writer(teacher.hf, teacher.dtype) for source, teacher in named.items()}
+    return writer(student, recipe.student.dtype), teachers
 
 
 def _fractions(text: str) -> list[float]:

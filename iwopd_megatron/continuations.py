@@ -22,6 +22,7 @@ from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_data import Source
 from iwopd_megatron.data import Problem, encode_prompt
 from iwopd_megatron.data_sources import read_source
+from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.evaluate import STREAM, grade_samples
 from iwopd_megatron.grading import check_graders
 from iwopd_megatron.parallel import Parallel
@@ -35,11 +36,14 @@ FILE = "prefixes.json"
 
 @dataclass(frozen=True)
 class PrefixStudy:
-    """What is asked. `recipe` is the run's; `student` and `teacher` only write answers."""
+    """What is asked. `recipe` is the run's; `student` and `teachers` only write answers.
+
+    teachers: by the source of their problems, "" for all.
+    """
 
     recipe: Recipe
     student: Recipe
-    teacher: Recipe
+    teachers: dict[str, Recipe]
     fractions: list[float]
     problems: int
     samples: int
@@ -56,26 +60,56 @@ def study_prefixes(study: PrefixStudy, parallel: Parallel, say: Callable[[str], 
     problems = read_source(Source(path=recipe.data.eval))[0][: study.problems]
     check_graders({problem.grader for problem in problems})
     tokenizer = AutoTokenizer.from_pretrained(study.student.student.hf)
-    writers = {"student": study.student, "teacher": study.teacher}
-    points: list[dict[str, Any]] = [{"fraction": fraction} for fraction in study.fractions]
+    writers = [("student", study.student, list(range(len(problems)))), *_teachers(study, problems)]
+    shape = len(study.fractions), len(problems), study.samples
+    grades = {"student": numpy.zeros(shape), "teacher": numpy.zeros(shape)}
     whole: list[Trajectory] = []
-    for who, writer in writers.items():  # one at a time is in memory, the student first
+    for who, writer, own in writers:  # one at a time is in memory, the student first
         with answering_engine(writer, parallel, say) as engine:
             whole = whole or _answers(engine, study, problems, tokenizer)
-            for point in points:
-                prefixes = [cut(sample, point["fraction"]) for sample in whole]
-                point["tokens"] = float(numpy.mean([len(x.response_ids) for x in prefixes]))
-                point[who] = summarise(_continue(engine, study, prefixes, problems, tokenizer))
-                low, high = point[who]["mean_interval"]
+            for point, fraction in enumerate(study.fractions):
+                prefixes = {i: cut(whole[i], fraction) for i in own}
+                found = _continue(engine, study, prefixes, problems, tokenizer)
+                grades[who][point, own] = found
                 say(
-                    f"{who} from {point['fraction']:.0%} of the student's answers: "
-                    f"{point[who]['mean']:.3f} right [{low:.3f}, {high:.3f}]"
+                    f"{writer.student.hf.name} from {fraction:.0%} of the student's answers to "
+                    f"{len(own)} problems: {found.mean():.3f} right"
                 )
     if parallel.is_main:
-        found = {who: str(writer.student.hf) for who, writer in writers.items()}
-        found |= {"engine": study.student.rollout.engine, "problems": len(problems)}
-        found |= {"samples": study.samples, "points": points}
-        write_whole(study.out / FILE, json.dumps(found, indent=2) + "\n")
+        _write(study, whole, grades)
+
+
+def _teachers(study: PrefixStudy, problems: list[Problem]) -> list[tuple[str, Recipe, list[int]]]:
+    """Every teacher with the problems of its source."""
+    for problem in problems:
+        if not study.teachers.keys() & {"", problem.source}:
+            raise RecipeError(
+                f"data.eval: no teacher is for source '{problem.source}' "
+                f"(teachers: {', '.join(study.teachers)})."
+            )
+    shares = [
+        ("teacher", writer, [i for i, p in enumerate(problems) if source in ("", p.source)])
+        for source, writer in study.teachers.items()
+    ]
+    return [share for share in shares if share[2]]
+
+
+def _write(study: PrefixStudy, whole: list[Trajectory], grades: dict[str, numpy.ndarray]) -> None:
+    points = [
+        {
+            "fraction": fraction,
+            "tokens": float(numpy.mean([len(cut(x, fraction).response_ids) for x in whole])),
+            **{who: summarise(grades[who][point]) for who in grades},
+        }
+        for point, fraction in enumerate(study.fractions)
+    ]
+    found = {
+        "student": str(study.student.student.hf),
+        "teachers": {source: str(writer.student.hf) for source, writer in study.teachers.items()},
+        "engine": study.student.rollout.engine,
+        "problems": len(whole), "samples": study.samples, "points": points,
+    }  # fmt: skip
+    write_whole(study.out / FILE, json.dumps(found, indent=2) + "\n")
 
 
 def cut(sample: Trajectory, fraction: float) -> Trajectory:
@@ -100,18 +134,21 @@ def _answers(
 
 
 def _continue(
-    engine: RolloutEngine, study: PrefixStudy, prefixes: list[Trajectory], problems: list[Problem],
-    tokenizer: Any,
+    engine: RolloutEngine, study: PrefixStudy, prefixes: dict[int, Trajectory],
+    problems: list[Problem], tokenizer: Any,
 ) -> numpy.ndarray:  # fmt: skip
-    """Grades `[problems, samples]` of the answers that go on from the prefixes."""
-    pairs = [prefix for prefix in prefixes for _ in range(study.samples)]
+    """Grades `[prefixes, samples]` of the answers that go on from them. prefixes: by problem."""
+    pairs = [(i, prefix) for i, prefix in prefixes.items() for _ in range(study.samples)]
     prompts = [
-        Prompt(i, x.prompt_ids + x.response_ids, given=len(x.response_ids))
-        for i, x in enumerate(pairs)
+        Prompt(
+            i * study.samples + number % study.samples,
+            prefix.prompt_ids + prefix.response_ids,
+            given=len(prefix.response_ids),
+        )
+        for number, (i, prefix) in enumerate(pairs)
     ]
     temperature = study.recipe.evaluate.temperature
     rests = engine.generate(prompts, Sampling(study.limit, temperature, stream=STREAM))
-    whole = [joined(*pair) for pair in zip(pairs, rests, strict=True)]
-    asked = [problem for problem in problems for _ in range(study.samples)]
-    grades = grade_samples(whole, asked, tokenizer)
-    return numpy.array(grades).reshape(len(problems), study.samples)
+    whole = [joined(prefix, rest) for (_, prefix), rest in zip(pairs, rests, strict=True)]
+    grades = grade_samples(whole, [problems[i] for i, _ in pairs], tokenizer)
+    return numpy.array(grades).reshape(len(prefixes), study.samples)

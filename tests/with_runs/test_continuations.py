@@ -54,7 +54,7 @@ def test_the_demos_teacher_comes_down_to_the_student(run):
     assert done.returncode == 0, done.stderr
     found = json.loads((run / "prefixes.json").read_text())
     recipe = load_recipe(ROOT / "recipes/demo_tiny_moe.yaml")
-    assert (found["teacher"], found["problems"]) == (str(recipe.teacher.hf), 48)
+    assert (found["teachers"], found["problems"]) == ({"": str(recipe.teacher.hf)}, 48)
     start, middle, end = found["points"]
     assert [p["fraction"] for p in found["points"]] == [0, 0.5, 0.9]
     assert start["tokens"] == 0 and 14 < middle["tokens"] < 20 < end["tokens"] < 39
@@ -63,6 +63,33 @@ def test_the_demos_teacher_comes_down_to_the_student(run):
     assert 0.05 < end["student"]["mean"] <= end["teacher"]["mean"] < 0.4
     assert 0.1 < start["student"]["mean"] < 0.3 and start["student"]["samples"] == 4
     assert (write_report(run).parent / "figures" / "prefix_continuation.png").exists()
+
+
+def test_every_source_has_its_teacher(run):
+    """One teacher sorts. The other is the student, and sorts are no answers to its `math`."""
+    problems = (ROOT / "recipes/demo/eval.jsonl").read_text().splitlines()[:32]
+    rows = [json.loads(problem) for problem in problems]
+    for row in rows[::2]:
+        row["source"] = "math"
+    (run / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file, words = run / "recipe.yaml", ["--at", "0", "--problems", "32", "--samples", "4"]
+    text = file.read_text().replace("recipes/demo/eval.jsonl", f"{run}/eval.jsonl")
+    one, two = "selection_sort: {hf: recipes/demo/teacher}", "math: {hf: recipes/demo/student}"
+    teachers = text.replace(
+        "teacher:\n  hf: recipes/demo/teacher\n", f"teachers:\n  {one}\n  {two}\n"
+    )
+    file.write_text(teachers)
+    done = iwopd("prefixes", run, *words)
+    assert done.returncode == 0, done.stderr
+    (point,) = json.loads((run / "prefixes.json").read_text())["points"]
+    for name in ("teacher", "student"):
+        assert f"{name} from 0% of the student's answers to 16 problems" in done.stdout
+    assert 0.47 < point["teacher"]["mean"] <= 0.5
+    (run / "prefixes.json").unlink()
+    file.write_text(teachers.replace(f"  {two}\n", ""))
+    done = iwopd("prefixes", run, *words)
+    assert done.returncode == 2 and "no teacher is for source 'math'" in done.stderr
+    assert not (run / "prefixes.json").exists()
 
 
 @pytest.mark.parametrize(
