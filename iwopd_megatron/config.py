@@ -13,7 +13,7 @@ from pydantic import Field, PositiveInt
 from iwopd_megatron.config_cluster import Cluster
 from iwopd_megatron.config_data import Data
 from iwopd_megatron.config_loss import Loss
-from iwopd_megatron.config_models import Frozen, Section, Student, Teacher
+from iwopd_megatron.config_models import Frozen, Section, Service, Student, Teacher
 from iwopd_megatron.config_rollout import Rollout
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -138,6 +138,12 @@ class Recipe(Section):
         if self.teacher is not None:
             return {"teacher": self.teacher}
         return {f"teachers.{source}": teacher for source, teacher in self.teachers.items()}
+
+    @property
+    def services(self) -> dict[str, Service]:
+        """Teacher services that a launch starts, by the teacher's key."""
+        teachers = self.named_teachers.items()
+        return {key: one.service for key, one in teachers if one.service and not one.urls}
 
     @property
     def steps_per_round(self) -> int:

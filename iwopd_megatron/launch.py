@@ -16,6 +16,7 @@ from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_models import Layout
 from iwopd_megatron.config_profile import Profile
 from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.preflight_scorers import check_service_sizes, service_processes
 from iwopd_megatron.roles import TRAINER, Job, Role
 from iwopd_megatron.tuning import variables
 
@@ -39,11 +40,6 @@ def newest_folder(run: Path) -> Path:
 
 def make_job(recipe: Recipe, profile: Profile, folder: Path) -> Job:
     """The roles of a recipe on a site; refuses what does not divide evenly over its nodes."""
-    if recipe.cluster is not None and recipe.cluster.teacher and not _services(recipe):
-        raise RecipeError(
-            f"cluster.teacher={recipe.cluster.teacher} gives GPUs to a teacher service, but no "
-            "teacher has one; add teacher.service, or write cluster.teacher=0."
-        )
     program = [profile.python, "-m", "iwopd_megatron"]
     snapshot = str(folder / RECIPE)
     roles = [
@@ -52,8 +48,9 @@ def make_job(recipe: Recipe, profile: Profile, folder: Path) -> Job:
             command=[*program, "train" if recipe.is_distilling else "sft", snapshot, "--resume"],
         )
     ]  # fmt: skip
-    for key in _services(recipe):
-        roles.append(_teacher(recipe, profile, program, snapshot, key))
+    check_service_sizes(recipe)
+    for key, processes in service_processes(recipe).items():
+        roles.append(_teacher(recipe, profile, program, snapshot, key, processes))
     if recipe.rollout.engine != "hf" and not recipe.rollout.servers.urls:
         roles.append(_rollout(recipe, profile, [*program, "serve-rollout", snapshot]))
     job = Job(str(Path.cwd()), roles, profile.gpus_per_node, profile.requeues, profile.has_gpus)
@@ -72,17 +69,10 @@ def write_job(job: Job, recipe: Recipe, folder: Path) -> None:
     (folder / RECIPE).write_text(text)
 
 
-def _services(recipe: Recipe) -> list[str]:
-    """Keys of the teachers that a launch has to serve."""
-    teachers = recipe.named_teachers.items()
-    return [key for key, one in teachers if one.service is not None and not one.urls]
-
-
-def _teacher(recipe: Recipe, profile: Profile, program: list[str], snapshot: str, key: str) -> Role:
-    service, source = recipe.named_teachers[key].service, key.partition(".")[2]
-    world = service.world
-    if recipe.cluster is not None and recipe.cluster.teacher and not service.processes:
-        world = recipe.cluster.teacher // len(recipe.named_teachers)
+def _teacher(
+    recipe: Recipe, profile: Profile, program: list[str], snapshot: str, key: str, world: int
+) -> Role:
+    service, source = recipe.services[key], key.partition(".")[2]
     command = [*program, "serve-teacher", snapshot, f"{key}.service.processes={world}"]
     command += ["--host", "0.0.0.0", "--port", "{port}", *(["--source", source] if source else [])]
     name = key.replace("teachers.", "teacher-")

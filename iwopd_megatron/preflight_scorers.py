@@ -10,6 +10,7 @@ from iwopd_megatron.preflight import (
     check_layout,
     check_model_files,
     check_world,
+    describe,
     eos_ids,
     read_hf_config,
 )
@@ -81,6 +82,49 @@ def _check_service(service: Service, hf: dict[str, Any], role: str) -> None:
             f"{role}.microbatch_tokens={service.microbatch_tokens}, so that every sequence that "
             "fits a micro-batch fits the queue."
         )
+
+
+def service_processes(recipe: Recipe) -> dict[str, int]:
+    """Processes of every teacher service that a launch starts, by the teacher's key.
+
+    As many as it asks for; without `processes` an even part of what the others leave of
+    cluster.teacher, or where that is 0 the fewest its layout fits on.
+    """
+    services, total = recipe.services, recipe.cluster.teacher if recipe.cluster else 0
+    if not total:
+        return {key: service.world for key, service in services.items()}
+    if not services:
+        raise RecipeError(
+            f"cluster.teacher={total} gives GPUs to a teacher service, but no teacher has one; "
+            "add teacher.service, or write cluster.teacher=0."
+        )
+    asked = {key: service.processes for key, service in services.items() if service.processes}
+    silent = [key for key in services if key not in asked]
+    left = total - sum(asked.values())
+    if not silent and left:
+        words = " and ".join(f"{key}.service.processes={n}" for key, n in asked.items())
+        differ = "differs" if len(asked) == 1 else f"sum to {total - left}, which differs"
+        remedy = f"processes={total}" if len(asked) == 1 else f"cluster.teacher={total - left}"
+        raise RecipeError(f"{words} {differ} from cluster.teacher={total}; write {remedy}.")
+    if silent and (left < len(silent) or left % len(silent)):
+        raise RecipeError(
+            f"cluster.teacher={total} leaves {max(0, left)} GPUs for {' and '.join(silent)}, which "
+            f"cannot share them evenly; write {silent[0]}.service.processes=N."
+        )
+    return {key: asked.get(key) or left // len(silent) for key in services}
+
+
+def check_service_sizes(recipe: Recipe) -> None:
+    """Refuse services whose part of cluster.teacher does not suit their layout."""
+    sizes = service_processes(recipe)
+    for key, size in sizes.items():
+        layout = recipe.services[key].parallel
+        if size % layout.unit:
+            name = "cluster.teacher" if len(sizes) == 1 else f"{key}.service.processes"
+            raise RecipeError(
+                f"{name}={size} is not a multiple of {layout.unit}, what the layout "
+                f"{describe(layout)} needs; write {-(-size // layout.unit) * layout.unit}."
+            )
 
 
 def _check_topk(recipe: Recipe) -> None:

@@ -90,6 +90,22 @@ def test_a_source_of_several_teachers_is_named(tmp_path):
     assert job.roles[2].urls_key == "teachers.code.urls"
 
 
+def test_services_share_the_teachers_gpus_and_embedded_teachers_take_none(tmp_path):
+    recipe = load_recipe(DEMO, [f"out={tmp_path}", *SERVED, "cluster={trainer: 2, teacher: 8}"])
+    served, embedded = recipe.teacher, recipe.teacher.model_copy(update={"service": None})
+    asking = served.model_copy(
+        update={"service": served.service.model_copy(update={"processes": 2})}
+    )
+    for teachers, processes in (
+        ({"math": served, "code": embedded}, [8]),
+        ({"math": served, "code": served}, [4, 4]),
+        ({"math": served, "code": asking}, [6, 2]),
+    ):
+        several = recipe.model_copy(update={"teacher": None, "teachers": teachers})
+        job = make_job(several, profile(), tmp_path)
+        assert [r.processes for r in job.roles if r.name.startswith("teacher-")] == processes
+
+
 @pytest.mark.parametrize(
     ("overrides", "settings", "sentence"),
     [
@@ -97,8 +113,12 @@ def test_a_source_of_several_teachers_is_named(tmp_path):
         ([*SERVED, "rollout.servers.tp=4"], {}, "a rollout server takes 4 GPUs but nodes have 2"),
         (["processes=4"], {"executor": "local"}, "the roles need 2 machines"),
         (["cluster={trainer: 2, teacher: 2}"], {}, "no teacher has one; add teacher.service"),
+        ([*SERVED, "cluster={trainer: 2, teacher: 3}"], {},
+         "cluster.teacher=3 is not a multiple of 2, what the layout tp2 needs; write 4"),
+        ([*SERVED, "cluster={trainer: 2, teacher: 4}", "teacher.service.processes=2"], {},
+         "teacher.service.processes=2 differs from cluster.teacher=4; write processes=4"),
     ],
-)
+)  # fmt: skip
 def test_what_does_not_fit_is_refused(tmp_path, overrides, settings, sentence):
     with pytest.raises(RecipeError, match=sentence):
         job_of(tmp_path, *overrides, **settings)
