@@ -150,7 +150,7 @@ def print_roles(job: Job, recipe: Recipe, profile: Profile, with_commands: bool)
     cluster = recipe.cluster
     if cluster is not None and job.has_gpus and cluster.gpu != profile.gpu:
         print(f"note: the recipe was laid out for {cluster.gpu}, the profile has {profile.gpu}.")
-    if cluster is not None and job.has_gpus and len(recipe.named_teachers) == 1:
+    if cluster is not None and job.has_gpus and recipe.is_distilling:
         print(f"plan: {verdict(recipe, profile)}")
     if with_commands:
         for role in job.roles:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from iwopd_megatron.config import Recipe
-from iwopd_megatron.config_cluster import ROLES, Cluster
+from iwopd_megatron.config_cluster import Cluster
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.plan_phases import DISK, Phase, generation, phases, round_seconds
 from iwopd_megatron.plan_roles import Role, concurrency, roles
@@ -74,25 +74,18 @@ class Plan:
             total += rounds // recipe.checkpoint.every * written / (DISK * nodes)
         return total * self.gpus / 3600
 
-    def with_cluster(self, cluster: Cluster) -> Plan:
-        """The same recipe on other GPUs."""
-        setup = Setup(self.setup.on(cluster), cluster, self.setup.assumed, self.setup.rates)
-        setup.check()
-        return Plan(setup)
-
     def another_node(self) -> dict[str, float]:
         """Seconds of a round if a role had one more node (or one, where it has a part of one).
 
         Roles whose layout that does not suit are absent.
         """
-        cluster, seconds = self.setup.cluster, {}
-        size = cluster.gpus_per_node
-        for role in ROLES:
-            gpus = getattr(cluster, role)
-            if gpus:
-                more = cluster.model_copy(update={role: gpus - gpus % size + size})
-                with contextlib.suppress(RecipeError):
-                    seconds[role] = self.with_cluster(more).seconds
+        setup, seconds = self.setup, {}
+        size = setup.cluster.gpus_per_node
+        for role, gpus in setup.gpus.items():
+            more = setup.on(setup.gpus | {role: gpus - gpus % size + size})
+            with contextlib.suppress(RecipeError):
+                more.check()
+                seconds[role] = Plan(more).seconds
         return seconds
 
     def limits(self) -> list[str]:
@@ -138,6 +131,6 @@ class Plan:
 def plan(recipe: Recipe, assumed: Assumptions | None = None) -> Plan:
     """A checked plan of a recipe, on its `cluster` or else on as many GPUs as its processes."""
     cluster = recipe.cluster or Cluster(trainer=recipe.world)
-    setup = Setup(recipe, cluster, assumed or Assumptions())
+    setup = Setup(recipe.model_copy(update={"cluster": cluster}), assumed or Assumptions())
     setup.check()
     return Plan(setup)

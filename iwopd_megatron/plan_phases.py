@@ -8,6 +8,7 @@ from iwopd_megatron.config_models import Layout
 from iwopd_megatron.plan_roles import concurrency
 from iwopd_megatron.plan_round import Generation, generate, scored_at
 from iwopd_megatron.plan_setup import Setup, copies
+from iwopd_megatron.plan_teachers import Scorer
 from iwopd_megatron.plan_time import (
     Workload,
     decode_step,
@@ -44,22 +45,21 @@ def generation(setup: Setup) -> Generation:
     return generate(step, setup.lengths, setup.assumed.mean_prompt, requests, concurrency(setup))
 
 
-def scoring_seconds(setup: Setup) -> float:
-    """The teacher's time for all tokens of a round, without waiting for them.
+def scoring_seconds(setup: Setup, scorer: Scorer) -> float:
+    """A teacher's time for its share of a round's tokens, without waiting for them.
 
     0 at servers given by their urls, which are not planned.
     """
-    if setup.scorer.urls:
+    if scorer.model.urls or not scorer.share:
         return 0.0
-    gpus = setup.cluster.teacher if setup.scorer.service else setup.cluster.trainer
-    load = setup.load(setup.teacher, setup.teacher_layout, setup.filled(setup.teacher_tokens))
-    return _passes(setup, load, gpus, forward(load))
+    load = setup.load(scorer.size, scorer.layout, setup.filled(scorer.tokens))
+    return _passes(setup, load, scorer.gpus, forward(load), scorer.share)
 
 
-def _passes(setup: Setup, load: Workload, gpus: int, seconds: float) -> float:
-    """A round's micro-batches through a model, `seconds` each."""
+def _passes(setup: Setup, load: Workload, gpus: int, seconds: float, share: float = 1.0) -> float:
+    """The micro-batches of a share of a round through a model, `seconds` each."""
     layout = load.layout
-    count = setup.prompts * setup.sequence / (copies(layout, gpus) * load.tokens)
+    count = share * setup.prompts * setup.sequence / (copies(layout, gpus) * load.tokens)
     longest = setup.assumed.mean_prompt + setup.lengths.values[-1]
     count = max(count, longest / load.tokens)  # no sequence is cut over copies
     multiple = layout.pp if layout.vpp > 1 else 1
@@ -68,18 +68,25 @@ def _passes(setup: Setup, load: Workload, gpus: int, seconds: float) -> float:
 
 
 def phases(setup: Setup, written: Generation) -> list[Phase]:
-    """In the order they start; those of the trainer follow one another."""
-    scored = scoring_seconds(setup)
+    """Of generation, of scoring, then the trainer's others, which follow one another.
+
+    Services score their samples side by side as these end, embedded teachers theirs one after the
+    other once all are written.
+    """
     found = [Phase("generation", "rollout", 0.0, written.seconds)]
-    end = written.seconds
-    if setup.scorer.is_remote:
-        done = scored_at(written, setup.assumed.mean_prompt, scored)
-        is_hidden = done <= 1.02 * written.seconds
-        found.append(Phase("scoring", "teacher", done - scored, scored, is_hidden))
-        end = max(end, done)
-    else:
-        found.append(Phase("scoring", "trainer", end, scored))
-        end += scored
+    end = served = written.seconds
+    for scorer in setup.scorers:
+        name = "scoring" if len(setup.scorers) == 1 else f"scoring {scorer.key}"
+        scored = scoring_seconds(setup, scorer)
+        if scorer.model.is_remote:
+            done = scored_at(written, setup.assumed.mean_prompt, scored)
+            is_hidden = done <= 1.02 * written.seconds
+            found.append(Phase(name, scorer.key, done - scored, scored, is_hidden))
+            served = max(served, done)
+        else:
+            found.append(Phase(name, "trainer", end, scored))
+            end += scored
+    end = max(end, served)
     for name, seconds in training_phases(setup):
         found.append(Phase(name, "trainer", end, seconds))
         end += seconds
@@ -117,6 +124,6 @@ def round_seconds(setup: Setup, found: list[Phase]) -> float:
     end = last.start + last.seconds
     if not setup.recipe.rollout.max_staleness:
         return end
-    produced = [p for p in found if p.name == "generation" or p.role == "teacher"]
-    ready = max(p.start + p.seconds for p in produced)
-    return max(ready, last.start - ready) + last.seconds
+    ready = max(p.start + p.seconds for p in found if p.role != "trainer")
+    begun = min(ready, *(p.start for p in found if p.role == "trainer"))
+    return max(ready, last.start - begun) + last.seconds

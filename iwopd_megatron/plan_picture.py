@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ COLOURS = {
     "head": "#3ca951", "communication": "#a463f2", "scorer": "#97bbf5", "kv_cache": "#9c6b4e",
     "reserve": "#c8c8c8", "context": "#8a8a8a",
 }  # fmt: skip
+MODEL_COLOURS = ("#97bbf5", "#ff8ab7", "#b6e2a1", "#ffd27f", "#c9a2e8")  # several embedded ones
 ROLE_COLOURS = {"rollout": "#9c6b4e", "teacher": "#97bbf5", "trainer": "#4269d0"}
 
 
@@ -47,14 +49,16 @@ def write_picture(plan: Plan, file: Path) -> None:
 
 
 def _memory_bars(axes: Any, plan: Plan) -> None:
-    seen = set()
+    seen: set[str] = set()
+    models = [name for role in plan.roles for name in role.scorers]
+    colours = COLOURS | dict(zip(models, cycle(MODEL_COLOURS), strict=False))
     for row, role in enumerate(plan.roles):
-        parts = dict(role.memory.items())
+        parts = {name: size for name, size in role.parts.items() if size}
         parts["reserve"] = role.memory.total - sum(parts.values())
         left = 0.0
         for name, size in parts.items():
             label = None if name in seen else name.replace("_", " ")
-            axes.barh(row, size / GIB, left=left, color=COLOURS[name], label=label, height=0.6)
+            axes.barh(row, size / GIB, left=left, color=colours[name], label=label, height=0.6)
             left += size / GIB
             seen.add(name)
     names = [f"{role.name}\n{role.gpus} GPUs" for role in plan.roles]
@@ -75,7 +79,7 @@ def _memory_bars(axes: Any, plan: Plan) -> None:
 def _timeline(axes: Any, plan: Plan) -> None:
     width = max(phase.start + phase.seconds for phase in plan.phases)
     for row, phase in enumerate(plan.phases):
-        colour = ROLE_COLOURS[phase.role]
+        colour = ROLE_COLOURS.get(phase.role, ROLE_COLOURS["teacher"])  # or one of several
         axes.barh(row, phase.seconds, left=phase.start, color=colour, height=0.6)
         text = f"{phase.seconds:.1f} s" + (" (hidden)" if phase.is_hidden else "")
         is_late = phase.start > 0.5 * width  # then the number stands on the left

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from iwopd_megatron.plan import Plan
 from iwopd_megatron.plan_hardware import GIB
+from iwopd_megatron.plan_teachers import shares_are_given
 from iwopd_megatron.preflight import describe
 
 
@@ -23,7 +24,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             role.name: {
                 "gpus": role.gpus,
                 "layout": role.layout,
-                "memory": dict(role.memory.items()),
+                "memory": {name: size for name, size in role.parts.items() if size},
                 "total": role.memory.total,
                 "capacity": role.capacity,
                 "margin": role.margin,
@@ -32,6 +33,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             }
             for role in plan.roles
         },
+        **({"teachers": _teachers(plan)} if len(setup.scorers) > 1 else {}),
         "student": describe(setup.layout),
         "recompute": setup.recipe.student.recompute,
         "round": {
@@ -49,6 +51,19 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _teachers(plan: Plan) -> dict[str, Any]:
+    return {
+        scorer.key: {
+            "hf": str(scorer.model.hf),
+            "layout": describe(scorer.layout),
+            "gpus": scorer.gpus,
+            "share": scorer.share,
+            "share_is_assumed": not shares_are_given(plan.setup.recipe),
+        }
+        for scorer in plan.setup.scorers
+    }
+
+
 def print_plan(plan: Plan) -> None:
     """Tables of roles and phases, and what follows from them."""
     console, setup = Console(soft_wrap=True), plan.setup
@@ -56,13 +71,12 @@ def print_plan(plan: Plan) -> None:
     table.add_column("")
     for role in plan.roles:
         table.add_column(f"{role.name}: {role.gpus}\n{role.layout}", justify="right")
-    memories = [role.memory for role in plan.roles]
-    for name in vars(memories[0]):
-        sizes = [getattr(memory, name) for memory in memories]
+    for name in dict.fromkeys(name for role in plan.roles for name in role.parts):
+        sizes = [role.parts.get(name, 0) for role in plan.roles]
         if any(sizes):
             cells = [f"{size / GIB:.1f}" if size else "" for size in sizes]
             table.add_row(name.replace("_", " "), *cells)
-    table.add_row("total, reserved", *(f"{memory.total / GIB:.1f}" for memory in memories))
+    table.add_row("total, reserved", *(f"{role.memory.total / GIB:.1f}" for role in plan.roles))
     table.add_row("a GPU has", *(f"{role.capacity / GIB:.1f}" for role in plan.roles))
     table.add_row("verdict", *("fits" if role.fits else "too much" for role in plan.roles))
     console.print(table)
@@ -91,6 +105,11 @@ def notes(plan: Plan) -> list[str]:
         f"responses: {setup.lengths.mean:.0f} tokens on average (assumed), "
         f"{plan.generation.tail:.0%} of generation with less than a quarter of them left",
     ]
+    if len(setup.scorers) > 1:
+        parts = ", ".join(f"{scorer.key} {scorer.share:.0%}" for scorer in setup.scorers)
+        given = shares_are_given(setup.recipe)
+        why = "as data.train mixes them" if given else "assumed: data.train does not say"
+        lines.append(f"scored responses, all sources of one length: {parts} ({why})")
     if setup.cluster.rollout:
         lines.append(
             f"servers: {setup.prompts / setup.servers:.0f} requests each, "
@@ -121,7 +140,10 @@ def print_proposals(plans: list[Plan], top: int = 5) -> None:
     for plan in plans[:top]:
         roles = {role.name: f"{role.gpus}: {role.layout}" for role in plan.roles}
         fullest = max(role.memory.total / role.capacity for role in plan.roles)
-        cells = [roles.get(name, "-") for name in ("trainer", "teacher", "rollout")]
+        roles["teacher"] = ", ".join(
+            roles[key] if key == "teacher" else f"{key} {roles[key]}" for key in plan.setup.services
+        )
+        cells = [roles.get(name) or "-" for name in ("trainer", "teacher", "rollout")]
         recompute = plan.setup.recipe.student.recompute
         row = [f"{plan.seconds:.0f}", *cells, recompute, f"{fullest:.0%}"]
         table.add_row(*row, " ".join(overrides(plan)))
@@ -136,10 +158,9 @@ def overrides(plan: Plan) -> list[str]:
     ]
     found.append(f"student.parallel={_flow(recipe.student.parallel)}")
     found.append(f"student.recompute={recipe.student.recompute}")
-    if recipe.teacher and recipe.teacher.service:
-        service = recipe.teacher.service
-        found.append(f"teacher.service.parallel={_flow(service.parallel)}")
-        found.append(f"teacher.service.processes={service.processes}")
+    for key, service in recipe.services.items():
+        found.append(f"{key}.service.parallel={_flow(service.parallel)}")
+        found.append(f"{key}.service.processes={service.processes}")
     if cluster.rollout:
         servers = recipe.rollout.servers
         found += [f"rollout.servers.tp={servers.tp}", f"rollout.servers.start={servers.start}"]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from iwopd_megatron.config_models import Layout
+from iwopd_megatron.config_models import Frozen, Layout
 from iwopd_megatron.known_models import planning_config
 from iwopd_megatron.plan_memory import (
     Memory,
@@ -16,6 +16,7 @@ from iwopd_megatron.plan_memory import (
 )
 from iwopd_megatron.plan_model import ModelSize
 from iwopd_megatron.plan_setup import Setup, copies
+from iwopd_megatron.plan_teachers import Scorer
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,15 @@ class Role:
     memory: Memory
     capacity: float  # bytes of one of its GPUs
     knob: str  # the first to turn where it does not fit
+    scorers: dict[str, float] = field(default_factory=dict)  # bytes of the embedded models
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Bytes by purpose; several embedded models each by its own name."""
+        parts: dict[str, float] = {}
+        for name, size in vars(self.memory).items():
+            parts |= self.scorers if name == "scorer" and self.scorers else {name: size}
+        return parts
 
     @property
     def margin(self) -> float:
@@ -37,19 +47,18 @@ class Role:
 
 
 def roles(setup: Setup) -> list[Role]:
-    """Trainer, teacher service and rollout servers, as far as they have GPUs of their own."""
+    """Trainer, teacher services and rollout servers, as far as they have GPUs of their own."""
     found = [trainer(setup)]
-    if setup.scorer.service:
-        found.append(teacher(setup))
+    found += [teacher(setup, scorer) for scorer in setup.scorers if scorer.key in setup.services]
     if setup.cluster.rollout:
         found.append(rollout(setup))
     return found
 
 
-def teacher(setup: Setup) -> Role:
-    memory = scoring(setup.teacher, setup.teacher_layout, setup.teacher_tokens)
-    knob = f"raise teacher.service.parallel.{'ep' if setup.teacher.experts else 'tp'}"
-    return _role(setup, "teacher", setup.cluster.teacher, setup.teacher_layout, memory, knob)
+def teacher(setup: Setup, scorer: Scorer) -> Role:
+    memory = scoring(scorer.size, scorer.layout, scorer.tokens)
+    knob = f"raise {scorer.key}.service.parallel.{'ep' if scorer.size.experts else 'tp'}"
+    return _role(setup, scorer.key, scorer.gpus, scorer.layout, memory, knob)
 
 
 def rollout(setup: Setup) -> Role:
@@ -66,7 +75,7 @@ def _role(setup: Setup, name: str, gpus: int, layout: Layout, memory: Memory, kn
 
 
 def trainer(setup: Setup) -> Role:
-    train, student, scorer = setup.recipe.train, setup.recipe.student, setup.scorer
+    train, student = setup.recipe.train, setup.recipe.student
     memory = training(
         setup.student,
         setup.layout,
@@ -76,24 +85,34 @@ def trainer(setup: Setup) -> Role:
         Precision.of(student.dtype),
         train.distributed_optimizer,
     )
-    embedded = [] if scorer.is_remote else [scorer]
-    embedded += [setup.recipe.base_model] if setup.recipe.base_model else []
-    for model in embedded:
-        if not model.offload:
-            size = ModelSize.of(planning_config(model.hf))
-            layout = setup.layout_of(size)
-            width = Precision.of(model.dtype).weight
-            weights = scoring(size, layout, train.microbatch_tokens, width).weights
-            memory = replace(memory, scorer=memory.scorer + weights)
+    embedded = embedded_weights(setup)
+    memory = replace(memory, scorer=sum(embedded.values()))
     if not setup.cluster.rollout:  # the embedded engine gathers the whole student on every rank
         whole = setup.student.parameters * Precision.of(student.dtype).weight
         cache = kv_bytes(setup.student, 1) * setup.sequence * setup.recipe.rollout.batch_size
         memory = replace(memory, kv_cache=whole + cache)
-    knob = _trainer_knob(setup, memory)
-    return _role(setup, "trainer", setup.cluster.trainer, setup.layout, memory, knob)
+    knob = _trainer_knob(setup, memory, embedded)
+    role = _role(setup, "trainer", setup.cluster.trainer, setup.layout, memory, knob)
+    return replace(role, scorers=embedded) if len(setup.scorers) > 1 else role
 
 
-def _trainer_knob(setup: Setup, memory: Memory) -> str:
+def embedded_weights(setup: Setup) -> dict[str, float]:
+    """Bytes of each embedded teacher and of the base student: all lie side by side in the trainer.
+
+    0 with offload: those come one after the other, while no activations are there.
+    """
+    recipe = setup.recipe
+    models: dict[str, Frozen] = {s.key: s.model for s in setup.scorers if not s.model.is_remote}
+    models |= {"base": recipe.base_model} if recipe.base_model else {}
+    found = {}
+    for name, model in models.items():
+        size, width = ModelSize.of(planning_config(model.hf)), Precision.of(model.dtype).weight
+        layout, tokens = setup.layout_of(size), recipe.train.microbatch_tokens
+        found[name] = 0 if model.offload else scoring(size, layout, tokens, width).weights
+    return found
+
+
+def _trainer_knob(setup: Setup, memory: Memory, embedded: dict[str, float]) -> str:
     """The cheapest remedy for the largest part of the memory."""
     parts = {
         "activations": memory.activations + memory.head + memory.communication,
@@ -105,7 +124,9 @@ def _trainer_knob(setup: Setup, memory: Memory) -> str:
     if largest == "engine":
         return "rollout.batch_size lower, or rollout.servers on GPUs of their own"
     if largest == "scorer":
-        return "teacher.service with cluster.teacher=N, GPUs of its own"
+        teachers = {key: size for key, size in embedded.items() if key != "base"}
+        name = max(teachers, key=teachers.get, default="teacher")
+        return f"{name}.service with cluster.teacher=N, GPUs of its own"
     if largest == "activations":
         stronger = {"none": "selective", "selective": "full"}.get(setup.recipe.student.recompute)
         return f"student.recompute={stronger}" if stronger else "raise student.parallel.cp or tp"

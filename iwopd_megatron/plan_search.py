@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
 
-from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_cluster import Cluster
 from iwopd_megatron.config_models import Layout
 from iwopd_megatron.errors import RecipeError
@@ -20,6 +19,7 @@ from iwopd_megatron.plan import Plan
 from iwopd_megatron.plan_phases import generation, scoring_seconds, training_phases
 from iwopd_megatron.plan_roles import Role, rollout, teacher, trainer
 from iwopd_megatron.plan_setup import Setup
+from iwopd_megatron.plan_teachers import Scorer
 from iwopd_megatron.preflight import check_layout, num_experts
 
 MARGIN = 0.05  # of a GPU's memory that a proposal leaves free
@@ -35,12 +35,14 @@ def search(plan: Plan, gpus: int | None = None, layouts: bool = True) -> list[Pl
     trainers, teachers, servers = {}, {}, {}
     found = []
     for cluster in splits(setup.cluster, total):
-        base = _on(setup, cluster)
-        recipe = base.recipe
+        gpus, changes = setup.divided(cluster), {}
+        if not all(gpus[key] for key in setup.services):
+            continue
+        base = setup.on(gpus)
         if layouts:
             for kept, count, best in (
                 (trainers, cluster.trainer, _best_trainer),
-                (teachers, cluster.teacher, _best_teacher),
+                (teachers, cluster.teacher, _best_teachers),
                 (servers, cluster.rollout, _best_servers),
             ):
                 if count not in kept:
@@ -50,9 +52,9 @@ def search(plan: Plan, gpus: int | None = None, layouts: bool = True) -> list[Pl
             if servers[cluster.rollout] is None:
                 continue
             changes = trainers[cluster.trainer] | teachers[cluster.teacher]
-            recipe = _changed(recipe, changes | servers[cluster.rollout])
+            changes |= servers[cluster.rollout]
         try:
-            candidate = Setup(recipe, cluster, setup.assumed, setup.rates)
+            candidate = base.changed(changes)
             candidate.check()
         except RecipeError:
             continue
@@ -81,23 +83,6 @@ def splits(cluster: Cluster, total: int) -> Iterator[Cluster]:
                     yield found
 
 
-def _on(setup: Setup, cluster: Cluster) -> Setup:
-    return Setup(setup.on(cluster), cluster, setup.assumed, setup.rates)
-
-
-def _changed(recipe: Recipe, changes: dict[str, object]) -> Recipe:
-    """Dotted keys replaced; sections are immutable, so the ones above are copied."""
-    for key, value in changes.items():
-        *sections, leaf = key.split(".")
-        parents = [recipe]
-        for name in sections:
-            parents.append(getattr(parents[-1], name))
-        for name, parent in zip([*sections, leaf][::-1], parents[::-1], strict=True):
-            value = parent.model_copy(update={name: value})
-        recipe = value
-    return recipe
-
-
 def _best(
     setup: Setup,
     options: Iterator[dict[str, object]],
@@ -107,8 +92,7 @@ def _best(
     """The options of least time among those with which the role fits; None if none does."""
     best, least = None, float("inf")
     for changes in options:
-        recipe = _changed(setup.recipe, changes)
-        candidate = Setup(recipe, setup.cluster, setup.assumed, setup.rates)
+        candidate = setup.changed(changes)
         found = role(candidate)
         if found.fits and found.margin > MARGIN * found.capacity:
             time = seconds(candidate)
@@ -131,14 +115,32 @@ def _best_trainer(setup: Setup) -> dict[str, object] | None:
     return _best(setup, options(), trainer, seconds)
 
 
-def _best_teacher(setup: Setup) -> dict[str, object] | None:
-    hf = planning_config(setup.scorer.hf)
+def _best_teachers(setup: Setup) -> dict[str, object] | None:
+    """Each service's best layout; None if one has none."""
+    found = {}
+    for place, scorer in enumerate(setup.scorers):
+        if scorer.key in setup.services:
+            best = _best_teacher(setup, scorer, place)
+            if best is None:
+                return None
+            found |= best
+    return found
+
+
+def _best_teacher(setup: Setup, scorer: Scorer, place: int) -> dict[str, object] | None:
+    hf = planning_config(scorer.model.hf)
 
     def options() -> Iterator[dict[str, object]]:
-        for layout in _layouts(setup, hf, setup.cluster.teacher, (1,)):
-            yield {"teacher.service.parallel": layout}
+        for layout in _layouts(setup, hf, scorer.gpus, (1,)):
+            yield {f"{scorer.key}.service.parallel": layout}
 
-    return _best(setup, options(), teacher, scoring_seconds)
+    def role(candidate: Setup) -> Role:
+        return teacher(candidate, candidate.scorers[place])
+
+    def seconds(candidate: Setup) -> float:
+        return scoring_seconds(candidate, candidate.scorers[place])
+
+    return _best(setup, options(), role, seconds)
 
 
 def _best_servers(setup: Setup) -> dict[str, object] | None:

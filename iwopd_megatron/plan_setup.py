@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_cluster import Cluster
-from iwopd_megatron.config_models import Layout, Teacher
+from iwopd_megatron.config_models import Layout
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.known_models import planning_config
 from iwopd_megatron.plan_hardware import GPUS, RATES, Gpu, Rates
 from iwopd_megatron.plan_model import ModelSize
 from iwopd_megatron.plan_round import Lengths
+from iwopd_megatron.plan_teachers import Scorer, sample_shares
 from iwopd_megatron.plan_time import Workload
 from iwopd_megatron.preflight import check_layout, describe
+from iwopd_megatron.preflight_scorers import check_service_sizes, service_processes
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,15 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Setup:
-    """One recipe on one cluster."""
+    """One recipe, which has a cluster, and what is assumed of it."""
 
     recipe: Recipe
-    cluster: Cluster
     assumed: Assumptions = Assumptions()
     rates: Rates = RATES
+
+    @property
+    def cluster(self) -> Cluster:
+        return self.recipe.cluster
 
     @cached_property
     def gpu(self) -> Gpu:
@@ -45,17 +51,29 @@ class Setup:
         return ModelSize.of(planning_config(self.recipe.student.hf))
 
     @cached_property
-    def teacher(self) -> ModelSize:
-        return ModelSize.of(planning_config(self.scorer.hf))
+    def scorers(self) -> list[Scorer]:
+        """The recipe's teachers."""
+        shares = sample_shares(self.recipe)
+        return [self._scorer(key, shares[key]) for key in self.recipe.named_teachers]
+
+    def _scorer(self, key: str, share: float) -> Scorer:
+        model, train = self.recipe.named_teachers[key], self.recipe.train
+        size, service = ModelSize.of(planning_config(model.hf)), self.recipe.services.get(key)
+        layout = service.parallel if service else self.layout_of(size)
+        gpus = self.services[key] if service else 0 if model.urls else self.cluster.trainer
+        tokens = (service or model).microbatch_tokens or train.microbatch_tokens
+        return Scorer(key, model, size, layout, gpus, tokens, share)
 
     @cached_property
-    def scorer(self) -> Teacher:
-        teachers = list(self.recipe.named_teachers.values())
-        if len(teachers) != 1:
-            raise RecipeError(
-                f"the recipe has {len(teachers)} teachers; the planner plans distillation from one."
-            )
-        return teachers[0]
+    def services(self) -> dict[str, int]:
+        """GPUs of every teacher service."""
+        return service_processes(self.recipe)
+
+    @cached_property
+    def gpus(self) -> dict[str, int]:
+        """Of every role that has any: the trainer, each teacher service, the rollout servers."""
+        rollout = {"rollout": self.cluster.rollout} if self.cluster.rollout else {}
+        return {"trainer": self.cluster.trainer} | self.services | rollout
 
     @property
     def layout(self) -> Layout:
@@ -65,16 +83,6 @@ class Setup:
         """The student's layout for a model beside it: a dense one is not cut along expert axes."""
         dense = self.layout.model_copy(update={"ep": 1, "etp": 1})
         return self.layout if size.experts else dense
-
-    @property
-    def teacher_layout(self) -> Layout:
-        service = self.scorer.service
-        return service.parallel if service else self.layout_of(self.teacher)
-
-    @property
-    def teacher_tokens(self) -> int:
-        own = self.scorer.service or self.scorer
-        return own.microbatch_tokens or self.recipe.train.microbatch_tokens
 
     def filled(self, budget: int) -> float:
         """Tokens of a micro-batch as the packer fills it."""
@@ -95,25 +103,16 @@ class Setup:
     def check(self) -> None:
         """Refuse layouts Megatron would refuse, and roles whose GPUs do not suit their layout."""
         hf, cluster = planning_config(self.recipe.student.hf), self.cluster
-        for role in cluster.uneven_roles:
-            raise RecipeError(
-                f"cluster.{role}={getattr(cluster, role)} does not fill whole nodes of "
-                f"{cluster.gpus_per_node}; write a multiple, or less than one node."
-            )
+        self._check_nodes()
+        if self.services and not cluster.teacher:
+            key = next(iter(self.services))
+            raise RecipeError(f"{key}.service needs GPUs; write cluster.teacher=N.")
         check_layout(self.layout, hf, "student")
         _divides("trainer", cluster.trainer, self.layout.unit, describe(self.layout))
-        service = self.scorer.service
-        check_layout(self.teacher_layout, planning_config(self.scorer.hf), "teacher")
-        if service and not cluster.teacher:
-            raise RecipeError("teacher.service needs GPUs; write cluster.teacher=N.")
-        if service:
-            layout = self.teacher_layout
-            _divides("teacher", cluster.teacher, layout.unit, describe(layout))
-            if service.world != cluster.teacher:
-                raise RecipeError(
-                    f"teacher.service.processes={service.world} differs from "
-                    f"cluster.teacher={cluster.teacher}; write processes={cluster.teacher}."
-                )
+        for scorer in self.scorers:
+            if not scorer.model.urls:
+                check_layout(scorer.layout, planning_config(scorer.model.hf), scorer.key)
+        check_service_sizes(self.recipe)
         if cluster.rollout:
             given = self.recipe.rollout.servers.start
             _divides("rollout", cluster.rollout, self.server_tp, f"of a server, tp{self.server_tp}")
@@ -123,18 +122,51 @@ class Setup:
                     f"not make cluster.rollout={cluster.rollout}; write start={self.servers}."
                 )
 
-    def on(self, cluster: Cluster) -> Recipe:
-        """The recipe on other GPUs: as many servers and teacher processes as they hold."""
-        rollout, teacher = self.recipe.rollout, self.recipe.teacher
-        if cluster.rollout:
-            start = cluster.rollout // rollout.servers.tp
-            servers = rollout.servers.model_copy(update={"start": start})
-            rollout = rollout.model_copy(update={"servers": servers})
-        if teacher and teacher.service:
-            service = teacher.service.model_copy(update={"processes": cluster.teacher})
-            teacher = teacher.model_copy(update={"service": service})
-        update = {"rollout": rollout, "teacher": teacher, "cluster": cluster}
-        return self.recipe.model_copy(update=update)
+    def _check_nodes(self) -> None:
+        """Refuse roles larger than a node that do not fill their last one."""
+        cluster, sizes = self.cluster, {}
+        if len(self.recipe.services) > 1:
+            sizes = {f"{key}.service.processes": n for key, n in self.services.items()}
+        else:
+            sizes["cluster.teacher"] = cluster.teacher
+        sizes |= {"cluster.trainer": cluster.trainer, "cluster.rollout": cluster.rollout}
+        for key, gpus in sizes.items():
+            if gpus > cluster.gpus_per_node and gpus % cluster.gpus_per_node:
+                raise RecipeError(
+                    f"{key}={gpus} does not fill whole nodes of "
+                    f"{cluster.gpus_per_node}; write a multiple, or less than one node."
+                )
+
+    def on(self, gpus: dict[str, int]) -> Setup:
+        """The same with other GPUs of `gpus`' roles: more or fewer servers and processes."""
+        services = {key: gpus[key] for key in self.services}
+        changes: dict[str, Any] = {f"{key}.service.processes": n for key, n in services.items()}
+        if self.cluster.rollout:
+            changes["rollout.servers.start"] = gpus["rollout"] // self.recipe.rollout.servers.tp
+        shares = {"teacher": sum(services.values()), "rollout": gpus.get("rollout", 0)}
+        cluster = self.cluster.model_copy(update=shares | {"trainer": gpus["trainer"]})
+        return self.changed(changes | {"cluster": cluster})
+
+    def divided(self, cluster: Cluster) -> dict[str, int]:
+        """A cluster's GPUs by role; teacher services about keep their proportion.
+
+        Those get whole nodes where together they have more than one; one may be left with none.
+        """
+        unit = cluster.gpus_per_node if cluster.teacher > cluster.gpus_per_node else 1
+        parts, now = cluster.teacher // unit, list(self.services.values())
+        ends = [round(parts * sum(now[: i + 1]) / sum(now)) * unit for i in range(len(now))]
+        services = {
+            key: end - begin
+            for key, begin, end in zip(self.services, [0, *ends], ends, strict=False)
+        }
+        return {"trainer": cluster.trainer} | services | {"rollout": cluster.rollout}
+
+    def changed(self, changes: dict[str, Any]) -> Setup:
+        """With other values at the recipe's dotted keys."""
+        recipe = self.recipe
+        for key, value in changes.items():
+            recipe = _replaced(recipe, key.split("."), value)
+        return replace(self, recipe=recipe)
 
     @cached_property
     def lengths(self) -> Lengths:
@@ -154,6 +186,16 @@ class Setup:
         """A model on this cluster's GPUs, micro-batches of `tokens`."""
         nodes = self.cluster.gpus_per_node
         return Workload(size, layout, self.gpu, tokens, self.sequence, nodes, rates=self.rates)
+
+
+def _replaced(section: Any, path: list[str], value: Any) -> Any:
+    """A section with the value at a path; sections are immutable, so those on it are copied."""
+    if not path:
+        return value
+    name, *rest = path
+    if isinstance(section, dict):
+        return section | {name: _replaced(section[name], rest, value)}
+    return section.model_copy(update={name: _replaced(getattr(section, name), rest, value)})
 
 
 def copies(layout: Layout, gpus: int) -> int:
