@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from iwopd_megatron.config_models import Layout
 from iwopd_megatron.plan_roles import concurrency
-from iwopd_megatron.plan_round import Generation, generate, scored_at
+from iwopd_megatron.plan_round import Generation, Lengths, generate, scored_at
 from iwopd_megatron.plan_setup import Setup, copies
 from iwopd_megatron.plan_teachers import Scorer
 from iwopd_megatron.plan_time import (
@@ -37,12 +38,25 @@ def generation(setup: Setup) -> Generation:
     """One server's part; all servers have the same."""
     load = setup.load(setup.student, Layout(), 1)
     eager = 0 if setup.cluster.rollout else setup.student.layers * EAGER_LAYER
+    requests, prompt = setup.prompts / setup.servers, setup.assumed.mean_prompt
+    room = concurrency(setup)
+    return _written(load, setup.server_tp, eager, setup.lengths, prompt, requests, room)
 
+
+@lru_cache(maxsize=1024)  # a search asks the same of many splits
+def _written(
+    load: Workload,
+    tp: int,
+    eager: float,
+    lengths: Lengths,
+    prompt: float,
+    requests: float,
+    room: float,
+) -> Generation:
     def step(batch: float, context: float) -> float:
-        return (decode_step(load, batch, context, setup.server_tp) + eager) * setup.rates.system
+        return (decode_step(load, batch, context, tp) + eager) * load.rates.system
 
-    requests = setup.prompts / setup.servers
-    return generate(step, setup.lengths, setup.assumed.mean_prompt, requests, concurrency(setup))
+    return generate(step, lengths, prompt, requests, room)
 
 
 def scoring_seconds(setup: Setup, scorer: Scorer) -> float:
@@ -53,10 +67,10 @@ def scoring_seconds(setup: Setup, scorer: Scorer) -> float:
     if scorer.model.urls or not scorer.share:
         return 0.0
     load = setup.load(scorer.size, scorer.layout, setup.filled(scorer.tokens))
-    return _passes(setup, load, scorer.gpus, forward(load), scorer.share)
+    return passes(setup, load, scorer.gpus, forward(load), scorer.share)
 
 
-def _passes(setup: Setup, load: Workload, gpus: int, seconds: float, share: float = 1.0) -> float:
+def passes(setup: Setup, load: Workload, gpus: int, seconds: float, share: float = 1.0) -> float:
     """The micro-batches of a share of a round through a model, `seconds` each."""
     layout = load.layout
     count = share * setup.prompts * setup.sequence / (copies(layout, gpus) * load.tokens)
@@ -95,13 +109,21 @@ def phases(setup: Setup, written: Generation) -> list[Phase]:
 
 def training_phases(setup: Setup) -> list[tuple[str, float]]:
     """What the trainer does once all responses are scored."""
+    load = setup.load(
+        setup.student, setup.layout, setup.filled(setup.recipe.train.microbatch_tokens)
+    )
+    return trained(setup, load, forward_backward(load, setup.recipe.student.recompute))
+
+
+def trained(setup: Setup, load: Workload, stage: float) -> list[tuple[str, float]]:
+    """The same of another layout. stage: seconds of a micro-batch forward and backward."""
     recipe, gpus = setup.recipe, setup.cluster.trainer
-    load = setup.load(setup.student, setup.layout, setup.filled(recipe.train.microbatch_tokens))
-    again = _passes(setup, load, gpus, forward(load))
-    both = _passes(setup, load, gpus, forward_backward(load, recipe.student.recompute))
+    names = ["base scores"] * bool(recipe.base_model)
+    names += ["old log-probs"] * (recipe.steps_per_round > 1)
+    again = passes(setup, load, gpus, forward(load)) if names else 0.0
+    both = passes(setup, load, gpus, stage)
     return [
-        *([("base scores", again)] if recipe.base_model else []),
-        *([("old log-probs", again)] if recipe.steps_per_round > 1 else []),
+        *((name, again) for name in names),
         ("forward/backward", both * recipe.train.epochs),
         ("optimiser", optimizer_step(load, gpus) * recipe.steps_per_round),
         ("weight sync", sync_seconds(setup)),

@@ -2,12 +2,14 @@
 
 Each role's best layout is found for each number of GPUs on its own: least time among those that
 fit. Then the splits are compared by the round's time, since roles run at once and wait for another.
+Seconds of a micro-batch do not depend on the number of GPUs, so they are computed once a layout.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -16,14 +18,32 @@ from iwopd_megatron.config_models import Layout
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.known_models import planning_config
 from iwopd_megatron.plan import Plan
-from iwopd_megatron.plan_phases import generation, scoring_seconds, training_phases
+from iwopd_megatron.plan_phases import (
+    generation,
+    passes,
+    sync_seconds,
+    trained,
+)
 from iwopd_megatron.plan_roles import Role, rollout, teacher, trainer
 from iwopd_megatron.plan_setup import Setup
-from iwopd_megatron.plan_teachers import Scorer
+from iwopd_megatron.plan_time import Workload, forward, forward_backward
 from iwopd_megatron.preflight import check_layout, num_experts
 
 MARGIN = 0.05  # of a GPU's memory that a proposal leaves free
 DEGREES = (1, 2, 4, 8, 16, 32, 64)
+
+
+Changes = dict[str, object]  # values at dotted keys of the recipe
+Found = dict[int, Changes | None]  # a role's best, by its GPUs; None: nothing fits
+
+
+@dataclass(frozen=True)
+class Option:
+    """A layout of a role, with what its time on any number of GPUs follows from."""
+
+    changes: Changes
+    load: Workload
+    stage: float  # seconds of a micro-batch on a pipeline stage
 
 
 def search(plan: Plan, gpus: int | None = None, layouts: bool = True) -> list[Plan]:
@@ -31,34 +51,24 @@ def search(plan: Plan, gpus: int | None = None, layouts: bool = True) -> list[Pl
 
     layouts: also other layouts, recomputation and server sizes; else only the split changes.
     """
-    setup, total = plan.setup, gpus or plan.gpus
-    trainers, teachers, servers = {}, {}, {}
+    setup = plan.setup
+    shares = map(setup.divided, splits(setup.cluster, gpus or plan.gpus))
+    bases = [setup.on(share) for share in shares if all(share[key] for key in setup.services)]
+    best: dict[str, Found] = {}
+    if layouts and bases:
+        for role, find in (
+            ("trainer", _best_trainers), ("teacher", _best_teachers), ("rollout", _best_servers),
+        ):  # fmt: skip
+            by_count = {getattr(base.cluster, role): base for base in bases}
+            best[role] = {0: {}} if 0 in by_count else find(by_count)
     found = []
-    for cluster in splits(setup.cluster, total):
-        gpus, changes = setup.divided(cluster), {}
-        if not all(gpus[key] for key in setup.services):
-            continue
-        base = setup.on(gpus)
-        if layouts:
-            for kept, count, best in (
-                (trainers, cluster.trainer, _best_trainer),
-                (teachers, cluster.teacher, _best_teachers),
-                (servers, cluster.rollout, _best_servers),
-            ):
-                if count not in kept:
-                    kept[count] = best(base) if count else {}
-            if None in (trainers[cluster.trainer], teachers[cluster.teacher]):
-                continue
-            if servers[cluster.rollout] is None:
-                continue
-            changes = trainers[cluster.trainer] | teachers[cluster.teacher]
-            changes |= servers[cluster.rollout]
-        try:
-            candidate = base.changed(changes)
-            candidate.check()
-        except RecipeError:
-            continue
-        found.append(Plan(candidate))
+    for base in bases:
+        parts = [best[role][getattr(base.cluster, role)] for role in best]
+        if None not in parts:
+            candidate = base.changed({key: new for part in parts for key, new in part.items()})
+            with contextlib.suppress(RecipeError):
+                candidate.check()
+                found.append(Plan(candidate))
     return sorted(found, key=lambda plan: (not plan.fits, plan.seconds))
 
 
@@ -83,85 +93,117 @@ def splits(cluster: Cluster, total: int) -> Iterator[Cluster]:
                     yield found
 
 
-def _best(
-    setup: Setup,
-    options: Iterator[dict[str, object]],
-    role: Callable[[Setup], Role],
-    seconds: Callable[[Setup], float],
-) -> dict[str, object] | None:
-    """The options of least time among those with which the role fits; None if none does."""
-    best, least = None, float("inf")
-    for changes in options:
-        candidate = setup.changed(changes)
-        found = role(candidate)
-        if found.fits and found.margin > MARGIN * found.capacity:
-            time = seconds(candidate)
-            if time < least:
-                best, least = changes, time
-    return best
+def _best_trainers(bases: dict[int, Setup]) -> Found:
+    setup = next(iter(bases.values()))
+    train, options = setup.recipe.train, []
+    for layout in _layouts(setup, planning_config(setup.recipe.student.hf), (1, 2, 4)):
+        load = setup.load(setup.student, layout, setup.filled(train.microbatch_tokens))
+        for recompute in ("none", "selective", "full"):
+            changes = {"student.parallel": layout, "student.recompute": recompute}
+            options.append(Option(changes, load, forward_backward(load, recompute)))
+    sync = {count: sync_seconds(base) for count, base in bases.items()}
+
+    def floor(base: Setup, option: Option) -> float:
+        """Without optimiser steps and passes that only score."""
+        gpus = base.cluster.trainer
+        return passes(base, option.load, gpus, option.stage) * train.epochs + sync[gpus]
+
+    def seconds(base: Setup, option: Option) -> float:
+        return sum(time for _, time in trained(base, option.load, option.stage))
+
+    counts = {count: count for count in bases}
+    return _by_count(bases, counts, options, floor, seconds, trainer)
 
 
-def _best_trainer(setup: Setup) -> dict[str, object] | None:
-    student = planning_config(setup.recipe.student.hf)
-
-    def options() -> Iterator[dict[str, object]]:
-        for layout in _layouts(setup, student, setup.cluster.trainer, (1, 2, 4)):
-            for recompute in ("none", "selective", "full"):
-                yield {"student.parallel": layout, "student.recompute": recompute}
-
-    def seconds(candidate: Setup) -> float:
-        return sum(time for _, time in training_phases(candidate))
-
-    return _best(setup, options(), trainer, seconds)
-
-
-def _best_teachers(setup: Setup) -> dict[str, object] | None:
-    """Each service's best layout; None if one has none."""
-    found = {}
-    for place, scorer in enumerate(setup.scorers):
-        if scorer.key in setup.services:
-            best = _best_teacher(setup, scorer, place)
-            if best is None:
-                return None
-            found |= best
+def _best_teachers(bases: dict[int, Setup]) -> Found:
+    """Every service's best layout."""
+    found: Found = {count: {} for count in bases}
+    for key in next(iter(bases.values())).services:
+        for count, changes in _best_service(bases, key).items():
+            is_missing = None in (changes, found[count])
+            found[count] = None if is_missing else found[count] | changes
     return found
 
 
-def _best_teacher(setup: Setup, scorer: Scorer, place: int) -> dict[str, object] | None:
-    hf = planning_config(scorer.model.hf)
+def _best_service(bases: dict[int, Setup], key: str) -> Found:
+    setup, options = next(iter(bases.values())), []
+    scorer = setup.scorer(key)
+    for layout in _layouts(setup, planning_config(scorer.model.hf), (1,)):
+        load = setup.load(scorer.size, layout, setup.filled(scorer.tokens))
+        options.append(Option({f"{key}.service.parallel": layout}, load, forward(load)))
 
-    def options() -> Iterator[dict[str, object]]:
-        for layout in _layouts(setup, hf, scorer.gpus, (1,)):
-            yield {f"{scorer.key}.service.parallel": layout}
+    def seconds(base: Setup, option: Option) -> float:
+        return passes(base, option.load, base.services[key], option.stage, scorer.share)
 
     def role(candidate: Setup) -> Role:
-        return teacher(candidate, candidate.scorers[place])
+        return teacher(candidate, candidate.scorer(key))
 
-    def seconds(candidate: Setup) -> float:
-        return scoring_seconds(candidate, candidate.scorers[place])
-
-    return _best(setup, options(), role, seconds)
+    counts = {count: base.services[key] for count, base in bases.items()}
+    return _by_count(bases, counts, options, seconds, seconds, role)
 
 
-def _best_servers(setup: Setup) -> dict[str, object] | None:
-    def options() -> Iterator[dict[str, object]]:
-        for tp in DEGREES[:4]:
-            if setup.cluster.rollout % tp == 0:
-                start = setup.cluster.rollout // tp
-                yield {"rollout.servers.tp": tp, "rollout.servers.start": start}
+def _best_servers(bases: dict[int, Setup]) -> Found:
+    found: Found = {}
+    for gpus, base in bases.items():
+        options = [
+            {"rollout.servers.tp": tp, "rollout.servers.start": gpus // tp}
+            for tp in DEGREES[:4]
+            if gpus % tp == 0
+        ]
+        fitting = [changes for changes in options if _has_room(rollout(base.changed(changes)))]
+        found[gpus] = min(
+            fitting, key=lambda changes: generation(base.changed(changes)).seconds, default=None
+        )
+    return found
 
-    return _best(setup, options(), rollout, lambda candidate: generation(candidate).seconds)
+
+def _by_count(
+    bases: dict[int, Setup],
+    counts: dict[int, int],
+    options: list[Option],
+    floor: Callable[[Setup, Option], float],
+    seconds: Callable[[Setup, Option], float],
+    role: Callable[[Setup], Role],
+) -> Found:
+    """For each of `bases`, where the role has `counts` GPUs, the fastest option that fits.
+
+    Seconds of an option are at least its `floor`, so once that exceeds the best's none is better.
+    Memory comes last; what does not fit on many GPUs does not fit on fewer.
+    """
+    found: Found = {}
+    misfits: set[int] = set()
+    for key in sorted(bases, reverse=True):
+        base, best, least = bases[key], None, (float("inf"), 0)
+        floors = [
+            (floor(base, option), place)
+            for place, option in enumerate(options)
+            if place not in misfits and counts[key] % option.load.layout.unit == 0
+        ]
+        for at_least, place in sorted(floors):
+            if at_least > least[0] * (1 + 1e-9):  # the two are sums in different orders
+                break
+            time = seconds(base, options[place]), place
+            if time >= least:
+                continue
+            if _has_room(role(base.changed(options[place].changes))):
+                best, least = options[place].changes, time
+            else:
+                misfits.add(place)
+        found[key] = best
+    return found
 
 
-def _layouts(
-    setup: Setup, hf: dict[str, Any], gpus: int, chunks: tuple[int, ...]
-) -> Iterator[Layout]:
-    """Layouts that Megatron accepts and whose unit divides `gpus`; tp x cp stays in a node."""
+def _has_room(role: Role) -> bool:
+    return role.fits and role.margin > MARGIN * role.capacity
+
+
+def _layouts(setup: Setup, hf: dict[str, Any], chunks: tuple[int, ...]) -> Iterator[Layout]:
+    """Layouts that Megatron accepts; tp x cp stays in a node."""
     experts = DEGREES if num_experts(hf) else (1,)
     for tp, pp, ep, cp in product(DEGREES[:4], DEGREES, experts, DEGREES[:4]):
-        for vpp in chunks if pp > 1 else (1,):
-            layout = Layout(tp=tp, pp=pp, vpp=vpp, ep=ep, cp=cp)
-            if tp * cp <= setup.cluster.gpus_per_node and gpus % layout.unit == 0:
+        if tp * cp <= setup.cluster.gpus_per_node:
+            for vpp in chunks if pp > 1 else (1,):
+                layout = Layout(tp=tp, pp=pp, vpp=vpp, ep=ep, cp=cp)
                 with contextlib.suppress(RecipeError):
                     check_layout(layout, hf, "student")
                     yield layout

@@ -56,6 +56,9 @@ class Setup:
         shares = sample_shares(self.recipe)
         return [self._scorer(key, shares[key]) for key in self.recipe.named_teachers]
 
+    def scorer(self, key: str) -> Scorer:
+        return next(scorer for scorer in self.scorers if scorer.key == key)
+
     def _scorer(self, key: str, share: float) -> Scorer:
         model, train = self.recipe.named_teachers[key], self.recipe.train
         size, service = ModelSize.of(planning_config(model.hf)), self.recipe.services.get(key)
@@ -178,7 +181,7 @@ class Setup:
     def prompts(self) -> int:
         return self.recipe.train.prompts_per_round
 
-    @property
+    @cached_property
     def sequence(self) -> float:
         return self.assumed.mean_prompt + self.lengths.mean
 

@@ -53,7 +53,7 @@ def shares_are_given(recipe: Recipe) -> bool:
 
     Rows that name their own source, and sources without a share, are counted only in a run.
     """
-    sources = [resolve(source) for source in recipe.data.train]
+    sources = [resolve(source) for source in recipe.data.train] if recipe.teachers else []
     is_known = all(source.source for source in sources)
     is_mixed = all(source.share for source in sources) or len({s.source for s in sources}) == 1
-    return bool(recipe.teachers) and is_known and is_mixed
+    return bool(sources) and is_known and is_mixed
