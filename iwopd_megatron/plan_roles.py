@@ -75,6 +75,7 @@ def _role(setup: Setup, name: str, gpus: int, layout: Layout, memory: Memory, kn
 
 
 def trainer(setup: Setup) -> Role:
+    """Its memory while it trains, or while an offloaded model scores if that needs more."""
     train, student = setup.recipe.train, setup.recipe.student
     memory = training(
         setup.student,
@@ -85,30 +86,44 @@ def trainer(setup: Setup) -> Role:
         Precision.of(student.dtype),
         train.distributed_optimizer,
     )
-    embedded = embedded_weights(setup)
-    memory = replace(memory, scorer=sum(embedded.values()))
     if not setup.cluster.rollout:  # the embedded engine gathers the whole student on every rank
         whole = setup.student.parameters * Precision.of(student.dtype).weight
         cache = kv_bytes(setup.student, 1) * setup.sequence * setup.recipe.rollout.batch_size
         memory = replace(memory, kv_cache=whole + cache)
+    memory, embedded = max(_moments(setup, memory), key=lambda moment: moment[0].total)
     knob = _trainer_knob(setup, memory, embedded)
     role = _role(setup, "trainer", setup.cluster.trainer, setup.layout, memory, knob)
     return replace(role, scorers=embedded) if len(setup.scorers) > 1 else role
 
 
-def embedded_weights(setup: Setup) -> dict[str, float]:
-    """Bytes of each embedded teacher and of the base student: all lie side by side in the trainer.
+def _moments(setup: Setup, training: Memory) -> list[tuple[Memory, dict[str, float]]]:
+    """The trainer's memory, and the weights of embedded models in it by name: in training, and as
+    each offloaded model scores.
 
-    0 with offload: those come one after the other, while no activations are there.
+    Teachers and base student lie side by side. Offloaded ones come one after the other, when the
+    student's activations are not there but its states are.
     """
     recipe = setup.recipe
     models: dict[str, Frozen] = {s.key: s.model for s in setup.scorers if not s.model.is_remote}
     models |= {"base": recipe.base_model} if recipe.base_model else {}
-    found = {}
+    there, away = {}, {}
     for name, model in models.items():
         size, width = ModelSize.of(planning_config(model.hf)), Precision.of(model.dtype).weight
-        layout, tokens = setup.layout_of(size), recipe.train.microbatch_tokens
-        found[name] = 0 if model.offload else scoring(size, layout, tokens, width).weights
+        tokens = model.microbatch_tokens or recipe.train.microbatch_tokens
+        needed = scoring(size, setup.layout_of(size), tokens, width)
+        there[name] = 0.0 if model.offload else needed.weights
+        away |= {name: needed} if model.offload else {}
+    found = [(replace(training, scorer=sum(there.values())), there)]
+    for name, needed in away.items():
+        weights = there | {name: needed.weights}
+        scores = replace(
+            training,
+            activations=needed.activations,
+            head=needed.head,
+            communication=needed.communication,
+            scorer=sum(weights.values()),
+        )
+        found.append((scores, weights))
     return found
 
 

@@ -198,11 +198,15 @@ def test_a_base_student_is_counted():
     assert extrapolated.scorer - plain.scorer == whole
 
 
-def test_offloaded_teacher_takes_no_memory():
+def test_an_offloaded_teacher_takes_memory_only_while_it_scores():
     embedded = ["teacher.service=null", "cluster.teacher=0"]
     assert plan(read_recipe(SMALL, embedded)).roles[0].memory.scorer > 50e9
-    found = plan(read_recipe(SMALL, [*embedded, "teacher.offload=true"]))
-    assert found.roles[0].memory.scorer == 0
+    offloaded = [*embedded, "teacher.offload=true"]
+    trains = plan(read_recipe(SMALL, [*offloaded, "teacher.hf=models/Qwen3-0.6B"])).roles[0]
+    assert trains.memory.scorer == 0 and trains.memory.activations > 6e9
+    scores = plan(read_recipe(SMALL, offloaded)).roles[0]
+    assert scores.memory.scorer == 2 * 30_532_122_624 and scores.memory.activations < 3e9
+    assert scores.memory.optimizer == trains.memory.optimizer and not scores.fits
 
 
 @pytest.mark.parametrize(

@@ -61,8 +61,16 @@ def test_embedded_teachers_lie_side_by_side():
         trainer.memory.allocated + trainer.memory.context
     )
     assert not trainer.fits and trainer.knob.startswith("teachers.math.service with")
-    away = planned(*EMBEDDED, *two("offload: true")).roles[0]
-    assert away.memory.scorer == DENSE_BYTES
+
+
+def test_offloaded_teachers_come_one_after_the_other():
+    small = [*EMBEDDED, "student.hf=models/Qwen3-0.6B"]
+    both = planned(*small, *two("offload: true", "offload: true")).roles[0]
+    assert (both.parts["teachers.math"], both.parts["teachers.code"]) == (BIG_BYTES, 0)
+    one = planned(*small, *two("offload: true")).roles[0]
+    assert one.memory.scorer == BIG_BYTES + DENSE_BYTES
+    away = [*two("urls: ['http://a:1']", "offload: true"), "teachers.code.hf=models/Qwen3-0.6B"]
+    assert planned(*EMBEDDED, *away).roles[0].memory.scorer == 0  # training needs more
 
 
 def test_embedded_teachers_score_one_after_the_other():
