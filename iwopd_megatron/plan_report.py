@@ -132,12 +132,12 @@ def notes(plan: Plan) -> list[str]:
 
 
 def print_proposals(plans: list[Plan], top: int = 5) -> None:
-    """A table of `search`'s best, with the overrides that make each."""
+    """A table of `search`'s best, then the overrides that make each, a line to copy."""
     console = Console(soft_wrap=True)
     table = Table(title="proposals, fastest round first")
-    for column in ("round s", "trainer", "teacher", "rollout", "recompute", "fullest", "overrides"):
-        table.add_column(column, overflow="fold")
-    for plan in plans[:top]:
+    for column in ("", "round s", "trainer", "teacher", "rollout", "recompute", "fullest"):
+        table.add_column(column)
+    for number, plan in enumerate(plans[:top], 1):
         roles = {role.name: f"{role.gpus}: {role.layout}" for role in plan.roles}
         fullest = max(role.memory.total / role.capacity for role in plan.roles)
         roles["teacher"] = ", ".join(
@@ -145,9 +145,10 @@ def print_proposals(plans: list[Plan], top: int = 5) -> None:
         )
         cells = [roles.get(name) or "-" for name in ("trainer", "teacher", "rollout")]
         recompute = plan.setup.recipe.student.recompute
-        row = [f"{plan.seconds:.0f}", *cells, recompute, f"{fullest:.0%}"]
-        table.add_row(*row, " ".join(overrides(plan)))
+        table.add_row(str(number), f"{plan.seconds:.0f}", *cells, recompute, f"{fullest:.0%}")
     console.print(table)
+    for number, plan in enumerate(plans[:top], 1):
+        console.print(f"{number}: {' '.join(overrides(plan))}", highlight=False)
 
 
 def overrides(plan: Plan) -> list[str]:

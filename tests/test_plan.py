@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -314,6 +315,14 @@ def test_command_prints_figures_and_fails_where_it_does_not_fit():
     assert "proposals" in json.loads(run(str(SMALL), "--search", "--json").stdout)
     text = run(str(SMALL)).stdout
     assert "GPU-hours" in text and "breaks first" in text
+
+
+def test_a_proposals_line_makes_its_plan():
+    found = run(str(RECIPE), "--search").stdout
+    table, lines = found.split("proposals, fastest round first")[1].split("1: cluster.")
+    words = shlex.split("cluster." + lines.split("\n")[0])
+    planned = json.loads(run(str(RECIPE), *words, "--json").stdout)
+    assert planned["fits"] and f"│ 1 │ {planned['round']['seconds']:.0f} " in table
 
 
 def test_command_refuses_unknown_gpus_and_pictures():
