@@ -122,7 +122,9 @@ def test_logprob_start_len_chooses_what_is_scored(service):
 
     every = entries(logprob_start_len=0)
     assert len(every) == 4 and every[0] == [None, 3, None]
-    assert entries(logprob_start_len=2) == [[None, 5, None], every[3]]
+    first, last = entries(logprob_start_len=2)
+    assert first == [None, 5, None] and last[1:] == every[3][1:] == [6, None]
+    assert last[0] == pytest.approx(every[3][0], abs=1e-5)  # products of other shapes
     assert entries(logprob_start_len=3) == [[None, 6, None]]
     assert entries(logprob_start_len=-1) == entries(logprob_start_len=4) == []
     meta = service.generate(request(return_logprob=False)).json()["meta_info"]
