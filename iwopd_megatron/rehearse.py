@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_models import Layout
 from iwopd_megatron.known_models import planning_config
 from iwopd_megatron.preflight import check_layout, num_experts
-from iwopd_megatron.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from iwopd_megatron.trajectory import Trajectory
 
 LENGTHS, BUDGET = [24, 16, 32, 20, 28, 12, 24, 32], 96  # packed, unequal
 # Which axis gives way first among equally large ones.

@@ -330,15 +330,16 @@ def test_command_refuses_unknown_gpus_and_pictures():
     assert ".html" in str(run(str(RECIPE), "--picture", "x.svg").exception)
 
 
-def test_planning_imports_no_torch():
+def test_planning_and_launching_need_no_numerical_packages():
+    """They run in an environment that has none (cluster/requirements.txt)."""
     code = f"""
 import sys
 from pathlib import Path
-from iwopd_megatron import cli, plan_search
+from iwopd_megatron import cli, launch, plan_search
 from iwopd_megatron.plan import plan
 from iwopd_megatron.recipe import read_recipe
 plan_search.search(plan(read_recipe(Path({str(SMALL)!r}))))
-assert not {{"torch", "transformers", "matplotlib"}} & set(sys.modules)
+assert not {{"torch", "numpy", "transformers", "datasets", "matplotlib"}} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
