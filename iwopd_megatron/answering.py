@@ -23,11 +23,14 @@ def answering_recipe(
     recipe: Recipe, model: Model, out: Path, engine: str | None = None, top_p: float = 1.0
 ) -> Recipe:
     """What `recipe` says of rollouts, for another model; its servers are started where it gives
-    no urls. Weights go through a folder of `out`.
+    no urls. Weights go through a folder of `out` that nothing else uses.
     """
     written = recipe.model_dump(mode="json")
     rollout = written["rollout"] | {"max_staleness": 0, "routing_replay": False, "top_p": top_p}
-    rollout |= {"engine": engine or rollout["engine"], "sync_folder": None}
+    rollout |= {
+        "engine": engine or rollout["engine"],
+        "sync_folder": str(out / "served_weights"),
+    }
     if rollout["engine"] == "hf":
         del rollout["servers"]
     elif not recipe.rollout.servers.urls:
@@ -58,4 +61,4 @@ def answering_engine(
     finally:
         engine.close()
         if parallel.is_main:  # a copy of the whole model
-            shutil.rmtree(recipe.out / "weights", ignore_errors=True)
+            shutil.rmtree(recipe.rollout.sync_folder, ignore_errors=True)
