@@ -29,9 +29,9 @@ from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.evaluate import STREAM
 from iwopd_megatron.grading import check_graders, grade
 from iwopd_megatron.grading_pool import Answer
+from iwopd_megatron.hf_config import read_hf_config
 from iwopd_megatron.parallel import Parallel
 from iwopd_megatron.pass_at_k import summarise
-from iwopd_megatron.preflight import read_hf_config
 from iwopd_megatron.rollout import Prompt, RolloutEngine, Sampling
 from iwopd_megatron.trajectory import Trajectory
 
@@ -93,12 +93,12 @@ def _requests(
 ) -> tuple[list[Place], dict[int, list[int]], Sampling]:
     """All (problem, sample) places, the prompts by problem, and how their answers are drawn."""
     prompts = {i: encode_prompt(tokenizer, p.prompt) for i, p in enumerate(benchmark.problems)}
-    room = read_hf_config(run.recipe.student.hf)["max_position_embeddings"]
+    room = read_hf_config(run.recipe.student.hf).context_length
     longest = max(map(len, prompts.values()))
     if longest + run.max_tokens > room:
         raise RecipeError(
             f"the longest prompt of {benchmark.name} ({longest} tokens) and --max-tokens "
-            f"{run.max_tokens} exceed the model's max_position_embeddings={room}; "
+            f"{run.max_tokens} exceed the model's context of {room} tokens; "
             f"write --max-tokens {max(room - longest, 1)}."
         )
     count = 1 if benchmark.is_greedy else run.samples

@@ -27,8 +27,10 @@ from iwopd_megatron import (
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_models import Layout
 from iwopd_megatron.errors import RecipeError, UserError
+from iwopd_megatron.hf_config import read_hf_config
 from iwopd_megatron.lock import locked
-from iwopd_megatron.preflight import check_layout, read_hf_config
+from iwopd_megatron.model_folder import check_weights
+from iwopd_megatron.preflight import check_layout
 from iwopd_megatron.preflight_resume import check_start
 from iwopd_megatron.quiet import quiet
 from iwopd_megatron.recipe import load_recipe
@@ -147,6 +149,7 @@ def parity(
         raise RecipeError("parity starts its own processes; run it without torchrun.")
     layout = Layout(tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, cp=cp)
     hf = read_hf_config(folder)
+    check_weights(folder, hf)
     check_layout(layout, hf, "parity")
     worker = _workers()
     from iwopd_megatron import hf_reference
@@ -155,7 +158,7 @@ def parity(
 
     lengths = [24, 16, 32, 20, 28, 12, 24, 32] if packed else [32] * 8
     dtype = "bf16" if bf16 else "fp32"
-    samples = hf_reference.make_samples(hf["vocab_size"], lengths, hf.get("pad_token_id"))
+    samples = hf_reference.make_samples(hf.vocab_size, lengths, hf.pad_token_id)
     reference = hf_reference.compute_reference(folder, samples, bf16)
     queue = local_context().SimpleQueue()
     budget = 96 if packed else 32

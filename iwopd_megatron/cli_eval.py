@@ -17,7 +17,7 @@ from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_data import Source
 from iwopd_megatron.config_models import Model
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.preflight import check_model_files, read_hf_config
+from iwopd_megatron.model_folder import check_model
 from iwopd_megatron.quiet import quiet
 from iwopd_megatron.recipe import load_recipe, parse_recipe
 
@@ -137,8 +137,7 @@ def _plain_recipe(folder: Path, overrides: list[str]) -> Recipe:
     """The defaults around a model folder; overrides as for a recipe."""
     from iwopd_megatron.recipe import apply_override
 
-    check_model_files(folder, weights=True)
-    room = read_hf_config(folder)["max_position_embeddings"]
+    room = check_model(folder).context_length
     tree: dict[str, Any] = {
         "out": "runs/eval", "student": {"hf": str(folder)}, "data": {"train": "unused"},
         "rollout": {"max_response_tokens": min(MAX_TOKENS, room)},

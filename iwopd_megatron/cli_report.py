@@ -12,7 +12,7 @@ from iwopd_megatron.answering import answering_recipe
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_models import Model
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.preflight import check_model_files
+from iwopd_megatron.model_folder import check_model
 from iwopd_megatron.quiet import quiet
 from iwopd_megatron.recipe import load_recipe
 
@@ -62,7 +62,7 @@ def prefixes(
     student = run / "hf" if trained else recipe.student.hf
     if trained and not (student / "config.json").is_file():
         raise RecipeError(f"{run} has no trained student yet; leave out --trained, or finish it.")
-    check_model_files(student, weights=True)
+    check_model(student)
     fractions = _fractions(at)
     writers = _writers(recipe, run, student, engine)
     if processes > 1 and writers[0].rollout.engine != "hf":
@@ -87,7 +87,7 @@ def _check(recipe: Recipe, run: Path) -> None:
     if not recipe.named_teachers:
         raise RecipeError(f"{run}/recipe.yaml has no teacher to continue with.")
     for teacher in recipe.named_teachers.values():
-        check_model_files(teacher.hf, weights=True)
+        check_model(teacher.hf)
 
 
 def _writers(

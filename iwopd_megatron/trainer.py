@@ -105,8 +105,7 @@ class Trainer:
         rounds, every = self.recipe.train.rounds, self.recipe.checkpoint.every
         self.engine.update(self.student.stream, self.round)
         if self.round == 0:
-            tied = self.student.hf.get("tie_word_embeddings", False)
-            gates.first_weights(self.student.stream, Student.sources(self.recipe), tied)
+            gates.first_weights(self.student.stream, Student.sources(self.recipe))
             self._evaluate({})
         while self.round < rounds:
             self.round += 1
@@ -186,7 +185,7 @@ class Trainer:
 
     def _own_responses(self) -> list[Trajectory]:
         """The student's answers to the next prompts, graded and masked."""
-        rollout, vocab = self.recipe.rollout, self.student.hf["vocab_size"]
+        rollout, vocab = self.recipe.rollout, self.student.hf.vocab_size
         with self._phase("generate"):
             self.round_problems, samples = self.collector.answers(self.round)
         gates.rollouts(samples, self.round - 1, vocab, rollout.max_staleness)

@@ -14,12 +14,12 @@ from same_figures import assert_same_figures
 from worlds import run_world
 
 from iwopd_megatron.config_models import Frozen, Layout
+from iwopd_megatron.hf_config import read_hf_config
 from iwopd_megatron.hf_io import HfTensors
 from iwopd_megatron.hf_reference import hf_model, make_samples
 from iwopd_megatron.local_world import local_context
 from iwopd_megatron.packing import Packer
 from iwopd_megatron.parallel import initialise, shutdown
-from iwopd_megatron.preflight import read_hf_config
 from iwopd_megatron.progress import Progress
 from iwopd_megatron.recipe import load_recipe
 from iwopd_megatron.rollout import Prompt, Sampling
@@ -449,7 +449,7 @@ def test_fine_tuning_lowers_the_loss(tmp_path, monkeypatch):
     run_world(1, train_here, [recipe])
     losses = [line["loss"] for line in read_metrics(tmp_path / "run")]
     assert losses[-1] < 0.9 * losses[0]
-    assert read_hf_config(tmp_path / "run/hf")["hidden_size"] == 96
+    assert read_hf_config(tmp_path / "run/hf").hidden_size == 96
 
 
 def score(settings, layout, samples, queue):
