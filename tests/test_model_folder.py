@@ -215,8 +215,13 @@ def test_end_of_answer_ids(tmp_path):
     for ids, expected in ((None, {3}), ([4, 5], {4, 5}), (0, {0})):
         generation.write_text(json.dumps({"eos_token_id": ids}))
         assert eos_ids(tmp_path) == expected
-    for content, words in (("[]", "holds a list"), ('{"eos_token_id": 32}', "not below vocab"),
-                           ('{"eos_token_id": "3"}', "must be a token id"), ("{", "not valid")):  # fmt: skip
+    spoiled = {
+        "[]": "holds a list",
+        '{"eos_token_id": 32}': "not below vocab",
+        '{"eos_token_id": "3"}': "must be a token id",
+        "{": "is not valid JSON",
+    }
+    for content, words in spoiled.items():
         generation.write_text(content)
         with pytest.raises(RecipeError, match=words):
             eos_ids(tmp_path)
