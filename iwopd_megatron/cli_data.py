@@ -25,17 +25,19 @@ def data(
     """Print what a recipe trains on: counts, lengths, what is left out, three prompts."""
     quiet()
     loaded = load_recipe(recipe, overrides or [])
-    from transformers import AutoTokenizer
-
+    from iwopd_megatron.prompts import load_tokenizer
+    from iwopd_megatron.run_data import check_training, load_evaluation
     from iwopd_megatron.training_set import load_training_set
 
-    tokenizer = AutoTokenizer.from_pretrained(loaded.student.hf)
+    tokenizer = load_tokenizer(loaded.student.hf)
     found = load_training_set(loaded, tokenizer, examine=True)
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     limit = loaded.rollout.max_prompt_tokens
     console.print(_counts(found.counts, limit))
     _explain(console, loaded.data)
-    found.check(limit)
+    for note in check_training(loaded, found):
+        console.print(f"note: {escape(note)}", soft_wrap=True)
+    load_evaluation(loaded, tokenizer)
     order = found.order(loaded.train.seed, loaded.data.shuffle)
     a_round = loaded.train.prompts_per_round
     console.print(

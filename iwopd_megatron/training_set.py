@@ -10,9 +10,10 @@ from iwopd_megatron.benchmarks import load_benchmark
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_data import Source
 from iwopd_megatron.contamination import contaminated, duplicates
-from iwopd_megatron.data import MixedOrder, Order, Problem, PromptOrder, encode_prompt
+from iwopd_megatron.data import MixedOrder, Order, Problem, PromptOrder
 from iwopd_megatron.data_sources import read_source, resolve
 from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.prompts import training_prompts
 
 Encoded = tuple[Problem, list[int]]
 
@@ -28,6 +29,7 @@ class Counts:
     contaminated: int | None = None
     too_long: int = 0
     kept: int = 0
+    answered: int = 0  # rows of messages that end with an assistant's
     lengths: list[int] = field(default_factory=list)  # tokens of the prompts, too long ones too
 
 
@@ -42,6 +44,16 @@ class TrainingSet:
     @property
     def too_long(self) -> int:
         return sum(counts.too_long for counts in self.counts)
+
+    @property
+    def notes(self) -> list[str]:
+        """What was done to rows without being asked for."""
+        return [
+            f"{counts.answered} rows of {counts.title} end with an assistant's message, which is "
+            "taken for the response and is no part of the prompt."
+            for counts in self.counts
+            if counts.answered
+        ]
 
     def check(self, limit: int) -> None:
         """RecipeError if nothing is left of a source."""
@@ -72,6 +84,7 @@ def load_training_set(recipe: Recipe, tokenizer: Any, examine: bool = False) -> 
     looks = [x or examine for x in (data.remove_duplicates, data.remove_contaminated)]
     twice = duplicates(problems) if looks[0] else None
     seen = contaminated(problems, held_out_problems(recipe)) if looks[1] else None
+    prompts = training_prompts(recipe, tokenizer)
     kept: list[Encoded] = []
     first = 0
     for counts, part in read:
@@ -86,7 +99,7 @@ def load_training_set(recipe: Recipe, tokenizer: Any, examine: bool = False) -> 
             )
             if is_removed:
                 continue
-            ids = encode_prompt(tokenizer, problems[place].prompt)
+            ids = prompts.encode(problems[place])
             counts.lengths.append(len(ids))
             if len(ids) > limit:
                 counts.too_long += 1
@@ -99,7 +112,8 @@ def load_training_set(recipe: Recipe, tokenizer: Any, examine: bool = False) -> 
 
 def _read(source: Source, need_response: bool) -> tuple[Counts, list[Problem]]:
     problems, rows, easy = read_source(source, need_response)
-    return Counts(source.title, rows, easy), problems
+    answered = sum(problem.is_answered for problem in problems)
+    return Counts(source.title, rows, easy, answered=answered), problems
 
 
 def held_out_problems(recipe: Recipe) -> list[Problem]:
