@@ -5,18 +5,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from iwopd_megatron.config import Recipe
-    from iwopd_megatron.run_data import RunData
+from iwopd_megatron.config import Recipe
+from iwopd_megatron.quiet import quiet
+from iwopd_megatron.run_data import RunData, check_rows, load_all
 
 
 def check_before_start(recipes: list[Recipe]) -> list[RunData]:
     """The data of runs that are about to start here; RecipeError if one of them cannot."""
-    from iwopd_megatron.quiet import quiet
-    from iwopd_megatron.run_data import load_all
-
     quiet()
     return load_all(recipes)
 
@@ -26,8 +21,6 @@ def check_before_launch(recipe: Recipe) -> list[str]:
 
     Needs no tokenizer: a login node may have no transformers. Prompts are encoded by the job.
     """
-    from iwopd_megatron.run_data import check_rows
-
     try:
         unread = check_rows(recipe)
     except ImportError as error:

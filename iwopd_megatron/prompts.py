@@ -48,6 +48,7 @@ class Prompts:
         """`setting` is the recipe's key that switches thinking on; refused if that does nothing."""
         self.tokenizer, self.enable_thinking = tokenizer, enable_thinking
         self.folder = getattr(tokenizer, "name_or_path", "")
+        self._seen: dict[tuple[str, ...], int | None] = {}  # by roles, what a template leaves out
         if enable_thinking and not self._reads_thinking():
             raise RecipeError(
                 f"{setting}=true does nothing: the chat template of {self.folder} does not read "
@@ -70,17 +71,24 @@ class Prompts:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def _rendered(self, messages: list[Message], place: str) -> str:
-        """What the template writes; it must write every message."""
-        text = self._apply(messages, self.enable_thinking, place)
-        for number, message in enumerate(messages, 1):
-            # Templates trim texts, and leave out what an earlier answer thought.
-            said = message["content"].rpartition("</think>")[2].strip()
-            if said not in text:
-                raise RecipeError(
-                    f"{place}: the chat template of {self.folder} leaves out message {number}, of "
-                    f"role {message['role']}; take it out of the row, or change the template."
-                )
-        return text
+        roles = tuple(message["role"] for message in messages)
+        left_out = self._left_out(roles, place)
+        if left_out is not None:
+            raise RecipeError(
+                f"{place}: the chat template of {self.folder} leaves out message {left_out + 1}, "
+                f"of role {roles[left_out]}; take it out of the row, or change the template."
+            )
+        return self._apply(messages, self.enable_thinking, place)
+
+    def _left_out(self, roles: tuple[str, ...], place: str) -> int | None:
+        """The first message that the template does not write when they are of these roles."""
+        if roles not in self._seen:
+            texts = [f"text {number} of {len(roles)}" for number in range(len(roles))]
+            probe = [{"role": r, "content": c} for r, c in zip(roles, texts, strict=True)]
+            written = self._apply(probe, self.enable_thinking, place)
+            missing = (number for number, text in enumerate(texts) if text not in written)
+            self._seen[roles] = next(missing, None)
+        return self._seen[roles]
 
     def _apply(self, messages: list[Message], enable_thinking: bool, place: str) -> str:
         try:

@@ -14,13 +14,14 @@ from iwopd_megatron import doctor
 from iwopd_megatron.benchmarks import Benchmark, is_on_hub, load_benchmark
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_data import Source
+from iwopd_megatron.data import Problem
 from iwopd_megatron.data_sources import read_source, resolve
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.grading import check_graders
 from iwopd_megatron.preflight import read_hf_config
 from iwopd_megatron.preflight_scorers import check_sources
 from iwopd_megatron.prompts import evaluation_prompts, load_tokenizer
-from iwopd_megatron.training_set import TrainingSet, load_training_set
+from iwopd_megatron.training_set import TrainingSet, encode_rows, read_training_rows
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,13 @@ class RunData:
 
 def load_run_data(recipe: Recipe, tokenizer: Any = None) -> RunData:
     """RecipeError, one sentence, for whatever is wrong in the files; starts and writes nothing."""
-    tokenizer = tokenizer or load_tokenizer(recipe.student.hf)
-    training = load_training_set(recipe, tokenizer)
+    rows = read_training_rows(recipe)
+    check_problems(recipe, rows.problems)
+    main, named = read_evaluation(recipe)
+    tokenizer = tokenizer or load_tokenizer(recipe.student.hf)  # slow to import, so after all that
+    training = encode_rows(recipe, rows, tokenizer)
     notes = check_training(recipe, training)
-    main, named = load_evaluation(recipe, tokenizer)
-    return RunData(training, main, named, notes)
+    return RunData(training, *encode_evaluation(recipe, main, named, tokenizer), notes)
 
 
 def load_all(recipes: list[Recipe]) -> list[RunData]:
@@ -56,19 +59,23 @@ def load_all(recipes: list[Recipe]) -> list[RunData]:
 
 
 def check_training(recipe: Recipe, training: TrainingSet) -> list[str]:
-    """Refuse problems that nobody can ask, score or grade; notes on what is left out of others."""
+    """Refuse sources of which nothing is left; notes on what is left out of others."""
     limit = recipe.rollout.max_prompt_tokens
     training.check(limit)
-    check_problems(recipe, [problem for problem, _ in training.problems])
     total = training.too_long + len(training.problems)
     return training.notes + doctor.long_prompts(training.too_long, total, limit)
 
 
-def check_problems(recipe: Recipe, problems: list[Any]) -> None:
-    """Every problem that is trained on has a teacher and a grader."""
+def check_problems(recipe: Recipe, problems: list[Problem]) -> None:
+    """Refuse problems that nobody scores or grades."""
     check_sources(recipe, {problem.source for problem in problems})
     if recipe.is_distilling:
-        check_graders({problem.grader for problem in problems})
+        check_gradable(problems)
+
+
+def check_gradable(problems: list[Problem]) -> None:
+    """Refuse the first problem of a kind that nothing here grades."""
+    check_graders({problem.grader: problem.place for problem in reversed(problems)})
 
 
 def check_rows(recipe: Recipe) -> list[str]:
@@ -95,18 +102,17 @@ def read_evaluation(recipe: Recipe) -> tuple[Benchmark | None, dict[str, Benchma
         main = Benchmark("data.eval", problems[: recipe.evaluate.problems])
     own = recipe.data.benchmarks
     named = {name: load_benchmark(name, own) for name in dict.fromkeys(recipe.evaluate.benchmarks)}
-    for benchmark in [main] * (main is not None) + list(named.values()):
-        check_graders({problem.grader for problem in benchmark.problems})
+    for benchmark in named.values() if main is None else [main, *named.values()]:
+        check_gradable(benchmark.problems)
     return main, named
 
 
-def load_evaluation(
-    recipe: Recipe, tokenizer: Any
+def encode_evaluation(
+    recipe: Recipe, main: Benchmark | None, named: dict[str, Benchmark], tokenizer: Any
 ) -> tuple[Benchmark | None, dict[str, Benchmark]]:
     """The same with their prompts, which must leave room for an answer."""
-    main, named = read_evaluation(recipe)
     found = asked(
-        recipe, [main] * (main is not None) + list(named.values()),
+        recipe, ([main] if main else []) + list(named.values()),
         recipe.rollout.max_response_tokens, "rollout.max_response_tokens={}", tokenizer,
     )  # fmt: skip
     return (found.pop(0) if main else None), dict(zip(named, found, strict=True))
@@ -124,7 +130,7 @@ def asked(
     prompts = evaluation_prompts(recipe, tokenizer or load_tokenizer(recipe.student.hf))
     found = []
     for benchmark in benchmarks:
-        check_graders({problem.grader for problem in benchmark.problems})
+        check_gradable(benchmark.problems)
         found.append(benchmark.asked(prompts))
         check_room(recipe, found[-1], limit, setting)
     return found

@@ -194,7 +194,7 @@ def test_without_a_template(tmp_path, tokenizer):
             r"line 1: the chat template of .*student refuses these messages \(no system role\)\.",
         ),
         ("{{ messages[0].content + 1 }}", "line 1: the chat template .* refuses these messages"),
-        ("{{ messages[1].content }}", "line 1: .* leaves out message 1, of role system"),
+        ("{{ messages[-1].content }}", "line 1: .* leaves out message 1, of role system"),
         ("{{ messages[0].content }}", "line 1: .* leaves out message 2, of role user"),
     ],
 )
@@ -203,6 +203,14 @@ def test_a_template_that_refuses_or_drops_a_message(tmp_path, tokenizer, templat
     with pytest.raises(RecipeError, match=words) as error:
         Prompts(tokenizer).encode(read(tmp_path, [SYSTEM, ASKED]))
     assert "\n" not in str(error.value)
+
+
+def test_a_dropped_message_is_noticed_whatever_it_says(tmp_path, tokenizer):
+    """Its text may stand in another message."""
+    tokenizer.chat_template = "{{ messages[-1].content }}"
+    problem = read(tmp_path, [SYSTEM | {"content": "c"}, ASKED])
+    with pytest.raises(RecipeError, match="leaves out message 1"):
+        Prompts(tokenizer).encode(problem)
 
 
 def test_templates_may_trim_and_drop_earlier_thoughts(tmp_path, tokenizer):
