@@ -36,7 +36,8 @@ def answering_recipe(
         rollout["servers"]["start"] = max(1, recipe.rollout.servers.start)
     tree = {
         "student": {"hf": str(model.hf), "dtype": model.dtype}, "rollout": rollout,
-        "out": str(out), "data": {"train": written["data"]["train"]},
+        "out": str(out), "evaluate": written["evaluate"],
+        "data": {key: written["data"][key] for key in ("train", "enable_thinking")},
     }  # fmt: skip
     answering = parse_recipe(tree, "--engine")
     check_rollout(answering)

@@ -32,6 +32,7 @@ from iwopd_megatron.lock import locked
 from iwopd_megatron.model_folder import check_weights
 from iwopd_megatron.preflight import check_layout
 from iwopd_megatron.preflight_resume import check_start
+from iwopd_megatron.preflight_start import check_before_start
 from iwopd_megatron.quiet import quiet
 from iwopd_megatron.recipe import load_recipe
 
@@ -89,10 +90,11 @@ def sft(recipe: RecipePath, overrides: Overrides = None, resume: Resume = False)
 
 
 def _train(recipe: Recipe, resume: bool) -> None:
+    (data,) = check_before_start([recipe])
     with _alone_in([recipe.out]):
         check_start(recipe, resume)
         worker = _workers()
-        sys.exit(worker.execute(recipe.world, worker.train, (recipe, resume)))
+        sys.exit(worker.execute(recipe.world, worker.train, (recipe, resume, data)))
 
 
 @contextlib.contextmanager
@@ -109,16 +111,11 @@ def examine(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Say what a recipe minimises, and which of its settings do nothing or not what they say."""
     loaded = load_recipe(recipe, overrides or [])
     print(f"objective: {doctor.objective_line(loaded)}.")
-    from transformers import AutoTokenizer
-
-    from iwopd_megatron.training_set import load_training_set
-
-    found = load_training_set(loaded, AutoTokenizer.from_pretrained(loaded.student.hf))
-    limit, dropped = loaded.rollout.max_prompt_tokens, found.too_long
-    kept = len(found.problems)
+    (found,) = check_before_start([loaded])
+    kept, dropped = len(found.training.problems), found.training.too_long
+    limit = loaded.rollout.max_prompt_tokens
     print(f"data: {kept} prompts of at most {limit} tokens, {dropped} longer ones left out.")
-    notes = doctor.findings(loaded) + doctor.long_prompts(dropped, kept + dropped, limit)
-    for note in notes:
+    for note in doctor.findings(loaded) + found.notes:
         print(f"note: {note}")
 
 

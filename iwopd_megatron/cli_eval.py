@@ -20,6 +20,7 @@ from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.model_folder import check_model
 from iwopd_megatron.quiet import quiet
 from iwopd_megatron.recipe import load_recipe, parse_recipe
+from iwopd_megatron.run_data import asked
 
 MAX_TOKENS = 16384
 
@@ -61,13 +62,16 @@ def evaluate(
         model = Model(hf=folder, dtype=recipe.student.dtype)
         evaluated = answering_recipe(recipe, model, out or default_out, engine, top_p)
         names = list(dict.fromkeys(bench.split(",")))
-        benchmarks = [load_benchmark(name, own) for name in names]
+        limit = max_tokens or recipe.rollout.max_response_tokens
+        benchmarks = asked(
+            evaluated, [load_benchmark(name, own) for name in names], limit, "--max-tokens {}"
+        )
         from iwopd_megatron import worker
         from iwopd_megatron.bench_run import BenchRun
 
         run = BenchRun(
-            evaluated, benchmarks, identity, out or default_out, samples,
-            max_tokens or recipe.rollout.max_response_tokens, temperature, top_p, seed,
+            evaluated, benchmarks, identity, out or default_out, samples, limit, temperature,
+            top_p, seed,
         )  # fmt: skip
         print(f"model: {identity['model']}; results: {run.out}", flush=True)
         sys.exit(worker.execute(1, worker.evaluate, (run,)))

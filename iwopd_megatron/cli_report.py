@@ -9,12 +9,16 @@ from typing import Annotated
 import typer
 
 from iwopd_megatron.answering import answering_recipe
+from iwopd_megatron.benchmarks import Benchmark
 from iwopd_megatron.config import Recipe
+from iwopd_megatron.config_data import Source
 from iwopd_megatron.config_models import Model
+from iwopd_megatron.data_sources import read_source
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.model_folder import check_model
 from iwopd_megatron.quiet import quiet
 from iwopd_megatron.recipe import load_recipe
+from iwopd_megatron.run_data import asked
 
 
 def report(
@@ -71,10 +75,14 @@ def prefixes(
             "rollout.servers.start in the run's recipe for several servers."
         )
     quiet()
+    first = Benchmark("data.eval", read_source(Source(path=recipe.data.eval))[0][:problems])
+    limit = recipe.rollout.max_response_tokens
+    (benchmark,) = asked(writers[0], [first], limit, "rollout.max_response_tokens={}")
     from iwopd_megatron import worker
     from iwopd_megatron.continuations import PrefixStudy
 
-    study = PrefixStudy(recipe, *writers, fractions, problems, samples, run)
+    study = PrefixStudy(recipe, *writers, fractions, benchmark, samples, run)
+    study.shares()
     code = worker.execute(processes, worker.continue_prefixes, (study,))
     if code == 0:
         print(run / "prefixes.json")

@@ -16,6 +16,7 @@ from rich.table import Table
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.recipe import load_recipe
+from iwopd_megatron.run_data import RunData
 from iwopd_megatron.runlog import read_metrics
 
 ARM_NAMES = {"uniform": "opd"}  # uniform token weights are plain OPD
@@ -23,11 +24,12 @@ ARM_NAMES = {"uniform": "opd"}  # uniform token weights are plain OPD
 
 @dataclass(frozen=True)
 class Arm:
-    """One run of a comparison."""
+    """One run of a comparison; `data` once it is loaded."""
 
     name: str
     seed: int
     recipe: Recipe
+    data: RunData | None = None
 
 
 def plan_arms(recipe: Path, overrides: list[str], vary: str, seeds: int, out: Path) -> list[Arm]:

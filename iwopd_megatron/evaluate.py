@@ -6,15 +6,14 @@ from typing import Any
 
 import torch.distributed as dist
 
-from iwopd_megatron.benchmarks import Benchmark, load_benchmark
+from iwopd_megatron.benchmarks import Benchmark
 from iwopd_megatron.config import Recipe
-from iwopd_megatron.config_data import Source
-from iwopd_megatron.data import Problem, encode_prompt
-from iwopd_megatron.data_sources import read_source
-from iwopd_megatron.grading import check_graders, grade
+from iwopd_megatron.data import Problem
+from iwopd_megatron.grading import grade
 from iwopd_megatron.grading_pool import Answer
 from iwopd_megatron.parallel import gather
 from iwopd_megatron.rollout import Prompt, RolloutEngine, Sampling
+from iwopd_megatron.run_data import RunData
 from iwopd_megatron.trajectory import Trajectory
 
 STREAM = 2**32 - 1  # random numbers no training round uses
@@ -23,10 +22,10 @@ STREAM = 2**32 - 1  # random numbers no training round uses
 class Evaluator:
     """The same problems and the same random numbers every time it runs."""
 
-    def __init__(self, problems: list[Problem], tokenizer: Any, sampling: Sampling, samples: int):
-        self.problems, self.tokenizer, self.sampling = problems * samples, tokenizer, sampling
-        ids = [encode_prompt(tokenizer, problem.prompt) for problem in problems]
-        self.prompts = [Prompt(i, prompt) for i, prompt in enumerate(ids * samples)]
+    def __init__(self, benchmark: Benchmark, tokenizer: Any, sampling: Sampling, samples: int):
+        self.problems, self.tokenizer = benchmark.problems * samples, tokenizer
+        self.sampling = sampling
+        self.prompts = [Prompt(i, ids) for i, ids in enumerate(benchmark.prompts * samples)]
 
     def accuracy(self, engine: RolloutEngine) -> float:
         """Share of right answers: mean@samples. Collective."""
@@ -37,25 +36,20 @@ class Evaluator:
 class Evaluation:
     """All that a recipe evaluates while it trains: data.eval, and benchmarks by name."""
 
-    def __init__(self, recipe: Recipe, tokenizer: Any):
+    def __init__(self, recipe: Recipe, data: RunData, tokenizer: Any):
         self.recipe, self.tokenizer = recipe, tokenizer
-        self.main = None
-        if recipe.data.eval is not None:
-            problems = read_source(Source(path=recipe.data.eval))[0]
-            self.main = self._evaluator(Benchmark("", problems[: recipe.evaluate.problems]), False)
-        self.named = {}
-        for name in dict.fromkeys(recipe.evaluate.benchmarks):
-            benchmark = load_benchmark(name, recipe.data.benchmarks)
-            self.named[name] = self._evaluator(benchmark, benchmark.is_greedy)
+        self.main = self._evaluator(data.main, False) if data.main else None
+        self.named = {
+            name: self._evaluator(benchmark, benchmark.is_greedy)
+            for name, benchmark in data.named.items()
+        }
 
     def _evaluator(self, benchmark: Benchmark, greedy: bool) -> Evaluator:
         settings = self.recipe.evaluate
-        check_graders({problem.grader for problem in benchmark.problems})
         temperature = 0.0 if greedy else settings.temperature
         limit = self.recipe.rollout.max_response_tokens
         sampling = Sampling(limit, temperature, seed=0, stream=STREAM)
-        samples = 1 if greedy else settings.samples
-        return Evaluator(benchmark.problems, self.tokenizer, sampling, samples)
+        return Evaluator(benchmark, self.tokenizer, sampling, 1 if greedy else settings.samples)
 
     def __bool__(self) -> bool:
         return self.main is not None or bool(self.named)

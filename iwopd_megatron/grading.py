@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 
 from iwopd_megatron import code_grader, math_grader, toy_task
@@ -24,18 +24,18 @@ MATH_SECONDS = 10.0  # of processor time for one comparison
 SECONDS = 600.0  # around the runs of a program, which have limits of their own
 
 
-def check_graders(names: set[str]) -> None:
-    """RecipeError for a kind of problem that nothing here grades."""
-    for name in sorted(names - GRADERS.keys()):
+def check_graders(names: Mapping[str, str]) -> None:
+    """RecipeError for a kind of problem that nothing here grades; names: with a place of each."""
+    for name in sorted(names.keys() - GRADERS.keys()):
         raise RecipeError(
-            f"no grader '{name}'; known graders: {', '.join(GRADERS)}. Name one of them in "
-            "data.train's 'grader' (default: the problem's source)."
+            f"{names[name]}: no grader '{name}'; known graders: {', '.join(GRADERS)}; name one in "
+            "the source's 'grader' (default: the problem's source)."
         )
 
 
 def grade(answers: list[Answer]) -> list[float]:
     """1.0 where the response solves the problem, else 0.0; in order."""
-    check_graders({answer.grader for answer in answers})
+    check_graders({answer.grader: "an answer" for answer in answers})
     grades = [0.0] * len(answers)
     for kind in sorted({answer.grader for answer in answers}):
         places = [place for place, answer in enumerate(answers) if answer.grader == kind]

@@ -13,21 +13,20 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from iwopd_megatron import checkpoint, device, doctor, gates
+from iwopd_megatron import checkpoint, device, gates
 from iwopd_megatron.collect import Collector
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.errors import GateError
 from iwopd_megatron.evaluate import Evaluation, grade_samples
 from iwopd_megatron.flops import attention_cost
-from iwopd_megatron.grading import check_graders
 from iwopd_megatron.hf_io import save_folder
 from iwopd_megatron.metrics import response_means
 from iwopd_megatron.packing import Packer
 from iwopd_megatron.parallel import Parallel, any_rank, gather
-from iwopd_megatron.preflight_scorers import check_sources
 from iwopd_megatron.progress import Progress
 from iwopd_megatron.rollout.make import make_engine
 from iwopd_megatron.rollout.servers import Canary
+from iwopd_megatron.run_data import RunData, load_run_data
 from iwopd_megatron.runlog import append_event, open_log, truncated_shares
 from iwopd_megatron.samples import keep_samples
 from iwopd_megatron.saver import Saver
@@ -35,7 +34,6 @@ from iwopd_megatron.steps import train_round
 from iwopd_megatron.stop import stop_requested
 from iwopd_megatron.student import Student
 from iwopd_megatron.supervision import Supervision
-from iwopd_megatron.training_set import load_training_set
 from iwopd_megatron.trajectory import Trajectory
 
 
@@ -43,12 +41,14 @@ class Trainer:
     """One run: its models, its data order, its folder."""
 
     def __init__(
-        self, recipe: Recipe, parallel: Parallel, progress: Progress, resume: bool = False
-    ):
+        self, recipe: Recipe, parallel: Parallel, progress: Progress, resume: bool = False,
+        data: RunData | None = None,
+    ):  # fmt: skip
+        """`data` is what whoever started the run has loaded of the recipe already."""
         self.recipe, self.parallel, self.progress = recipe, parallel, progress
         self.is_distilling, self.round, self.seconds = recipe.is_distilling, 0, {}
         self.tokenizer = AutoTokenizer.from_pretrained(recipe.student.hf)
-        self._load_data()
+        self._take(data or load_run_data(recipe, self.tokenizer))
         self.student = Student(recipe, parallel)
         cost = attention_cost(self.student.hf)
         self.packer = Packer(parallel, recipe.train.microbatch_tokens, cost)
@@ -73,22 +73,17 @@ class Trainer:
             self.log = open_log(recipe, self.round if found else None)
         self.truncated = parallel.on_main(lambda: truncated_shares(recipe.out))
 
-    def _load_data(self) -> None:
-        recipe = self.recipe
-        limit = recipe.rollout.max_prompt_tokens
-        found = load_training_set(recipe, self.tokenizer)
-        found.check(limit)
-        self.problems = found.problems
-        check_sources(recipe, {problem.source for problem, _ in found.problems})
-        if recipe.is_distilling:
-            check_graders({problem.grader for problem, _ in found.problems})
-        if found.too_long:
-            self.progress.say(f"{found.too_long} prompts longer than {limit} tokens are left out.")
-        total = found.too_long + len(found.problems)
-        for finding in doctor.long_prompts(found.too_long, total, limit):
-            self.progress.say(f"note: {finding}")
-        self.order = found.order(recipe.train.seed, recipe.data.shuffle)
-        self.evaluation = Evaluation(recipe, self.tokenizer)
+    def _take(self, data: RunData) -> None:
+        recipe, limit = self.recipe, self.recipe.rollout.max_prompt_tokens
+        self.problems = data.training.problems
+        if data.training.too_long:
+            self.progress.say(
+                f"{data.training.too_long} prompts longer than {limit} tokens are left out."
+            )
+        for note in data.notes:
+            self.progress.say(f"note: {note}")
+        self.order = data.training.order(recipe.train.seed, recipe.data.shuffle)
+        self.evaluation = Evaluation(recipe, data, self.tokenizer)
 
     def run(self) -> bool:
         """Train to the last round; False if a stop was asked for and the state saved instead."""
