@@ -33,8 +33,10 @@ from iwopd_megatron.model_folder import check_weights
 from iwopd_megatron.preflight import check_layout
 from iwopd_megatron.preflight_resume import check_start
 from iwopd_megatron.preflight_start import check_before_start
+from iwopd_megatron.prompts import load_tokenizer
 from iwopd_megatron.quiet import quiet
 from iwopd_megatron.recipe import load_recipe
+from iwopd_megatron.training_set import load_training_set
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -111,11 +113,12 @@ def examine(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Say what a recipe minimises, and which of its settings do nothing or not what they say."""
     loaded = load_recipe(recipe, overrides or [])
     print(f"objective: {doctor.objective_line(loaded)}.")
-    (found,) = check_before_start([loaded])
-    kept, dropped = len(found.training.problems), found.training.too_long
-    limit = loaded.rollout.max_prompt_tokens
+    found = load_training_set(loaded, load_tokenizer(loaded.student.hf))
+    limit, dropped = loaded.rollout.max_prompt_tokens, found.too_long
+    kept = len(found.problems)
     print(f"data: {kept} prompts of at most {limit} tokens, {dropped} longer ones left out.")
-    for note in doctor.findings(loaded) + found.notes:
+    notes = doctor.findings(loaded) + found.notes
+    for note in notes + doctor.long_prompts(dropped, kept + dropped, limit):
         print(f"note: {note}")
 
 
