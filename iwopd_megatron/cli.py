@@ -24,6 +24,7 @@ from iwopd_megatron import (
     cli_serve,
     doctor,
 )  # fmt: skip
+from iwopd_megatron.answer_end import check_answer_end
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_models import Layout
 from iwopd_megatron.errors import RecipeError, UserError
@@ -113,11 +114,13 @@ def examine(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Say what a recipe minimises, and which of its settings do nothing or not what they say."""
     loaded = load_recipe(recipe, overrides or [])
     print(f"objective: {doctor.objective_line(loaded)}.")
-    found = load_training_set(loaded, load_tokenizer(loaded.student.hf))
+    tokenizer = load_tokenizer(loaded.student.hf)
+    ends = check_answer_end(loaded.student.hf, tokenizer, is_taught=not loaded.is_distilling)
+    found = load_training_set(loaded, tokenizer)
     limit, dropped = loaded.rollout.max_prompt_tokens, found.too_long
     kept = len(found.problems)
     print(f"data: {kept} prompts of at most {limit} tokens, {dropped} longer ones left out.")
-    notes = doctor.findings(loaded) + found.notes
+    notes = doctor.findings(loaded) + ends + found.notes
     for note in notes + doctor.long_prompts(dropped, kept + dropped, limit):
         print(f"note: {note}")
 

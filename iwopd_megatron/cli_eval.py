@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from iwopd_megatron.answer_end import check_answer_end
 from iwopd_megatron.answering import answering_recipe
 from iwopd_megatron.benchmarks import load_benchmark, with_path
 from iwopd_megatron.config import Recipe
@@ -18,6 +19,7 @@ from iwopd_megatron.config_data import Source
 from iwopd_megatron.config_models import Model
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.model_folder import check_model
+from iwopd_megatron.prompts import load_tokenizer
 from iwopd_megatron.quiet import quiet
 from iwopd_megatron.recipe import load_recipe, parse_recipe
 from iwopd_megatron.run_data import asked
@@ -63,9 +65,11 @@ def evaluate(
         evaluated = answering_recipe(recipe, model, out or default_out, engine, top_p)
         names = list(dict.fromkeys(bench.split(",")))
         limit = max_tokens or recipe.rollout.max_response_tokens
-        benchmarks = asked(
-            evaluated, [load_benchmark(name, own) for name in names], limit, "--max-tokens {}"
-        )
+        found = [load_benchmark(name, own) for name in names]
+        tokenizer = load_tokenizer(folder)
+        for note in check_answer_end(folder, tokenizer):
+            print(f"note: {note}", file=sys.stderr)
+        benchmarks = asked(evaluated, found, limit, "--max-tokens {}", tokenizer)
         from iwopd_megatron import worker
         from iwopd_megatron.bench_run import BenchRun
 

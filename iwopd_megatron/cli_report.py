@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from iwopd_megatron.answer_end import check_answer_end
 from iwopd_megatron.answering import answering_recipe
 from iwopd_megatron.benchmarks import Benchmark
 from iwopd_megatron.config import Recipe
@@ -16,6 +17,7 @@ from iwopd_megatron.config_models import Model
 from iwopd_megatron.data_sources import read_source
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.model_folder import check_model
+from iwopd_megatron.prompts import load_tokenizer
 from iwopd_megatron.quiet import quiet
 from iwopd_megatron.recipe import load_recipe
 from iwopd_megatron.run_data import asked
@@ -77,7 +79,11 @@ def prefixes(
     quiet()
     first = Benchmark("data.eval", read_source(Source(path=recipe.data.eval))[0][:problems])
     limit = recipe.rollout.max_response_tokens
-    (benchmark,) = asked(writers[0], [first], limit, "rollout.max_response_tokens={}")
+    tokenizer = load_tokenizer(student)
+    for note in check_answer_end(student, tokenizer):
+        print(f"note: {note}", file=sys.stderr)
+    setting = "rollout.max_response_tokens={}"
+    (benchmark,) = asked(writers[0], [first], limit, setting, tokenizer)
     from iwopd_megatron import worker
     from iwopd_megatron.continuations import PrefixStudy
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.hf_config import read_json
+from iwopd_megatron.model_folder import eos_ids
 
 FOLDER = "hf"  # of a checkpoint
 # Files of a model folder that do not go with it: its weights, and what describes them.
@@ -38,7 +39,9 @@ def copy_companions(template: Path, folder: Path) -> None:
 
 
 def set_eos_ids(folder: Path, ids: Collection[int]) -> None:
-    """Make generation_config.json name the ids that end an answer."""
+    """Make generation_config.json name the ids that end an answer, if the configs do not yet."""
+    if set(ids) == eos_ids(folder):
+        return
     file = folder / "generation_config.json"
     content = read_json(folder, file.name) if file.is_file() else {}
     found = sorted(ids)

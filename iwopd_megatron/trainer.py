@@ -14,6 +14,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from iwopd_megatron import checkpoint, device, gates
+from iwopd_megatron.answer_end import all_end_ids, end_id, response_ids
 from iwopd_megatron.collect import Collector
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.errors import GateError
@@ -125,7 +126,9 @@ class Trainer:
             for _ in self.student.stream:  # every rank takes part in gathering
                 pass
             return
-        save_folder(self.recipe.out / "hf", self.student.stream, self.recipe.student.hf)
+        folder = self.recipe.student.hf
+        ends = all_end_ids(folder, self.tokenizer)
+        save_folder(self.recipe.out / "hf", self.student.stream, folder, ends)
         self.log.close()
 
     def _round(self) -> dict[str, Any]:
@@ -199,11 +202,10 @@ class Trainer:
 
     def _given_responses(self) -> list[Trajectory]:
         """The next problems with the responses of the data file."""
-        samples = []
+        samples, end = [], end_id(self.recipe.student.hf, self.tokenizer)
         for place, (problem, ids) in enumerate(self.collector.take()):
-            response = self.tokenizer.encode(problem.response, add_special_tokens=False)
-            sample = Trajectory(place, ids, [*response, self.tokenizer.eos_token_id])
-            samples.append(self.supervision.masked(sample))
+            response = response_ids(problem.response, end, self.tokenizer)
+            samples.append(self.supervision.masked(Trajectory(place, ids, response)))
         return samples
 
     def _evaluate(self, last_round: dict[str, Any]) -> None:
