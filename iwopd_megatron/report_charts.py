@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from iwopd_megatron.report_data import Curve, Reduce, Runs
 from iwopd_megatron.report_pairs import PairGain
-from iwopd_megatron.report_positions import COMPARED, REACH, places_reached
+from iwopd_megatron.report_positions import COMPARED, places_reached
 from iwopd_megatron.report_statistics import mean, stderr
 from iwopd_megatron.report_words import arm_name
 
@@ -31,7 +31,7 @@ STYLE = {
 }  # fmt: skip
 SIZE = 4.5, 3.1  # inches
 SINGLE = 5  # runs of an arm that are still drawn one by one
-NAME_WIDTH, LEGEND_WIDTH = 26, 62  # characters
+NAME_WIDTH, HANDLE_WIDTH, LEGEND_WIDTH = 26, 5, 56  # characters
 
 
 def new_chart(x_label: str, y_label: str, whole_steps: bool = True) -> tuple[Figure, Axes]:
@@ -51,11 +51,18 @@ def wrapped(name: str) -> str:
 def add_legend(figure: Figure, axes: Axes) -> None:
     """Above the axes, in as many columns as the names leave room for."""
     handles, labels = axes.get_legend_handles_labels()
-    labels = [wrapped(label) for label in labels]
-    widest = max((len(line) for label in labels for line in label.split("\n")), default=0)
-    columns = max(1, min(len(handles), LEGEND_WIDTH // (widest + 5)))
     if handles:
-        figure.legend(handles, labels, loc="outside upper left", ncols=columns)
+        labels = [wrapped(label) for label in labels]
+        figure.legend(handles, labels, loc="outside upper left", ncols=_columns(labels))
+
+
+def _columns(labels: list[str]) -> int:
+    """Matplotlib fills a legend column by column, and each is as wide as its longest line."""
+    widths = [max(map(len, label.split("\n"))) + HANDLE_WIDTH for label in labels]
+    for columns in range(len(labels), 1, -1):
+        if sum(max(part) for part in np.array_split(widths, columns)) <= LEGEND_WIDTH:
+            return columns
+    return 1
 
 
 def looks(arms: Iterable[str]) -> dict[str, dict]:
@@ -100,7 +107,7 @@ def band_chart(
         axes.axhline(0, color="#888888", lw=0.8)
     if before:
         look = {"color": BEFORE, "linestyle": ":"}
-        draw_band(axes, before, f"first {COMPARED} rounds, all runs", look, single=False)
+        draw_band(axes, before, f"first {COMPARED} rounds", look, single=False)
     styles = looks(curves)
     for arm in sorted(curves, key=list(styles).index):
         draw_band(axes, curves[arm], arm_name(arm), styles[arm])
@@ -121,7 +128,7 @@ def trajectories_chart(lines: list[list[float | None]], y_label: str) -> Figure 
     counts = [sum(t < len(line) for line in lines) for t in range(longest)]
     middle = {t + 1: mean(x[t] for x in lines if t < len(x)) for t in places_reached(counts)}
     if len(lines) > 1:
-        label = f"mean, while {REACH:.0%} of {len(lines)} go on".replace("%", " %")
+        label = f"mean of {len(lines)}"
         axes.plot(list(middle), list(middle.values()), color="black", label=label)
     add_legend(figure, axes)
     return figure

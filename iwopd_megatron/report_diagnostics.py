@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from iwopd_megatron.report_captions import Chart, Charts, cited, how_far, which_rounds
+from iwopd_megatron.report_captions import SHARE, Chart, Charts, cited, how_far, which_rounds
 from iwopd_megatron.report_charts import (
     band_chart,
     curves_of,
@@ -125,11 +125,10 @@ def weights(runs: Runs, early: Early) -> Charts:
         lines = [s[f"weight_{rule}"] for s in early.samples if s.get(f"weight_{rule}")]
         figure = trajectories_chart(lines, f"Token weight, {name} (no unit)")
         if figure:
-            text = (
-                f"Weights that {arm_name(rule)} would give single responses of {early.origin}. "
-                f"{cited('4b')}"
-            )
-            charts[f"weight_{name}"] = Chart(figure, text)
+            text = f"Weights that {arm_name(rule)} would give single responses of {early.origin}. "
+            if len(lines) > 1:
+                text += f"Black: their mean, cut where fewer than {SHARE} of them go on. "
+            charts[f"weight_{name}"] = Chart(figure, text + cited("4b"))
     return charts
 
 

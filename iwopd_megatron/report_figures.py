@@ -69,7 +69,8 @@ def _over(runs: Runs, key: str, y_label: str, kind: str = "round", scale: float 
 
 
 def _accuracy(runs: Runs) -> Charts:
-    text = f"Right answers on the evaluation problems. {cited('2a')}"
+    is_ablation = bool({"prefix", "suffix"} & {arm.rpartition("/")[2] for arm in runs})
+    text = f"Right answers on the evaluation problems. {cited('1a' if is_ablation else '2a')}"
     charts = {"accuracy": (_over(runs, "accuracy", "Accuracy (%)", "eval", 100), text)}
     for key in keys_of(runs, "accuracy_"):
         name = key.removeprefix("accuracy_")
@@ -171,7 +172,8 @@ def _services(runs: Runs) -> Charts:
     if not any("scored_early" in r for arm in runs.values() for run in arm.values() for r in run):
         return {}
     sync = curves_of(
-        runs, lambda rs: {r["round"]: r["time"]["sync"] for r in rs if "sync" in r.get("time", {})}
+        runs,
+        lambda rs: {r["round"]: r["time"]["sync"] for r in rs if "sync" in (r.get("time") or {})},
     )
     return drawn({
         "weight_update": (

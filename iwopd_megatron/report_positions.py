@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from iwopd_megatron.report_data import Curve, Runs
 
+NEEDED = ("logp_positions", "reverse_kl_positions", "tokens_positions", "responses")
 REACH = 0.25
 COMPARED = 3  # rounds at the start, and at the end, that a figure compares
 FIRST, LAST, ALL = slice(COMPARED), slice(-COMPARED, None), slice(None)
@@ -44,7 +45,7 @@ def by_position(records: list[dict], key: str, part: slice, scale: float = 1) ->
             if value is not None and count:
                 total[place] = total.get(place, 0.0) + value * count
                 counts[place] += count
-    width = rows[0].get("bin_tokens", 1) if rows and kind == "positions" else 1
+    width = (rows[0].get("bin_tokens") or 1) if rows and kind == "positions" else 1
     return {
         place * width + (width + 1) / 2: scale * total[place] / counts[place]
         for place in places_reached(counts)
@@ -56,7 +57,7 @@ def prefix_logp(records: list[dict], part: slice) -> tuple[Curve, Curve]:
 
     A response that is shorter counts with all its tokens. Linear, so bins' sums are all it takes.
     """
-    rows = [r for r in records if r.get("logp_positions") and r.get("responses")][part]
+    rows = [r for r in records if all(r.get(key) for key in NEEDED)][part]
     if not rows:
         return {}, {}
     student, teacher = 0.0, 0.0
@@ -69,6 +70,6 @@ def prefix_logp(records: list[dict], part: slice) -> tuple[Curve, Curve]:
             count = row["tokens_positions"][place]
             student += count * (logp or 0) / responses
             teacher += count * ((logp or 0) - (kl or 0)) / responses
-        end = (place + 1) * rows[0].get("bin_tokens", 1)
+        end = (place + 1) * (rows[0].get("bin_tokens") or 1)
         curves[0][end], curves[1][end] = student, teacher
     return curves
