@@ -20,9 +20,8 @@ from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.recipe import load_recipe
 from iwopd_megatron.report_arms import arm_table
 from iwopd_megatron.report_finding import findings
+from iwopd_megatron.report_words import ARM_IDS
 from iwopd_megatron.runlog import read_metrics
-
-ARM_IDS = {"uniform": "opd"}  # uniform token weights are plain OPD
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from iwopd_megatron.report_figures import Section, sections
 from iwopd_megatron.report_finding import findings
 from iwopd_megatron.report_pairs import pair_gains
 from iwopd_megatron.report_summary import summarise
-from iwopd_megatron.report_tables import benchmarks_shown
+from iwopd_megatron.report_tables import about, benchmarks_shown
 from iwopd_megatron.report_words import arm_name
 from iwopd_megatron.runlog import read_jsonl
 
@@ -51,9 +51,9 @@ def write_report(
     names = ", ".join(folder.resolve().name for folder in folders)
     page = Environment(autoescape=True).from_string(template).render(
         title=title or f"Report of {names}", name=arm_name, sections=made, images=images,
-        findings=findings(summary), arms=arm_table(summary), reading=reading(runs),
-        benchmarks=benchmarks_shown(paths), events=_events(paths), samples=kept, tokens=TOKENS,
-        readable=READABLE,
+        about=about(paths), findings=findings(summary), arms=arm_table(summary),
+        benchmarks=benchmarks_shown(paths), reading=reading(runs), events=_events(paths),
+        samples=kept, tokens=TOKENS, readable=READABLE,
         recipe=recipe.read_text() if recipe.exists() else "",
     )  # fmt: skip
     partial = out / f".report.{os.getpid()}.html"  # renamed when whole

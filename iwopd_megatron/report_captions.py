@@ -55,5 +55,5 @@ def reading(runs: Runs) -> str:
         parts.append("thin: single seeds")
     text = "In the charts, " + "; ".join(parts) + "."
     if any(len({len(run) for run in seeds.values()}) > 1 for seeds in runs.values()):
-        text += " A mean goes as far as all its seeds have come."
+        text += " Seeds that are not as far as half of their arm's are thin only, not in its mean."
     return text

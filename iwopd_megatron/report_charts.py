@@ -15,6 +15,7 @@ from iwopd_megatron.report_data import Curve, Reduce, Runs
 from iwopd_megatron.report_pairs import PairGain
 from iwopd_megatron.report_positions import COMPARED, places_reached
 from iwopd_megatron.report_statistics import mean, stderr
+from iwopd_megatron.report_summary import far_enough
 from iwopd_megatron.report_words import arm_name
 
 # Okabe-Ito for arms; Tol's light scheme for phases, so that no phase looks like an arm.
@@ -30,6 +31,7 @@ STYLE = {
     "legend.columnspacing": 1.2, "axes.titlesize": 9.5,
 }  # fmt: skip
 SIZE = 4.5, 3.1  # inches
+ROUND = "Round"
 SINGLE = 5  # runs of an arm that are still drawn one by one
 NAME_WIDTH, HANDLE_WIDTH, LEGEND_WIDTH = 26, 5, 56  # characters
 
@@ -76,13 +78,18 @@ def looks(arms: Iterable[str]) -> dict[str, dict]:
 
 
 def draw_band(axes: Axes, curves: list[Curve], label: str, look: dict, single: bool = True) -> None:
-    """Mean over runs, +-1 SE shaded, a few runs as thin lines too; over what all runs have."""
-    xs = sorted(set.intersection(*map(set, curves)))  # a mean over fewer seeds would jump
-    middle = np.array([mean(curve[x] for curve in curves) for x in xs])
-    error = np.array([stderr(curve[x] for curve in curves) or 0.0 for x in xs])
+    """Mean over runs, +-1 SE shaded, a few runs as thin lines too; over what all runs have.
+
+    Against rounds, runs that are not as far as half of them are thin lines only.
+    """
+    whole = far_enough(curves) if axes.get_xlabel() == ROUND else curves
+    xs = sorted(set.intersection(*map(set, whole)))  # a mean over fewer seeds would jump
+    middle = np.array([mean(curve[x] for curve in whole) for x in xs])
+    error = np.array([stderr(curve[x] for curve in whole) or 0.0 for x in xs])
     axes.plot(xs, middle, label=label, marker="o" if len(xs) <= 12 else None, **look)
     axes.fill_between(xs, middle - error, middle + error, color=look["color"], alpha=0.18, lw=0)
-    for curve in curves if single and 1 < len(curves) <= SINGLE else []:
+    is_few = single and 1 < len(curves) <= SINGLE
+    for curve in curves if is_few else [curve for curve in curves if curve not in whole]:
         axes.plot(list(curve), list(curve.values()), **look | {"alpha": 0.5, "lw": 0.6})
 
 
@@ -111,6 +118,9 @@ def band_chart(
     styles = looks(curves)
     for arm in sorted(curves, key=list(styles).index):
         draw_band(axes, curves[arm], arm_name(arm), styles[arm])
+    drawn = itertools.chain(before or [], *curves.values())
+    if not zero_line and min((y for curve in drawn for y in curve.values()), default=0) >= 0:
+        axes.set_ylim(bottom=max(0, axes.get_ylim()[0]))  # no scale of what cannot be
     add_legend(figure, axes)
     return figure
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from iwopd_megatron.report_captions import Chart, Charts, cited
-from iwopd_megatron.report_charts import band_chart, curves_of, phase_chart, ratio_chart
+from iwopd_megatron.report_charts import ROUND, band_chart, curves_of, phase_chart, ratio_chart
 from iwopd_megatron.report_data import Runs, keys_of, series
 from iwopd_megatron.report_diagnostics import (
     Early,
@@ -24,8 +24,6 @@ from iwopd_megatron.report_diagnostics import (
 from iwopd_megatron.report_pairs import PairGain
 from iwopd_megatron.report_summary import gains, reference_of
 from iwopd_megatron.report_words import common_name
-
-ROUND = "Round"
 
 
 @dataclass(frozen=True)

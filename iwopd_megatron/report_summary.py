@@ -65,6 +65,12 @@ def common_round(curves: Iterable[Curve]) -> int | None:
     return max(_reached(curves), default=None)
 
 
+def far_enough(curves: list[Curve]) -> list[Curve]:
+    """Those that go as far as the round at which at least half are."""
+    end = common_round(curves)
+    return [curve for curve in curves if end in curve]
+
+
 def _reached(curves: Iterable[Curve]) -> set[int]:
     kept = [curve for curve in curves if curve]
     rounds = {x for curve in kept for x in curve}

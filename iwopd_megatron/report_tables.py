@@ -10,6 +10,7 @@ from iwopd_megatron.report_arms import Cell, Table
 from iwopd_megatron.report_data import Paths, read_recipe_of
 from iwopd_megatron.report_statistics import mean, stderr
 from iwopd_megatron.report_words import (
+    ARM_IDS,
     UNKNOWN,
     arm_name,
     percent,
@@ -34,6 +35,31 @@ def paper_results(run: Path) -> dict[str, dict[str, float]]:
 
 def _paper() -> dict[str, Any]:
     return json.loads(Path(__file__).with_name("paper_results.json").read_text("utf-8"))
+
+
+def about(paths: Paths) -> str:
+    """Models, and of a single arm the rule; only what the recipes of all arms agree on, or ""."""
+    recipes = [read_recipe_of(runs[0]) for runs in paths.values()]
+    found = []
+    for role in ("student", "teacher"):
+        sections = [recipe.get(role) for recipe in recipes]
+        places = {section.get("hf") for section in sections if isinstance(section, dict)}
+        if len(places) == 1 and None not in places:
+            found.append(f"{role}: {places.pop()}")
+    rules = {_rule(recipe) for recipe in recipes}
+    if len(rules) == 1 and None not in rules:
+        found.append(f"token weights: {arm_name(rules.pop())}")
+    text = "; ".join(found)
+    return text[:1].upper() + text[1:] + "." if text else ""
+
+
+def _rule(recipe: dict[str, Any]) -> str | None:
+    """The arm's id that the recipe's weighting has; None without teacher or weighting."""
+    loss = recipe.get("loss")
+    weighting = loss.get("weighting") if isinstance(loss, dict) else None
+    rule = weighting.get("rule") if isinstance(weighting, dict) else None
+    has_teacher = bool(recipe.get("teacher") or recipe.get("teachers"))
+    return (ARM_IDS.get(rule, rule)) if has_teacher else None
 
 
 def _model(section: Any) -> str:

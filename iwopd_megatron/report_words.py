@@ -14,6 +14,7 @@ ARM_NAMES = {
     "prefix_boost": "prefix boost", "log_ratio": "log ratio", "ratio_blend": "ratio blend",
     "topk_kl": "top-K KL",
 }  # fmt: skip
+ARM_IDS = {"uniform": "opd"}  # uniform token weights are plain OPD
 UNKNOWN = "–"
 
 

@@ -15,7 +15,7 @@ from iwopd_megatron.report_pairs import pair_gains
 from iwopd_megatron.report_positions import by_position, prefix_logp
 from iwopd_megatron.report_statistics import interval, welch_interval
 from iwopd_megatron.report_summary import gains, summarise
-from iwopd_megatron.report_tables import benchmark_table
+from iwopd_megatron.report_tables import about, benchmark_table
 from iwopd_megatron.runlog import append_event, read_metrics
 
 
@@ -349,6 +349,19 @@ def test_the_papers_numbers_stand_beside_the_runs(tmp_path):
 
 def test_another_pair_has_no_numbers_of_the_paper(tmp_path):
     assert benchmark_table(find_runs([write_comparison(tmp_path)])) is None
+
+
+def test_the_page_says_what_the_runs_have_in_common(tmp_path):
+    assert about(find_runs([write_run(tmp_path / "bare", [])])) == ""
+    for name, rule in (("opd", "uniform"), ("iw", "iw"), ("mine", "iw")):
+        run = write_run(tmp_path / "runs" / name / "seed_1", [])
+        (run / "recipe.yaml").write_text(
+            f"student: {{hf: s}}\nteacher: {{hf: t}}\nloss: {{weighting: {{rule: {rule}}}}}\n"
+        )
+    assert about(find_runs([tmp_path / "runs"])) == "Student: s; teacher: t."
+    one = "Student: s; teacher: t; token weights: {}."
+    assert about(find_runs([tmp_path / "runs" / "mine" / "seed_1"])) == one.format("IW-OPD")
+    assert about(find_runs([tmp_path / "runs" / "opd" / "seed_1"])) == one.format("OPD")
 
 
 def test_events_are_listed(tmp_path):

@@ -99,6 +99,19 @@ def test_bands_are_explained_only_where_there_are_seeds(tmp_path):
     assert "of two seeds: from one to the other" in page
 
 
+def test_a_run_that_has_just_begun_does_not_shorten_the_mean():
+    runs = {"opd": {seed: records(8) for seed in (1, 2, 3)} | {4: records(1)}}
+    (axes,) = charts_of(runs)["reverse_kl"].figure.axes
+    lines = {line.get_label(): list(line.get_xdata()) for line in axes.lines}
+    assert lines["OPD"] == list(range(1, 9))
+    assert [1] in lines.values()  # and is there
+
+
+def test_no_scale_reaches_below_what_can_be():
+    charts = charts_of({"opd": {1: records(truncated=0.0, drift=0.0)}})
+    assert charts["truncated"].figure.axes[0].get_ylim()[0] == 0
+
+
 def test_long_names_are_wrapped_in_legends_and_shown_in_full():
     name = "a-very-long-name-of-an-arm-that-somebody-chose-for-a-reason lr 0.0003"
     charts = charts_of({name: {1: records()}, name + " b": {1: records()}})

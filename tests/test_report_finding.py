@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from iwopd_megatron.cli_report import report
 from iwopd_megatron.compare import plan_arms, print_table
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.progress import Progress
@@ -203,6 +204,14 @@ def test_terminal_and_page_say_the_same_in_one_unit(tmp_path):
                 assert part in text, part
     assert "73.0 ± 2.5" in text and "0.7" not in text.replace("20.7", "")
     assert not re.search(r"\bopd\b|\biw\b", text)
+
+
+def test_the_command_says_it_too_and_its_output_is_the_path(tmp_path, capsys):
+    folder = write_curves(tmp_path, {"opd": finals([50, 60]), "iw": finals([58.6, 55.1])})
+    report([folder], None)
+    out, err = capsys.readouterr()
+    assert out == f"{folder / 'report.html'}\n"
+    assert re.sub(r"\s+", " ", err).startswith(said(folder)[0])
 
 
 def test_two_seeds_are_shown_and_no_interval_stands_alone(tmp_path):
