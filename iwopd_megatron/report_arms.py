@@ -87,7 +87,9 @@ def _gain(pair: dict[str, Any] | None, key: str, last: int) -> Cell:
 
 
 def _rounds(row: dict[str, Any]) -> str:
-    return str(row["rounds"]) + (f" of {row['planned_rounds']}" if row["unfinished"] else "")
+    least = min([done for done, _ in row["unfinished"].values()], default=row["rounds"])
+    span = f"{least} to {row['rounds']}" if least < row["rounds"] else str(row["rounds"])
+    return f"{span} of {row['planned_rounds']}" if row["unfinished"] else span
 
 
 def _note(arms: dict[str, Any], paired: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from iwopd_megatron.report_data import Curve, Reduce, Runs
 from iwopd_megatron.report_pairs import PairGain
@@ -105,6 +106,7 @@ def band_chart(
     y_label: str,
     before: list[Curve] | None = None,
     zero_line: bool = False,
+    log: bool = False,
 ) -> Figure | None:
     """A line an arm; `before`, where given, as one grey line of all. None without data."""
     if not curves:
@@ -119,10 +121,22 @@ def band_chart(
     for arm in sorted(curves, key=list(styles).index):
         draw_band(axes, curves[arm], arm_name(arm), styles[arm])
     drawn = itertools.chain(before or [], *curves.values())
-    if not zero_line and min((y for curve in drawn for y in curve.values()), default=0) >= 0:
+    lowest = min((y for curve in drawn for y in curve.values()), default=0)
+    if log and lowest > 0:
+        _log_scale(axes)
+    elif lowest >= 0 and not zero_line:
         axes.set_ylim(bottom=max(0, axes.get_ylim()[0]))  # no scale of what cannot be
     add_legend(figure, axes)
     return figure
+
+
+def _log_scale(axes: Axes) -> None:
+    """With plain numbers, also between the powers of ten where there are few of these."""
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(plain)
+    if max(axes.get_ylim()) < 100 * min(axes.get_ylim()):
+        axes.yaxis.set_minor_formatter(plain)
 
 
 def trajectories_chart(lines: list[list[float | None]], y_label: str) -> Figure | None:

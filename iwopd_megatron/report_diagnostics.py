@@ -21,6 +21,7 @@ from iwopd_megatron.report_positions import (
     FIRST,
     LAST,
     by_position,
+    compared_runs,
     is_compared,
     prefix_logp,
 )
@@ -42,6 +43,7 @@ def _at(runs: Runs, key: str, y_label: str, before: bool = False, scale: float =
     """A metric against the position, and of what it is; before: first against last rounds."""
     compared = before and is_compared(runs, key)
     part = LAST if compared else ALL
+    runs = compared_runs(runs, key) if compared else runs
     curves = curves_of(runs, lambda records: by_position(records, key, part, scale))
     x_label = DECILE if key.endswith("_deciles") else TOKEN
     figure = band_chart(curves, x_label, y_label, _first(runs, key) if compared else None)
@@ -87,6 +89,7 @@ def reverse_kl_by_position(runs: Runs) -> Charts:
 
 def likelihood(runs: Runs) -> Charts:
     compared = is_compared(runs, "logp_positions")
+    runs = compared_runs(runs, "logp_positions") if compared else runs
     part = FIRST if compared else ALL
     pairs = [prefix_logp(run, part) for arm in runs.values() for run in arm.values()]
     pairs = [pair for pair in pairs if pair[0]]

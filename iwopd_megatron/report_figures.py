@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
 from iwopd_megatron.report_captions import Chart, Charts, cited
 from iwopd_megatron.report_charts import ROUND, band_chart, curves_of, phase_chart, ratio_chart
@@ -111,14 +110,8 @@ def _reverse_kl(runs: Runs) -> Charts:
 
 
 def _health(runs: Runs) -> Charts:
-    norm = _over(runs, "grad_norm", "Gradient norm (no unit)")
-    if norm:
-        axis = norm.axes[0]
-        axis.set_yscale("log")
-        plain = FuncFormatter(lambda value, _: f"{value:g}")
-        axis.yaxis.set_major_formatter(plain)
-        if max(axis.get_ylim()) < 100 * min(axis.get_ylim()):
-            axis.yaxis.set_minor_formatter(plain)
+    norms = curves_of(runs, lambda records: series(records, "round", "grad_norm"))
+    norm = band_chart(norms, ROUND, "Gradient norm (no unit)", log=True)
     return drawn({
         "drift": (
             _over(runs, "drift", "Engine drift (nats/token)"),

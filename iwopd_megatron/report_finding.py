@@ -34,7 +34,8 @@ def _compared(arm: str, pair: dict[str, Any], arms: dict[str, Any]) -> str:
         return f"{name} cannot be compared with {other} yet: only their starts are evaluated."
     seeds, bounds = _seeds(pair), pair["final_interval"]
     difference = f"{name} {_verb(arm, pair, arms)} {_relation(pair, other)}"
-    left_out = f"; {pair['left_out']} left out that are not as far" if pair["left_out"] else ""
+    out = pair["left_out"]
+    left_out = f"; {counted(out, 'seed')} left out, not as far" if out else ""
     if _smallest(pair) < ENOUGH_SEEDS:
         singles = _singles(pair["final_per_seed"]) if len(pair["final_per_seed"]) > 1 else ""
         return f"No difference can be told with {seeds}: {difference}{singles}{left_out}."

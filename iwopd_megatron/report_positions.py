@@ -23,12 +23,23 @@ def places_reached(counts: Sequence[int]) -> list[int]:
     return [place for place, count in enumerate(counts) if count and count >= fewest]
 
 
+def has_both_ends(records: list[dict], key: str) -> bool:
+    """Whether the first and the last rounds that have the metric are not the same."""
+    return sum(bool(line.get(key)) for line in records) >= 2 * COMPARED
+
+
 def is_compared(runs: Runs, key: str) -> bool:
-    """Whether all runs that have the metric have first and last rounds of their own."""
-    counts = [
-        sum(bool(line.get(key)) for line in run) for arm in runs.values() for run in arm.values()
-    ]
-    return min((count for count in counts if count), default=0) >= 2 * COMPARED
+    """Whether at least half of the runs that have the metric can be compared with their start."""
+    found = [run for arm in runs.values() for run in arm.values() if any(r.get(key) for r in run)]
+    return bool(found) and 2 * sum(has_both_ends(run, key) for run in found) >= len(found)
+
+
+def compared_runs(runs: Runs, key: str) -> Runs:
+    """Those that can be."""
+    return {
+        arm: {seed: run for seed, run in seeds.items() if has_both_ends(run, key)}
+        for arm, seeds in runs.items()
+    }
 
 
 def by_position(records: list[dict], key: str, part: slice, scale: float = 1) -> Curve:

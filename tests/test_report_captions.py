@@ -37,7 +37,7 @@ def kinds():
     yield "no round", {"mine": {1: []}}, {}
     yield "evaluation only", {"mine": {1: [evaluation(0, 0.1), evaluation(5, 0.2)]}}, {}
     yield "unequal runs", {"opd": {1: records(8)}, "iw": {1: records(2), 2: records(8)}}, {}
-    for key in FULL.keys() - {"kind", "round"}:
+    for key in sorted(FULL.keys() - {"kind", "round"}):
         without = [{k: v for k, v in line.items() if k != key} for line in records()]
         yield f"without {key}", {"opd": {1: without}, "iw": {1: without}}, {}
         nothing = records(**{key: None})
@@ -79,6 +79,11 @@ def test_first_and_last_rounds_are_compared_only_where_they_differ():
     assert "mean over all rounds" in short.caption and texts(short.figure.axes[0]) == ["mine"]
     long = charts_of({"mine": {1: records(6)}})["reverse_kl_by_position"]
     assert texts(long.figure.axes[0]) == ["first 3 rounds", "mine"]
+    started = {"opd": {1: records(6), 2: records(6)}, "iw": {1: records(6), 2: records(1)}}
+    going = charts_of(started)["reverse_kl_by_position"]
+    assert texts(going.figure.axes[0]) == ["first 3 rounds", "OPD", "IW-OPD"]
+    iw = [line for line in going.figure.axes[0].lines if line.get_color() == "#D55E00"]
+    assert len(iw) == 1  # not of the run that has one round
 
 
 def test_every_picture_on_a_page_has_its_own_caption(tmp_path):
@@ -110,6 +115,11 @@ def test_a_run_that_has_just_begun_does_not_shorten_the_mean():
 def test_no_scale_reaches_below_what_can_be():
     charts = charts_of({"opd": {1: records(truncated=0.0, drift=0.0)}})
     assert charts["truncated"].figure.axes[0].get_ylim()[0] == 0
+    steep = [training(n, grad_norm=10.0 ** (3 - n)) for n in range(1, 6)]
+    norm = charts_of({"opd": {1: steep}})["grad_norm"].figure.axes[0]
+    assert norm.get_yscale() == "log" and 0.001 < norm.get_ylim()[0] < 0.01
+    still = charts_of({"opd": {1: [training(1, grad_norm=0.0)]}})["grad_norm"].figure.axes[0]
+    assert still.get_yscale() == "linear"
 
 
 def test_long_names_are_wrapped_in_legends_and_shown_in_full():

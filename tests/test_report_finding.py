@@ -177,10 +177,11 @@ def test_a_seed_that_has_just_begun_does_not_hold_back_the_others(tmp_path):
     found = said(write_curves(tmp_path, curves, planned=20))
     assert found == [
         "IW-OPD ended 2.2 points above OPD (95 % interval 1.7 to 2.7, 3 seeds; "
-        "1 left out that are not as far).",
+        "1 seed left out, not as far).",
         "Not finished: IW-OPD seed 4 (round 5 of 20).",
     ]
-    assert "53.2 ± 0.7 <small>3 of 4 seeds</small>" in write_report(tmp_path).read_text()
+    page = write_report(tmp_path).read_text()
+    assert "53.2 ± 0.7 <small>3 of 4 seeds</small>" in page and "<span>5 to 20 of 20</span>" in page
 
 
 def terminal(folder):
