@@ -107,7 +107,8 @@ def _note(arms: dict[str, Any], paired: dict[str, Any]) -> str:
             "± is one standard error over seeds."
         )
     if any(pair["paired"] for pair in paired.values()):
-        parts.append("Gains are in points (differences of %), seed by seed, over seeds of both.")
+        over = common_name(pair["reference"] for pair in paired.values())
+        parts.append(f"Gains against {over} are in points, seed by seed over the seeds of both.")
     if not all(pair["paired"] for pair in paired.values()):
         parts.append("Arms without a common seed are compared by their means (Welch).")
     if any(count >= ENOUGH_SEEDS for count in counts):
