@@ -30,13 +30,21 @@ def report(
         typer.Option(help="folder of report.html; default: the only one, else runs/report"),
     ] = None,
 ) -> None:
-    """Draw report.html of runs or comparisons, several in one page."""
+    """Draw report.html of runs or comparisons, several in one page.
+
+    Its table and what was found are printed too, on stderr; stdout is the page's path.
+    """
+    from iwopd_megatron.compare import print_table
     from iwopd_megatron.report import write_report
+    from iwopd_megatron.report_data import find_runs
+    from iwopd_megatron.report_summary import summarise
 
     for folder in folders:
         if not folder.is_dir():
             raise RecipeError(f"{folder} is no folder; give a run folder, a recipe's 'out'.")
-    print(write_report(folders, out or (folders[0] if len(folders) == 1 else Path("runs/report"))))
+    page = write_report(folders, out or (folders[0] if len(folders) == 1 else Path("runs/report")))
+    print_table(summarise(find_runs(folders)), sys.stderr)
+    print(page)
 
 
 def prefixes(
