@@ -1,0 +1,153 @@
+"""The program that EvalPlus's sanitizer makes of a response.
+
+It is the longest part of consecutive lines that parses, by lines that are not blank, and of that
+the imports and what the entry point needs, the first of several definitions. Examples, prints,
+asserts and `if __name__ == "__main__"` are left out. Kept here though EvalPlus drops them, for
+programs that need them are right: decorated definitions, functions without `return`, and
+statements that change what is needed (a table filled in a loop, a recursion limit).
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import warnings
+from types import CodeType
+
+from iwopd_megatron.program_text import choose, defines, find_blocks, parses
+
+BEGINS = re.compile(r"(import|from|def|class|async|if|try|for|with)\b|@|[A-Za-z_][\w.]*\s*[:=\[(]")
+RECURSION = "setrecursionlimit"  # holds for the whole process
+BY_NAME = {"globals", "vars", "eval", "exec"}  # reach definitions that nothing names
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+DEFINITIONS = (*FUNCTIONS, ast.ClassDef)
+
+
+def longest_program(response: str, function: str) -> str | None:
+    """The longest part of the response, or of its fenced blocks, that parses; None without one.
+
+    Blocks that define the function go first.
+    """
+    blocks, text = find_blocks(response)
+    wanted = frozenset([function])
+    texts = choose(blocks, lambda code: defines(code, wanted)) if blocks else [text]
+    parts = [part for part in map(_longest_part, texts) if part.strip()]
+    return max(parts, key=_weight) if parts else None
+
+
+def _weight(text: str) -> int:
+    return sum(bool(line.strip()) for line in text.split("\n"))
+
+
+def _longest_part(text: str) -> str:
+    """Of consecutive lines that parse, those of most weight; a part begins with a statement."""
+    if parses(text):
+        return text
+    lines, best, most = text.split("\n"), "", 0
+    for first, line in enumerate(lines):
+        if not BEGINS.match(line):
+            continue
+        for last in range(len(lines), first, -1):
+            part = "\n".join(lines[first:last])
+            if _weight(part) <= most:
+                break
+            if lines[last - 1].strip() and parses(part):
+                best, most = part, _weight(part)
+                break
+    return best
+
+
+def needed_part(code: str, function: str) -> str:
+    """A program without the statements that its entry point does not need; lines keep their number.
+
+    The program as it is where it does not compile or does not define the function.
+    """
+    code = code.replace("\r\n", "\n").replace("\r", "\n")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            statements = _without_repetitions(ast.parse(code).body)
+            uses = [_names_used(statement) for statement in statements]
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return code
+    changes = [_names_changed(statement) for statement in statements]
+    if not any(function in names for names in changes):
+        return code
+    names, kept = {function, RECURSION}, set()
+    if set().union(*uses) & BY_NAME:
+        names |= {x.name for x in statements if isinstance(x, DEFINITIONS)}
+    while new := {i for i, x in enumerate(changes) if x & names} - kept:
+        kept |= new
+        names |= set().union(*(uses[i] for i in new))
+    lines = code.split("\n")
+    is_kept = [False] * (len(lines) + 1)
+    for place, statement in enumerate(statements):
+        if place in kept or isinstance(statement, (ast.Import, ast.ImportFrom)):
+            for line in _lines(statement):
+                is_kept[line] = True
+    return "\n".join(line if is_kept[i] else "" for i, line in enumerate(lines, 1))
+
+
+def _lines(statement: ast.stmt) -> range:
+    decorators = getattr(statement, "decorator_list", [])
+    first = min([statement.lineno, *(decorator.lineno for decorator in decorators)])
+    return range(first, statement.end_lineno + 1)
+
+
+def _without_repetitions(statements: list[ast.stmt]) -> list[ast.stmt]:
+    """Of functions of one name the first that returns something, or else the last."""
+    named: dict[str, list[ast.stmt]] = {}
+    for statement in statements:
+        if isinstance(statement, FUNCTIONS):
+            named.setdefault(statement.name, []).append(statement)
+    chosen = []
+    for same in named.values():
+        returning = [x for x in same if any(isinstance(y, ast.Return) for y in ast.walk(x))]
+        chosen.append(returning[0] if returning else same[-1])
+    return [x for x in statements if not isinstance(x, FUNCTIONS) or x in chosen]
+
+
+def _names_used(statement: ast.stmt) -> set[str]:
+    """Names that are not a function's own, wherever in the statement."""
+    module = ast.Module([statement], [])
+    return _names_in(compile(module, "", "exec", dont_inherit=True))
+
+
+def _names_in(code: CodeType) -> set[str]:
+    inner = [_names_in(part) for part in code.co_consts if isinstance(part, CodeType)]
+    return set(code.co_names).union(*inner)
+
+
+def _names_changed(statement: ast.stmt) -> set[str]:
+    """Names that a statement defines, assigns, or calls a method of; none of an example's."""
+    if isinstance(statement, DEFINITIONS):
+        decorators = [x.func if isinstance(x, ast.Call) else x for x in statement.decorator_list]
+        return {statement.name} | {_root(x) for x in decorators if isinstance(x, ast.Attribute)}
+    if isinstance(statement, ast.Assert) or _is_main_guard(statement):
+        return set()
+    names = set()
+    for node in ast.walk(statement):
+        if isinstance(node, DEFINITIONS):
+            names.add(node.name)
+        elif isinstance(node, ast.alias):
+            names.add((node.asname or node.name).partition(".")[0])
+        elif isinstance(getattr(node, "ctx", None), (ast.Store, ast.Del)):
+            names.add(_root(node))
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            names |= {_root(node.func), RECURSION if node.func.attr == RECURSION else ""}
+        elif isinstance(node, ast.Name) and node.id == RECURSION:
+            names.add(RECURSION)
+    return names - {""}
+
+
+def _is_main_guard(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.If) and "__name__" in {
+        node.id for node in ast.walk(statement.test) if isinstance(node, ast.Name)
+    }
+
+
+def _root(node: ast.AST) -> str:
+    """The name at the start of x.y[z]; '' where there is none."""
+    while isinstance(node, (ast.Attribute, ast.Subscript, ast.Starred)):
+        node = node.value
+    return getattr(node, "id", "")
