@@ -15,6 +15,7 @@ from iwopd_megatron import math_grader
 from iwopd_megatron.config_data import Source
 from iwopd_megatron.data import Problem
 from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.grading import check_answer
 
 FIELDS = ("question", "answer", "difficulty", "source", "response")
 WHOLE = "*"  # as a column: the row as it is
@@ -59,6 +60,7 @@ def read_source(source: Source, need_response: bool = False) -> tuple[list[Probl
             continue
         count += 1
         problem = _problem(_mapped(row, where, source, needed), where, source)
+        check_answer(problem.grader, problem.answer, where)
         if source.min_difficulty is not None and problem.difficulty < source.min_difficulty:
             easy += 1
         else:

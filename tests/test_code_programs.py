@@ -128,7 +128,8 @@ READERS = {
     "exit": "print(int(input()) + int(input()))\nexit()",
     "quit": "print(int(input()) + int(input()))\nquit(0)",
     "sys.exit": "import sys\nprint(int(input()) + int(input()))\nsys.exit(0)",
-    "to standard error": "import sys\nprint('hm', file=sys.stderr)\nprint(sum(map(int, sys.stdin)))",
+    "to standard error": "import sys\nprint('hm', file=sys.stderr)\n"
+    "print(sum(map(int, sys.stdin)))",
     "much to standard error": "import sys\nsys.stderr.write('x' * 2**25)\n"
     "print(sum(map(int, sys.stdin)))",
     "thread": "import sys, threading\nsys.setrecursionlimit(10**6)\nthreading.stack_size(2**27)\n"
@@ -153,17 +154,22 @@ PROVIDED = [
     "def f(x: List[int]) -> Optional[Dict[str, Set[Tuple[int]]]]: return 2 * x",
     "def f(x): return 2 * deque([x])[0]", "def f(x): return 2 * math.floor(x)",
     "def f(x): return 2 * min(inf, sqrt(x * x)) // 1", "def f(x): return heappop([2 * x])",
-    "def f(x): return heapq.nlargest(1, [2 * x])[0]", "def f(x): return 2 * Counter([x]).most_common()[0][0]",
+    "def f(x): return heapq.nlargest(1, [2 * x])[0]",
+    "def f(x): return 2 * Counter([x]).most_common()[0][0]",
     "def f(x):\n    d = defaultdict(int)\n    d[x] += 2 * x\n    return d[x]",
     "@lru_cache(None)\ndef f(x): return 2 * x", "@cache\ndef f(x): return 2 * x",
-    "def f(x): return reduce(operator.add, [x, x])", "def f(x): return list(accumulate([x, x]))[-1]",
+    "def f(x): return reduce(operator.add, [x, x])",
+    "def f(x): return list(accumulate([x, x]))[-1]",
     "def f(x): return bisect_left(range(99), 2 * x)", "def f(x): return 2 * copy.deepcopy(x)",
-    "def f(x): return int(re.sub('a', '', f'a{2 * x}'))", "def f(x): return 2 * x + 0 * len(string.digits)",
-    "def f(x): return 2 * x if datetime.date(2020, 1, 2).day == 2 else 0", "def f(x): return pow(2 * x, 1, 99)",
+    "def f(x): return int(re.sub('a', '', f'a{2 * x}'))",
+    "def f(x): return 2 * x + 0 * len(string.digits)",
+    "def f(x): return 2 * x if datetime.date(2020, 1, 2).day == 2 else 0",
+    "def f(x): return pow(2 * x, 1, 99)",
     "def f(x): return json.loads(str(2 * x))", "def f(x): return 2 * x + random.randint(0, 0)",
     "class Solution:\n    def f(self, x: List[int]) -> int: return 2 * x",
     "def g(n): return 0 if n == 0 else 1 + g(n - 1)\ndef f(x): return g(2 * x + 10**5) - 10**5",
-    "@cache\ndef g(n): return 0 if n == 0 else 1 + g(n - 1)\ndef f(x): return g(2 * x + 20000) - 20000",
+    "@cache\ndef g(n): return 0 if n == 0 else 1 + g(n - 1)\n"
+    "def f(x): return g(2 * x + 20000) - 20000",
 ]  # fmt: skip
 
 
@@ -197,7 +203,8 @@ def test_its_own_names_win(name):
          "class Solution:\n    def merge(self, a, b): return a + b", True),
         ("gcd", [4, 6], 2, "x = 1", False), ("gcd", [4, 6], 2, "from math import gcd", True),
         ("gcd", [4, 6], 2, "def gcd(a, b): return 2", True),
-        ("f", [1], 2, "def f(x): return 0\nclass Solution:\n    def f(self, x): return 2 * x", True),
+        ("f", [1], 2, "def f(x): return 0\nclass Solution:\n"
+         "    def f(self, x): return 2 * x", True),
         ("f", [1], 2, "class Solution: pass\ndef f(x): return 2 * x", True),
         ("f", [1], 2, "class Solution:\n    @staticmethod\n    def f(x): return 2 * x", True),
         ("f", [1], 2, "class Solution:\n    def __init__(self): self.n = 2\n"

@@ -57,7 +57,8 @@ FOUND = {  # {}: the program
     "list": "1. Define it:\n\n{deep}\n2. Done.", "quotation": "> So:\n{quoted}",
     "indented by a tab": "- So:\n{tabs}",
     "on the list's line": "- ```python\n{inner}  ```\n",
-    "behind words": "Answer: ```python\n{code}```", "closed behind code": "```python\n{open}```\nSo.",
+    "behind words": "Answer: ```python\n{code}```",
+    "closed behind code": "```python\n{open}```\nSo.",
     "again before its end": "```python\nimport\n```python\n{code}```",
     "in Markdown": "````markdown\n# Answer\n{python}````",
     "no fence": "{code}", "tags": "<answer>\n{python}</answer>",
@@ -83,7 +84,8 @@ def test_program_is_found(name, tests):
 
 NONE = {
     "nothing": "", "words": "I do not know, sorry.", "a draft": f"<think>\n{fenced(RIGHT)}",
-    "before the draft": f"{fenced(RIGHT)}</think>\nSo it is.", "another language": "```cpp\nint x;\n```",
+    "before the draft": f"{fenced(RIGHT)}</think>\nSo it is.",
+    "another language": "```cpp\nint x;\n```",
     "a picture": "```mermaid\ngraph TD; A-->B\n```",
 }  # fmt: skip
 
@@ -105,7 +107,8 @@ def test_no_program(name, tests):
         (STDIN, ["print(1)\n", READER], True), (STDIN, [READER, READER.replace("2", "3")], False),
         (STDIN, [READER, "solve([1, 2])\n"], True),
         (STDIN, ["def solve(x): return 2 * x\n", "print(solve(int(input())))\n"], False),
-        (EVALPLUS, [WRONG, "# longer\n" + RIGHT], True), (EVALPLUS, ["y = 1\n" + WRONG, RIGHT], False),
+        (EVALPLUS, [WRONG, "# longer\n" + RIGHT], True),
+        (EVALPLUS, ["y = 1\n" + WRONG, RIGHT], False),
         (EVALPLUS, [RIGHT, "a = f(1)\nb = f(2)\nc = f(3)\nprint(a, b, c)\n"], True),
         (EVALPLUS, ["def double(x): return 2 * x\n", "def f(x): return double(x)\n"], False),
         (EVALPLUS, ["class Solution:\n    def f(self, x): return 2 * x\n"], False),
@@ -117,7 +120,8 @@ def test_several_blocks(tests, texts, right):
 
 
 def test_fences_inside_the_program_are_its_own():
-    code = 'def f(x):\n    """As in\n    ```\n    f(1)\n    ```\n    ```python\n    f(2)\n    """\n    return 2 * x\n'
+    example = "    ```\n    f(1)\n    ```\n    ```python\n    f(2)\n"
+    code = f'def f(x):\n    """As in\n{example}    """\n    return 2 * x\n'
     assert find_program(fenced(code), read_tests(CALLS)) == code
     assert is_right(fenced(code), EVALPLUS)
 
@@ -133,7 +137,7 @@ def test_blank_lines_of_texts_stay():
         (f"You can write it so.\n{RIGHT}\nThat is all, I think.", RIGHT),
         (fenced(f"Here is it:\n{RIGHT}"), RIGHT),
         ("```python\n" + RIGHT + "\ndef g(x):\n    return f(", RIGHT),
-        ("Import it (from f import x)\nimport math\n\n" + RIGHT + "And so on", "import math\n\n" + RIGHT),
+        (f"Import it (from f import x)\nimport math\n\n{RIGHT}And so", f"import math\n\n{RIGHT}"),
     ],
 )  # fmt: skip
 def test_longest_part_that_parses(text, program):
@@ -158,13 +162,15 @@ NEEDED = {
     "helper": "def g(x):\n    return x + x\ndef f(x):\n    return g(x)\n",
     "helper without return": "def g(x, out):\n    out.append(2 * x)\n"
     "def f(x):\n    out = []\n    g(x, out)\n    return out[0]\n",
-    "table": "table = []\nfor i in range(9):\n    table.append(2 * i)\ndef f(x):\n    return table[x]\n",
+    "table": "t = []\nfor i in range(9):\n    t.append(2 * i)\ndef f(x):\n    return t[x]\n",
     "filled": "t = {}\nfor i in range(9): t[i] = 2 * i\ndef f(x): return t[x]\n",
     "class": "from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\n"
     "def f(x): return 2 * P(x).x\n",
     "lambda": "f = lambda x: 2 * x\n", "constant": "TWO: int = 2\ndef f(x): return TWO * x\n",
-    "tried": "try:\n    from math import two\nexcept ImportError:\n    two = 2\ndef f(x): return two * x\n",
-    "counted": "n = 1\nn += 1\ndef f(x): return n * x\n", "same line": "n = 2; g = 1\ndef f(x): return n * x\n",
+    "tried": "try:\n    from math import two\nexcept ImportError:\n    two = 2\n"
+    "def f(x): return two * x\n",
+    "counted": "n = 1\nn += 1\ndef f(x): return n * x\n",
+    "same line": "n = 2; g = 1\ndef f(x): return n * x\n",
     "unpacked": "a, (b, *c) = 1, (2, 3)\ndef f(x): return b * x\n",
     "recursion": "import sys\nsys.setrecursionlimit(9000)\n"
     "def g(n): return 0 if n == 0 else 1 + g(n - 1)\ndef f(x): return 2 * x + 0 * g(5000)\n",
