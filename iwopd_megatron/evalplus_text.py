@@ -21,6 +21,7 @@ RECURSION = "setrecursionlimit"  # holds for the whole process
 BY_NAME = {"globals", "vars", "eval", "exec"}  # reach definitions that nothing names
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 DEFINITIONS = (*FUNCTIONS, ast.ClassDef)
+IMPORTS = (ast.Import, ast.ImportFrom)
 
 
 def longest_program(response: str, function: str) -> str | None:
@@ -70,7 +71,8 @@ def needed_part(code: str, function: str) -> str:
             uses = [_names_used(statement) for statement in statements]
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return code
-    changes = [_names_changed(statement) for statement in statements]
+    effects = _effects_of_calls(statements)
+    changes = [_names_changed(statement, effects) for statement in statements]
     if not any(function in names for names in changes):
         return code
     names, kept = {function, RECURSION}, set()
@@ -79,13 +81,10 @@ def needed_part(code: str, function: str) -> str:
     while new := {i for i, x in enumerate(changes) if x & names} - kept:
         kept |= new
         names |= set().union(*(uses[i] for i in new))
+    needed = [x for i, x in enumerate(statements) if i in kept or isinstance(x, IMPORTS)]
+    is_kept = {line for statement in needed for line in _lines(statement)}
     lines = code.split("\n")
-    is_kept = [False] * (len(lines) + 1)
-    for place, statement in enumerate(statements):
-        if place in kept or isinstance(statement, (ast.Import, ast.ImportFrom)):
-            for line in _lines(statement):
-                is_kept[line] = True
-    return "\n".join(line if is_kept[i] else "" for i, line in enumerate(lines, 1))
+    return "\n".join(line if i in is_kept else "" for i, line in enumerate(lines, 1))
 
 
 def _lines(statement: ast.stmt) -> range:
@@ -118,13 +117,37 @@ def _names_in(code: CodeType) -> set[str]:
     return set(code.co_names).union(*inner)
 
 
-def _names_changed(statement: ast.stmt) -> set[str]:
-    """Names that a statement defines, assigns, or calls a method of; none of an example's."""
+def _effects_of_calls(statements: list[ast.stmt]) -> dict[str, set[str]]:
+    """The names that calls of a program's functions change; imported names change nothing."""
+    effects: dict[str, set[str]] = {}
+    for statement in statements:
+        if isinstance(statement, IMPORTS):
+            names = [alias.asname or alias.name for alias in statement.names]
+            effects |= {name.partition(".")[0]: set() for name in names}
+        elif isinstance(statement, DEFINITIONS):
+            effects[statement.name] = set()
+    for statement in statements:
+        if isinstance(statement, FUNCTIONS):
+            nodes = list(ast.walk(statement))
+            declared = {x for node in nodes if isinstance(node, ast.Global) for x in node.names}
+            own = {x.arg for x in nodes if isinstance(x, ast.arg)}
+            own |= {x.name for x in nodes if isinstance(x, DEFINITIONS)}
+            own |= {x.id for x in nodes if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)}
+            effects[statement.name] = declared | (_touched(statement, effects) - own)
+    return effects
+
+
+def _names_changed(statement: ast.stmt, effects: dict[str, set[str]]) -> set[str]:
+    """Names that a statement defines or assigns, or that its calls may change."""
     if isinstance(statement, DEFINITIONS):
         decorators = [x.func if isinstance(x, ast.Call) else x for x in statement.decorator_list]
         return {statement.name} | {_root(x) for x in decorators if isinstance(x, ast.Attribute)}
     if isinstance(statement, ast.Assert) or _is_main_guard(statement):
         return set()
+    return _touched(statement, effects)
+
+
+def _touched(statement: ast.stmt, effects: dict[str, set[str]]) -> set[str]:
     names = set()
     for node in ast.walk(statement):
         if isinstance(node, DEFINITIONS):
@@ -133,10 +156,11 @@ def _names_changed(statement: ast.stmt) -> set[str]:
             names.add((node.asname or node.name).partition(".")[0])
         elif isinstance(getattr(node, "ctx", None), (ast.Store, ast.Del)):
             names.add(_root(node))
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            names |= {_root(node.func), RECURSION if node.func.attr == RECURSION else ""}
-        elif isinstance(node, ast.Name) and node.id == RECURSION:
-            names.add(RECURSION)
+        elif isinstance(node, ast.Call):
+            receiver = [node.func] if isinstance(node.func, ast.Attribute) else []
+            names |= {_root(x) for x in [*receiver, *node.args]} - effects.keys()
+            called = getattr(node.func, "attr", None) or getattr(node.func, "id", "")
+            names |= {RECURSION} if called == RECURSION else effects.get(called, set())
     return names - {""}
 
 

@@ -150,6 +150,8 @@ def test_longest_part_that_parses(text, program):
         ("", "print(f(int(input())))"), ("", "assert f(1) == 3"), ("", "f(1)"), ("", "1 / 0"),
         ("", "if __name__ == '__main__':\n    raise SystemExit(1)"),
         ("n = int(input())\n", "print(f(n))"), ("", "for n in [1]:\n    print(g(n))"),
+        ("import sys\n", "def main():\n    print(f(int(sys.stdin.readline())), sys.argv)\nmain()"),
+        ("", "def check(g):\n    assert g(1) == 3\ncheck(f)"), ("", "print([f(n) for n in h])"),
         ("", WRONG), ("def f(x):\n    '''To do.'''\n", ""), ("", "def g():\n    return missing"),
         ("import math\nx = 3\n", ""), ("from functools import lru_cache\n@lru_cache\n", ""),
     ],
@@ -172,6 +174,16 @@ NEEDED = {
     "counted": "n = 1\nn += 1\ndef f(x): return n * x\n",
     "same line": "n = 2; g = 1\ndef f(x): return n * x\n",
     "unpacked": "a, (b, *c) = 1, (2, 3)\ndef f(x): return b * x\n",
+    "given": "import heapq\nh = [5, 3]\nheapq.heapify(h)\ndef f(x): return (h[0] - 1) * x\n",
+    "executed": "s = {}\nexec('n = 2', s)\ndef f(x): return s['n'] * x\n",
+    "built": "t = []\ndef build():\n    for i in range(9): t.append(2 * i)\n"
+    "build()\ndef f(x): return t[x]\n",
+    "set": "n = 1\ndef build():\n    global n\n    n = 2\nbuild()\ndef f(x): return n * x\n",
+    "registered": "from functools import singledispatch\n@singledispatch\ndef g(x): pass\n"
+    "@g.register\ndef _(x: int): return 2 * x\ndef f(x): return g(x)\n",
+    "by its name": "def g(x): return 2 * x\ndef f(x): return globals()['g'](x)\n",
+    "from sys": "from sys import setrecursionlimit\nsetrecursionlimit(9000)\n"
+    "def g(n): return 0 if n == 0 else 1 + g(n - 1)\ndef f(x): return 2 * x + 0 * g(5000)\n",
     "recursion": "import sys\nsys.setrecursionlimit(9000)\n"
     "def g(n): return 0 if n == 0 else 1 + g(n - 1)\ndef f(x): return 2 * x + 0 * g(5000)\n",
     "wrapped": "from functools import cache\ndef f(x): return 2 * x\nf = cache(f)\n",
