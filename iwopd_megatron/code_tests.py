@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.program_text import parse
 
 EVALPLUS_KEYS = (
     "task_id", "entry_point", "prompt", "canonical_solution", "base_input", "plus_input", "atol",
@@ -197,13 +198,13 @@ def _parsed(code: Any, where: str) -> ast.Module:
     if not isinstance(code, str):
         raise RecipeError(f"answer: {where} is {_kind(code)}; it needs a text of Python.")
     try:
+        tree = parse(code)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of an escape in somebody's string
-            tree = ast.parse(code)
+            warnings.simplefilter("ignore")
             compile(tree, where, "exec", dont_inherit=True)
-            return tree
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise RecipeError(f"answer: {where} is not Python ({error}).") from None
+    return tree
 
 
 def _evalplus(found: dict[str, Any], answer: str) -> EvalPlus:

@@ -14,9 +14,11 @@ import re
 import warnings
 from types import CodeType
 
-from iwopd_megatron.program_text import choose, defines, find_blocks, parses
+from iwopd_megatron.program_text import choose, defines, find_blocks, parse, parses
 
 BEGINS = re.compile(r"(import|from|def|class|async|if|try|for|with)\b|@|[A-Za-z_][\w.]*\s*[:=\[(]")
+UNFINISHED = ("expected an indented block", "unterminated triple-quoted", "unexpected EOF", "'")
+MOST_TRIES = 300  # parts of a long text; each may cost a parse of all that follows
 RECURSION = "setrecursionlimit"  # holds for the whole process
 BY_NAME = {"globals", "vars", "eval", "exec"}  # reach definitions that nothing names
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -32,7 +34,8 @@ def longest_program(response: str, function: str) -> str | None:
     blocks, text = find_blocks(response)
     wanted = frozenset([function])
     texts = choose(blocks, lambda code: defines(code, wanted)) if blocks else [text]
-    parts = [part for part in map(_longest_part, texts) if part.strip()]
+    parts = [text if parses(text) else _longest_part(text) for text in texts]
+    parts = [part for part in parts if part.strip()]
     return max(parts, key=_weight) if parts else None
 
 
@@ -42,20 +45,42 @@ def _weight(text: str) -> int:
 
 def _longest_part(text: str) -> str:
     """Of consecutive lines that parse, those of most weight; a part begins with a statement."""
-    if parses(text):
-        return text
-    lines, best, most = text.split("\n"), "", 0
-    for first, line in enumerate(lines):
-        if not BEGINS.match(line):
-            continue
-        for last in range(len(lines), first, -1):
-            part = "\n".join(lines[first:last])
-            if _weight(part) <= most:
-                break
-            if lines[last - 1].strip() and parses(part):
-                best, most = part, _weight(part)
-                break
+    lines, first, best, tries = text.split("\n"), 0, "", 0
+    while first < len(lines) and tries < MOST_TRIES:
+        last = first
+        if BEGINS.match(lines[first]) and _may_begin(lines[first]):
+            last, tries = _end_of_part(lines, first), tries + 1
+        part = "\n".join(lines[first:last])
+        if _weight(part) > _weight(best):
+            best = part
+        first = max(last, first + 1)
     return best
+
+
+def _may_begin(line: str) -> bool:
+    """Whether a line is no error by itself, other than that it ends too early."""
+    try:
+        parse(line)
+    except SyntaxError as error:
+        return error.msg.startswith(UNFINISHED) or line[0] == "@"
+    except (ValueError, RecursionError, MemoryError):
+        return False
+    return True
+
+
+def _end_of_part(lines: list[str], first: int) -> int:
+    """The end of the longest part from a line on; what has a syntax error has it however long."""
+    last = len(lines)
+    while last > first:
+        try:
+            parse("\n".join(lines[first:last]))
+        except SyntaxError as error:
+            last = min(last - 1, first + (error.lineno or 1) - 1)
+        except (ValueError, RecursionError, MemoryError):
+            return first
+        else:
+            break
+    return last
 
 
 def needed_part(code: str, function: str) -> str:
@@ -65,10 +90,8 @@ def needed_part(code: str, function: str) -> str:
     """
     code = code.replace("\r\n", "\n").replace("\r", "\n")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            statements = _without_repetitions(ast.parse(code).body)
-            uses = [_names_used(statement) for statement in statements]
+        statements = _without_repetitions(parse(code).body)
+        uses = [_names_used(statement) for statement in statements]
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return code
     effects = _effects_of_calls(statements)
@@ -109,7 +132,9 @@ def _without_repetitions(statements: list[ast.stmt]) -> list[ast.stmt]:
 def _names_used(statement: ast.stmt) -> set[str]:
     """Names that are not a function's own, wherever in the statement."""
     module = ast.Module([statement], [])
-    return _names_in(compile(module, "", "exec", dont_inherit=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _names_in(compile(module, "", "exec", dont_inherit=True))
 
 
 def _names_in(code: CodeType) -> set[str]:

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 
 DRAFT = re.compile(r"<(think|thinking)>.*?(</\1>|\Z)", re.DOTALL | re.IGNORECASE)
 END_OF_DRAFT = re.compile(r"</think(ing)?>", re.IGNORECASE)  # it may begin in the prompt
-FENCE = re.compile(r"(?P<before>.*?)(?P<fence>`{3,}|~{3,})(?P<info>[^`]*)$")
+FENCE = re.compile(r"(?P<before>.*?)(?P<fence>(?<!`)`{3,}+|(?<!~)~{3,}+)(?P<info>[^`]*)$")
 MARKER = re.compile(r"[\s>]*(?:(?:[-*+]|\d+[.)])\s+)?")  # of a quotation, a list
 QUOTED = re.compile(r"\s*>[ \t]?")
 PYTHON = re.compile(r"(i|c)?py(thon)?[\d.]*|pypy[\d.]*", re.IGNORECASE)
@@ -93,7 +93,7 @@ def choose(blocks: list[Block], is_wanted: Callable[[str], bool]) -> list[str]:
 def defines(code: str, functions: frozenset[str]) -> bool:
     """Whether a text seems to define one of these functions or methods."""
     names = "|".join(map(re.escape, functions))
-    pattern = rf"^\s*(?:async\s+)?(?:def|class)\s+(?:{names})\b|^(?:{names})\s*="
+    pattern = rf"^[ \t]*(?:async\s+)?(?:def|class)\s+(?:{names})\b|^(?:{names})\s*="
     return bool(names) and re.search(pattern, code, re.MULTILINE) is not None
 
 
@@ -102,12 +102,17 @@ def reads_input(code: str) -> bool:
     return READS_INPUT.search(code) is not None
 
 
+def parse(code: str) -> ast.Module:
+    """The syntax tree of a text; SyntaxError and others of `ast.parse` if it is not Python."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of an escape in somebody's string
+        return ast.parse(code)
+
+
 def parses(code: str) -> bool:
     """Whether a text is Python."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of an escape in somebody's string
-            ast.parse(code)
+        parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
     return True
@@ -115,19 +120,24 @@ def parses(code: str) -> bool:
 
 def find_blocks(response: str) -> tuple[list[Block], str]:
     """The fenced blocks of a response, in order, and the response without its drafts."""
-    text = response.replace("\r\n", "\n")
-    text = DRAFT.sub("", text)
+    text = DRAFT.sub("", response.replace("\r\n", "\n"))
     text = END_OF_DRAFT.split(text)[-1] if END_OF_DRAFT.search(text) else text
-    blocks, is_open = [], False
+    blocks = _scan(text)
+    pages = [block for block in blocks if block.language in ("markdown", "md")]
+    return (_scan(pages[-1].text) if pages else []) or blocks, text
+
+
+def _scan(text: str) -> list[Block]:
+    blocks: list[Block] = []
+    is_open = False
     for line in text.split("\n"):
         opened = _opening(line, blocks[-1] if is_open else None)
-        if is_open and opened is None:
-            is_open = _add(blocks[-1], line)
-        elif opened is not None:
+        if opened is not None:
             blocks.append(opened)
             is_open = True
-    nested = [block for block in blocks if block.language in ("markdown", "md")]
-    return (find_blocks(nested[-1].text)[0] or blocks if nested else blocks), text
+        elif is_open:
+            is_open = _add(blocks[-1], line)
+    return blocks
 
 
 def _add(block: Block, line: str) -> bool:
