@@ -10,9 +10,11 @@ statements that change what is needed (a table filled in a loop, a recursion lim
 from __future__ import annotations
 
 import ast
+import builtins
 import re
 import warnings
 from types import CodeType
+from typing import Any
 
 from iwopd_megatron.program_text import choose, defines, find_blocks, parse, parses
 
@@ -143,23 +145,27 @@ def _names_in(code: CodeType) -> set[str]:
 
 
 def _effects_of_calls(statements: list[ast.stmt]) -> dict[str, set[str]]:
-    """The names that calls of a program's functions change; imported names change nothing."""
-    effects: dict[str, set[str]] = {}
+    """The names that calls of a program's functions change; other functions change none."""
+    effects: dict[str, set[str]] = {name: set() for name in dir(builtins)}
     for statement in statements:
-        if isinstance(statement, IMPORTS):
-            names = [alias.asname or alias.name for alias in statement.names]
-            effects |= {name.partition(".")[0]: set() for name in names}
-        elif isinstance(statement, DEFINITIONS):
+        if isinstance(statement, DEFINITIONS):
             effects[statement.name] = set()
+        elif isinstance(statement, IMPORTS):
+            effects |= {name: set() for name in _imported(statement.names)}
     for statement in statements:
         if isinstance(statement, FUNCTIONS):
             nodes = list(ast.walk(statement))
             declared = {x for node in nodes if isinstance(node, ast.Global) for x in node.names}
             own = {x.arg for x in nodes if isinstance(x, ast.arg)}
-            own |= {x.name for x in nodes if isinstance(x, DEFINITIONS)}
+            own |= {x.name for x in nodes if isinstance(x, DEFINITIONS)} | _imported(nodes)
             own |= {x.id for x in nodes if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)}
             effects[statement.name] = declared | (_touched(statement, effects) - own)
     return effects
+
+
+def _imported(nodes: list[Any]) -> set[str]:
+    aliases = [node for node in nodes if isinstance(node, ast.alias)]
+    return {(alias.asname or alias.name).partition(".")[0] for alias in aliases}
 
 
 def _names_changed(statement: ast.stmt, effects: dict[str, set[str]]) -> set[str]:
@@ -178,7 +184,7 @@ def _touched(statement: ast.stmt, effects: dict[str, set[str]]) -> set[str]:
         if isinstance(node, DEFINITIONS):
             names.add(node.name)
         elif isinstance(node, ast.alias):
-            names.add((node.asname or node.name).partition(".")[0])
+            names |= _imported([node])
         elif isinstance(getattr(node, "ctx", None), (ast.Store, ast.Del)):
             names.add(_root(node))
         elif isinstance(node, ast.Call):

@@ -9,7 +9,7 @@ from iwopd_megatron.code_grader import find_program, is_right
 from iwopd_megatron.code_tests import read_tests
 from iwopd_megatron.evalplus_text import longest_program, needed_part
 
-RIGHT = "def f(x):\n    return 2 * x\n"
+RIGHT = "def f(x):\n    return int(2 * x)\n"
 WRONG = "def f(x):\n    return 3 * x\n"
 CALLS = json.dumps({"fn_name": "f", "inputs": [[1], [5]], "outputs": [2, 10]})
 EVALPLUS = json.dumps(
@@ -152,6 +152,7 @@ def test_longest_part_that_parses(text, program):
         ("n = int(input())\n", "print(f(n))"), ("", "for n in [1]:\n    print(g(n))"),
         ("import sys\n", "def main():\n    print(f(int(sys.stdin.readline())), sys.argv)\nmain()"),
         ("", "def check(g):\n    assert g(1) == 3\ncheck(f)"), ("", "print([f(n) for n in h])"),
+        ("n = input()\ndef g(x):\n    return list(map(int, x))\n", "print(g(n), f(n))"),
         ("", WRONG), ("def f(x):\n    '''To do.'''\n", ""), ("", "def g():\n    return missing"),
         ("import math\nx = 3\n", ""), ("from functools import lru_cache\n@lru_cache\n", ""),
     ],
