@@ -17,6 +17,7 @@ from iwopd_megatron.evalplus_grader import check_evalplus
 from iwopd_megatron.evalplus_text import longest_program
 from iwopd_megatron.program_text import defines, last_program, reads_input
 from iwopd_megatron.sandbox import ProgramError, Sandbox, sandbox
+from iwopd_megatron.sandbox_values import long_numbers
 from iwopd_megatron.shown import shown
 
 SECONDS = 10.0  # processor seconds of one input, or of all assertions
@@ -28,6 +29,7 @@ def is_right(response: str, answer: str) -> bool:
     return explain(response, answer)[0]
 
 
+@long_numbers()
 def explain(response: str, answer: str) -> tuple[bool, str]:
     """Whether the program in the response passes all tests of the answer, and why, in a sentence.
 

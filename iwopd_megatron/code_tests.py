@@ -21,6 +21,7 @@ from typing import Any
 
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.program_text import parse
+from iwopd_megatron.sandbox_values import long_numbers
 
 EVALPLUS_KEYS = (
     "task_id", "entry_point", "prompt", "canonical_solution", "base_input", "plus_input", "atol",
@@ -80,6 +81,7 @@ def check_tests(answer: str) -> None:
     read_tests(answer)
 
 
+@long_numbers()
 def read_tests(answer: str) -> Tests:
     """The tests of an answer; RecipeError if it holds none."""
     try:

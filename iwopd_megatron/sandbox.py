@@ -33,6 +33,8 @@ CHILD = Path(__file__).with_name("sandbox_child.py")
 OUTPUT_MB = 16
 WALL = 4  # wall seconds a program has for each processor second: no grade depends on the load
 
+MALFORMED = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
+
 
 class ProgramError(Exception):
     """The program fails, and why; `passed` tests went well before."""
@@ -96,7 +98,7 @@ class Sandbox:
         try:
             results = [json.loads(line) for line in lines]
             return [(decode(value), float(taken)) for value, taken in results]
-        except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError):
+        except (*MALFORMED, ArithmeticError):
             raise ProgramError("it writes among the results of its calls") from None
 
     def check_asserts(self, code: str, asserts: list[str], seconds: float) -> None:
@@ -190,7 +192,7 @@ def _explained(code: int, said: str, memory_mb: int) -> tuple[str, int]:
         failure = json.loads(said)
         kind, text, passed = str(failure["kind"]), str(failure["text"]), int(failure["passed"])
         line = failure.get("line")
-    except (ValueError, KeyError, TypeError, AttributeError):  # it crashed, or wrote there itself
+    except MALFORMED:  # it crashed, or wrote there itself
         ended = f"crashes ({signal.Signals(-code).name})" if code < 0 else f"ends with code {code}"
         return f"it {ended}", 0
     known = {

@@ -47,17 +47,19 @@ class Missing(Exception):
 
 
 def main() -> None:
+    sys.set_int_max_str_digits(0)  # data was made before Python had this limit
     with open(sys.argv[1], encoding="utf-8") as file:
         job = json.load(file)
     os.remove(sys.argv[1])  # the program finds nothing but itself in its folder
     mode, path, started = job.pop("mode"), job["file"], job.pop("started")
     sys.argv = [path]
-    sys.set_int_max_str_digits(0)  # data was made before Python had this limit
     limit(job)
     errors, report = os.dup(2), os.fdopen(os.dup(1), "w", encoding="utf-8")
     silence = os.open(os.devnull, os.O_RDWR)
     for number in (2,) if mode == "stdin" else (0, 1, 2):
         os.dup2(silence, number)
+    if mode == "call":
+        job["inputs"] = decode(job["inputs"])
     module = _module("__main__" if mode == "stdin" else "answer", path)
     if job.pop("preamble"):
         module.__dict__.update(_preamble())
@@ -135,12 +137,11 @@ def run(job: dict[str, Any], module: ModuleType, report: Any) -> Iterator[None]:
 
 def call(job: dict[str, Any], module: ModuleType, report: Any) -> Iterator[None]:
     """One line an input: the encoded result and its processor seconds; ends at a failure."""
-    inputs = decode(job.pop("inputs"))
     provided = dict(module.__dict__)
     code = _compiled(job)
     exec(code, module.__dict__)
     function = _function(job, module, code, provided)
-    for arguments, seconds in zip(inputs, job["seconds"], strict=True):
+    for arguments, seconds in zip(job.pop("inputs"), job["seconds"], strict=True):
         signal.signal(signal.SIGPROF, _too_slow)
         signal.setitimer(signal.ITIMER_PROF, seconds)
         start = time.process_time()

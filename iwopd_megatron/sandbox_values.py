@@ -6,14 +6,29 @@ Imports nothing but the standard library, for sandbox_child.py uses it without t
 from __future__ import annotations
 
 import collections
+import contextlib
 import decimal
 import fractions
 import hashlib
 import marshal
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 MAX_ITEMS = 100_000  # of a result; of a larger one only a digest leaves the sandbox
+MAX_DIGITS = 200_000  # of a number that goes in or out; Python's own limit is 4300
+
+
+@contextlib.contextmanager
+def long_numbers() -> Iterator[None]:
+    """Numbers of up to MAX_DIGITS are read and written while this lasts; also a decorator."""
+    before = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(MAX_DIGITS)
+    try:
+        yield
+    finally:
+        sys.set_int_max_str_digits(before)
 
 
 def encode(value: Any, max_items: int | None = None) -> Any:

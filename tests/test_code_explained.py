@@ -130,10 +130,12 @@ def test_a_program_killed_from_outside_is_no_grade(monkeypatch):
         box.read_stdin("import time\ntime.sleep(60)", "", 9)
 
 
-def test_a_program_that_garbles_its_report_is_wrong():
+@pytest.mark.parametrize("text", ["b'{]'", "b'[' * 10**5", "b'[3]'", "b'{\"kind\": []}'"])
+def test_a_program_that_garbles_its_report_is_wrong(text):
     code = (
-        "import os\nfor fd in range(3, 9):\n    try: os.write(fd, b'{]')\n"
+        f"import os\nfor fd in range(3, 9):\n    try: os.write(fd, {text})\n"
         "    except OSError: pass\n"
     )
     for tests in (CALLS, ASSERTS, STDIN):
         assert not is_right(f"```python\n{code}1 / 0\n```", tests)
+        assert not is_right(f"```python\n{code}os._exit(0)\n```", tests)

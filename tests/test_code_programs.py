@@ -5,6 +5,7 @@ import json
 import pytest
 
 from iwopd_megatron.code_grader import is_right
+from iwopd_megatron.sandbox_values import long_numbers
 
 EVALPLUS = json.dumps(
     {
@@ -216,3 +217,12 @@ def test_its_own_names_win(name):
 def test_what_is_called(name, given, expected, code, passes):
     tests = json.dumps({"fn_name": name, "inputs": [given], "outputs": [expected]})
     assert right(code, tests) == passes
+
+
+def test_long_numbers():
+    with long_numbers():
+        pairs = {"inputs": [[10**5000]], "outputs": [10**9999]}
+        tests = json.dumps({"fn_name": "f"} | pairs)
+    assert right("def f(x): return x * 10**4999", tests)
+    assert not right("def f(x): return x * 10**4998", tests)
+    assert not right("def f(x): return 10**300000", tests)
