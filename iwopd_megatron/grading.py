@@ -1,6 +1,7 @@
 """Is an answer right? One grader per kind of problem: its `grader`, or else its `source`.
 
-To add one, write a function (response, answer) -> bool and give it a name in GRADERS.
+To add one, write a function (response, answer) -> bool and give it a name in GRADERS; a function
+in CHECKS refuses answers of its problems when their rows are read.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from functools import cache
 
-from iwopd_megatron import code_grader, math_grader, toy_task
+from iwopd_megatron import code_grader, code_tests, math_grader, toy_task
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.grading_pool import Answer, Pool
 
@@ -19,6 +20,7 @@ GRADERS: dict[str, Callable[[str, str], bool]] = {
     "code": code_grader.is_right,
     toy_task.SOURCE: toy_task.is_right,
 }
+CHECKS: dict[str, Callable[[str], None]] = {"code": code_tests.check_tests}
 IN_PROCESS = {toy_task.SOURCE}  # neither hangs nor crashes; all others run in the pool
 MATH_SECONDS = 10.0  # of processor time for one comparison
 SECONDS = 600.0  # around the runs of a program, which have limits of their own
@@ -31,6 +33,17 @@ def check_graders(names: Mapping[str, str]) -> None:
             f"{names[name]}: no grader '{name}'; known graders: {', '.join(GRADERS)}; name one in "
             "the source's 'grader' (default: the problem's source)."
         )
+
+
+def check_answer(grader: str, answer: str, where: str) -> None:
+    """RecipeError that names the row `where`, if its answer is nothing that the grader can use."""
+    check = CHECKS.get(grader)
+    if check is None:
+        return
+    try:
+        check(answer)
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from None
 
 
 def grade(answers: list[Answer]) -> list[float]:
