@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from iwopd_megatron.grading_pool import describe
 
 SECONDS_BETWEEN_LINES = 60  # where no bar can be drawn
 
@@ -55,7 +58,8 @@ class BenchProgress:
 
     def finish(self, name: str, result: dict[str, Any], seconds: float) -> None:
         count = result["problems"] * result["samples"]
-        self.say(f"{name}: {count} answers, {seconds:.1f} s")
+        trouble = describe(Counter(result["grading_trouble"]))
+        self.say(f"{name}: {count} answers, {seconds:.1f} s" + (f"; {trouble}" if trouble else ""))
 
     def table(self, results: dict[str, Any]) -> None:
         """Scores in per cent with 95 % intervals over problems."""

@@ -25,6 +25,7 @@ from iwopd_megatron.data_sources import read_source
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.evaluate import STREAM, grade_samples
 from iwopd_megatron.grading import check_graders
+from iwopd_megatron.grading_pool import count_trouble, describe
 from iwopd_megatron.parallel import Parallel
 from iwopd_megatron.pass_at_k import summarise
 from iwopd_megatron.rollout import Prompt, RolloutEngine, Sampling
@@ -69,7 +70,7 @@ def study_prefixes(study: PrefixStudy, parallel: Parallel, say: Callable[[str], 
             whole = whole or _answers(engine, study, problems, tokenizer)
             for point, fraction in enumerate(study.fractions):
                 prefixes = {i: cut(whole[i], fraction) for i in own}
-                found = _continue(engine, study, prefixes, problems, tokenizer)
+                found = _continue(engine, study, prefixes, problems, tokenizer, say)
                 grades[who][point, own] = found
                 say(
                     f"{writer.student.hf.name} from {fraction:.0%} of the student's answers to "
@@ -135,7 +136,7 @@ def _answers(
 
 def _continue(
     engine: RolloutEngine, study: PrefixStudy, prefixes: dict[int, Trajectory],
-    problems: list[Problem], tokenizer: Any,
+    problems: list[Problem], tokenizer: Any, say: Callable[[str], None],
 ) -> numpy.ndarray:  # fmt: skip
     """Grades `[prefixes, samples]` of the answers that go on from them. prefixes: by problem."""
     pairs = [(i, prefix) for i, prefix in prefixes.items() for _ in range(study.samples)]
@@ -151,4 +152,6 @@ def _continue(
     rests = engine.generate(prompts, Sampling(study.limit, temperature, stream=STREAM))
     whole = [joined(prefix, rest) for (_, prefix), rest in zip(pairs, rests, strict=True)]
     grades = grade_samples(whole, [problems[i] for i, _ in pairs], tokenizer)
-    return numpy.array(grades).reshape(len(prefixes), study.samples)
+    if trouble := count_trouble(grades):
+        say(describe(trouble))
+    return numpy.array([grade.right for grade in grades]).reshape(len(prefixes), study.samples)

@@ -16,6 +16,11 @@ from iwopd_megatron.math_boxes import last_boxed, last_boxes
 SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
+def prepare() -> None:
+    """Import math-verify and let it build its parser, which takes longer than most answers."""
+    is_equal(r"\frac{1}{2}", "x^2")
+
+
 def is_right(response: str, answer: str) -> bool:
     """Whether the last box holds the answer; a response without a box is wrong."""
     content = last_boxed(response)

@@ -9,11 +9,30 @@ significant figures. Expressions with letters are compared at fixed values of th
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 FIGURES = 60  # that exact values are computed to; 40 of them must agree
 EXACT, ROUNDED = 1e-40, 5e-5
 PLACES, SIGNIFICANT, SIGNIFICANT_BESIDE_EXACT = 6, 6, 5
+
+
+def decimals(answer: str, reference: str) -> bool | None:
+    """Whether two decimals as written are equal or one is the other rounded; None for others."""
+    import sympy
+
+    if not all(re.fullmatch(r"[-+]?\d*\.\d+", text) for text in (answer, reference)):
+        return None
+    left, right = map(sympy.Rational, (answer, reference))
+    if left == right:
+        return True
+    short = min((answer, reference), key=lambda text: len(text.partition(".")[2]))
+    places = [len(text.partition(".")[2]) for text in (answer, reference)]
+    figures = len(re.sub(r"\D", "", short).lstrip("0"))
+    is_rounded = abs(left - right) * 2 * 10 ** min(places) <= 1
+    return (
+        places[0] != places[1] and min(places) >= PLACES and figures >= SIGNIFICANT and is_rounded
+    )
 
 
 def agree(answer: Any, reference: Any) -> bool:

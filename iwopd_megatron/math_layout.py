@@ -31,13 +31,18 @@ ARRAY = re.compile(
     r"([(\[])\s*\\begin\{array\}\s*\{[^{}]*\}(.*?)\\end\{array\}\s*(?:\\right)?\s*[)\]]", re.DOTALL
 )
 GRID = re.compile(r"\\(begin|end)\s*\{(?:b|B|small|p)?matrix\*?\}(?:\[\w\])?")
+# equations one below the other, without the conditions of a piecewise function
+SYSTEM = re.compile(
+    r"(?:\\\{\s*)?\\begin\s*\{(cases|array)\}(?:\{[lcr]\})?((?:(?!\\text|\\begin)[^&])*?)\\end\s*\{\1\}",
+    re.DOTALL,
+)
 CONTINUES = re.compile(r"\s*(?:[=<>+\-]|\\(?:le|ge|approx|equiv|cdot|times|ne)\b)")
 
 
 def unwrap(text: str) -> str:
     """The same answer without fonts, colours and environments; a matrix is always a pmatrix."""
     text = PAINT.sub(" ", text)
-    text = ENVIRONMENT.sub(_lines, text)
+    text = ENVIRONMENT.sub(_lines, SYSTEM.sub(_lines, text))
     text = ROMAN.sub(
         lambda m: rf"\text{{{m[1] or m[2]}}}", WORDS.sub(r"\\text{", FONT.sub("", text))
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 SEPARATOR = re.compile(r"\s*(?:,|;|\bor\b)\s*")
+VARIABLE = re.compile(r"(?:[A-Za-z]|\\[a-z]+)(?:_\{?\w+\}?)?")
 OPEN, CLOSE = "([{", ")]}"
 
 
@@ -35,6 +36,19 @@ def inside(text: str, opening: str, closing: str) -> str | None:
         if depth < 0:
             return None
     return inner if depth == 0 else None
+
+
+def named_values(name: str, value: str) -> dict[str, str] | None:
+    """`x = 1, y = 2` or `(x, y) = (1, 2)` by name; None unless there are several names, each once."""
+    names, values = (members(inside(text, "(", ")") or "") for text in (name, value))
+    if len(names) == len(values) > 1 and all(map(VARIABLE.fullmatch, names)):
+        pairs = list(zip(names, values, strict=True))
+    else:
+        pairs = [member.partition("=")[::2] for member in members(value)]
+        if not all(VARIABLE.fullmatch(left.strip()) and right for left, right in pairs):
+            return None
+    named = {left.strip(): right.strip() for left, right in pairs}
+    return named if len(named) == len(pairs) > 1 else None
 
 
 def both_signs(text: str) -> str:

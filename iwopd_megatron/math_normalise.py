@@ -54,6 +54,10 @@ DECORATION = _rules(
     # a full stop or comma that ends the sentence, also in text; an ellipsis is not one
     (r"\\text\s*\{\s*[.,;:]*\s*\}", " "),
     (r"(?<![\\.])(?:[,;:\s]|\.(?!\.))+$", ""),
+    # a number set as text is a number
+    (r"\\text\s*\{\s*([-+]?[\d.,/:%\\$\s]*\d[\d.,/:%\\$\s]*)\s*\}", r"\1"),
+    # braces around a lone symbol or number, which a font leaves
+    (r"(?:^|(?<=[=+\-(,]))\s*\{(\w+)\}", r"\1"),
     (r"^\s*(?:=|\\approx(?![a-zA-Z])|\\sim(?![a-zA-Z])|\\to(?![a-zA-Z])|:)\s*", ""),
 )
 NAMES = _rules(
@@ -72,7 +76,7 @@ NAMES = _rules(
     (r"(?<![\\a-zA-Z])(?:oo|infty|inf)(?![a-zA-Z])|\\infin(?![a-zA-Z])", r"\\infty "),
     (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     # \lg is the decimal logarithm
-    (r"\\lg(?![a-zA-Z])", r"\\log_{10}"),
+    (r"\\lg(?![a-zA-Z])", r"\\log_{10}"), (r"\\log\s*_\s*\{?\s*e\s*\}?", r"\\ln "),
     # the imaginary unit, Euler's number and the differential, set upright
     (r"\\text\s*\{\s*([ied])\s*\}", r"\1"),
     (r"\\[ij]math(?![a-zA-Z])", "i"),
@@ -94,7 +98,7 @@ NAMES = _rules(
     (r"\s*,?\s*\\text\s*\{\s*,?\s*(?:and|or)\s*\}\s*|\s*,?\s+(?:and|or)\s+|\s*\\(?:lor|land|vee|wedge)"
      r"(?![a-zA-Z])\s*", lambda m: " or " if re.search("or|vee", m[0]) else ", "),
     # degrees
-    (r"\\degree(?![a-zA-Z])|\{\}\s*\^\s*\{?\s*\\circ\s*\}?|\^\s*\{?\s*\\circ\s*\}?", r"^\\circ "),
+    (r"\\degree(?![a-zA-Z])|(?<=[\d)}])\^\s*\{?\s*o\s*\}?(?![a-zA-Z])|\{\}\s*\^\s*\{?\s*\\circ\s*\}?|\^\s*\{?\s*\\circ\s*\}?", r"^\\circ "),
 )  # fmt: skip
 
 

@@ -15,12 +15,15 @@ GROUPED = re.compile(rf"^-?{DIGITS}(?:,\d{{3}})+(?:\.\d+)?$")
 INDIAN = re.compile(r"^-?[1-9]\d?(?:,\d{2})+,\d{3}$")
 OPTION = re.compile(r"(?:\s*\[[^\]]*\])?")  # the degree of a root
 TOKEN = re.compile(r"\w|\\[a-zA-Z]+(?:\{[^{}]*\})*")
+POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 MOST_DOUBLE_FACTORIAL = 3000
 
 
 def plain_numbers(text: str) -> str:
     """Numbers as digits, decimal points, fractions and powers of ten."""
-    for spelling in (_fractions, _separators, _repeating, _scientific, _mixed, _double_factorials):
+    for spelling in (
+        _fractions, _separators, _repeating, _scientific, _mixed, _words, _double_factorials,
+    ):  # fmt: skip
         text = spelling(text)
     return text
 
@@ -34,7 +37,9 @@ def _separators(text: str) -> str:
     text = re.sub(rf"{DIGITS}(?:(?:'|\\_)\d{{3}})+(?!\d)", lambda m: re.sub(r"\D", "", m[0]), text)
     # nobody writes a coordinate or a member of a set as 000 or 048: such commas group digits
     text = re.sub(
-        rf"{DIGITS}(?:,\d{{3}})*,0\d\d(?:,\d{{3}})*(?![\d,])", lambda m: m[0].replace(",", ""), text
+        rf"{DIGITS}(?:, ?\d{{3}})*, ?0\d\d(?:, ?\d{{3}})*(?![\d,])",
+        lambda m: re.sub("[, ]", "", m[0]),
+        text,
     )
     # two or more groups of three between points are no decimal
     text = re.sub(r"^(-?[1-9]\d{0,2}(?:\.\d{3}){2,})$", lambda m: m[0].replace(".", ""), text)
@@ -49,6 +54,8 @@ def _separators(text: str) -> str:
 
 def _repeating(text: str) -> str:
     """`0.1\\overline{6}` as a fraction, and `0.333\\ldots` where the same figure ends three times."""
+    # two dots mark the first and the last figure that repeat
+    text = re.sub(r"\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?", r"\\overline{\1\2\3}", text)
     text = re.sub(
         r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot|overbar)\s*\{?(\d+)\}?|\((\d+)\))",
         lambda m: _fraction(m[1], m[2], m[3] or m[4]), text,
@@ -117,6 +124,14 @@ def _mixed(text: str) -> str:
     """`1 1/2` is one and a half, `1\\frac12` too."""
     text = re.sub(r"(?<![\d.,/^_{])(\d+) (\d+)\s*/\s*(\d+)(?![\d/.])", r"\1\\frac{\2}{\3}", text)
     return re.sub(r"(?<=\d) (?=\\frac\{\d+\}\{\d+\})", "", text)
+
+
+def _words(text: str) -> str:
+    """`5\\text{ million}` is five times a power of ten."""
+    return re.sub(
+        rf"(?<=\d)\s*(\\text\s*\{{\s*)?({'|'.join(POWERS)})\b\s*(\}}?)",
+        lambda m: rf"\cdot 10^{{{POWERS[m[2]]}}}" + (m[1] or "" if not m[3] else ""), text,
+    )  # fmt: skip
 
 
 def _double_factorials(text: str) -> str:

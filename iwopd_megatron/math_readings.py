@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 from iwopd_megatron import math_kinds, math_units, math_words
 from iwopd_megatron.math_layout import strip_braces
-from iwopd_megatron.math_lists import both_signs, inside, members
+from iwopd_megatron.math_guards import decimals
+from iwopd_megatron.math_lists import both_signs, inside, members, named_values
 from iwopd_megatron.math_normalise import normalise
 from iwopd_megatron.math_numbers import GROUPED, INDIAN
 from iwopd_megatron.math_regions import RELATION, plain_intervals, same_region
@@ -30,7 +31,7 @@ PROSE = re.compile(
     r"|(?:[A-Za-z]{2,}\s+)*[A-Za-z]{2,}\s*(?::|\b(?:is|are)\b))\s*[:=]?\s*(?=\S)"
 )
 NAME = re.compile(
-    r"((?:\\text\s*\{[^{}]*\}|[A-Za-z]{1,2}(?:_\{?\w+\}?)?|\\[a-z]+|[\[\]()|a-zA-Z,+ ]|\\angle|\\overline\{\w+\})+)"
+    r"((?:\\text\s*\{[^{}]*\}|\{\w\}|[A-Za-z]{1,2}(?:_\{?\w+\}?)?|\\[a-z]+|[\[\]()|a-zA-Z,+ ]|\\angle|\\overline\{\w+\})+)"
     r"\s*(?:=|\\in(?![a-zA-Z]))\s*(.*)",
     re.DOTALL,
 )
@@ -68,7 +69,12 @@ def read(text: str) -> Reading:
     value = FAMILY.sub("", plain_intervals(value))
     name = ""
     match = NAME.fullmatch(value)
-    if match and not RELATION.search(value) and len(members(match[2])) == 1:
+    if (
+        match
+        and _is_balanced(match[1])
+        and not RELATION.search(value)
+        and len(members(match[2])) == 1
+    ):
         name, value = re.sub(r"\s", "", match[1]), match[2].split("=")[-1].strip()
     if "\\equiv" in rest or re.search(r"\bmod\b", rest):
         name, value = "", rest
@@ -89,6 +95,8 @@ def equal(answer: Reading, reference: Reading) -> bool:
         verdict = math_kinds.compare(answer.value, reference.value)
     if verdict is None:
         verdict = _words(answer, reference)
+    if verdict is None:
+        verdict = _systems(answer, reference)
     if verdict is not None:
         return verdict
     if answer.name and reference.name and answer.name.lower() != reference.name.lower():
@@ -115,10 +123,28 @@ def _words(answer: Reading, reference: Reading) -> bool | None:
     return mine is not None and mine == math_words.word(reference.value)
 
 
+def _systems(answer: Reading, reference: Reading) -> bool | None:
+    """Values by their names, or in their order beside a tuple."""
+    mine, theirs = (named_values(x.name, x.value) for x in (answer, reference))
+    if mine and theirs and mine.keys() == theirs.keys():
+        return all(equal(read(mine[name]), read(theirs[name])) for name in mine)
+    values, other = (mine, reference.value) if mine else (theirs, answer.value)
+    listed = members(inside(other, "(", ")") or "")
+    if not values or (mine and theirs) or len(values) != len(listed):
+        return None
+    pairs = list(zip(values.values(), listed, strict=True))
+    return all(_same_value(*(pair if mine else pair[::-1])) for pair in pairs)
+
+
+def _is_balanced(text: str) -> bool:
+    return text.count("{") == text.count("}") and text.count("(") == text.count(")")
+
+
 def _pairs(answer: Reading, reference: Reading) -> Iterator[tuple[str, str]]:
     """Values to compare: as they stand, and in every other reading."""
     mine, theirs = both_signs(answer.value), both_signs(reference.value)
-    yield _radians(mine), _radians(theirs)
+    if {answer.unit, reference.unit} != {"degree", "rad"}:
+        yield _radians(mine), _radians(theirs)
     if (answer.unit == "percent") != (reference.unit == "percent"):
         yield tuple(
             rf"\frac{{{x}}}{{100}}" if side.unit == "percent" else x
@@ -167,6 +193,9 @@ def _radians(text: str) -> str:
 def _same_value(answer: str, reference: str) -> bool:
     if answer and _bare(answer) == _bare(reference):
         return True
+    verdict = decimals(answer, reference)
+    if verdict is not None:
+        return verdict
     mine, theirs = parse(answer), parse(reference)
     if mine is not None and theirs is not None and same(mine, theirs):
         return True

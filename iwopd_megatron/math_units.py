@@ -89,6 +89,8 @@ def _plain(text: str) -> re.Match[str] | None:
 
 def agree(answer: str, reference: str) -> bool:
     """Whether the answer's unit is the reference's, as far as both name a known one."""
+    if {answer, reference} == {"degree", "rad"}:
+        return True  # the values are compared in radians
     if "?" in (answer, reference) or not reference or not answer or answer == reference:
         return True
     return {answer, reference} == {"pound sterling", "lb"}  # both are called pounds

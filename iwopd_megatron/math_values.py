@@ -88,6 +88,14 @@ def same(answer: Any, reference: Any) -> bool:
     elif isinstance(answer, sympy.FiniteSet) and isinstance(reference, sympy.FiniteSet):
         if max(len(answer), len(reference)) <= MOST_MEMBERS:
             return _same_members(list(answer), list(reference))
+    elif isinstance(answer, sympy.FiniteSet) and len(answer) == 1 and not answer.args[0].is_empty:
+        return same(answer.args[0], reference)
+    elif (
+        isinstance(reference, sympy.FiniteSet)
+        and len(reference) == 1
+        and not reference.args[0].is_empty
+    ):
+        return same(answer, reference.args[0])
     elif isinstance(answer, sympy.Tuple) and isinstance(reference, sympy.Tuple):
         return len(answer) == len(reference) and all(map(same, answer, reference))
     elif isinstance(answer, sympy.MatrixBase) and isinstance(reference, sympy.MatrixBase):
