@@ -18,7 +18,7 @@ import re
 from functools import lru_cache
 from typing import Any
 
-from iwopd_megatron.errors import UserError
+from iwopd_megatron.errors import RecipeError, UserError
 from iwopd_megatron.sandbox import Sandbox, sandbox
 
 SECONDS = 10.0  # processor seconds of one Eurus test, or of all assertions
@@ -40,6 +40,16 @@ def is_right(response: str, answer: str) -> bool:
         if tests.get("fn_name"):
             return _calls_match(box, code, tests["fn_name"], pairs)
         return all(_prints(box, code, given, expected) for given, expected in pairs)
+
+
+def explain(response: str, answer: str) -> tuple[bool, str]:
+    """Whether the program passes, and a sentence on it; RecipeError for tests of no known form."""
+    tests = json.loads(answer)
+    if not tests.keys() & {"entry_point", "asserts", "inputs"}:
+        raise RecipeError("the tests have neither 'entry_point' nor 'asserts' nor 'inputs'.")
+    if is_right(response, answer):
+        return True, "the program passes all tests"
+    return False, "the program does not pass all tests"
 
 
 def extract_code(response: str, function: str | None = None) -> str:

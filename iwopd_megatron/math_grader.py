@@ -33,6 +33,23 @@ def is_right(response: str, answer: str) -> bool:
     return len(boxes) > 1 and is_equal(", ".join(boxes), reference)
 
 
+def explain(response: str, answer: str) -> str:
+    """How both sides were read and whether they agree, as a phrase; the response has a box."""
+    reference = last_boxed(answer) or answer
+    right = is_right(response, answer)
+    one = last_boxed(response)
+    if one is None:
+        return "no box of the answer is complete; look at its braces"
+    if right and not is_equal(one, reference):
+        one = ", ".join(last_boxes(response))
+    mine, theirs = (math_readings.describe(text) for text in (one, reference))
+    if right:
+        return f"both are {mine}" if mine == theirs else f"{mine} is {theirs}"
+    if mine == theirs:  # the texts differ where their readings as mathematics do not
+        mine, theirs = one.strip(), reference.strip()
+    return f"{mine} is not {theirs}"
+
+
 def is_equal(content: str, answer: str) -> bool:
     """Whether two LaTeX answers mean the same."""
     return math_readings.equal(math_readings.read(content), math_readings.read(answer))

@@ -24,7 +24,7 @@ from iwopd_megatron.math_lists import both_signs, inside, members, named_values
 from iwopd_megatron.math_normalise import normalise
 from iwopd_megatron.math_numbers import GROUPED, INDIAN
 from iwopd_megatron.math_regions import RELATION, plain_intervals, same_region
-from iwopd_megatron.math_values import parse, same
+from iwopd_megatron.math_values import is_exact, parse, same
 
 PROSE = re.compile(
     r"(?:\\text\s*\{(?!\s*(?:[Yy]es|[Nn]o|[Tt]rue|[Ff]alse|not)\b)[^{}]*(?:[:=]|\b(?:is|are|to|get|have))\s*\}"
@@ -106,6 +106,20 @@ def equal(answer: Reading, reference: Reading) -> bool:
     return any(_same_value(*pair) for pair in _pairs(answer, reference)) or _same_members(
         answer, reference
     )
+
+
+def describe(text: str) -> str:
+    """How an answer was read, for people."""
+    reading = read(text)
+    value = parse(reading.value)
+    shown = reading.value or reading.whole or "nothing"
+    if math_words.is_word(reading.value):
+        shown = math_words.word(reading.value)
+    elif len(shown) > 1 and not math_kinds.is_one(reading.value) and is_exact(value):
+        shown = str(value)
+    choice = f"({reading.letter}) " if reading.letter and reading.letter != reading.value else ""
+    name = f"{reading.name} = " if reading.name else ""
+    return choice + name + shown + (f" {reading.unit}" if reading.unit not in ("", "?") else "")
 
 
 def _letters(answer: Reading, reference: Reading) -> bool | None:

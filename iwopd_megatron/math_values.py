@@ -34,6 +34,13 @@ def parse(latex: str) -> Any:
     return _canonical(found[0], latex) if found else None
 
 
+def is_exact(value: Any) -> bool:
+    """Whether a sympy object is an expression without decimals."""
+    import sympy
+
+    return isinstance(value, sympy.Expr) and not value.has(sympy.Float)
+
+
 @cache
 def _targets() -> list[Any]:
     from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
@@ -75,6 +82,10 @@ def _replaced(value: Any, change: dict[Any, Any]) -> Any:
         return type(value)(*sides, evaluate=False)
     if isinstance(value, sympy.FiniteSet):
         return sympy.FiniteSet(*(_replaced(member, change) for member in value.args))
+    if isinstance(value, sympy.Interval):
+        ends = [_replaced(end, change) for end in value.args[:2]]
+        if any(end.has(sympy.I) for end in ends):  # no interval then
+            return sympy.Tuple(*ends)
     return value.xreplace(change)
 
 
@@ -88,12 +99,16 @@ def same(answer: Any, reference: Any) -> bool:
     elif isinstance(answer, sympy.FiniteSet) and isinstance(reference, sympy.FiniteSet):
         if max(len(answer), len(reference)) <= MOST_MEMBERS:
             return _same_members(list(answer), list(reference))
-    elif isinstance(answer, sympy.FiniteSet) and len(answer) == 1 and not answer.args[0].is_empty:
+    elif (
+        isinstance(answer, sympy.FiniteSet)
+        and len(answer) == 1
+        and answer.args[0] != sympy.S.EmptySet
+    ):
         return same(answer.args[0], reference)
     elif (
         isinstance(reference, sympy.FiniteSet)
         and len(reference) == 1
-        and not reference.args[0].is_empty
+        and reference.args[0] != sympy.S.EmptySet
     ):
         return same(answer, reference.args[0])
     elif isinstance(answer, sympy.Tuple) and isinstance(reference, sympy.Tuple):
