@@ -15,7 +15,7 @@ BASES = dict(zip(
 )) | {"sixteen": 16}  # fmt: skip
 TEXT = r"(?:\\text\s*\{\s*)?"
 NUMERAL = re.compile(
-    rf"\(?\s*{TEXT}(\d[\dA-F]*)\s*\}}?\s*\)?\s*(?:_\s*\{{?\s*{TEXT}\(?(?:base\s*\}}?\s*)?(\d+|[a-z]+)\)?\s*\}}?\s*\}}?"
+    rf"\(?\s*{TEXT}([\dA-F]*\d[\dA-F]*|[A-F]{{2,}})\s*\}}?\s*\)?\s*(?:_\s*\{{?\s*{TEXT}\(?(?:base\s*\}}?\s*)?(\d+|[a-z]+)\)?\s*\}}?\s*\}}?"
     rf"|{TEXT}\s*(?:\(|in )?\s*base\s*\}}?\s*(\d+|[a-z]+)\)?\s*\}}?)",
 )
 MODULUS = re.compile(

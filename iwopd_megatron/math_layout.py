@@ -16,7 +16,7 @@ PAINT = re.compile(
 # mathematics in another font or with a line below is the same mathematics
 FONT = re.compile(
     r"\\(?:underline|uline|mathbf|boldsymbol|bm|pmb|mathit|mathnormal|mathsf|mathtt|ensuremath"
-    r"|mathop|mathord|mathrel|boxed|fbox|bbox|textcolor)\s*(?=\{)"
+    r"|underbrace|overbrace|mathop|mathord|mathrel|boxed|fbox|bbox|textcolor)\s*(?=\{)"
 )
 # words in another font are words
 WORDS = re.compile(

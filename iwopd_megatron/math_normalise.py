@@ -28,6 +28,8 @@ def _rules(*pairs: tuple[str, str]) -> list[Rule]:
 SPACES = _rules(
     # a dollar sign opens mathematics; the currency is written \$
     (r"(?<!\\)\$|(?<!\\)\\[()\[\]]", " "),
+    # braces around a space hold nothing
+    (r"\{\s*(\\[,;:! ])\s*\}", r"\1"),
     # negative space is no space
     (r"\\!|\\(?:relax|null|allowbreak|nobreak)(?![a-zA-Z])", ""),
     # all spaces are one
@@ -95,8 +97,11 @@ NAMES = _rules(
     (r"\\langle(?![a-zA-Z])|^<(?=[^<>]*,[^<>]*>$)", "("), (r"\\rangle(?![a-zA-Z])|(?<=\d)>$", ")"),
     (r"\\[lr]vert(?![a-zA-Z])", "|"), (r"\\[lr]paren(?![a-zA-Z])", lambda m: "()"["r" in m[0]]),
     # the words between the members of a list
-    (r"\s*,?\s*\\text\s*\{\s*,?\s*(?:and|or)\s*\}\s*|\s*,?\s+(?:and|or)\s+|\s*\\(?:lor|land|vee|wedge)"
+    (r"\s*,?\s*\\text\s*\{\s*,?\s*(?:and|or)\s*\}\s*|(?<![A-Za-z]{2})\s*,?\s+(?:and|or)\s+(?![A-Za-z]{2})|\s*\\(?:lor|land|vee|wedge)"
      r"(?![a-zA-Z])\s*", lambda m: " or " if re.search("or|vee", m[0]) else ", "),
+    # the conjugate of a number as written
+    (r"\\(?:overline|bar)\s*\{([^{}]*\d[^{}]*)\}",
+     lambda m: f"({re.sub('(?<![a-zA-Z])i(?![a-zA-Z])', '(-i)', m[1])})" if "i" in m[1] else m[0]),
     # degrees
     (r"\\degree(?![a-zA-Z])|(?<=[\d)}])\^\s*\{?\s*o\s*\}?(?![a-zA-Z])|\{\}\s*\^\s*\{?\s*\\circ\s*\}?|\^\s*\{?\s*\\circ\s*\}?", r"^\\circ "),
 )  # fmt: skip

@@ -26,8 +26,14 @@ from iwopd_megatron.math_numbers import GROUPED, INDIAN
 from iwopd_megatron.math_regions import RELATION, plain_intervals, same_region
 from iwopd_megatron.math_values import is_exact, parse, same
 
+# words before a number that change what is said
+SAYS = (
+    r"[^{}]*\b(?:[Yy]es|[Nn]o|[Tt]rue|[Ff]alse|[Nn]ot|least|most|more|less|greater|fewer|over|under"
+    r"|between|except|but|than|minus|negative|and|or|log|ln|sin|cos|tan|lcm|gcd|max|min|mod)\b"
+)
 PROSE = re.compile(
-    r"(?:\\text\s*\{(?!\s*(?:[Yy]es|[Nn]o|[Tt]rue|[Ff]alse|not)\b)[^{}]*(?:[:=]|\b(?:is|are|to|get|have))\s*\}"
+    rf"(?:\\text\s*\{{(?!{SAYS})[^{{}}]*(?:[:=]|\b(?:is|are|to|get|have))\s*\}}"
+    rf"|\\text\s*\{{(?!{SAYS})[^{{}}()]*[a-z.][^{{}}()]*\}}(?=\s*(?:-?\d|\\frac|\\sqrt|\\pi))"
     r"|(?:[A-Za-z]{2,}\s+)*[A-Za-z]{2,}\s*(?::|\b(?:is|are)\b))\s*[:=]?\s*(?=\S)"
 )
 NAME = re.compile(
@@ -38,6 +44,7 @@ NAME = re.compile(
 FAMILY = re.compile(
     r",?\s*(?:\(|\\text\s*\{[^{}]*\}|where|for)?\s*\(?\s*([a-z])\s*\\in\s*\\mathbb\{Z\}\s*\)?$"
 )
+ORDER = re.compile(r"[A-Z]{3,}")  # an order or a word: its letters are no factors
 FUNCTION = re.compile(r"\\(?:a?rc)?(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
 LOGARITHM = re.compile(r"\\log(?![a-zA-Z]|\s*_)")
 REGION = re.compile(
@@ -46,7 +53,9 @@ REGION = re.compile(
 COLUMN = re.compile(
     r"\\begin\{pmatrix\}((?:(?!\\begin|&).)*\\\\(?:(?!\\begin|&).)*)\\end\{pmatrix\}"
 )
-MARKED = re.compile(r"\\text|\\circ|%|\\\$|_")  # members that are more than expressions
+MARKED = re.compile(
+    r"\\text|\\circ|%|\\\$|_|\d\s*[A-Za-z]{2}"
+)  # members that are more than expressions
 
 
 class Reading(NamedTuple):
@@ -99,13 +108,21 @@ def equal(answer: Reading, reference: Reading) -> bool:
         verdict = _systems(answer, reference)
     if verdict is not None:
         return verdict
-    if answer.name and reference.name and answer.name.lower() != reference.name.lower():
-        return _same_value(f"{answer.name}={answer.value}", f"{reference.name}={reference.value}")
+    equations = [_equation(x) for x in (answer, reference)]
+    if all(equations) and answer.name.lower() != reference.name.lower():
+        return _same_value(*equations)
     if not math_units.agree(answer.unit, reference.unit):
         return False
     return any(_same_value(*pair) for pair in _pairs(answer, reference)) or _same_members(
         answer, reference
     )
+
+
+def _equation(reading: Reading) -> str:
+    """The whole equation of an answer that is one, else ""."""
+    if reading.name:
+        return f"{reading.name}={reading.value}"
+    return reading.value if "=" in reading.value else ""
 
 
 def describe(text: str) -> str:
@@ -131,6 +148,8 @@ def _letters(answer: Reading, reference: Reading) -> bool | None:
 
 def _words(answer: Reading, reference: Reading) -> bool | None:
     """Words by their meaning, where either answer must be words."""
+    if ORDER.fullmatch(answer.value) and ORDER.fullmatch(reference.value):
+        return _bare(answer.value) == _bare(reference.value)
     if not (math_words.is_word(answer.value) or math_words.is_word(reference.value)):
         return None
     mine = math_words.word(answer.value)
@@ -207,6 +226,8 @@ def _radians(text: str) -> str:
 def _same_value(answer: str, reference: str) -> bool:
     if answer and _bare(answer) == _bare(reference):
         return True
+    if any(_is_set(x) and _is_tuple(y) for x, y in ((answer, reference), (reference, answer))):
+        return False
     verdict = decimals(answer, reference)
     if verdict is not None:
         return verdict
@@ -216,6 +237,15 @@ def _same_value(answer: str, reference: str) -> bool:
     if REGION.search(answer) or REGION.search(reference):
         return same_region(answer, reference)
     return False
+
+
+def _is_set(text: str) -> bool:
+    return len(members(inside(text, r"\{", r"\}") or "")) > 1
+
+
+def _is_tuple(text: str) -> bool:
+    brackets = (inside(text, opening, closing) for opening in "([" for closing in ")]")
+    return any(len(members(found or "")) > 1 for found in brackets)
 
 
 def _same_members(answer: Reading, reference: Reading) -> bool:

@@ -19,6 +19,15 @@ MEMBER = re.compile(r"([a-z])\s*\\in(?![a-zA-Z])\s*(.*)")
 FRENCH = re.compile(r"([\[\]])([^\[\](),;]*)([,;])([^\[\](),;]*)([\[\]])")
 
 
+_REALS = r"\\mathbb\{R\}\s*"
+HALVES = {
+    re.compile(_REALS + r"(?:\^\s*\{?\s*\+\s*\}?|_\s*\{?\s*(?:>\s*0|\+)\s*\}?)"): r"(0,\infty)",
+    re.compile(_REALS + r"(?:\^\s*\{?\s*-\s*\}?|_\s*\{?\s*<\s*0\s*\}?)"): r"(-\infty,0)",
+    re.compile(_REALS + r"_\s*\{?\s*\\ge\s*0\s*\}?"): r"[0,\infty)",
+    re.compile(_REALS + r"\^\s*\{?\s*(?:\*|\\ast|\\times)\s*\}?"): r"\mathbb{R}\setminus\{0\}",
+}
+
+
 class Region(NamedTuple):
     """A set of real numbers and the letter it is a condition on, "" for a plain set."""
 
@@ -38,6 +47,8 @@ def plain_intervals(text: str) -> str:
     if ";" in text and re.fullmatch(r"\s*[(\[].*[)\]]\s*|\s*\\\{.*\\\}\s*", text):
         # a comma beside semicolons is a decimal comma
         text = re.sub(r"(?<=\d),(?=\d)", ".", text).replace(";", ",")
+    for pattern, interval in HALVES.items():
+        text = pattern.sub(lambda _, found=interval: found, text)
     return text.replace(r"+\infty", r"\infty")
 
 

@@ -32,7 +32,7 @@ UNITS = {
 }  # fmt: skip
 CANONICAL = {spelling: unit for unit, group in UNITS.items() for spelling in group.split()}
 SIGNS = {r"\$": "dollar", "€": "euro", "£": "pound sterling", "¥": "yen", "₹": "rupee"}
-LIST_WORDS = r"(?:and|or|if|for|where|when|with|mod|is|are|to|in|not|else|otherwise)\b"
+LIST_WORDS = r"(?:and|or|if|for|where|when|with|mod|not|else|otherwise)\b"
 POWER = r"(?:\s*\^\s*(?:\{\s*-?\d\s*\}|-?\d))?"
 TEXT = rf"\\text\s*\{{(?!\s*{LIST_WORDS})[^{{}}\d\\=<>]*(?:\^\{{?\d\}}?)?\s*\}}{POWER}"
 # \text groups at the end, with powers, products and quotients of them
