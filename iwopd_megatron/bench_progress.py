@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from typing import Any
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from iwopd_megatron.grading_pool import describe
 from iwopd_megatron.report_words import percent, percent_interval
 
 SECONDS_BETWEEN_LINES = 60  # where no bar can be drawn
@@ -58,7 +60,8 @@ class BenchProgress:
 
     def finish(self, name: str, result: dict[str, Any], seconds: float) -> None:
         count = result["problems"] * result["samples"]
-        self.say(f"{name}: {count} answers, {seconds:.1f} s")
+        trouble = describe(Counter(result["grading_trouble"]))
+        self.say(f"{name}: {count} answers, {seconds:.1f} s" + (f"; {trouble}" if trouble else ""))
 
     def table(self, results: dict[str, Any]) -> None:
         """Scores in per cent with 95 % intervals over problems."""

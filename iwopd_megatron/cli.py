@@ -17,6 +17,7 @@ from iwopd_megatron import (
     cli_convert,
     cli_data,
     cli_eval,
+    cli_grade,
     cli_launch,
     cli_plan,
     cli_rehearse,
@@ -55,6 +56,7 @@ for _command in (
     app.command()(_command)
 app.command()(cli_serve.serve_teacher)
 app.command("eval")(cli_eval.evaluate)
+app.add_typer(cli_grade.app, name="grade")
 Resume = Annotated[
     bool, typer.Option("--resume", help="go on from the newest checkpoint of the run folder")
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from iwopd_megatron.config import Recipe
 from iwopd_megatron.errors import GateError
 from iwopd_megatron.evaluate import Evaluation, grade_samples
 from iwopd_megatron.flops import attention_cost
+from iwopd_megatron.grading_pool import count_trouble, describe
 from iwopd_megatron.hf_io import save_folder
 from iwopd_megatron.metrics import response_means
 from iwopd_megatron.packing import Packer
@@ -150,6 +152,7 @@ class Trainer:
             )
         if self.is_distilling:
             line |= response_means(self.samples)
+            line |= {"grading_trouble": self.trouble.total()}
             if self.recipe.gates.on_bad_sample == "drop":
                 line["dropped"] = _unread(self.samples) - _unread(samples)
                 if line["dropped"]:
@@ -172,6 +175,10 @@ class Trainer:
         text = f"round {self.round}: {reason}; this optimiser step is left out."
         self._event("skipped step", text)
 
+    def _say_trouble(self, trouble: Counter[str]) -> None:
+        if trouble:
+            self._event("grading", f"round {self.round}: {describe(trouble)}.")
+
     def _event(self, kind: str, text: str) -> None:
         """Tell who watches, and keep it in events.jsonl."""
         self.progress.say(text)
@@ -192,7 +199,9 @@ class Trainer:
             gates.routes(samples, self.student.hf)
         with self._phase("grade"):
             grades = grade_samples(samples, self.round_problems, self.tokenizer)
-        graded = [s.with_scores(correct=grade) for s, grade in zip(samples, grades, strict=True)]
+        self.trouble = count_trouble(grades)
+        self._say_trouble(self.trouble)
+        graded = [s.with_scores(correct=g.right) for s, g in zip(samples, grades, strict=True)]
         return [self.supervision.masked(sample) for sample in graded]
 
     def _begin(self, sample: Trajectory) -> None:
@@ -213,7 +222,10 @@ class Trainer:
             return
         start = time.perf_counter()
         scores = self.evaluation.scores(self.engine)
+        trouble = self.evaluation.trouble
         line = {"kind": "eval", "round": self.round} | scores
+        line |= {"grading_trouble": trouble.total()}
+        self._say_trouble(trouble)
         self._write(line, {"seconds": time.perf_counter() - start})
         self.progress.evaluation(line, last_round)
         if self.is_distilling and self.round > 0 and self.parallel.is_main:
