@@ -16,6 +16,7 @@ from iwopd_megatron.report import write_report
 from iwopd_megatron.report_data import find_runs
 from iwopd_megatron.report_finding import findings
 from iwopd_megatron.report_summary import summarise
+from iwopd_megatron.report_words import arm_name, percent, points
 from iwopd_megatron.run_status import print_status
 
 
@@ -182,6 +183,23 @@ def test_a_seed_that_has_just_begun_does_not_hold_back_the_others(tmp_path):
     ]
     page = write_report(tmp_path).read_text()
     assert "53.2 ± 0.7 <small>3 of 4 seeds</small>" in page and "<span>5 to 20 of 20</span>" in page
+
+
+def test_one_seed_that_is_ahead_does_not_speak_for_all(tmp_path):
+    """One of three pairs is at round 30, all at round 20."""
+    curves = {"opd": finals([50, 51, 52]), "iw": finals([52, 53.2, 54.4])}
+    for arm in curves:
+        curves[arm][1] |= {30: 90.0}
+    found = said(write_curves(tmp_path, curves, planned=30))
+    assert found[0].startswith("IW-OPD was, at round 20 of 30, 2.2 points above OPD (95 %")
+
+
+def test_numbers_have_one_form():
+    shares = (0.7666, 1.0, -0.0003, None)
+    assert [percent(share) for share in shares] == ["76.7", "100.0", "0.0", "–"]
+    assert [points(share) for share in shares] == ["+76.7", "+100.0", "+0.0", "–"]
+    names = [arm_name(arm) for arm in ("opd", "iw", "a/b/iw_signed", "lr_3")]
+    assert names == ["OPD", "IW-OPD", "IW-OPD (signed) (a/b)", "lr_3"]
 
 
 def terminal(folder):
