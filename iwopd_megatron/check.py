@@ -62,7 +62,8 @@ def read_side(path: Path, workers: int = 1) -> Side:
             raise RecipeError(f"{path} has neither config.json nor {manifest.NAME}.")
         return Side(path, found["config"], found["tensors"])
     hf = read_hf_config(path)
-    tensors = HfTensors(path, scaled_dtype=getattr(torch, hf.dtype), with_tied_head=True)
+    # what is missing or extra is what a comparison tells
+    tensors = HfTensors(path, getattr(torch, hf.dtype), with_tied_head=True, is_checked=False)
     with ThreadPoolExecutor(max(1, workers)) as pool:
         entries = pool.map(lambda name: _hash(tensors, name), list(tensors))
         return Side(
@@ -101,6 +102,8 @@ def compare(a: Side, b: Side, tolerance: float = 0.0) -> Difference:
 def _hash(tensors: HfTensors, name: str) -> dict[str, Any]:
     whole, digest = tensors[name], Digest()
     shape = whole.get_shape()
+    if whole.get_dtype() not in DTYPES:
+        raise RecipeError(f"{tensors.folder}: {name} is {whole.get_dtype()}, not a plain float.")
     size = math.prod(shape[1:]) * DTYPES[whole.get_dtype()].itemsize
     step = max(1, LIMIT // max(1, size))
     for first in range(0, shape[0], step):

@@ -19,10 +19,10 @@ from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.hf_config import HfConfig, read_hf_config
 from iwopd_megatron.hf_shapes import HEAD
 from iwopd_megatron.mapping import entries
-from iwopd_megatron.model_folder import find_weights
+from iwopd_megatron.model_folder import Weight, find_weights
 from iwopd_megatron.parallel import Parallel
 from iwopd_megatron.scaled_tensors import ScaledSlice
-from iwopd_megatron.stored_tensors import Stored
+from iwopd_megatron.stored_tensors import Stored, stored_tensors
 
 SHARD_BYTES = 5 * 10**9
 
@@ -31,8 +31,9 @@ class HfTensors(Mapping):
     """Weights of a folder by name, as lazy slices: only the bytes that are indexed are read.
 
     Scaled weights (FP8) come out multiplied, in `scaled_dtype` where it is given, else fp32. The
-    folder is checked when it is opened (`model_folder.find_weights`). A tied head that is stored as
-    well is not among them unless `with_tied_head`.
+    folder is checked when it is opened (`model_folder.find_weights`), unless `is_checked` is false:
+    then all its tensors are here as they are stored, if its config does not say how they are
+    scaled. A tied head that is stored as well is not among them unless `with_tied_head`.
     """
 
     def __init__(
@@ -40,9 +41,13 @@ class HfTensors(Mapping):
         folder: Path,
         scaled_dtype: torch.dtype = torch.float32,
         with_tied_head: bool = False,
+        is_checked: bool = True,
     ):
         self.folder, self.hf, self.scaled_dtype = folder, read_hf_config(folder), scaled_dtype
-        self._weights = find_weights(folder, self.hf)
+        if is_checked or self.hf.quantization:
+            self._weights = find_weights(folder, self.hf)
+        else:
+            self._weights = {name: Weight(own) for name, own in stored_tensors(folder).items()}
         if self.hf.tie_word_embeddings and not with_tied_head:
             self._weights.pop(HEAD, None)
         self._handles: dict[Path, Any] = {}

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from iwopd_megatron.hf_config import parse_hf_config
 from iwopd_megatron.mapping import QKV
 
 
@@ -54,7 +55,7 @@ def write_folder(folder: Path, template: Path, tensors: dict, files: int = 1) ->
 def unpermuted(tensors: dict, config: dict) -> None:
     names = [f"model.layers.1.self_attn.{x}_proj.weight" for x in "qkv"]
     sources = [tensors[name] for name in names]
-    whole = QKV.shard(sources, 0, 1, config)
+    whole = QKV.shard(sources, 0, 1, parse_hf_config(config, "config.json"))
     parts = whole.split([len(x) for x in sources])
     tensors.update(zip(names, (x.clone() for x in parts), strict=True))
 

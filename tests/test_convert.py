@@ -244,10 +244,12 @@ def has_norm(folder: Path, file: str) -> bool:
 
 
 def missing_tensor(folder: Path) -> str:
-    file = folder / "model.safetensors.index.json"
-    index = json.loads(file.read_text())
-    del index["weight_map"]["model.layers.0.mlp.gate.weight"]
-    file.write_text(json.dumps(index))
+    name = "model.layers.0.mlp.gate.weight"
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    file = folder / content["weight_map"].pop(name)
+    index.write_text(json.dumps(content))
+    save_file({k: x for k, x in load_file(file).items() if k != name}, file)
     return "has no tensor 'model.layers.0.mlp.gate.weight' although its config.json implies it"
 
 
@@ -258,7 +260,7 @@ def extra_tensor(folder: Path) -> str:
 
 def wrong_shape(folder: Path) -> str:
     edit_config(folder, vocab_size=500)
-    return r"lm_head.weight is \(512, 64\), config.json implies \(500, 64\)"
+    return r"embed_tokens.weight is \(512, 64\), config.json implies \(500, 64\)"
 
 
 def other_heads(folder: Path) -> str:
@@ -338,14 +340,18 @@ def test_a_changed_folder_with_an_old_manifest(checkpoint, moe_folder, tmp_path)
     assert not (tmp_path / "m2").exists()
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(x.relative_to(folder)): x.read_bytes() for x in folder.rglob("*") if x.is_file()}
+
+
 def test_nothing_is_overwritten_without_force(checkpoint, moe_folder, tmp_path):
-    before = {x.name: x.read_bytes() for x in checkpoint.iterdir()}
+    before = contents(checkpoint)
     refuse("already exists; choose another folder, or add --force", hf_to_megatron, moe_folder,
            checkpoint)  # fmt: skip
-    assert {x.name: x.read_bytes() for x in checkpoint.iterdir()} == before
+    assert contents(checkpoint) == before
     (checkpoint / "left-over").write_text("of an earlier run")
     hf_to_megatron(moe_folder, checkpoint, force=True)
-    assert {x.name for x in checkpoint.iterdir()} == before.keys()
+    assert contents(checkpoint).keys() == before.keys()
     other = tmp_path / "thesis"
     other.mkdir()
     (other / "chapter1.tex").write_text("It was a dark night.")

@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from iwopd_megatron import grading_pool
-from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.grading import grade
+from iwopd_megatron import grading_pool, grading_worker
+from iwopd_megatron.errors import RecipeError, UserError
+from iwopd_megatron.grading import GRADERS, grade
 from iwopd_megatron.grading_pool import Answer, Grade, Pool, count_trouble, describe
 from iwopd_megatron.math_grader import is_right, last_boxed
 
@@ -95,12 +95,19 @@ def test_pool_survives_a_crash():
         pool.close()
 
 
-def test_what_a_grader_raises_is_trouble_and_what_cannot_be_read_is_not():
-    """The code grader reads JSON, which this is not; a box of rubbish is a wrong answer."""
-    broken = Answer("code", "print(1)", "no tests")
+def test_what_a_grader_raises_is_trouble_and_what_cannot_be_read_is_not(monkeypatch):
+    """Tests that are none stop the run; a box of rubbish is a wrong answer."""
+
+    def broken(response, answer):
+        raise ZeroDivisionError
+
+    monkeypatch.setitem(GRADERS, "math", broken)
+    found = grading_worker._grade("math", "1", "1")
+    assert found == {"right": False, "trouble": "raised ZeroDivisionError"}
     rubbish = Answer("math", r"\boxed{\frac{)_^}", r"\frac{(}{")
-    found = grade([broken, rubbish, FOUR])
-    assert found == [Grade(0.0, "raised JSONDecodeError"), Grade(0.0), Grade(1.0)]
+    assert grade([rubbish, FOUR]) == [Grade(0.0), Grade(1.0)]
+    with pytest.raises(UserError, match="answer is not JSON"):
+        grade([Answer("code", "print(1)", "no tests")])
 
 
 def test_trouble_in_words():
