@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_models import Model
-from iwopd_megatron.preflight import read_hf_config
 from iwopd_megatron.preflight_rollout import check_rollout
 from iwopd_megatron.recipe import parse_recipe
 
@@ -56,8 +55,7 @@ def answering_engine(
     folder = recipe.student.hf
     engine = make_engine(recipe, parallel, say)
     try:
-        is_tied = read_hf_config(folder).get("tie_word_embeddings", False)
-        engine.update(whole_tensors(folder, is_tied), 0)
+        engine.update(whole_tensors(folder), 0)
         yield engine
     finally:
         engine.close()

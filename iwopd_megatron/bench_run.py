@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from iwopd_megatron.benchmarks import Benchmark
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.evaluate import STREAM
 from iwopd_megatron.grading import grade
-from iwopd_megatron.grading_pool import Answer
+from iwopd_megatron.grading_pool import Answer, Grade
 from iwopd_megatron.parallel import Parallel
 from iwopd_megatron.pass_at_k import summarise
 from iwopd_megatron.rollout import Prompt, RolloutEngine, Sampling
@@ -151,6 +152,7 @@ def _score(
     grades = grades.reshape(len(benchmark.problems), -1)
     result = {"greedy": benchmark.is_greedy} | summarise(grades)
     result["truncated"] = float(numpy.mean([line["truncated"] for line in asked]))
+    result["grading_trouble"] = dict(Counter(x["trouble"] for x in asked if x.get("trouble")))
     result["tokens"] = float(numpy.mean([line["tokens"] for line in asked]))
     return result
 
@@ -164,9 +166,13 @@ def _grade(benchmark: Benchmark, answers: Answers, places: list[Place]) -> list[
     return [
         {"prompt": problem.prompt, "answer": problem.answer[:ANSWER_CHARACTERS]}
         | answer
-        | {"correct": grades.get(i, 0.0)}
+        | _line(grades.get(i, Grade(0.0)))
         for i, (problem, answer) in enumerate(found)
     ]
+
+
+def _line(grade: Grade) -> dict[str, Any]:
+    return {"correct": grade.right} | ({"trouble": grade.trouble} if grade.trouble else {})
 
 
 def _write(run: BenchRun, results: dict[str, Any]) -> None:

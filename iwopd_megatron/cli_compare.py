@@ -83,7 +83,8 @@ def _run(arms: list, out: Path, resume: bool) -> int:
     if code == 0 and is_main:
         from iwopd_megatron.compare import print_table, write_summary
         from iwopd_megatron.report import write_report
-        from iwopd_megatron.report_data import find_runs, summarise
+        from iwopd_megatron.report_data import find_runs
+        from iwopd_megatron.report_summary import summarise
 
         summary = summarise(find_runs([out]))
         write_summary(out, summary)

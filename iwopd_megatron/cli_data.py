@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from iwopd_megatron.answer_end import check_answer_end
 from iwopd_megatron.prompts import load_tokenizer
 from iwopd_megatron.quiet import quiet
 from iwopd_megatron.recipe import load_recipe
@@ -37,12 +38,13 @@ def data(
     check_problems(loaded, rows.problems)
     evaluated = read_evaluation(loaded)
     tokenizer = load_tokenizer(loaded.student.hf)
+    ends = check_answer_end(loaded.student.hf, tokenizer, not loaded.is_distilling)
     found = encode_rows(loaded, rows, tokenizer)
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     limit = loaded.rollout.max_prompt_tokens
     console.print(_counts(found.counts, limit))
     _explain(console, loaded.data)
-    for note in check_training(loaded, found):
+    for note in ends + check_training(loaded, found, tokenizer):
         console.print(f"note: {escape(note)}", soft_wrap=True)
     encode_evaluation(loaded, *evaluated, tokenizer)
     order = found.order(loaded.train.seed, loaded.data.shuffle)

@@ -1,63 +1,78 @@
 """Programs in answers, run in a sandbox against the tests of their problem.
 
-The answer of a problem is one JSON object:
-    {"task_id", "entry_point", "prompt", "canonical_solution", "base_input", "plus_input", "atol"}
-        a line of EvalPlus's files; EvalPlus's own rules decide whether results are the expected
-    {"inputs": [...], "outputs": [...]}               standard input and output (Eurus)
-    {"fn_name", "inputs": [[...], ...], "outputs": [...]}     calls of a function (Eurus)
-    {"asserts": ["assert f(1) == 2", ...]}
-The program under test never shares a process with expected results, asserts excepted: what it
-returned is replayed to EvalPlus.
+Tests of every shape are code_tests.py's, and program_text.py finds the program in a response. The
+program never shares a process with expected results, asserts excepted. Programs of `inputs` and
+`outputs` find the names and the recursion limit that LiveCodeBench and PRIME put in front of them;
+those of EvalPlus and of asserts find nothing but Python, as in EvalPlus. A program on standard
+input is `__main__`, and an exit code other than 0 is a failure whatever it printed.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from functools import lru_cache
 from typing import Any
 
-from iwopd_megatron.errors import UserError
-from iwopd_megatron.sandbox import Sandbox, sandbox
+from iwopd_megatron.code_tests import Asserts, Calls, EvalPlus, Prints, Tests, read_tests
+from iwopd_megatron.evalplus_grader import check_evalplus
+from iwopd_megatron.evalplus_text import longest_program
+from iwopd_megatron.program_text import defines, last_program, reads_input
+from iwopd_megatron.sandbox import ProgramError, Sandbox, sandbox
+from iwopd_megatron.sandbox_values import long_numbers
+from iwopd_megatron.shown import shown
 
-SECONDS = 10.0  # processor seconds of one Eurus test, or of all assertions
-REFERENCE_SECONDS = 300.0  # for the canonical solution, which sets the limits of others
-FENCED = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
-replayed: Any = iter(())  # what the function under test returned, for EvalPlus to look at
+SECONDS = 10.0  # processor seconds of one input, or of all assertions
+SECONDS_IN_ALL = 60.0  # of all calls of a function
 
 
 def is_right(response: str, answer: str) -> bool:
     """Whether the program in the response passes all tests of the answer."""
-    tests = json.loads(answer)
-    code = extract_code(response, tests.get("entry_point") or tests.get("fn_name"))
-    with sandbox() as box:
-        if "entry_point" in tests:
-            return _passes_evalplus(box, code, answer)
-        if "asserts" in tests:
-            return box.passes(code, tests["asserts"], SECONDS)
-        pairs = list(zip(tests["inputs"], tests["outputs"], strict=True))
-        if tests.get("fn_name"):
-            return _calls_match(box, code, tests["fn_name"], pairs)
-        return all(_prints(box, code, given, expected) for given, expected in pairs)
+    return explain(response, answer)[0]
 
 
-def extract_code(response: str, function: str | None = None) -> str:
-    """The last fenced block (that defines `function`, if one does), or the whole response."""
-    blocks = FENCED.findall(response)
-    if function is not None:
-        defining = re.compile(rf"^\s*def\s+{re.escape(function)}\b", re.MULTILINE)
-        blocks = [block for block in blocks if defining.search(block)] or blocks
-    return blocks[-1] if blocks else response
+@long_numbers()
+def explain(response: str, answer: str) -> tuple[bool, str]:
+    """Whether the program in the response passes all tests of the answer, and why, in a sentence.
+
+    RecipeError if the answer holds no tests, SandboxError if the sandbox fails.
+    """
+    tests = read_tests(answer)
+    program = find_program(response, tests)
+    if program is None:
+        return False, "no program found: no block of Python, and the whole is not Python either."
+    with sandbox(preamble=isinstance(tests, (Prints, Calls))) as box:
+        try:
+            count = _check(box, program, tests)
+        except ProgramError as error:
+            return False, f"the program fails: {error}."
+    return True, f"the program passes {count} tests." if count > 1 else "the program passes 1 test."
 
 
-def _prints(box: Sandbox, code: str, given: Any, expected: Any) -> bool:
-    outcome = box.read_stdin(code, _text(given), SECONDS)
-    return outcome.status == "ok" and same_output(outcome.output, _text(expected))
+def find_program(response: str, tests: Tests) -> str | None:
+    """The text in a response that these tests are for; None if it holds no program."""
+    if isinstance(tests, EvalPlus):
+        return longest_program(response, tests.function)
+    if isinstance(tests, Prints):
+        return last_program(response, reads_input)
+    called = tests.functions if isinstance(tests, Asserts) else frozenset([tests.function])
+    return last_program(response, lambda code: defines(code, called))
 
 
-def _text(lines: Any) -> str:
-    return "\n".join(map(str, lines)) if isinstance(lines, list) else str(lines)
+def _check(box: Sandbox, program: str, tests: Tests) -> int:
+    """The number of tests; ProgramError unless the program passes them all."""
+    if isinstance(tests, EvalPlus):
+        return check_evalplus(box, program, tests)
+    if isinstance(tests, Asserts):
+        return _check_asserts(box, program, tests)
+    if isinstance(tests, Calls):
+        return _check_calls(box, program, tests)
+    for place, (given, expected) in enumerate(zip(tests.inputs, tests.outputs, strict=True), 1):
+        outcome = box.read_stdin(program, given, SECONDS)
+        where = f"test {place} of {len(tests.inputs)}, input {shown(given)}"
+        if outcome.status != "ok":
+            raise ProgramError(f"{where}: {outcome.reason}")
+        if not same_output(outcome.output, expected):
+            raise ProgramError(f"{where}: expected {shown(expected)}, got {shown(outcome.output)}")
+    return len(tests.inputs)
 
 
 def same_output(output: str, expected: str) -> bool:
@@ -77,15 +92,31 @@ def _same_word(word: str, wanted: str) -> bool:
         return False
 
 
-def _calls_match(box: Sandbox, code: str, name: str, pairs: list[tuple[Any, Any]]) -> bool:
-    results = box.call(code, name, [given for given, _ in pairs], [SECONDS] * len(pairs), 60)
-    if results is None:
-        return False
-    values = [_as_json(value) for value, _ in results]
-    return all(
-        value == expected or [value] == expected
-        for value, (_, expected) in zip(values, pairs, strict=True)
-    )
+def _check_asserts(box: Sandbox, program: str, tests: Asserts) -> int:
+    try:
+        box.check_asserts(program, tests.asserts, SECONDS)
+    except ProgramError as error:
+        failing = "".join(f"{shown(x)}: " for x in tests.asserts[error.passed :][:1])
+        where = f"assert {error.passed + 1} of {len(tests.asserts)}"
+        raise ProgramError(f"{where}, {failing}{error}") from None
+    return len(tests.asserts)
+
+
+def _check_calls(box: Sandbox, program: str, tests: Calls) -> int:
+    limits, passed = [SECONDS] * len(tests.inputs), 0
+    try:
+        results = box.call(
+            program, tests.function, tests.inputs, limits, SECONDS_IN_ALL, methods=True
+        )
+        for passed, (value, expected) in enumerate(zip(results, tests.outputs, strict=True)):
+            got = _as_json(value[0])
+            if got != expected and [got] != expected:
+                raise ProgramError(f"expected {shown(expected)}, got {shown(got)}", passed)
+    except ProgramError as error:
+        given = "".join(f", input {shown(x)}" for x in tests.inputs[error.passed :][:1])
+        where = f"test {error.passed + 1} of {len(tests.inputs)}{given}"
+        raise ProgramError(f"{where}: {error}") from None
+    return len(tests.inputs)
 
 
 def _as_json(value: Any) -> Any:
@@ -95,72 +126,3 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _as_json(item) for key, item in value.items()}
     return value
-
-
-def _passes_evalplus(box: Sandbox, code: str, answer: str) -> bool:
-    """EvalPlus's base and plus tests, each with a process of its own, as EvalPlus does."""
-    try:
-        from evalplus.config import DEFAULT_GT_TIME_LIMIT_FACTOR, DEFAULT_MIN_TIME_LIMIT
-        from evalplus.eval import PASS, untrusted_check
-    except ImportError:
-        raise UserError(
-            "EvalPlus is not installed; run pip install --no-deps evalplus==0.3.1 and "
-            "pip install iwopd-megatron[eval]."
-        ) from None
-
-    global replayed
-    problem = json.loads(answer)
-    dataset = problem["task_id"].partition("/")[0].lower()
-    name = problem["entry_point"]
-    for inputs, expected, reference in _expected(answer):
-        limits = [
-            max(DEFAULT_MIN_TIME_LIMIT, DEFAULT_GT_TIME_LIMIT_FACTOR * taken) for taken in reference
-        ]
-        results = box.call(code, name, inputs, limits, min(60.0, sum(limits)) + 1)
-        if results is None:
-            return False
-        replayed = iter([value for value, _ in results])
-        replay = (
-            f"from {__name__} import replayed\ndef {name}(*arguments):\n    return next(replayed)"
-        )
-        status, _ = untrusted_check(
-            dataset, replay, inputs, name, expected, problem["atol"], reference, fast_check=True
-        )
-        if status != PASS:
-            return False
-    return True
-
-
-@lru_cache(maxsize=64)
-def _expected(answer: str) -> list[tuple[list[Any], list[Any], list[float]]]:
-    """[(inputs, results of the canonical solution, seconds it took)] of base and plus tests."""
-    from evalplus.eval import MBPP_OUTPUT_NOT_NONE_TASKS
-
-    problem = json.loads(answer)
-    code, name = problem["prompt"] + problem["canonical_solution"], problem["entry_point"]
-    out = []
-    for kind in ("base_input", "plus_input"):
-        inputs = _inputs(problem, kind)
-        with sandbox() as box:
-            results = box.call(
-                code, name, inputs, [REFERENCE_SECONDS] * len(inputs), REFERENCE_SECONDS
-            )
-        if results is None:
-            raise UserError(
-                f"{problem['task_id']}: its canonical solution fails on its own {kind}; "
-                "the file is damaged."
-            )
-        values = [value for value, _ in results]
-        if problem["task_id"].startswith("Mbpp/") and name in MBPP_OUTPUT_NOT_NONE_TASKS:
-            values = [value is not None for value in values]
-        out.append((inputs, values, [taken for _, taken in results]))
-    return out
-
-
-def _inputs(problem: dict[str, Any], kind: str) -> list[Any]:
-    """Arguments of every call, with the types that JSON cannot hold."""
-    if not problem["task_id"].startswith("Mbpp/"):
-        return problem[kind]
-    from evalplus.data.mbpp import mbpp_deserialize_inputs
-
-    return mbpp_deserialize_inputs(problem["task_id"], problem[kind])

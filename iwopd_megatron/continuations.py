@@ -23,6 +23,7 @@ from iwopd_megatron.config import Recipe
 from iwopd_megatron.data import Problem
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.evaluate import STREAM, grade_samples
+from iwopd_megatron.grading_pool import count_trouble, describe
 from iwopd_megatron.parallel import Parallel
 from iwopd_megatron.pass_at_k import summarise
 from iwopd_megatron.rollout import Prompt, RolloutEngine, Sampling
@@ -80,7 +81,7 @@ def study_prefixes(study: PrefixStudy, parallel: Parallel, say: Callable[[str], 
             whole = whole or _answers(engine, study)
             for point, fraction in enumerate(study.fractions):
                 prefixes = {i: cut(whole[i], fraction) for i in own}
-                found = _continue(engine, study, prefixes, problems, tokenizer)
+                found = _continue(engine, study, prefixes, problems, tokenizer, say)
                 grades[who][point, own] = found
                 say(
                     f"{writer.student.hf.name} from {fraction:.0%} of the student's answers to "
@@ -129,7 +130,7 @@ def _answers(engine: RolloutEngine, study: PrefixStudy) -> list[Trajectory]:
 
 def _continue(
     engine: RolloutEngine, study: PrefixStudy, prefixes: dict[int, Trajectory],
-    problems: list[Problem], tokenizer: Any,
+    problems: list[Problem], tokenizer: Any, say: Callable[[str], None],
 ) -> numpy.ndarray:  # fmt: skip
     """Grades `[prefixes, samples]` of the answers that go on from them. prefixes: by problem."""
     pairs = [(i, prefix) for i, prefix in prefixes.items() for _ in range(study.samples)]
@@ -145,4 +146,6 @@ def _continue(
     rests = engine.generate(prompts, Sampling(study.limit, temperature, stream=STREAM))
     whole = [joined(prefix, rest) for (_, prefix), rest in zip(pairs, rests, strict=True)]
     grades = grade_samples(whole, [problems[i] for i, _ in pairs], tokenizer)
-    return numpy.array(grades).reshape(len(prefixes), study.samples)
+    if trouble := count_trouble(grades):
+        say(describe(trouble))
+    return numpy.array([grade.right for grade in grades]).reshape(len(prefixes), study.samples)

@@ -13,6 +13,7 @@ from iwopd_megatron import math_grader
 from iwopd_megatron.config_data import Source
 from iwopd_megatron.data import Problem
 from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.grading import check_answer
 from iwopd_megatron.jsonl import Row, read_jsonl
 from iwopd_megatron.problem_row import FIELDS, WHOLE, read_problem, value_at
 
@@ -50,6 +51,8 @@ def read_source(source: Source, need_response: bool = False) -> tuple[list[Probl
             continue
         count += 1
         problem = read_problem(row, where, source, need_response)
+        if problem.answer.strip():  # what a model is only fine-tuned on needs none
+            check_answer(problem.grader, problem.answer, where)
         if source.min_difficulty is not None and problem.difficulty < source.min_difficulty:
             easy += 1
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch.distributed as dist
@@ -10,7 +11,7 @@ from iwopd_megatron.benchmarks import Benchmark
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.data import Problem
 from iwopd_megatron.grading import grade
-from iwopd_megatron.grading_pool import Answer
+from iwopd_megatron.grading_pool import Answer, Grade, count_trouble
 from iwopd_megatron.parallel import gather
 from iwopd_megatron.rollout import Prompt, RolloutEngine, Sampling
 from iwopd_megatron.run_data import RunData
@@ -27,10 +28,10 @@ class Evaluator:
         self.sampling = sampling
         self.prompts = [Prompt(i, ids) for i, ids in enumerate(benchmark.prompts * samples)]
 
-    def accuracy(self, engine: RolloutEngine) -> float:
-        """Share of right answers: mean@samples. Collective."""
+    def grades(self, engine: RolloutEngine) -> list[Grade]:
+        """Grades of all answers; their mean is mean@samples. Collective."""
         samples = engine.generate(self.prompts, self.sampling)
-        return sum(grade_samples(samples, self.problems, self.tokenizer)) / len(samples)
+        return grade_samples(samples, self.problems, self.tokenizer)
 
 
 class Evaluation:
@@ -38,6 +39,7 @@ class Evaluation:
 
     def __init__(self, recipe: Recipe, data: RunData, tokenizer: Any):
         self.recipe, self.tokenizer = recipe, tokenizer
+        self.trouble = count_trouble([])
         self.main = self._evaluator(data.main, False) if data.main else None
         self.named = {
             name: self._evaluator(benchmark, benchmark.is_greedy)
@@ -55,20 +57,26 @@ class Evaluation:
         return self.main is not None or bool(self.named)
 
     def scores(self, engine: RolloutEngine) -> dict[str, float]:
-        """`accuracy` on data.eval, or else the benchmarks' mean; `accuracy_NAME`. Collective."""
-        named = {name: evaluator.accuracy(engine) for name, evaluator in self.named.items()}
+        """`accuracy` on data.eval, or else the benchmarks' mean; `accuracy_NAME`. Collective.
+
+        `trouble` then holds what was in the way of grading, by kind.
+        """
+        grades = {name: evaluator.grades(engine) for name, evaluator in self.named.items()}
+        named = {name: accuracy(found) for name, found in grades.items()}
+        main = [] if self.main is None else self.main.grades(engine)
+        self.trouble = count_trouble(chain(main, *grades.values()))
         if self.main is not None:
-            accuracy, problems = self.main.accuracy(engine), len(self.main.problems)
+            mean, problems = accuracy(main), len(self.main.problems)
         else:
-            accuracy = sum(named.values()) / len(named)
+            mean = sum(named.values()) / len(named)
             problems = sum(len(evaluator.problems) for evaluator in self.named.values())
-        line = {"accuracy": accuracy, "problems": problems}
+        line = {"accuracy": mean, "problems": problems}
         return line | {f"accuracy_{name}": score for name, score in named.items()}
 
 
 def grade_samples(
     samples: list[Trajectory], problems: list[Problem], tokenizer: Any
-) -> list[float]:
+) -> list[Grade]:
     """Grades of samples written for these problems, in order; a truncated answer is wrong.
 
     Collective: every rank grades its share and all know all grades, whatever hung where.
@@ -79,5 +87,10 @@ def grade_samples(
     whole = [i for i, (sample, _) in enumerate(mine) if not sample.truncated]
     answers = [Answer(mine[i][1].grader, texts[i], mine[i][1].answer) for i in whole]
     own = dict(zip(whole, grade(answers), strict=True))
-    parts = gather([own.get(i, 0.0) for i in range(len(mine))])
+    parts = gather([own.get(i, Grade(0.0)) for i in range(len(mine))])
     return [parts[i % world][i // world] for i in range(len(samples))]
+
+
+def accuracy(grades: list[Grade]) -> float:
+    """The share of right answers."""
+    return sum(grade.right for grade in grades) / len(grades)

@@ -8,9 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from iwopd_megatron.answer_end import check_ids
 from iwopd_megatron.conversation import Message
 from iwopd_megatron.data import Problem
 from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.hf_config import read_hf_config
 
 if TYPE_CHECKING:
     from iwopd_megatron.config import Recipe
@@ -32,21 +34,39 @@ def load_tokenizer(folder: Path) -> Any:
 
 def training_prompts(recipe: Recipe, tokenizer: Any) -> Prompts:
     """How a recipe puts the problems that it trains on."""
-    return Prompts(tokenizer, recipe.data.enable_thinking, "data.enable_thinking")
+    return Prompts(
+        tokenizer, recipe.data.enable_thinking, "data.enable_thinking", _vocabulary(recipe)
+    )
 
 
 def evaluation_prompts(recipe: Recipe, tokenizer: Any) -> Prompts:
     """How a recipe puts held-out problems."""
     section = "data" if recipe.evaluate.enable_thinking is None else "evaluate"
-    return Prompts(tokenizer, recipe.thinks_in_evaluation, f"{section}.enable_thinking")
+    return Prompts(
+        tokenizer, recipe.thinks_in_evaluation, f"{section}.enable_thinking", _vocabulary(recipe)
+    )
+
+
+def _vocabulary(recipe: Recipe) -> int:
+    return read_hf_config(recipe.student.hf).vocab_size
 
 
 class Prompts:
     """How problems are put to a model: through its chat template, plain where it has none."""
 
-    def __init__(self, tokenizer: Any, enable_thinking: bool = False, setting: str = ""):
-        """`setting` is the recipe's key that switches thinking on; refused if that does nothing."""
+    def __init__(
+        self,
+        tokenizer: Any,
+        enable_thinking: bool = False,
+        setting: str = "",
+        vocabulary: int | None = None,
+    ):
+        """`setting` is the recipe's key that switches thinking on; refused if that does nothing.
+
+        `vocabulary` is the model's: a prompt with another id is refused.
+        """
         self.tokenizer, self.enable_thinking = tokenizer, enable_thinking
+        self.vocabulary = vocabulary
         self.folder = getattr(tokenizer, "name_or_path", "")
         self._seen: dict[tuple[str, ...], int | None] = {}  # by roles, what a template leaves out
         if enable_thinking and not self._reads_thinking():
@@ -68,7 +88,10 @@ class Prompts:
                 "has no chat template to write them with; give it one, or write the row as one "
                 "question."
             )
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        if self.vocabulary is not None:
+            check_ids(ids, self.vocabulary, problem.place, self.tokenizer)
+        return ids
 
     def _rendered(self, messages: list[Message], place: str) -> str:
         roles = tuple(message["role"] for message in messages)

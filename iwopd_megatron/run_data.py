@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from iwopd_megatron import doctor
+from iwopd_megatron.answer_end import check_answer_end, check_ids, end_id, response_ids
 from iwopd_megatron.benchmarks import Benchmark, is_on_hub, load_benchmark
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_data import Source
@@ -18,7 +19,7 @@ from iwopd_megatron.data import Problem
 from iwopd_megatron.data_sources import read_source, resolve
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.grading import check_graders
-from iwopd_megatron.preflight import read_hf_config
+from iwopd_megatron.hf_config import read_hf_config
 from iwopd_megatron.preflight_scorers import check_sources
 from iwopd_megatron.prompts import evaluation_prompts, load_tokenizer
 from iwopd_megatron.training_set import TrainingSet, encode_rows, read_training_rows
@@ -40,8 +41,9 @@ def load_run_data(recipe: Recipe, tokenizer: Any = None) -> RunData:
     check_problems(recipe, rows.problems)
     main, named = read_evaluation(recipe)
     tokenizer = tokenizer or load_tokenizer(recipe.student.hf)  # slow to import, so after all that
+    ends = check_answer_end(recipe.student.hf, tokenizer, is_taught=not recipe.is_distilling)
     training = encode_rows(recipe, rows, tokenizer)
-    notes = check_training(recipe, training)
+    notes = ends + check_training(recipe, training, tokenizer)
     return RunData(training, *encode_evaluation(recipe, main, named, tokenizer), notes)
 
 
@@ -58,12 +60,32 @@ def load_all(recipes: list[Recipe]) -> list[RunData]:
     return out
 
 
-def check_training(recipe: Recipe, training: TrainingSet) -> list[str]:
-    """Refuse sources of which nothing is left; notes on what is left out of others."""
+def check_training(recipe: Recipe, training: TrainingSet, tokenizer: Any) -> list[str]:
+    """Refuse sources of which nothing is left, and responses that cannot be trained on.
+
+    Returns notes on what is left out of others.
+    """
     limit = recipe.rollout.max_prompt_tokens
     training.check(limit)
+    if not recipe.is_distilling:
+        check_responses(recipe, training, tokenizer)
     total = training.too_long + len(training.problems)
     return training.notes + doctor.long_prompts(training.too_long, total, limit)
+
+
+def check_responses(recipe: Recipe, training: TrainingSet, tokenizer: Any) -> None:
+    """Refuse responses with ids beyond the vocabulary, or longer than what trains on them."""
+    hf, end = read_hf_config(recipe.student.hf), end_id(recipe.student.hf, tokenizer)
+    fits = min(hf.context_length, recipe.train.microbatch_tokens or hf.context_length)
+    for problem, ids in training.problems:
+        response = response_ids(problem.response, end, tokenizer)
+        check_ids(response, hf.vocab_size, f"{problem.place}: the response", tokenizer)
+        if len(ids) + len(response) > fits + 1:
+            raise RecipeError(
+                f"{problem.place}: prompt and response have {len(ids) + len(response)} tokens, and "
+                f"at most {fits + 1} can be trained on (train.microbatch_tokens and the model's "
+                "context); raise train.microbatch_tokens, or take the row out."
+            )
 
 
 def check_problems(recipe: Recipe, problems: list[Problem]) -> None:
@@ -139,11 +161,11 @@ def asked(
 def check_room(recipe: Recipe, benchmark: Benchmark, limit: int, setting: str) -> None:
     """Refuse prompts after which an answer of `limit` tokens does not fit; setting: "key={}"."""
     rollout, longest = recipe.rollout, max(map(len, benchmark.prompts))
-    room = read_hf_config(recipe.student.hf)["max_position_embeddings"]
+    room = read_hf_config(recipe.student.hf).context_length
     if longest + limit > room:
         raise RecipeError(
             f"the longest prompt of {benchmark.name} ({longest} tokens) and "
-            f"{setting.format(limit)} exceed the model's max_position_embeddings={room}; "
+            f"{setting.format(limit)} exceed the model's context of {room} tokens; "
             f"write {setting.format(max(room - longest, 1))}."
         )
     served = rollout.max_prompt_tokens + rollout.max_response_tokens

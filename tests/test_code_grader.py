@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from iwopd_megatron.code_grader import extract_code, is_right, same_output
+from iwopd_megatron.code_grader import is_right, same_output
 from iwopd_megatron.errors import UserError
 from iwopd_megatron.sandbox import sandbox
 
@@ -216,17 +216,3 @@ def test_eurus(tests, code, passes):
 )  # fmt: skip
 def test_same_output(output, expected, same):
     assert same_output(output, expected) == same
-
-
-@pytest.mark.parametrize(
-    ("response", "code"),
-    [
-        ("```python\na\n```\n```\nb\n```", "b\n"),
-        ("```python\ndef f(): 1\n```\nUsage:\n```python\nf()\n```", "def f(): 1\n"),
-        ("```py\ndef g(): 1\n```", "def g(): 1\n"),
-        ("```python\ndef f(): 2", "def f(): 2"),
-        ("def f(): 3", "def f(): 3"),
-    ],
-)
-def test_extract_code(response, code):
-    assert extract_code(response, "f") == code
