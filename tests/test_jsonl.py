@@ -146,7 +146,7 @@ def test_benchmarks_are_read_by_the_same_rule(tmp_path, name):
     """Their files come with a mark and blank lines too, and as arrays."""
     path = tmp_path / "bench.jsonl"
     row = ROWS[0] | {
-        "problem": "1+1?", "prompt": "1+1?", "task_id": "HumanEval/900", "entry_point": "f",
+        "problem": "1+1?", "prompt": "# 1+1?", "task_id": "HumanEval/900", "entry_point": "f",
         "canonical_solution": "\ndef f(x): return x", "base_input": [[1]], "plus_input": [[2]],
         "atol": 0,
     }  # fmt: skip
