@@ -28,6 +28,7 @@ class Counts:
     duplicate: int | None = None
     contaminated: int | None = None
     too_long: int = 0
+    long_response: int = 0  # where a model is fine-tuned on responses
     kept: int = 0
     answered: int = 0  # rows of messages that end with an assistant's
     lengths: list[int] = field(default_factory=list)  # tokens of the prompts, too long ones too
@@ -48,12 +49,20 @@ class TrainingSet:
     @property
     def notes(self) -> list[str]:
         """What was done to rows without being asked for."""
-        return [
-            f"{counts.answered} of {counts.rows} rows of {counts.title} end with an assistant's "
-            "message; it is the response, and no part of the prompt."
-            for counts in self.counts
-            if counts.answered
-        ]
+        out = []
+        for counts in self.counts:
+            rows = f"of {counts.rows} rows of {counts.title}"
+            if counts.answered:
+                out.append(
+                    f"{counts.answered} {rows} end with an assistant's message; it is the "
+                    "response, and no part of the prompt."
+                )
+            if counts.long_response:
+                out.append(
+                    f"{counts.long_response} {rows} have a response that is longer, with its EOS, "
+                    "than rollout.max_response_tokens and are left out."
+                )
+        return out
 
     def check(self, limit: int) -> None:
         """RecipeError if nothing is left of a source."""
@@ -62,6 +71,11 @@ class TrainingSet:
                 raise RecipeError(
                     f"every prompt of {counts.title} is longer than "
                     f"rollout.max_prompt_tokens={limit}; raise it."
+                )
+            if counts.long_response and not counts.kept:
+                raise RecipeError(
+                    f"every response of {counts.title} is longer, with its EOS, than "
+                    "rollout.max_response_tokens; raise it."
                 )
             if not counts.kept:
                 raise RecipeError(
@@ -129,12 +143,22 @@ def encode_rows(recipe: Recipe, rows: Rows, tokenizer: Any) -> TrainingSet:
             counts.lengths.append(len(ids))
             if len(ids) > limit:
                 counts.too_long += 1
+            elif not recipe.is_distilling and not _has_room(recipe, problem.response, tokenizer):
+                counts.long_response += 1
             else:
                 kept.append((problem, ids))
         counts.kept = len(kept) - before
     train = recipe.data.train
     shares = None if train[0].share is None else [source.share for source in train]
     return TrainingSet(kept, [counts for counts, _ in rows.sources], shares)
+
+
+def _has_room(recipe: Recipe, response: str, tokenizer: Any) -> bool:
+    """Whether a response and its EOS are no longer than what an engine may write."""
+    limit = recipe.rollout.max_response_tokens - 1
+    if len(response.encode()) <= limit:  # a token has a byte at least
+        return True
+    return len(tokenizer.encode(response, add_special_tokens=False)) <= limit
 
 
 def _read(source: Source, need_response: bool) -> tuple[Counts, list[Problem]]:

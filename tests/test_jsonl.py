@@ -145,7 +145,11 @@ def test_what_is_no_file_and_what_cannot_be_read(tmp_path):
 def test_benchmarks_are_read_by_the_same_rule(tmp_path, name):
     """Their files come with a mark and blank lines too, and as arrays."""
     path = tmp_path / "bench.jsonl"
-    row = ROWS[0] | {"problem": "1+1?", "prompt": "1+1?"}
+    row = ROWS[0] | {
+        "problem": "1+1?", "prompt": "# 1+1?", "task_id": "HumanEval/900", "entry_point": "f",
+        "canonical_solution": "\ndef f(x): return x", "base_input": [[1]], "plus_input": [[2]],
+        "atol": 0,
+    }  # fmt: skip
     path.write_text(f"{BOM}{json.dumps(row)}\n\n", encoding="utf-8")
     own = {name: with_path(name, path, {})}
     assert len(load_benchmark(name, own).problems) == 1

@@ -100,6 +100,25 @@ def test_nothing_left(files):
         load(files, "data.remove_contaminated=true").check(16)
 
 
+def test_responses_that_no_engine_may_write(tmp_path):
+    """Left out as too long prompts are, but only where a model is fine-tuned on them."""
+    path = tmp_path / "data.jsonl"
+    row = {"question": "ab=", "answer": "ab", "difficulty": 1, "source": "selection_sort"}
+    rows = [row | {"response": "a" * count} for count in (42, 43)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [f"data.train={path}", "data.eval=null"]
+    recipe = load_recipe(RECIPE, [*words, "teacher=null"])
+    assert recipe.rollout.max_response_tokens == 43
+    tokenizer = AutoTokenizer.from_pretrained(recipe.student.hf)
+    found = load_training_set(recipe, tokenizer)
+    assert [len(problem.response) for problem, _ in found.problems] == [42]
+    assert found.notes[0].startswith(f"1 of 2 rows of {path} have a response that is longer")
+    assert len(load_training_set(load_recipe(RECIPE, words), tokenizer).problems) == 2
+    path.write_text(json.dumps(rows[1]) + "\n")
+    with pytest.raises(RecipeError, match="every response of .*data.jsonl is longer"):
+        load_training_set(recipe, tokenizer).check(16)
+
+
 @pytest.mark.parametrize(
     ("train", "message"),
     [
