@@ -50,7 +50,8 @@ def main() -> None:
     for name, codes in programs.items():
         start = time.perf_counter()
         tried = [i for i, row in enumerate(rows) if "plus" not in name or row["plus_input"]]
-        grades = grade([Answer("code", f"```python\n{codes[i]}\n```", answers[i]) for i in tried])
+        asked = [Answer("code", f"```python\n{codes[i]}\n```", answers[i]) for i in tried]
+        grades = [found.right for found in grade(asked)]
         print(f"{name:32} {sum(grades):6.0f} {len(grades):5} {time.perf_counter() - start:7.1f}")
         is_right = name == "canonical"
         odd = [rows[i]["task_id"] for i, x in zip(tried, grades, strict=True) if x != is_right]

@@ -25,7 +25,8 @@ import torch
 
 from iwopd_megatron import safetensors_file
 from iwopd_megatron.convert import hf_to_megatron, megatron_to_hf
-from iwopd_megatron.mapping import blocks, hf_shape
+from iwopd_megatron.hf_config import parse_hf_config
+from iwopd_megatron.hf_shapes import hf_names, hf_shape
 from iwopd_megatron.safetensors_file import SafetensorsWriter
 
 CONFIG = dict(
@@ -45,11 +46,12 @@ ROUNDS, WORKERS = 3, 2
 def write_model(folder: Path, config: dict, layers: int) -> int:
     """A random model in shards of a gigabyte; its bytes."""
     folder.mkdir()
-    hf = config | {"num_hidden_layers": layers}
-    (folder / "config.json").write_text(json.dumps(hf))
+    config = config | {"num_hidden_layers": layers}
+    (folder / "config.json").write_text(json.dumps(config))
+    hf = parse_hf_config(config, "config.json")
     safetensors_file.SHARD_BYTES = 10**9
     writer, random = SafetensorsWriter(), numpy.random.default_rng(0)
-    shapes = {name: hf_shape(name, hf) for block in blocks(hf) for name in block.hf_names}
+    shapes = {name: hf_shape(name, hf) for name in hf_names(hf)}
     for name, shape in shapes.items():
         writer.add(name, shape, "BF16")
     writer.open(folder)

@@ -25,13 +25,13 @@ from iwopd_megatron import backend, device, hf_reference, parity  # noqa: E402
 from iwopd_megatron.actor import Schedule  # noqa: E402
 from iwopd_megatron.config import Train  # noqa: E402
 from iwopd_megatron.config_models import Layout  # noqa: E402
+from iwopd_megatron.hf_config import parse_hf_config, read_hf_config  # noqa: E402
 from iwopd_megatron.local_world import local_context, start_local  # noqa: E402
 from iwopd_megatron.model import build_model, wrap_precision  # noqa: E402
 from iwopd_megatron.objective import DistillationObjective  # noqa: E402
 from iwopd_megatron.optimizer import build_optimizer, wrap_data_parallel  # noqa: E402
 from iwopd_megatron.packing import Packer  # noqa: E402
 from iwopd_megatron.parallel import initialise, shutdown  # noqa: E402
-from iwopd_megatron.preflight import read_hf_config  # noqa: E402
 from iwopd_megatron.progress import Progress  # noqa: E402
 from iwopd_megatron.recipe import load_recipe  # noqa: E402
 from iwopd_megatron.runlog import read_metrics  # noqa: E402
@@ -90,7 +90,7 @@ def time_slice(hf, lengths, recompute, queue):
     optimizer = build_optimizer(wrapped, train)
     schedule = Schedule(wrapped, parallel)
     objective = DistillationObjective(hf_reference.LOSS, parallel.cp.group)
-    samples = hf_reference.make_samples(hf["vocab_size"], lengths)
+    samples = hf_reference.make_samples(hf.vocab_size, lengths)
     batches, length = Packer(parallel, sum(lengths))(samples, "seq_mean_token_mean")
 
     times = {"forward + backward": [], "optimiser": [], "forward only": []}
@@ -105,11 +105,11 @@ def time_slice(hf, lengths, recompute, queue):
         for name, start, end in zip(times, marks, marks[1:], strict=False):
             times[name].append(end - start)
     active = sum(p.numel() for n, p in chunks[0].named_parameters() if "embedding" not in n)
-    if "num_experts" in hf:
+    if hf.num_experts:
         experts = sum(p.numel() for n, p in chunks[0].named_parameters() if ".experts." in n)
-        active += experts * hf["num_experts_per_tok"] / hf["num_experts"] - experts
-    if hf.get("tie_word_embeddings"):
-        active += hf["vocab_size"] * hf["hidden_size"]
+        active += experts * hf.num_experts_per_tok / hf.num_experts - experts
+    if hf.tie_word_embeddings:
+        active += hf.vocab_size * hf.hidden_size
     queue.put({
         "ms": {name: 1e3 * statistics.median(values[WARM_UP:]) for name, values in times.items()},
         "tokens": sum(lengths),
@@ -148,7 +148,7 @@ def print_row(*cells):
 def parity_table():
     """Returns whether both types agree with Hugging Face."""
     folder = ROOT / "recipes/demo/teacher"
-    vocab = read_hf_config(folder)["vocab_size"]
+    vocab = read_hf_config(folder).vocab_size
     samples = hf_reference.make_samples(vocab, [48, 33, 64, 57, 20, 41], pad_id=0)
     references = {
         d: hf_reference.compute_reference(folder, samples, d == "bf16") for d in ("fp32", "bf16")
@@ -181,7 +181,8 @@ def step_table():
         "forward ms", "optimiser ms", "tokens/s", "model TFLOP/s", "peak GiB",
     )  # fmt: skip
     results = {}
-    for model, hf in SLICES.items():
+    for model, sizes in SLICES.items():
+        hf = parse_hf_config(sizes, model)
         for packed, lengths in LENGTHS.items():
             for recompute in ("none", "full") if packed == "8 x 1024 tokens" else ("none",):
                 r = in_world(time_slice, hf, lengths, recompute)[0]

@@ -12,12 +12,9 @@ import time
 import numpy
 
 from iwopd_megatron.flops import attention_cost
+from iwopd_megatron.known_models import known_model
 from iwopd_megatron.packing import plan_microbatches
 
-QWEN3_30B_A3B = dict(
-    hidden_size=2048, head_dim=128, num_attention_heads=32, num_key_value_heads=4,
-    num_hidden_layers=48, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768,
-)  # fmt: skip
 BUDGET = 20480
 
 
@@ -43,7 +40,7 @@ def in_order(lengths, dp):
 def main():
     random = numpy.random.default_rng(0)
     lengths = numpy.minimum(random.lognormal(8.3, 0.8, 1024), 16384).astype(int) + 300
-    lengths, a = lengths.tolist(), attention_cost(QWEN3_30B_A3B)
+    lengths, a = lengths.tolist(), attention_cost(known_model("Qwen3-30B-A3B"))
     costs = [length + a * length**2 for length in lengths]
     print(
         f"{len(lengths)} sequences, {sum(lengths):,} tokens, longest {max(lengths):,}; a = {a:.2g}"

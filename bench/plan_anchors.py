@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from iwopd_megatron.config_models import Layout
-from iwopd_megatron.known_models import known_models
+from iwopd_megatron.known_models import known_model
 from iwopd_megatron.plan_memory import Precision
 from iwopd_megatron.plan_model import ModelSize
 from iwopd_megatron.plan_time import Software
@@ -24,7 +24,7 @@ BF16_GRADIENTS = Precision(gradient=2)
 
 
 def qwen3(name: str) -> ModelSize:
-    return ModelSize.of(known_models()[name])
+    return ModelSize.of(known_model(name))
 
 
 MOE_30B, MOE_235B = qwen3("Qwen3-30B-A3B"), qwen3("Qwen3-235B-A22B")

@@ -19,6 +19,7 @@ from iwopd_megatron import hf_reference
 from iwopd_megatron.actor import Schedule
 from iwopd_megatron.config import Train
 from iwopd_megatron.config_models import Layout
+from iwopd_megatron.hf_config import read_hf_config
 from iwopd_megatron.hf_io import HfTensors, load_shards
 from iwopd_megatron.local_world import local_context, start_local
 from iwopd_megatron.model import build_model
@@ -26,13 +27,12 @@ from iwopd_megatron.objective import DistillationObjective
 from iwopd_megatron.optimizer import build_optimizer, wrap_data_parallel
 from iwopd_megatron.packing import Packer
 from iwopd_megatron.parallel import initialise
-from iwopd_megatron.preflight import read_hf_config
 from iwopd_megatron.weighting import token_weights
 
 FOLDER = Path("recipes/demo/student")
 TRAIN = Train(rounds=1000, lr=1e-5)
 SAMPLES = hf_reference.make_samples(
-    read_hf_config(FOLDER)["vocab_size"], [30 + i % 16 for i in range(64)], 0
+    read_hf_config(FOLDER).vocab_size, [30 + i % 16 for i in range(64)], 0
 )
 STEPS, WARM_UP = 30, 5
 

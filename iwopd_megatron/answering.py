@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_models import Model
-from iwopd_megatron.preflight import read_hf_config
 from iwopd_megatron.preflight_rollout import check_rollout
 from iwopd_megatron.recipe import parse_recipe
 
@@ -37,7 +36,8 @@ def answering_recipe(
         rollout["servers"]["start"] = max(1, recipe.rollout.servers.start)
     tree = {
         "student": {"hf": str(model.hf), "dtype": model.dtype}, "rollout": rollout,
-        "out": str(out), "data": {"train": written["data"]["train"]},
+        "out": str(out), "evaluate": written["evaluate"],
+        "data": {key: written["data"][key] for key in ("train", "enable_thinking")},
     }  # fmt: skip
     answering = parse_recipe(tree, "--engine")
     check_rollout(answering)
@@ -55,8 +55,7 @@ def answering_engine(
     folder = recipe.student.hf
     engine = make_engine(recipe, parallel, say)
     try:
-        is_tied = read_hf_config(folder).get("tie_word_embeddings", False)
-        engine.update(whole_tensors(folder, is_tied), 0)
+        engine.update(whole_tensors(folder), 0)
         yield engine
     finally:
         engine.close()

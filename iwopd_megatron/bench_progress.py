@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
+
+from iwopd_megatron.grading_pool import describe
+from iwopd_megatron.report_words import percent, percent_interval
 
 SECONDS_BETWEEN_LINES = 60  # where no bar can be drawn
 
@@ -55,29 +60,32 @@ class BenchProgress:
 
     def finish(self, name: str, result: dict[str, Any], seconds: float) -> None:
         count = result["problems"] * result["samples"]
-        self.say(f"{name}: {count} answers, {seconds:.1f} s")
+        trouble = describe(Counter(result["grading_trouble"]))
+        self.say(f"{name}: {count} answers, {seconds:.1f} s" + (f"; {trouble}" if trouble else ""))
 
     def table(self, results: dict[str, Any]) -> None:
         """Scores in per cent with 95 % intervals over problems."""
-        table = Table(title="per cent; [95 % bootstrap interval over problems]")
+        title = "Right answers in %; in brackets: 95 % bootstrap interval over problems"
+        table = Table(title=Text(title))
         for heading in ("benchmark", "problems", "samples", "mean@n", "best@n", "pass@k"):
             table.add_column(heading, justify="left" if heading == "benchmark" else "right")
-        for heading in ("truncated", "tokens"):
+        for heading in ("truncated (%)", "tokens"):
             table.add_column(heading, justify="right")
         for name, result in results.items():
+            has_best = result["samples"] > 1
             inner = [k for k in result["pass_at"] if 1 < int(k) < result["samples"]]
             table.add_row(
                 name + (" (greedy)" if result["greedy"] else ""),
                 str(result["problems"]),
                 str(result["samples"]),
-                _percent(result["mean"], result["mean_interval"]),
-                _percent(result["best"], result["best_interval"]) if result["samples"] > 1 else "",
-                "  ".join(f"@{k} {100 * result['pass_at'][k]:.1f}" for k in inner),
-                f"{100 * result['truncated']:.1f}",
+                _with_interval(result["mean"], result["mean_interval"]),
+                _with_interval(result["best"], result["best_interval"]) if has_best else "",
+                "  ".join(f"@{k} {percent(result['pass_at'][k])}" for k in inner),
+                percent(result["truncated"]),
                 f"{result['tokens']:.0f}",
             )
         self.console.print(table)
 
 
-def _percent(value: float, bounds: list[float]) -> str:
-    return f"{100 * value:.1f} \\[{100 * bounds[0]:.1f}, {100 * bounds[1]:.1f}]"
+def _with_interval(value: float, bounds: list[float]) -> Text:
+    return Text(f"{percent(value)} {percent_interval(bounds)}")

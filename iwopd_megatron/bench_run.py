@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +25,11 @@ from iwopd_megatron.answers import Answers, Place, write_whole
 from iwopd_megatron.bench_progress import BenchProgress
 from iwopd_megatron.benchmarks import Benchmark
 from iwopd_megatron.config import Recipe
-from iwopd_megatron.data import encode_prompt
-from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.evaluate import STREAM
-from iwopd_megatron.grading import check_graders, grade
-from iwopd_megatron.grading_pool import Answer
+from iwopd_megatron.grading import grade
+from iwopd_megatron.grading_pool import Answer, Grade
 from iwopd_megatron.parallel import Parallel
 from iwopd_megatron.pass_at_k import summarise
-from iwopd_megatron.preflight import read_hf_config
 from iwopd_megatron.rollout import Prompt, RolloutEngine, Sampling
 from iwopd_megatron.trajectory import Trajectory
 
@@ -42,7 +40,10 @@ ANSWER_CHARACTERS = 2000  # of a reference answer in samples.jsonl; a program's 
 
 @dataclass(frozen=True)
 class BenchRun:
-    """What `iwopd eval` was asked for; `recipe.student.hf` is the model, `model` its identity."""
+    """What `iwopd eval` was asked for; `recipe.student.hf` is the model, `model` its identity.
+
+    The benchmarks have their prompts.
+    """
 
     recipe: Recipe
     benchmarks: list[Benchmark]
@@ -74,8 +75,7 @@ def _run_one(
     progress: BenchProgress,
 ) -> dict[str, Any]:  # fmt: skip
     """Write and grade the answers to one benchmark that are not there yet."""
-    check_graders({problem.grader for problem in benchmark.problems})
-    places, prompts, sampling = _requests(run, benchmark, tokenizer)
+    places, prompts, sampling = _requests(run, benchmark)
     answers = Answers(run.out / benchmark.name, _settings(run, prompts, sampling))
     done = sum(place in answers.found for place in places)
     start = time.perf_counter()
@@ -89,18 +89,10 @@ def _run_one(
 
 
 def _requests(
-    run: BenchRun, benchmark: Benchmark, tokenizer: Any
+    run: BenchRun, benchmark: Benchmark
 ) -> tuple[list[Place], dict[int, list[int]], Sampling]:
     """All (problem, sample) places, the prompts by problem, and how their answers are drawn."""
-    prompts = {i: encode_prompt(tokenizer, p.prompt) for i, p in enumerate(benchmark.problems)}
-    room = read_hf_config(run.recipe.student.hf)["max_position_embeddings"]
-    longest = max(map(len, prompts.values()))
-    if longest + run.max_tokens > room:
-        raise RecipeError(
-            f"the longest prompt of {benchmark.name} ({longest} tokens) and --max-tokens "
-            f"{run.max_tokens} exceed the model's max_position_embeddings={room}; "
-            f"write --max-tokens {max(room - longest, 1)}."
-        )
+    prompts = dict(enumerate(benchmark.prompts))
     count = 1 if benchmark.is_greedy else run.samples
     temperature, top_p = (0.0, 1.0) if benchmark.is_greedy else (run.temperature, run.top_p)
     places = [(problem, sample) for sample in range(count) for problem in prompts]
@@ -160,6 +152,7 @@ def _score(
     grades = grades.reshape(len(benchmark.problems), -1)
     result = {"greedy": benchmark.is_greedy} | summarise(grades)
     result["truncated"] = float(numpy.mean([line["truncated"] for line in asked]))
+    result["grading_trouble"] = dict(Counter(x["trouble"] for x in asked if x.get("trouble")))
     result["tokens"] = float(numpy.mean([line["tokens"] for line in asked]))
     return result
 
@@ -173,15 +166,19 @@ def _grade(benchmark: Benchmark, answers: Answers, places: list[Place]) -> list[
     return [
         {"prompt": problem.prompt, "answer": problem.answer[:ANSWER_CHARACTERS]}
         | answer
-        | {"correct": grades.get(i, 0.0)}
+        | _line(grades.get(i, Grade(0.0)))
         for i, (problem, answer) in enumerate(found)
     ]
+
+
+def _line(grade: Grade) -> dict[str, Any]:
+    return {"correct": grade.right} | ({"trouble": grade.trouble} if grade.trouble else {})
 
 
 def _write(run: BenchRun, results: dict[str, Any]) -> None:
     figures = {
         "model": run.model["model"], "engine": run.recipe.rollout.engine, "seed": run.seed,
         "temperature": run.temperature, "top_p": run.top_p, "max_tokens": run.max_tokens,
-        "benchmarks": results,
+        "enable_thinking": run.recipe.thinks_in_evaluation, "benchmarks": results,
     }  # fmt: skip
     write_whole(run.out / "results.json", json.dumps(figures, indent=2) + "\n")

@@ -7,7 +7,7 @@ graded on one greedy answer, everything else on sampled ones.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from iwopd_megatron.config_data import Source
 from iwopd_megatron.data import Problem
 from iwopd_megatron.data_sources import read_source, resolve
 from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.prompts import Prompts
 
 TOY, TOY_PROBLEMS = "toy", 512
 _MATH = {"columns": {"question": "problem"}, "source": "math", "suffix": math_grader.SUFFIX}
@@ -33,14 +34,19 @@ EVALPLUS = {  # files, at the path in EvalPlus's own environment variable
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Problems, and whether one greedy answer each is what counts."""
+    """Problems, their prompts' ids, and whether one greedy answer each is what counts."""
 
     name: str
     problems: list[Problem]
+    prompts: list[list[int]] = field(default_factory=list)  # empty: not encoded yet
 
     @property
     def is_greedy(self) -> bool:
         return all(problem.grader == "code" for problem in self.problems)
+
+    def asked(self, prompts: Prompts) -> Benchmark:
+        """The same with its prompts."""
+        return replace(self, prompts=[prompts.encode(problem) for problem in self.problems])
 
 
 def load_benchmark(name: str, own: dict[str, Source]) -> Benchmark:
@@ -49,6 +55,11 @@ def load_benchmark(name: str, own: dict[str, Source]) -> Benchmark:
         rows = islice(toy_task.problems(toy_task.EVAL_SEED), TOY_PROBLEMS)
         return Benchmark(name, [Problem(**row) for row in rows])
     return Benchmark(name, read_source(_source(name, own))[0])
+
+
+def is_on_hub(name: str, own: dict[str, Source]) -> bool:
+    """Whether a benchmark is no file of this machine's."""
+    return own[name].path is None if name in own else name in HUB
 
 
 def with_path(name: str, path: Path, own: dict[str, Source]) -> Source:

@@ -18,10 +18,11 @@ import torch
 
 from iwopd_megatron import manifest
 from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.hf_config import read_hf_config
 from iwopd_megatron.hf_io import HfTensors
+from iwopd_megatron.hf_reference import hf_model
 from iwopd_megatron.manifest import DTYPES, Digest, entry
 from iwopd_megatron.pieces import LIMIT
-from iwopd_megatron.preflight import read_hf_config
 
 SMALL = 4 * 10**9
 ROWS, TOKENS = 4, 32  # the fixed batch
@@ -60,10 +61,13 @@ def read_side(path: Path, workers: int = 1) -> Side:
         if found is None:
             raise RecipeError(f"{path} has neither config.json nor {manifest.NAME}.")
         return Side(path, found["config"], found["tensors"])
-    config, tensors = manifest.essentials(read_hf_config(path)), HfTensors(path)
+    hf = read_hf_config(path)
+    tensors = HfTensors(path, scaled_dtype=getattr(torch, hf.dtype), with_tied_head=True)
     with ThreadPoolExecutor(max(1, workers)) as pool:
         entries = pool.map(lambda name: _hash(tensors, name), list(tensors))
-        return Side(path, config, dict(zip(tensors, entries, strict=True)), tensors)
+        return Side(
+            path, manifest.essentials(hf), dict(zip(tensors, entries, strict=True)), tensors
+        )
 
 
 def compare(a: Side, b: Side, tolerance: float = 0.0) -> Difference:
@@ -97,8 +101,6 @@ def compare(a: Side, b: Side, tolerance: float = 0.0) -> Difference:
 def _hash(tensors: HfTensors, name: str) -> dict[str, Any]:
     whole, digest = tensors[name], Digest()
     shape = whole.get_shape()
-    if whole.get_dtype() not in DTYPES:
-        raise RecipeError(f"{tensors.folder}: {name} is {whole.get_dtype()}, not a plain float.")
     size = math.prod(shape[1:]) * DTYPES[whole.get_dtype()].itemsize
     step = max(1, LIMIT // max(1, size))
     for first in range(0, shape[0], step):
@@ -138,17 +140,11 @@ def _largest_error(ours: Any, theirs: Any) -> float:
 @torch.no_grad()
 def _outputs(a: Path, b: Path, vocabulary: int) -> tuple[float, float]:
     """(largest difference of logits, mean KL) on a fixed batch, by transformers in fp32."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (ROWS, TOKENS), generator=generator)
     logits = []
     for path in (a, b):
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="eager"
-        )
+        model = hf_model(path, torch.float32)
         logits.append(model.eval()(ids).logits.double())
         del model
     ours, theirs = (x.log_softmax(-1) for x in logits)

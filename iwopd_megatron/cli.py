@@ -17,6 +17,7 @@ from iwopd_megatron import (
     cli_convert,
     cli_data,
     cli_eval,
+    cli_grade,
     cli_launch,
     cli_plan,
     cli_rehearse,
@@ -24,14 +25,20 @@ from iwopd_megatron import (
     cli_serve,
     doctor,
 )  # fmt: skip
+from iwopd_megatron.answer_end import check_answer_end
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_models import Layout
 from iwopd_megatron.errors import RecipeError, UserError
+from iwopd_megatron.hf_config import read_hf_config
 from iwopd_megatron.lock import locked
-from iwopd_megatron.preflight import check_layout, read_hf_config
+from iwopd_megatron.model_folder import check_weights
+from iwopd_megatron.preflight import check_layout
 from iwopd_megatron.preflight_resume import check_start
+from iwopd_megatron.preflight_start import check_before_start
+from iwopd_megatron.prompts import load_tokenizer
 from iwopd_megatron.quiet import quiet
 from iwopd_megatron.recipe import load_recipe
+from iwopd_megatron.training_set import load_training_set
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -49,6 +56,7 @@ for _command in (
     app.command()(_command)
 app.command()(cli_serve.serve_teacher)
 app.command("eval")(cli_eval.evaluate)
+app.add_typer(cli_grade.app, name="grade")
 Resume = Annotated[
     bool, typer.Option("--resume", help="go on from the newest checkpoint of the run folder")
 ]
@@ -87,10 +95,11 @@ def sft(recipe: RecipePath, overrides: Overrides = None, resume: Resume = False)
 
 
 def _train(recipe: Recipe, resume: bool) -> None:
+    (data,) = check_before_start([recipe])
     with _alone_in([recipe.out]):
         check_start(recipe, resume)
         worker = _workers()
-        sys.exit(worker.execute(recipe.world, worker.train, (recipe, resume)))
+        sys.exit(worker.execute(recipe.world, worker.train, (recipe, resume, data)))
 
 
 @contextlib.contextmanager
@@ -107,16 +116,14 @@ def examine(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Say what a recipe minimises, and which of its settings do nothing or not what they say."""
     loaded = load_recipe(recipe, overrides or [])
     print(f"objective: {doctor.objective_line(loaded)}.")
-    from transformers import AutoTokenizer
-
-    from iwopd_megatron.training_set import load_training_set
-
-    found = load_training_set(loaded, AutoTokenizer.from_pretrained(loaded.student.hf))
+    tokenizer = load_tokenizer(loaded.student.hf)
+    ends = check_answer_end(loaded.student.hf, tokenizer, is_taught=not loaded.is_distilling)
+    found = load_training_set(loaded, tokenizer)
     limit, dropped = loaded.rollout.max_prompt_tokens, found.too_long
     kept = len(found.problems)
     print(f"data: {kept} prompts of at most {limit} tokens, {dropped} longer ones left out.")
-    notes = doctor.findings(loaded) + doctor.long_prompts(dropped, kept + dropped, limit)
-    for note in notes:
+    notes = doctor.findings(loaded) + ends + found.notes
+    for note in notes + doctor.long_prompts(dropped, kept + dropped, limit):
         print(f"note: {note}")
 
 
@@ -147,6 +154,7 @@ def parity(
         raise RecipeError("parity starts its own processes; run it without torchrun.")
     layout = Layout(tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, cp=cp)
     hf = read_hf_config(folder)
+    check_weights(folder, hf)
     check_layout(layout, hf, "parity")
     worker = _workers()
     from iwopd_megatron import hf_reference
@@ -155,7 +163,7 @@ def parity(
 
     lengths = [24, 16, 32, 20, 28, 12, 24, 32] if packed else [32] * 8
     dtype = "bf16" if bf16 else "fp32"
-    samples = hf_reference.make_samples(hf["vocab_size"], lengths, hf.get("pad_token_id"))
+    samples = hf_reference.make_samples(hf.vocab_size, lengths, hf.pad_token_id)
     reference = hf_reference.compute_reference(folder, samples, bf16)
     queue = local_context().SimpleQueue()
     budget = 96 if packed else 32

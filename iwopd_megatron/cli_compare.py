@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,7 @@ from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.launch import make_job, new_folder
 from iwopd_megatron.lock import locked
 from iwopd_megatron.preflight_resume import check_resume
+from iwopd_megatron.preflight_start import check_before_launch, check_before_start
 from iwopd_megatron.quiet import quiet
 
 
@@ -55,8 +57,17 @@ def compare(
     for arm in arms if resume else []:
         check_resume(arm.recipe)
     if cluster is None:
-        sys.exit(_run(arms, out, resume))
+        sys.exit(_run(_with_data(arms, resume), out, resume))
     sys.exit(_submit(arms, out, cluster, dryrun))
+
+
+def _with_data(arms: list, resume: bool) -> list:
+    """The arms that are still to be run with their data, which is good."""
+    from iwopd_megatron.compare import is_finished
+
+    todo = [arm for arm in arms if not (resume and is_finished(arm))]
+    found = dict(zip(map(id, todo), check_before_start([a.recipe for a in todo]), strict=True))
+    return [replace(arm, data=found.get(id(arm))) for arm in arms]
 
 
 def _run(arms: list, out: Path, resume: bool) -> int:
@@ -72,7 +83,8 @@ def _run(arms: list, out: Path, resume: bool) -> int:
     if code == 0 and is_main:
         from iwopd_megatron.compare import print_table, write_summary
         from iwopd_megatron.report import write_report
-        from iwopd_megatron.report_data import find_runs, summarise
+        from iwopd_megatron.report_data import find_runs
+        from iwopd_megatron.report_summary import summarise
 
         summary = summarise(find_runs([out]))
         write_summary(out, summary)
@@ -88,6 +100,8 @@ def _submit(arms: list, out: Path, cluster: str, dryrun: bool) -> int:
     profile = load_profile(cluster)
     open_arms = [arm for arm in arms if not is_finished(arm)]
     for arm in open_arms:
+        for note in check_before_launch(arm.recipe):
+            print(f"note: {note}")
         make_job(arm.recipe, profile, new_folder(arm.recipe))
     for arm in open_arms:
         print(f"{arm.name} seed {arm.seed}:")

@@ -38,8 +38,9 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(help="torch_dist checkpoint of any layout")],
     out: Annotated[Path, typer.Argument(help="Hugging Face folder to write")],
     hf: Annotated[
-        Path, typer.Option(help="folder with the model's config.json and tokenizer; no weights")
-    ],
+        Path | None,
+        typer.Option(help="folder with config.json and tokenizer, instead of the checkpoint's own"),
+    ] = None,
     workers: Workers = 2,
     force: Force = False,
 ) -> None:

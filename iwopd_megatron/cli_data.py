@@ -11,8 +11,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from iwopd_megatron.answer_end import check_answer_end
+from iwopd_megatron.prompts import load_tokenizer
 from iwopd_megatron.quiet import quiet
 from iwopd_megatron.recipe import load_recipe
+from iwopd_megatron.run_data import (
+    check_problems,
+    check_training,
+    encode_evaluation,
+    read_evaluation,
+)
+from iwopd_megatron.training_set import encode_rows, read_training_rows
 
 SHOWN = 3
 PERCENTILES = (50, 90, 99, 100)
@@ -25,17 +34,19 @@ def data(
     """Print what a recipe trains on: counts, lengths, what is left out, three prompts."""
     quiet()
     loaded = load_recipe(recipe, overrides or [])
-    from transformers import AutoTokenizer
-
-    from iwopd_megatron.training_set import load_training_set
-
-    tokenizer = AutoTokenizer.from_pretrained(loaded.student.hf)
-    found = load_training_set(loaded, tokenizer, examine=True)
+    rows = read_training_rows(loaded, examine=True)
+    check_problems(loaded, rows.problems)
+    evaluated = read_evaluation(loaded)
+    tokenizer = load_tokenizer(loaded.student.hf)
+    ends = check_answer_end(loaded.student.hf, tokenizer, not loaded.is_distilling)
+    found = encode_rows(loaded, rows, tokenizer)
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     limit = loaded.rollout.max_prompt_tokens
     console.print(_counts(found.counts, limit))
     _explain(console, loaded.data)
-    found.check(limit)
+    for note in ends + check_training(loaded, found, tokenizer):
+        console.print(f"note: {escape(note)}", soft_wrap=True)
+    encode_evaluation(loaded, *evaluated, tokenizer)
     order = found.order(loaded.train.seed, loaded.data.shuffle)
     a_round = loaded.train.prompts_per_round
     console.print(

@@ -11,15 +11,18 @@ from typing import Annotated, Any
 
 import typer
 
+from iwopd_megatron.answer_end import check_answer_end
 from iwopd_megatron.answering import answering_recipe
 from iwopd_megatron.benchmarks import load_benchmark, with_path
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_data import Source
 from iwopd_megatron.config_models import Model
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.preflight import check_model_files, read_hf_config
+from iwopd_megatron.model_folder import check_model
+from iwopd_megatron.prompts import load_tokenizer
 from iwopd_megatron.quiet import quiet
 from iwopd_megatron.recipe import load_recipe, parse_recipe
+from iwopd_megatron.run_data import asked
 
 MAX_TOKENS = 16384
 
@@ -61,13 +64,18 @@ def evaluate(
         model = Model(hf=folder, dtype=recipe.student.dtype)
         evaluated = answering_recipe(recipe, model, out or default_out, engine, top_p)
         names = list(dict.fromkeys(bench.split(",")))
-        benchmarks = [load_benchmark(name, own) for name in names]
+        limit = max_tokens or recipe.rollout.max_response_tokens
+        found = [load_benchmark(name, own) for name in names]
+        tokenizer = load_tokenizer(folder)
+        for note in check_answer_end(folder, tokenizer):
+            print(f"note: {note}", file=sys.stderr)
+        benchmarks = asked(evaluated, found, limit, "--max-tokens {}", tokenizer)
         from iwopd_megatron import worker
         from iwopd_megatron.bench_run import BenchRun
 
         run = BenchRun(
-            evaluated, benchmarks, identity, out or default_out, samples,
-            max_tokens or recipe.rollout.max_response_tokens, temperature, top_p, seed,
+            evaluated, benchmarks, identity, out or default_out, samples, limit, temperature,
+            top_p, seed,
         )  # fmt: skip
         print(f"model: {identity['model']}; results: {run.out}", flush=True)
         sys.exit(worker.execute(1, worker.evaluate, (run,)))
@@ -137,8 +145,7 @@ def _plain_recipe(folder: Path, overrides: list[str]) -> Recipe:
     """The defaults around a model folder; overrides as for a recipe."""
     from iwopd_megatron.recipe import apply_override
 
-    check_model_files(folder, weights=True)
-    room = read_hf_config(folder)["max_position_embeddings"]
+    room = check_model(folder).context_length
     tree: dict[str, Any] = {
         "out": "runs/eval", "student": {"hf": str(folder)}, "data": {"train": "unused"},
         "rollout": {"max_response_tokens": min(MAX_TOKENS, room)},

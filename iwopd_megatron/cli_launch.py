@@ -16,6 +16,7 @@ from iwopd_megatron.config_profile import Profile, load_profile
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.launch import make_job, new_folder, newest_folder, write_job
 from iwopd_megatron.preflight_resume import check_start
+from iwopd_megatron.preflight_start import check_before_launch
 from iwopd_megatron.recipe import load_recipe, read_recipe
 from iwopd_megatron.roles import Job
 
@@ -48,6 +49,8 @@ def launch(
         print(f"note: {loaded.student.hf} is not on this machine; models and data are unchecked.")
     else:
         loaded = load_recipe(recipe, overrides or [])
+        for note in check_before_launch(loaded):
+            print(f"note: {note}")
     check_start(loaded, resume)
     code = submit(loaded, profile, dryrun)
     if not dryrun and profile.is_waiting:

@@ -8,13 +8,19 @@ from typing import Annotated
 
 import typer
 
+from iwopd_megatron.answer_end import check_answer_end
 from iwopd_megatron.answering import answering_recipe
+from iwopd_megatron.benchmarks import Benchmark
 from iwopd_megatron.config import Recipe
+from iwopd_megatron.config_data import Source
 from iwopd_megatron.config_models import Model
+from iwopd_megatron.data_sources import read_source
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.preflight import check_model_files
+from iwopd_megatron.model_folder import check_model
+from iwopd_megatron.prompts import load_tokenizer
 from iwopd_megatron.quiet import quiet
 from iwopd_megatron.recipe import load_recipe
+from iwopd_megatron.run_data import asked
 
 
 def report(
@@ -24,13 +30,21 @@ def report(
         typer.Option(help="folder of report.html; default: the only one, else runs/report"),
     ] = None,
 ) -> None:
-    """Draw report.html of runs or comparisons, several in one page."""
+    """Draw report.html of runs or comparisons, several in one page.
+
+    Its table and what was found are printed too, on stderr; stdout is the page's path.
+    """
+    from iwopd_megatron.compare import print_table
     from iwopd_megatron.report import write_report
+    from iwopd_megatron.report_data import find_runs
+    from iwopd_megatron.report_summary import summarise
 
     for folder in folders:
         if not folder.is_dir():
             raise RecipeError(f"{folder} is no folder; give a run folder, a recipe's 'out'.")
-    print(write_report(folders, out or (folders[0] if len(folders) == 1 else Path("runs/report"))))
+    page = write_report(folders, out or (folders[0] if len(folders) == 1 else Path("runs/report")))
+    print_table(summarise(find_runs(folders)), sys.stderr)
+    print(page)
 
 
 def prefixes(
@@ -62,7 +76,7 @@ def prefixes(
     student = run / "hf" if trained else recipe.student.hf
     if trained and not (student / "config.json").is_file():
         raise RecipeError(f"{run} has no trained student yet; leave out --trained, or finish it.")
-    check_model_files(student, weights=True)
+    check_model(student)
     fractions = _fractions(at)
     writers = _writers(recipe, run, student, engine)
     if processes > 1 and writers[0].rollout.engine != "hf":
@@ -71,10 +85,18 @@ def prefixes(
             "rollout.servers.start in the run's recipe for several servers."
         )
     quiet()
+    first = Benchmark("data.eval", read_source(Source(path=recipe.data.eval))[0][:problems])
+    limit = recipe.rollout.max_response_tokens
+    tokenizer = load_tokenizer(student)
+    for note in check_answer_end(student, tokenizer):
+        print(f"note: {note}", file=sys.stderr)
+    setting = "rollout.max_response_tokens={}"
+    (benchmark,) = asked(writers[0], [first], limit, setting, tokenizer)
     from iwopd_megatron import worker
     from iwopd_megatron.continuations import PrefixStudy
 
-    study = PrefixStudy(recipe, *writers, fractions, problems, samples, run)
+    study = PrefixStudy(recipe, *writers, fractions, benchmark, samples, run)
+    study.shares()
     code = worker.execute(processes, worker.continue_prefixes, (study,))
     if code == 0:
         print(run / "prefixes.json")
@@ -87,7 +109,7 @@ def _check(recipe: Recipe, run: Path) -> None:
     if not recipe.named_teachers:
         raise RecipeError(f"{run}/recipe.yaml has no teacher to continue with.")
     for teacher in recipe.named_teachers.values():
-        check_model_files(teacher.hf, weights=True)
+        check_model(teacher.hf)
 
 
 def _writers(

@@ -5,29 +5,34 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.recipe import load_recipe
+from iwopd_megatron.report_arms import arm_table
+from iwopd_megatron.report_finding import findings
+from iwopd_megatron.report_words import ARM_IDS
+from iwopd_megatron.run_data import RunData
 from iwopd_megatron.runlog import read_metrics
-
-ARM_NAMES = {"uniform": "opd"}  # uniform token weights are plain OPD
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One run of a comparison."""
+    """One run of a comparison; `data` once it is loaded."""
 
     name: str
     seed: int
     recipe: Recipe
+    data: RunData | None = None
 
 
 def plan_arms(recipe: Path, overrides: list[str], vary: str, seeds: int, out: Path) -> list[Arm]:
@@ -37,9 +42,9 @@ def plan_arms(recipe: Path, overrides: list[str], vary: str, seeds: int, out: Pa
         raise RecipeError(
             f"--vary '{vary}' is not KEY=VALUE,VALUE; write e.g. loss.weighting.rule=uniform,iw."
         )
+    names = _arm_ids(values.split(","), vary)
     arms = []
-    for seed, value in itertools.product(range(1, seeds + 1), values.split(",")):
-        name = ARM_NAMES.get(value, value)
+    for seed, (name, value) in itertools.product(range(1, seeds + 1), names.items()):
         own = [f"{key}={value}", f"train.seed={seed}", f"out={out / name / f'seed_{seed}'}"]
         arms.append(Arm(name, seed, load_recipe(recipe, [*overrides, *own])))
         if arms[-1].recipe.student.parallel != arms[0].recipe.student.parallel:
@@ -48,6 +53,21 @@ def plan_arms(recipe: Path, overrides: list[str], vary: str, seeds: int, out: Pa
                 "compare layouts with separate runs and 'iwopd report'."
             )
     return arms
+
+
+def _arm_ids(values: list[str], vary: str) -> dict[str, str]:
+    """Folder name of each arm -> its value; one level deep, whatever the value is."""
+    names: dict[str, str] = {}
+    for value in values:
+        name = re.sub(r"[^\w.+-]+", "_", ARM_IDS.get(value, value)).strip("_.") or "empty"
+        if name in names:
+            same = "twice" if names[name] == value else f"beside '{names[name]}'"
+            raise RecipeError(
+                f"--vary '{vary}' has '{value}' {same}, and each arm has a folder of its own, "
+                f"here {name}; name values that differ."
+            )
+        names[name] = value
+    return names
 
 
 def write_summary(out: Path, summary: dict[str, Any]) -> Path:
@@ -59,37 +79,23 @@ def write_summary(out: Path, summary: dict[str, Any]) -> Path:
     return path
 
 
-def print_table(summary: dict[str, Any]) -> None:
-    """Print both arms of `report.summarise` as a table: means over seeds, +- standard errors."""
-    table = Table(title="accuracy: mean over seeds ± standard error")
-    for heading in (
-        "arm",
-        "seeds",
-        "start",
-        "step 10",
-        "final",
-        "final against OPD, paired",
-        "area under curve, paired",
-    ):
-        table.add_column(heading, justify="left" if heading == "arm" else "right")
-    for name, arm in summary["arms"].items():
-        paired = summary["paired"].get(name, {})
-        table.add_row(
-            name,
-            str(len(arm["seeds"])),
-            _plus_minus(arm["accuracy_start"]),
-            _plus_minus(arm["accuracy_step10"], arm["stderr_step10"]),
-            _plus_minus(arm["accuracy_final"], arm["stderr"]),
-            _plus_minus(paired.get("final"), paired.get("final_stderr"), "+"),
-            _plus_minus(paired.get("auc"), paired.get("auc_stderr"), "+"),
-        )
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+def print_table(summary: dict[str, Any], file: TextIO | None = None) -> None:
+    """Print what was found, and the arms of `report_summary.summarise`, as the page has them.
 
-
-def _plus_minus(value: float | None, error: float | None = None, sign: str = "") -> str:
-    if value is None:
-        return "-"
-    return f"{value:{sign}.3f}" + (f" ± {error:.3f}" if error is not None else "")
+    file: default stdout.
+    """
+    shown = arm_table(summary)
+    stream = file or sys.stdout
+    console = Console(file=stream, width=None if stream.isatty() else 140, highlight=False)
+    table = Table()
+    for number, heading in enumerate(shown.headings):
+        table.add_column(Text(heading), justify="right" if number else "left", overflow="fold")
+    for row in shown.rows:
+        table.add_row(*(Text("\n".join(filter(None, cell))) for cell in row))
+    for sentence in findings(summary):
+        console.print(Text(sentence))
+    console.print(table)
+    console.print(Text(shown.note))
 
 
 def is_finished(arm: Arm) -> bool:

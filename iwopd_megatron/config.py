@@ -53,6 +53,9 @@ class Evaluate(Section):
     )
     samples: PositiveInt = Field(1, description="answers a problem; programs get one, greedy")
     temperature: float = Field(1.0, ge=0, description="0 is greedy")
+    enable_thinking: bool | None = Field(
+        None, description="as data.enable_thinking, for evaluation; default: what that says"
+    )
 
 
 class Checkpoint(Section):
@@ -131,6 +134,11 @@ class Recipe(Section):
     @property
     def is_distilling(self) -> bool:
         return self.teacher is not None or bool(self.teachers)
+
+    @property
+    def thinks_in_evaluation(self) -> bool:
+        own = self.evaluate.enable_thinking
+        return self.data.enable_thinking if own is None else own
 
     @property
     def named_teachers(self) -> dict[str, Teacher]:

@@ -23,7 +23,8 @@ class Source(Section):
     columns: dict[str, str] = Field(
         {},
         description="where question, answer, difficulty, source and response are if not under "
-        "their own names; dots reach inside, e.g. answer: reward_model.ground_truth",
+        "their own names; dots reach inside, e.g. answer: reward_model.ground_truth; a question "
+        "is a text or a list of messages",
     )
     where: dict[str, Any] = Field({}, description="only rows with these values, e.g. ability: code")
     source: str | None = Field(
@@ -31,8 +32,8 @@ class Source(Section):
     )
     grader: str | None = Field(None, description="math, code, ...; default: the problem's source")
     min_difficulty: float | None = Field(None, description="easier problems are left out")
-    prefix: str = Field("", description="goes before every question")
-    suffix: str = Field("", description="goes after every question")
+    prefix: str = Field("", description="goes before every question, the user's last message")
+    suffix: str = Field("", description="goes after it")
     share: float | None = Field(
         None,
         gt=0,
@@ -62,6 +63,11 @@ class Data(Section):
         "or a list of sources",
     )
     eval: Path | None = Field(None, description="JSONL of held-out problems")
+    enable_thinking: bool = Field(
+        False,
+        description="passed to the chat template of every prompt; off, as in the paper, Qwen3's "
+        "opens and closes the thinking part itself",
+    )
     shuffle: bool = Field(True, description="a new order every epoch; false: the order of the file")
     held_out: list[str] = Field(
         [],

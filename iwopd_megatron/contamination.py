@@ -1,6 +1,7 @@
 """Questions asked twice, and questions that a held-out set also has: 13 words in a row in common.
 
-Words are runs of letters and digits in lower case; a question of fewer words counts as a whole.
+Words are runs of letters and digits in lower case; a question of fewer words counts as a whole. Of
+a row of messages all must be the same to be asked twice; all that the user says is a question.
 """
 
 from __future__ import annotations
@@ -16,19 +17,24 @@ _WORD = re.compile(r"[^\W_]+")
 
 def duplicates(problems: list[Problem]) -> list[bool]:
     """Whether an earlier problem asks the same, blanks aside."""
-    seen: set[str] = set()
+    seen: set[tuple[tuple[str, str], ...]] = set()
     out = []
     for problem in problems:
-        text = " ".join(problem.question.split())
-        out.append(text in seen)
-        seen.add(text)
+        key = tuple((role, " ".join(text.split())) for role, text in problem.texts)
+        out.append(key in seen)
+        seen.add(key)
     return out
 
 
 def contaminated(problems: list[Problem], held_out: Iterable[Problem]) -> list[bool]:
     """Whether a problem shares an n-gram with a held-out one."""
-    known = {gram for problem in held_out for gram in _grams(problem.question)}
-    return [not known.isdisjoint(_grams(problem.question)) for problem in problems]
+    known = {gram for problem in held_out for gram in _problem_grams(problem)}
+    return [not known.isdisjoint(_problem_grams(problem)) for problem in problems]
+
+
+def _problem_grams(problem: Problem) -> set[tuple[str, ...]]:
+    said = [text for role, text in problem.texts if role == "user"]
+    return set().union(*map(_grams, said))
 
 
 def _grams(text: str) -> set[tuple[str, ...]]:

@@ -18,8 +18,10 @@ from typing import Any
 import torch
 
 from iwopd_megatron import lock
+from iwopd_megatron.hf_config import HfConfig
+from iwopd_megatron.hf_shapes import hf_shape
 from iwopd_megatron.manifest import DTYPE_NAMES, Digest, entry
-from iwopd_megatron.mapping import Block, hf_shape
+from iwopd_megatron.mapping import Block
 from iwopd_megatron.rawfile import UNFINISHED, return_large_blocks
 
 Tensors = dict[str, dict[str, Any]]  # manifest entries by Hugging Face name
@@ -76,7 +78,7 @@ def run(
     plan: list[tuple[Block, list]],
     write: Callable[[Block, list], Parts],
     written: Callable[[Block, list], Parts],
-    hf: dict[str, Any],
+    hf: HfConfig,
     record: Record,
     workers: int,
 ) -> Tensors:
@@ -107,7 +109,7 @@ def run(
     return found
 
 
-def _entries(block: Block, parts: Parts, hf: dict[str, Any]) -> Tensors:
+def _entries(block: Block, parts: Parts, hf: HfConfig) -> Tensors:
     """Manifest entries of a block's tensors from all their rows."""
     digests, dtypes = {name: Digest() for name in block.hf_names}, {}
     for name, part in parts:

@@ -18,13 +18,12 @@ from transformers import AutoTokenizer
 
 from iwopd_megatron.answering import answering_engine
 from iwopd_megatron.answers import write_whole
+from iwopd_megatron.benchmarks import Benchmark
 from iwopd_megatron.config import Recipe
-from iwopd_megatron.config_data import Source
-from iwopd_megatron.data import Problem, encode_prompt
-from iwopd_megatron.data_sources import read_source
+from iwopd_megatron.data import Problem
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.evaluate import STREAM, grade_samples
-from iwopd_megatron.grading import check_graders
+from iwopd_megatron.grading_pool import count_trouble, describe
 from iwopd_megatron.parallel import Parallel
 from iwopd_megatron.pass_at_k import summarise
 from iwopd_megatron.rollout import Prompt, RolloutEngine, Sampling
@@ -38,14 +37,14 @@ FILE = "prefixes.json"
 class PrefixStudy:
     """What is asked. `recipe` is the run's; `student` and `teachers` only write answers.
 
-    teachers: by the source of their problems, "" for all.
+    teachers: by the source of their problems, "" for all; benchmark: with its prompts.
     """
 
     recipe: Recipe
     student: Recipe
     teachers: dict[str, Recipe]
     fractions: list[float]
-    problems: int
+    benchmark: Benchmark
     samples: int
     out: Path
 
@@ -53,23 +52,36 @@ class PrefixStudy:
     def limit(self) -> int:
         return self.recipe.rollout.max_response_tokens
 
+    def shares(self) -> list[tuple[str, Recipe, list[int]]]:
+        """Every teacher with the places of the problems of its source."""
+        problems = self.benchmark.problems
+        for problem in problems:
+            if not self.teachers.keys() & {"", problem.source}:
+                raise RecipeError(
+                    f"data.eval: no teacher is for source '{problem.source}' "
+                    f"(teachers: {', '.join(self.teachers)})."
+                )
+        shares = [
+            ("teacher", writer, [i for i, p in enumerate(problems) if source in ("", p.source)])
+            for source, writer in self.teachers.items()
+        ]
+        return [share for share in shares if share[2]]
+
 
 def study_prefixes(study: PrefixStudy, parallel: Parallel, say: Callable[[str], None]) -> None:
     """Write out/prefixes.json. Collective; prompts are dealt to the ranks."""
-    recipe = study.recipe
-    problems = read_source(Source(path=recipe.data.eval))[0][: study.problems]
-    check_graders({problem.grader for problem in problems})
+    problems = study.benchmark.problems
     tokenizer = AutoTokenizer.from_pretrained(study.student.student.hf)
-    writers = [("student", study.student, list(range(len(problems)))), *_teachers(study, problems)]
+    writers = [("student", study.student, list(range(len(problems)))), *study.shares()]
     shape = len(study.fractions), len(problems), study.samples
     grades = {"student": numpy.zeros(shape), "teacher": numpy.zeros(shape)}
     whole: list[Trajectory] = []
     for who, writer, own in writers:  # one at a time is in memory, the student first
         with answering_engine(writer, parallel, say) as engine:
-            whole = whole or _answers(engine, study, problems, tokenizer)
+            whole = whole or _answers(engine, study)
             for point, fraction in enumerate(study.fractions):
                 prefixes = {i: cut(whole[i], fraction) for i in own}
-                found = _continue(engine, study, prefixes, problems, tokenizer)
+                found = _continue(engine, study, prefixes, problems, tokenizer, say)
                 grades[who][point, own] = found
                 say(
                     f"{writer.student.hf.name} from {fraction:.0%} of the student's answers to "
@@ -77,21 +89,6 @@ def study_prefixes(study: PrefixStudy, parallel: Parallel, say: Callable[[str], 
                 )
     if parallel.is_main:
         _write(study, whole, grades)
-
-
-def _teachers(study: PrefixStudy, problems: list[Problem]) -> list[tuple[str, Recipe, list[int]]]:
-    """Every teacher with the problems of its source."""
-    for problem in problems:
-        if not study.teachers.keys() & {"", problem.source}:
-            raise RecipeError(
-                f"data.eval: no teacher is for source '{problem.source}' "
-                f"(teachers: {', '.join(study.teachers)})."
-            )
-    shares = [
-        ("teacher", writer, [i for i, p in enumerate(problems) if source in ("", p.source)])
-        for source, writer in study.teachers.items()
-    ]
-    return [share for share in shares if share[2]]
 
 
 def _write(study: PrefixStudy, whole: list[Trajectory], grades: dict[str, numpy.ndarray]) -> None:
@@ -124,18 +121,16 @@ def joined(prefix: Trajectory, rest: Trajectory) -> Trajectory:
     return replace(prefix, response_ids=ids, truncated=rest.truncated)
 
 
-def _answers(
-    engine: RolloutEngine, study: PrefixStudy, problems: list[Problem], tokenizer: Any
-) -> list[Trajectory]:
+def _answers(engine: RolloutEngine, study: PrefixStudy) -> list[Trajectory]:
     """The student's whole answers, one a problem."""
-    prompts = [Prompt(i, encode_prompt(tokenizer, p.prompt)) for i, p in enumerate(problems)]
+    prompts = [Prompt(i, ids) for i, ids in enumerate(study.benchmark.prompts)]
     temperature = study.recipe.evaluate.temperature
     return engine.generate(prompts, Sampling(study.limit, temperature, stream=PREFIX_STREAM))
 
 
 def _continue(
     engine: RolloutEngine, study: PrefixStudy, prefixes: dict[int, Trajectory],
-    problems: list[Problem], tokenizer: Any,
+    problems: list[Problem], tokenizer: Any, say: Callable[[str], None],
 ) -> numpy.ndarray:  # fmt: skip
     """Grades `[prefixes, samples]` of the answers that go on from them. prefixes: by problem."""
     pairs = [(i, prefix) for i, prefix in prefixes.items() for _ in range(study.samples)]
@@ -151,4 +146,6 @@ def _continue(
     rests = engine.generate(prompts, Sampling(study.limit, temperature, stream=STREAM))
     whole = [joined(prefix, rest) for (_, prefix), rest in zip(pairs, rests, strict=True)]
     grades = grade_samples(whole, [problems[i] for i, _ in pairs], tokenizer)
-    return numpy.array(grades).reshape(len(prefixes), study.samples)
+    if trouble := count_trouble(grades):
+        say(describe(trouble))
+    return numpy.array([grade.right for grade in grades]).reshape(len(prefixes), study.samples)

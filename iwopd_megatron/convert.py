@@ -11,14 +11,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from iwopd_megatron import manifest, pieces, safetensors_file, torch_dist
+import torch
+
+from iwopd_megatron import companions, manifest, pieces, safetensors_file, torch_dist
+from iwopd_megatron.companions import copy_companions, template_of
 from iwopd_megatron.continuation import Parts, Record, identity, run
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.hf_io import HfTensors, copy_companions
-from iwopd_megatron.manifest import DTYPE_NAMES, DTYPES, Digest, entry
-from iwopd_megatron.mapping import Block, blocks, hf_shape
+from iwopd_megatron.hf_config import HfConfig, read_hf_config
+from iwopd_megatron.hf_io import HfTensors
+from iwopd_megatron.hf_shapes import EMBEDDING, HEAD, hf_shape
+from iwopd_megatron.manifest import DTYPE_NAMES, DTYPES
+from iwopd_megatron.mapping import Block, blocks
+from iwopd_megatron.model_folder import check_weights
 from iwopd_megatron.pieces import Piece, cut
-from iwopd_megatron.preflight import read_hf_config
 from iwopd_megatron.rawfile import check_free, complete_folder
 from iwopd_megatron.safetensors_file import SafetensorsWriter
 from iwopd_megatron.torch_dist import (
@@ -31,8 +36,6 @@ from iwopd_megatron.torch_dist import (
     stacked_shape,
 )
 from iwopd_megatron.torch_dist_reader import Reader
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def hf_to_megatron(
@@ -49,12 +52,13 @@ def hf_to_megatron(
     """
     if names not in ("native", "te"):
         raise RecipeError(f"names={names} is unknown; write native or te.")
-    hf, tensors = read_hf_config(source), HfTensors(source)
+    hf = read_hf_config(source)
+    check_weights(source, hf)
+    tensors = HfTensors(source, scaled_dtype=getattr(torch, hf.dtype), with_tied_head=True)
     before = manifest.read(source)
     manifest.verify_config(before, hf, source)
     check_free(out, 0, force, (source,))
     all_blocks = list(blocks(hf, names))
-    is_twice = _check_names(tensors, all_blocks, hf)
     writer, plan = _plan_import(tensors, all_blocks, hf)
     writer.add_objects(object_keys(hf, names))
 
@@ -75,38 +79,17 @@ def hf_to_megatron(
         record = Record(folder, identity(source, names=names, limits=limits), say)
         writer.open(folder)
         found = run(plan, write, written, hf, record, workers)
-        if is_twice:
-            found[HEAD] = _same_head(tensors, found[EMBEDDING], source)
+        if hf.tie_word_embeddings and HEAD in tensors:
+            found[HEAD] = found[EMBEDDING]
         manifest.verify_tensors(before, found, source)
         manifest.write(folder, hf, found)
+        copy_companions(source, folder / companions.FOLDER)
         writer.finish(METADATA)
     return {"tensors": len(found), "bytes": writer.nbytes, "kept": record.kept}
 
 
-def _check_names(tensors: HfTensors, all_blocks: list[Block], hf: dict[str, Any]) -> bool:
-    """Refuse missing and extra tensors; True if a tied model stores its head as well."""
-    wanted = {name for block in all_blocks for name in block.hf_names}
-    is_twice = bool(hf.get("tie_word_embeddings")) and HEAD in tensors
-    extra = sorted(set(tensors) - wanted - ({HEAD} if is_twice else set()))
-    if extra:
-        raise RecipeError(
-            f"{tensors.folder} has the tensor '{extra[0]}', which its config.json does not imply."
-        )
-    for name in sorted(wanted | ({HEAD} if is_twice else set())):
-        shape, dtype = tuple(tensors[name].get_shape()), tensors[name].get_dtype()
-        if shape != hf_shape(name, hf):
-            raise RecipeError(
-                f"{tensors.folder}: {name} is {shape}, config.json implies {hf_shape(name, hf)}."
-            )
-        if dtype not in DTYPES:
-            raise RecipeError(
-                f"{tensors.folder}: {name} is {dtype}; only {', '.join(DTYPES)} can be converted."
-            )
-    return is_twice
-
-
 def _plan_import(
-    tensors: HfTensors, all_blocks: list[Block], hf: dict[str, Any]
+    tensors: HfTensors, all_blocks: list[Block], hf: HfConfig
 ) -> tuple[Writer, list[tuple[Block, list[tuple[Piece, Slot]]]]]:
     """A slot of the checkpoint for every piece. A global tensor has one dtype."""
     writer, plan = Writer(), []
@@ -130,34 +113,23 @@ def _plan_import(
     return writer, plan
 
 
-def _same_head(tensors: HfTensors, embedding: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The entry of a tied model's stored head, which must be its embedding."""
-    digest = Digest()
-    digest.update(tensors[HEAD][:])
-    head = entry(embedding["shape"], tensors[HEAD].get_dtype(), digest.hex())
-    if head != embedding:
-        raise RecipeError(
-            f"{folder}: {HEAD} differs from {EMBEDDING} although config.json ties them; "
-            "write tie_word_embeddings=false there, or remove it."
-        )
-    return head
-
-
 def megatron_to_hf(
     source: Path,
     out: Path,
-    template: Path,
+    template: Path | None = None,
     workers: int = 1,
     force: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Write a Hugging Face folder of a checkpoint, with the template's configs and tokenizer.
 
+    Without a template, with those that the checkpoint carries (`companions.FOLDER`).
     The checkpoint may come from any layout, with or without optimiser states. Returns what
     `hf_to_megatron` does; RecipeError if it does not fit the template's config.json or its own
     manifest.
     """
-    hf, reader = read_hf_config(template), Reader(source)
+    reader, template = Reader(source), template_of(source, template)
+    hf = read_hf_config(template)
     before = manifest.read(source)
     manifest.verify_config(before, hf, template)
     check_free(out, 0, force, (source, template))
@@ -170,7 +142,7 @@ def megatron_to_hf(
     for block in all_blocks:
         for name in block.hf_names:
             writer.add(name, hf_shape(name, hf), DTYPE_NAMES[reader.dtype(block.key)])
-    if hf.get("tie_word_embeddings") and before is not None and HEAD in before["tensors"]:
+    if hf.tie_word_embeddings and before is not None and HEAD in before["tensors"]:
         writer.add_copy(HEAD, EMBEDDING)
     plan = [(block, list(cut(block, hf, reader.dtype(block.key).itemsize))) for block in all_blocks]
 

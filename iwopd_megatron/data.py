@@ -1,17 +1,19 @@
-"""Problems, prompts as token ids, and an order of them that is a function of seed and cursor."""
+"""Problems, and an order of them that is a function of seed and cursor."""
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from iwopd_megatron.conversation import Message
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One row of a data set; `response` only where a model is fine-tuned on it."""
+    """One row of a data set; `response` only where it has one, to fine-tune a model on."""
 
-    question: str
+    question: str  # what the user says, of a row of messages what the user says last
     answer: str
     difficulty: float
     source: str  # its kind: chooses the teacher, and the grader unless `own_grader` does
@@ -19,27 +21,34 @@ class Problem:
     own_grader: str | None = None
     prefix: str = ""
     suffix: str = ""
+    before: tuple[Message, ...] = ()  # a system prompt, earlier turns
+    after: tuple[Message, ...] = ()  # a call of a tool and its result
+    place: str = field(default="", compare=False)  # its file and line
+    is_answered: bool = field(default=False, compare=False)  # its messages ended with the response
+
+    @property
+    def messages(self) -> list[Message]:
+        """What a model is asked; a last message of an assistant's is not among them."""
+        asked = {"role": "user", "content": self.prefix + self.question + self.suffix}
+        return [*self.before, asked, *self.after]
 
     @property
     def prompt(self) -> str:
-        """What a model is asked."""
-        return self.prefix + self.question + self.suffix
+        """The same for a reader."""
+        messages = self.messages
+        if len(messages) == 1:
+            return messages[0]["content"]
+        return "\n\n".join(f"{m['role']}: {m['content']}" for m in messages)
+
+    @property
+    def texts(self) -> list[tuple[str, str]]:
+        """Role and text of every message, without prefix and suffix."""
+        asked = {"role": "user", "content": self.question}
+        return [(m["role"], m["content"]) for m in (*self.before, asked, *self.after)]
 
     @property
     def grader(self) -> str:
         return self.own_grader or self.source
-
-
-def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Chat template (no thinking) where the tokenizer has one, the plain prompt otherwise."""
-    if tokenizer.chat_template:
-        return tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            add_generation_prompt=True,
-            enable_thinking=False,
-            return_dict=False,
-        )
-    return tokenizer.encode(prompt, add_special_tokens=False)
 
 
 class Order(Protocol):

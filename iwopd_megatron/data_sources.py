@@ -1,25 +1,21 @@
 """Rows of problems from JSONL, Parquet, folders of either, and datasets of the Hugging Face hub.
 
-Columns are mapped to the names of `Problem`; the known sets bring their mapping along. Whatever is
-wrong with a row is one sentence that names file and row.
+Columns are mapped to the names of `Problem`; the known sets bring their mapping along. A question
+is a text or a list of messages. Whatever is wrong with a row is one sentence that names it.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from iwopd_megatron import math_grader
 from iwopd_megatron.config_data import Source
 from iwopd_megatron.data import Problem
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.grading import check_answer
-
-FIELDS = ("question", "answer", "difficulty", "source", "response")
-WHOLE = "*"  # as a column: the row as it is
-Row = tuple[str, dict[str, Any]]  # where it stands, and what it holds
+from iwopd_megatron.jsonl import Row, read_jsonl
+from iwopd_megatron.problem_row import FIELDS, WHOLE, read_problem, value_at
 
 KNOWN = {
     "deepmath": {
@@ -50,17 +46,13 @@ def resolve(source: Source) -> Source:
 def read_source(source: Source, need_response: bool = False) -> tuple[list[Problem], int, int]:
     """(problems, rows read, of those too easy) of a source with its defaults filled in."""
     problems, easy, count = [], 0, 0
-    needed = ["question", "answer"] + ["response"] * need_response
-    if source.source is None:
-        needed.append("source")
-    if source.min_difficulty is not None or _is_native(source):
-        needed.append("difficulty")
     for where, row in read_rows(source):
-        if any(_reach(row, key) != value for key, value in source.where.items()):
+        if any(value_at(row, key) != value for key, value in source.where.items()):
             continue
         count += 1
-        problem = _problem(_mapped(row, where, source, needed), where, source)
-        check_answer(problem.grader, problem.answer, where)
+        problem = read_problem(row, where, source, need_response)
+        if problem.answer.strip():  # what a model is only fine-tuned on needs none
+            check_answer(problem.grader, problem.answer, where)
         if source.min_difficulty is not None and problem.difficulty < source.min_difficulty:
             easy += 1
         else:
@@ -75,11 +67,6 @@ def read_source(source: Source, need_response: bool = False) -> tuple[list[Probl
             else f"{_place(source)} has no row where {wanted}; change the recipe's data.train."
         )
     return problems, count, easy
-
-
-def _is_native(source: Source) -> bool:
-    """Whether the rows are this package's own: no mapping, no name, no fixed source."""
-    return not (source.columns or source.name or source.source)
 
 
 def _place(source: Source) -> str:
@@ -98,26 +85,12 @@ def read_rows(source: Source) -> Iterator[Row]:
             raise RecipeError(f"folder {path} holds neither .jsonl nor .parquet files.")
     elif path.is_file():
         files = [path]
+    elif path.exists():
+        raise RecipeError(f"{path} is neither a file nor a folder; name a .jsonl or .parquet file.")
     else:
         raise RecipeError(f"data file {path} does not exist; check the path in the recipe.")
     for file in files:
-        yield from _parquet(file, source) if file.suffix == ".parquet" else _jsonl(file)
-
-
-def _jsonl(file: Path) -> Iterator[Row]:
-    number = 0
-    with file.open("rb") as lines:  # only b"\n" ends a line: strings may hold other separators
-        for number, line in enumerate(lines, 1):
-            where = f"{file} line {number}"
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise RecipeError(
-                    f"{where} is not UTF-8: byte {error.start} of the line; re-save it as UTF-8."
-                ) from None
-            except (ValueError, RecursionError):
-                raise RecipeError(f"{where} is not JSON; each line holds one object.") from None
-            yield where, row if isinstance(row, dict) else {}
+        yield from _parquet(file, source) if file.suffix == ".parquet" else read_jsonl(file)
 
 
 def _parquet(file: Path, source: Source) -> Iterator[Row]:
@@ -165,52 +138,3 @@ def _is_wanted(name: str, source: Source) -> bool:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def _reach(row: Any, key: str) -> Any:
-    """The value at a dotted key, the row itself at WHOLE; None if there is none."""
-    if key == WHOLE:
-        return row
-    for part in key.split("."):
-        if not isinstance(row, dict) or part not in row:
-            return None
-        row = row[part]
-    return row
-
-
-def _mapped(row: dict[str, Any], where: str, source: Source, needed: list[str]) -> dict[str, Any]:
-    out = {field: _reach(row, source.columns.get(field, field)) for field in FIELDS}
-    for field in needed:
-        column = source.columns.get(field, field)
-        if out[field] is None and (column not in row):
-            names = ", ".join(source.columns.get(name, name) for name in needed)
-            raise RecipeError(f"{where} lacks '{column}'; a line needs {names}.")
-    return out | ({"source": source.source} if source.source is not None else {})
-
-
-def _problem(row: dict[str, Any], where: str, source: Source) -> Problem:
-    question = row["question"]
-    if isinstance(question, list):  # messages: what the user says last
-        said = [
-            m.get("content") for m in question if isinstance(m, dict) and m.get("role") == "user"
-        ]
-        question = said[-1] if said else None
-    for key, value in (("question", question), ("source", row["source"])):
-        if not isinstance(value, str) or not value:
-            raise RecipeError(f"{where}: {key} {value!r} is not a text.")
-    if not isinstance(row["response"], (str, type(None))):
-        raise RecipeError(f"{where}: response {row['response']!r} is not a text.")
-    answer, difficulty = row["answer"], row["difficulty"]
-    if answer is None:
-        raise RecipeError(f"{where}: answer is null.")
-    try:
-        is_needed = source.min_difficulty is not None or _is_native(source)
-        difficulty = float(difficulty) if is_needed or difficulty is not None else 0.0
-    except (TypeError, ValueError):
-        raise RecipeError(f"{where}: difficulty {difficulty!r} is not a number.") from None
-    if isinstance(answer, (dict, list)):
-        answer = json.dumps(answer)
-    return Problem(
-        question, str(answer), difficulty, row["source"], row["response"], source.grader,
-        source.prefix, source.suffix,
-    )  # fmt: skip

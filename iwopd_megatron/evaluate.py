@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch.distributed as dist
 
-from iwopd_megatron.benchmarks import Benchmark, load_benchmark
+from iwopd_megatron.benchmarks import Benchmark
 from iwopd_megatron.config import Recipe
-from iwopd_megatron.config_data import Source
-from iwopd_megatron.data import Problem, encode_prompt
-from iwopd_megatron.data_sources import read_source
-from iwopd_megatron.grading import check_graders, grade
-from iwopd_megatron.grading_pool import Answer
+from iwopd_megatron.data import Problem
+from iwopd_megatron.grading import grade
+from iwopd_megatron.grading_pool import Answer, Grade, count_trouble
 from iwopd_megatron.parallel import gather
 from iwopd_megatron.rollout import Prompt, RolloutEngine, Sampling
+from iwopd_megatron.run_data import RunData
 from iwopd_megatron.trajectory import Trajectory
 
 STREAM = 2**32 - 1  # random numbers no training round uses
@@ -23,58 +23,60 @@ STREAM = 2**32 - 1  # random numbers no training round uses
 class Evaluator:
     """The same problems and the same random numbers every time it runs."""
 
-    def __init__(self, problems: list[Problem], tokenizer: Any, sampling: Sampling, samples: int):
-        self.problems, self.tokenizer, self.sampling = problems * samples, tokenizer, sampling
-        ids = [encode_prompt(tokenizer, problem.prompt) for problem in problems]
-        self.prompts = [Prompt(i, prompt) for i, prompt in enumerate(ids * samples)]
+    def __init__(self, benchmark: Benchmark, tokenizer: Any, sampling: Sampling, samples: int):
+        self.problems, self.tokenizer = benchmark.problems * samples, tokenizer
+        self.sampling = sampling
+        self.prompts = [Prompt(i, ids) for i, ids in enumerate(benchmark.prompts * samples)]
 
-    def accuracy(self, engine: RolloutEngine) -> float:
-        """Share of right answers: mean@samples. Collective."""
+    def grades(self, engine: RolloutEngine) -> list[Grade]:
+        """Grades of all answers; their mean is mean@samples. Collective."""
         samples = engine.generate(self.prompts, self.sampling)
-        return sum(grade_samples(samples, self.problems, self.tokenizer)) / len(samples)
+        return grade_samples(samples, self.problems, self.tokenizer)
 
 
 class Evaluation:
     """All that a recipe evaluates while it trains: data.eval, and benchmarks by name."""
 
-    def __init__(self, recipe: Recipe, tokenizer: Any):
+    def __init__(self, recipe: Recipe, data: RunData, tokenizer: Any):
         self.recipe, self.tokenizer = recipe, tokenizer
-        self.main = None
-        if recipe.data.eval is not None:
-            problems = read_source(Source(path=recipe.data.eval))[0]
-            self.main = self._evaluator(Benchmark("", problems[: recipe.evaluate.problems]), False)
-        self.named = {}
-        for name in dict.fromkeys(recipe.evaluate.benchmarks):
-            benchmark = load_benchmark(name, recipe.data.benchmarks)
-            self.named[name] = self._evaluator(benchmark, benchmark.is_greedy)
+        self.trouble = count_trouble([])
+        self.main = self._evaluator(data.main, False) if data.main else None
+        self.named = {
+            name: self._evaluator(benchmark, benchmark.is_greedy)
+            for name, benchmark in data.named.items()
+        }
 
     def _evaluator(self, benchmark: Benchmark, greedy: bool) -> Evaluator:
         settings = self.recipe.evaluate
-        check_graders({problem.grader for problem in benchmark.problems})
         temperature = 0.0 if greedy else settings.temperature
         limit = self.recipe.rollout.max_response_tokens
         sampling = Sampling(limit, temperature, seed=0, stream=STREAM)
-        samples = 1 if greedy else settings.samples
-        return Evaluator(benchmark.problems, self.tokenizer, sampling, samples)
+        return Evaluator(benchmark, self.tokenizer, sampling, 1 if greedy else settings.samples)
 
     def __bool__(self) -> bool:
         return self.main is not None or bool(self.named)
 
     def scores(self, engine: RolloutEngine) -> dict[str, float]:
-        """`accuracy` on data.eval, or else the benchmarks' mean; `accuracy_NAME`. Collective."""
-        named = {name: evaluator.accuracy(engine) for name, evaluator in self.named.items()}
+        """`accuracy` on data.eval, or else the benchmarks' mean; `accuracy_NAME`. Collective.
+
+        `trouble` then holds what was in the way of grading, by kind.
+        """
+        grades = {name: evaluator.grades(engine) for name, evaluator in self.named.items()}
+        named = {name: accuracy(found) for name, found in grades.items()}
+        main = [] if self.main is None else self.main.grades(engine)
+        self.trouble = count_trouble(chain(main, *grades.values()))
         if self.main is not None:
-            accuracy, problems = self.main.accuracy(engine), len(self.main.problems)
+            mean, problems = accuracy(main), len(self.main.problems)
         else:
-            accuracy = sum(named.values()) / len(named)
+            mean = sum(named.values()) / len(named)
             problems = sum(len(evaluator.problems) for evaluator in self.named.values())
-        line = {"accuracy": accuracy, "problems": problems}
+        line = {"accuracy": mean, "problems": problems}
         return line | {f"accuracy_{name}": score for name, score in named.items()}
 
 
 def grade_samples(
     samples: list[Trajectory], problems: list[Problem], tokenizer: Any
-) -> list[float]:
+) -> list[Grade]:
     """Grades of samples written for these problems, in order; a truncated answer is wrong.
 
     Collective: every rank grades its share and all know all grades, whatever hung where.
@@ -85,5 +87,10 @@ def grade_samples(
     whole = [i for i, (sample, _) in enumerate(mine) if not sample.truncated]
     answers = [Answer(mine[i][1].grader, texts[i], mine[i][1].answer) for i in whole]
     own = dict(zip(whole, grade(answers), strict=True))
-    parts = gather([own.get(i, 0.0) for i in range(len(mine))])
+    parts = gather([own.get(i, Grade(0.0)) for i in range(len(mine))])
     return [parts[i % world][i // world] for i in range(len(samples))]
+
+
+def accuracy(grades: list[Grade]) -> float:
+    """The share of right answers."""
+    return sum(grade.right for grade in grades) / len(grades)

@@ -9,7 +9,7 @@ from typing import Any
 import xxhash
 from transformers import AutoTokenizer
 
-from iwopd_megatron.preflight import eos_ids
+from iwopd_megatron.model_folder import eos_ids
 
 
 def tokenizer_fingerprints(tokenizer: Any) -> dict[str, str]:

@@ -41,7 +41,7 @@ def rollouts(
 def routes(samples: list[Trajectory], hf: Mapping[str, Any]) -> None:
     """Every answer brings the engine's experts for all its inputs and layers."""
     for sample in samples:
-        expected = sample.inputs, hf["num_hidden_layers"], hf["num_experts_per_tok"]
+        expected = sample.inputs, hf.num_hidden_layers, hf.num_experts_per_tok
         found = None if sample.experts is None else sample.experts.shape
         if found != expected:
             raise GateError(
@@ -96,14 +96,9 @@ def teacher_scores(samples: list[Trajectory], vocab_size: int) -> None:
         )
 
 
-def first_weights(
-    streamed: Iterable[tuple[str, torch.Tensor]], sources: Mapping[str, Any], tied: bool = False
-) -> None:
-    """The first published weights are the student's own tensors, all of them, bit for bit.
-
-    `tied`: a copy of the embedding stored as lm_head.weight is not published.
-    """
-    missing = set(sources) - ({"lm_head.weight"} if tied else set())
+def first_weights(streamed: Iterable[tuple[str, torch.Tensor]], sources: Mapping[str, Any]) -> None:
+    """The first published weights are the student's own tensors, all of them, bit for bit."""
+    missing = set(sources)
     for name, tensor in streamed:
         source = sources[name]
         expected = source if isinstance(source, torch.Tensor) else source[:]

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 
 from iwopd_megatron import code_grader, code_tests, math_grader, toy_task
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.grading_pool import Answer, Pool
+from iwopd_megatron.grading_pool import Answer, Grade, Pool
 
 GRADERS: dict[str, Callable[[str, str], bool]] = {
     "math": math_grader.is_right,
@@ -22,16 +22,17 @@ GRADERS: dict[str, Callable[[str, str], bool]] = {
 }
 CHECKS: dict[str, Callable[[str], None]] = {"code": code_tests.check_tests}
 IN_PROCESS = {toy_task.SOURCE}  # neither hangs nor crashes; all others run in the pool
-MATH_SECONDS = 10.0  # of processor time for one comparison
+PREPARE = {"math": math_grader.prepare}  # what a new process does before its first answer
+MATH_SECONDS = 2.0  # of processor time for one comparison
 SECONDS = 600.0  # around the runs of a program, which have limits of their own
 
 
-def check_graders(names: set[str]) -> None:
-    """RecipeError for a kind of problem that nothing here grades."""
-    for name in sorted(names - GRADERS.keys()):
+def check_graders(names: Mapping[str, str]) -> None:
+    """RecipeError for a kind of problem that nothing here grades; names: with a place of each."""
+    for name in sorted(names.keys() - GRADERS.keys()):
         raise RecipeError(
-            f"no grader '{name}'; known graders: {', '.join(GRADERS)}. Name one of them in "
-            "data.train's 'grader' (default: the problem's source)."
+            f"{names[name]}: no grader '{name}'; known graders: {', '.join(GRADERS)}; name one in "
+            "the source's 'grader' (default: the problem's source)."
         )
 
 
@@ -46,22 +47,27 @@ def check_answer(grader: str, answer: str, where: str) -> None:
         raise RecipeError(f"{where}: {error}") from None
 
 
-def grade(answers: list[Answer]) -> list[float]:
-    """1.0 where the response solves the problem, else 0.0; in order."""
-    check_graders({answer.grader for answer in answers})
-    grades = [0.0] * len(answers)
+@cache
+def prepare(grader: str) -> None:
+    """Import what a grader needs, once a process."""
+    PREPARE.get(grader, lambda: None)()
+
+
+def grade(answers: list[Answer]) -> list[Grade]:
+    """1.0 where the response solves the problem, else 0.0, and what was in the way; in order."""
+    check_graders({answer.grader: "an answer" for answer in answers})
+    grades = [Grade(0.0)] * len(answers)
     for kind in sorted({answer.grader for answer in answers}):
         places = [place for place, answer in enumerate(answers) if answer.grader == kind]
-        for place, right in zip(
-            places, _grade_kind(kind, [answers[i] for i in places]), strict=True
-        ):
-            grades[place] = right
+        found = _grade_kind(kind, [answers[i] for i in places])
+        for place, one in zip(places, found, strict=True):
+            grades[place] = one
     return grades
 
 
-def _grade_kind(kind: str, answers: list[Answer]) -> list[float]:
+def _grade_kind(kind: str, answers: list[Answer]) -> list[Grade]:
     if kind in IN_PROCESS:
-        return [float(GRADERS[kind](answer.response, answer.answer)) for answer in answers]
+        return [Grade(float(GRADERS[kind](x.response, x.answer))) for x in answers]
     return _pool(MATH_SECONDS if kind == "math" else SECONDS).grade(answers)
 
 

@@ -1,5 +1,7 @@
 """Grading processes that may hang or crash: an answer costs its time limit at most, never the run.
 
+An answer whose grading hangs, crashes or raises is wrong, and its grade says what happened.
+
 Workers are started by exec, not fork (this process may hold torch, threads and CUDA), import no
 torch, and die with this process.
 """
@@ -14,7 +16,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +33,26 @@ class Answer(NamedTuple):
     grader: str
     response: str
     answer: str
+
+
+class Grade(NamedTuple):
+    """1.0 or 0.0, and what went wrong while it was found, "" if nothing did."""
+
+    right: float
+    trouble: str = ""
+
+
+def count_trouble(grades: Iterable[Grade]) -> Counter[str]:
+    """How often each kind of trouble was met."""
+    return Counter(grade.trouble for grade in grades if grade.trouble)
+
+
+def describe(trouble: Counter[str]) -> str:
+    """The counts as a phrase for people, the most frequent first; "" without any."""
+    if not trouble:
+        return ""
+    parts = sorted(trouble.items(), key=lambda item: (-item[1], item[0]))
+    return "grading trouble: " + ", ".join(f"{count} {kind}" for kind, count in parts)
 
 
 class Worker:
@@ -57,6 +80,14 @@ class Worker:
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
             self.process.stdin.flush()
 
+    def last_words(self, seconds: float) -> str:
+        """Why a worker whose output ended has ended."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(STARTUP)
+        if self.process.returncode == -signal.SIGPROF:
+            return f"cut at {seconds:g} s"
+        return "crashed"
+
     def stop(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -73,9 +104,9 @@ class Pool:
         self.count, self.seconds = workers, seconds
         self.workers: list[Worker] = []
 
-    def grade(self, answers: list[Answer]) -> list[float]:
-        """1.0 or 0.0 each, in order; an answer whose grading hangs or crashes is wrong."""
-        waiting, grades = deque(enumerate(answers)), [0.0] * len(answers)
+    def grade(self, answers: list[Answer]) -> list[Grade]:
+        """A grade each, in order; an answer whose grading hangs or crashes is wrong."""
+        waiting, grades = deque(enumerate(answers)), [Grade(0.0)] * len(answers)
         busy = selectors.DefaultSelector()
         try:
             while waiting or busy.get_map():
@@ -87,8 +118,11 @@ class Pool:
                 patience = min(worker.deadline for worker in at_work) - time.monotonic()
                 for key, _ in busy.select(max(patience, 0)):
                     self._read(key.data, busy, grades)
-                for worker in at_work:
+                for worker in at_work:  # one that has answered has no deadline any more
                     if worker.deadline <= time.monotonic():
+                        grades[worker.place] = Grade(
+                            0.0, f"cut after {WALL * self.seconds:g} s of waiting"
+                        )
                         self._drop(worker, busy)
         except BaseException:
             self.close()
@@ -104,24 +138,24 @@ class Pool:
         self.workers.append(Worker())
         return self.workers[-1]
 
-    def _read(self, worker: Worker, busy: Any, grades: list[float]) -> None:
+    def _read(self, worker: Worker, busy: Any, grades: list[Grade]) -> None:
         piece = os.read(worker.process.stdout.fileno(), 65536)
         worker.received += piece
         if not piece:
+            grades[worker.place] = Grade(0.0, worker.last_words(self.seconds))
             self._drop(worker, busy)
         elif worker.received.endswith(b"\n"):
             result = json.loads(worker.received)
             if "error" in result:
                 raise UserError(result["error"])
-            grades[worker.place] = float(result["right"])
+            grades[worker.place] = Grade(float(result["right"]), result.get("trouble", ""))
             busy.unregister(worker.process.stdout)
             worker.place, worker.deadline = -1, float("inf")
 
     def _drop(self, worker: Worker, busy: Any) -> None:
-        """The answer stays 0; the next one gets a new process."""
-        if worker.place == -1:
-            return
+        """End a worker; the next answer gets a new process."""
         busy.unregister(worker.process.stdout)
+        worker.place, worker.deadline = -1, float("inf")
         worker.stop()
         self.workers.remove(worker)
 

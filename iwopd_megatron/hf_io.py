@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,74 +14,74 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from iwopd_megatron.companions import copy_companions, set_eos_ids
 from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.hf_config import HfConfig, read_hf_config
+from iwopd_megatron.hf_shapes import HEAD
 from iwopd_megatron.mapping import entries
+from iwopd_megatron.model_folder import find_weights
 from iwopd_megatron.parallel import Parallel
+from iwopd_megatron.scaled_tensors import ScaledSlice
+from iwopd_megatron.stored_tensors import Stored
 
 SHARD_BYTES = 5 * 10**9
-# Files of a model folder that do not go with it: its weights, and what describes them.
-NO_COMPANION = (
-    ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json",
-    "manifest.json",
-)  # fmt: skip
 
 
 class HfTensors(Mapping):
-    """Tensors of a folder by name, as lazy slices: only the bytes that are indexed are read."""
+    """Weights of a folder by name, as lazy slices: only the bytes that are indexed are read.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            files = _weight_map(index)
-        elif (folder / "model.safetensors").is_file():
-            files = dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
-        else:
-            raise RecipeError(
-                f"{folder} has neither model.safetensors nor model.safetensors.index.json."
-            )
-        self._files = files
-        self._handles: dict[str, Any] = {}
-        self._names: dict[str, frozenset[str]] = {}
+    Scaled weights (FP8) come out multiplied, in `scaled_dtype` where it is given, else fp32. The
+    folder is checked when it is opened (`model_folder.find_weights`). A tied head that is stored as
+    well is not among them unless `with_tied_head`.
+    """
 
-    def _open(self, file: str) -> Any:
-        try:
-            return safe_open(self.folder / file, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise RecipeError(
-                f"{self.folder / file} cannot be read as safetensors: {error}."
-            ) from None
+    def __init__(
+        self,
+        folder: Path,
+        scaled_dtype: torch.dtype = torch.float32,
+        with_tied_head: bool = False,
+    ):
+        self.folder, self.hf, self.scaled_dtype = folder, read_hf_config(folder), scaled_dtype
+        self._weights = find_weights(folder, self.hf)
+        if self.hf.tie_word_embeddings and not with_tied_head:
+            self._weights.pop(HEAD, None)
+        self._handles: dict[Path, Any] = {}
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self._files:
-            raise RecipeError(
-                f"{self.folder} has no tensor '{name}' although its config.json implies it."
-            )
-        file = self._files[name]
-        if file not in self._handles:
-            handle = self._open(file)
-            self._names[file] = frozenset(handle.keys())
-            self._handles[file] = handle
-        if name not in self._names[file]:
-            raise RecipeError(f"{self.folder / file} lacks the tensor '{name}' of the index.")
-        return self._handles[file].get_slice(name)
+        weight = self._weights[name]
+        own = self._open(weight.stored).get_slice(name)
+        if weight.scale is None:
+            return own
+        scale_name = self.hf.quantization.scale_of(name)
+        scale = self._open(weight.scale).get_tensor(scale_name)
+        rounds = self.hf.quantization.rounds_product
+        return ScaledSlice(own, scale, weight.block, self.scaled_dtype, rounds)
+
+    def _open(self, stored: Stored) -> Any:
+        if stored.file not in self._handles:
+            try:
+                self._handles[stored.file] = safe_open(stored.file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise RecipeError(
+                    f"{stored.file} cannot be read as safetensors: {error}."
+                ) from None
+        return self._handles[stored.file]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._files
+        return name in self._weights
 
     def __iter__(self):
-        return iter(self._files)
+        return iter(self._weights)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._weights)
 
 
-def whole_tensors(folder: Path, is_tied: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """A folder's tensors, one at a time, without the head that a tied model may store as well."""
+def whole_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """A folder's weights, one at a time."""
     tensors = HfTensors(folder)
     for name in tensors:
-        if not (is_tied and name == "lm_head.weight"):
-            yield name, tensors[name][:]
+        yield name, tensors[name][:]
 
 
 class Loaded(NamedTuple):
@@ -91,16 +91,9 @@ class Loaded(NamedTuple):
     seconds: float
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        return dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise RecipeError(f"{index} is not a safetensors index: {error!r}.") from None
-
-
 @torch.no_grad()
 def load_shards(
-    chunks: list[torch.nn.Module], sources: Mapping, hf: dict[str, Any], parallel: Parallel
+    chunks: list[torch.nn.Module], sources: Mapping, hf: HfConfig, parallel: Parallel
 ) -> Loaded:
     """Fill this rank's parameters from its own slices of `sources` (tensors or lazy, by name)."""
     start, nbytes = time.perf_counter(), 0
@@ -151,10 +144,16 @@ def random_weights(folder: Path, seed: int) -> dict[str, torch.Tensor]:
         return named_views(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
 
 
-def save_folder(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], template: Path) -> None:
+def save_folder(
+    folder: Path,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    template: Path,
+    eos_ids: Collection[int] = (),
+) -> None:
     """Write a Hugging Face folder: sharded safetensors, index, template's config and tokenizer.
 
-    It appears only when complete; an existing folder is replaced as the last act.
+    `eos_ids` are what ends its answers, if not the template's. It appears only when complete; an
+    existing folder is replaced as the last act.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -172,19 +171,11 @@ def save_folder(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], templ
     save_file(shard, partial / f"shard-{count}", metadata={"format": "pt"})
     _name_shards(partial, weight_map, count + 1, total)
     copy_companions(template, partial)
+    if eos_ids:
+        set_eos_ids(partial, eos_ids)
     if folder.exists():
         shutil.rmtree(folder)
     partial.rename(folder)
-
-
-def copy_companions(template: Path, folder: Path) -> None:
-    """Copy config, generation config, tokenizer and chat templates: all that is no weight."""
-    for file in template.rglob("*"):
-        place = file.relative_to(template)
-        is_hidden = any(part.startswith(".") for part in place.parts)
-        if file.is_file() and not is_hidden and not file.name.endswith(NO_COMPANION):
-            (folder / place).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(file, folder / place)
 
 
 def _name_shards(partial: Path, weight_map: dict[str, int], count: int, total: int) -> None:

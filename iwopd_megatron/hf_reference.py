@@ -16,9 +16,9 @@ import torch
 
 from iwopd_megatron.config import Train
 from iwopd_megatron.config_loss import Loss
-from iwopd_megatron.hf_io import named_views
+from iwopd_megatron.hf_config import HfConfig, read_hf_config
+from iwopd_megatron.hf_io import HfTensors, named_views
 from iwopd_megatron.loss import token_denominator
-from iwopd_megatron.preflight import read_hf_config
 from iwopd_megatron.trajectory import Trajectory
 from iwopd_megatron.weighting import token_weights
 
@@ -37,7 +37,7 @@ class Reference:
     difference over their norm.
     """
 
-    hf: dict[str, Any]
+    hf: HfConfig
     samples: list[Trajectory]
     logits: list[torch.Tensor]  # per sample [inputs, V]
     loss: float
@@ -102,14 +102,32 @@ def compute_reference(folder: Path, samples: list[Trajectory], bf16: bool = Fals
 def hf_model(
     folder: Path, dtype: torch.dtype, attention: str = "eager", experts: str = "eager"
 ) -> torch.nn.Module:
-    """transformers' own model of a folder, with its plain implementations by default."""
+    """transformers' own model of a folder, with its plain implementations by default.
+
+    Scaled weights are given to it multiplied: its own readers of them need other packages.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+    options = {"dtype": dtype, "attn_implementation": attention}
+    if read_hf_config(folder).quantization is None:
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    else:
+        model = _with_plain_weights(folder, options)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation(experts)
+    return model
+
+
+def _with_plain_weights(folder: Path, options: dict[str, Any]) -> torch.nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config, tensors = AutoConfig.from_pretrained(folder), HfTensors(folder)
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, **options).eval()
+    for name, view in named_views(model).items():
+        view.copy_(tensors[name][:])
     return model
 
 

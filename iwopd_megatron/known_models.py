@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.preflight import read_hf_config
+from iwopd_megatron.hf_config import HfConfig, parse_hf_config, read_hf_config
 
 
 @cache
@@ -20,7 +20,13 @@ def known_models() -> dict[str, dict[str, Any]]:
     return json.loads(Path(__file__).with_suffix(".json").read_text())
 
 
-def planning_config(folder: Path) -> dict[str, Any]:
+@cache
+def known_model(name: str) -> HfConfig:
+    """The published configuration of a model; KeyError for an unknown name."""
+    return parse_hf_config(known_models()[name], f"known_models.json: {name}")
+
+
+def planning_config(folder: Path) -> HfConfig:
     """The folder's config.json, or where there is no folder the published one of its name."""
     if folder.exists():
         return read_hf_config(folder)
@@ -29,4 +35,4 @@ def planning_config(folder: Path) -> dict[str, Any]:
             f"folder {folder} does not exist, and '{folder.name}' is no model known here; point it "
             f"at a Hugging Face folder, or name it like one of {', '.join(known_models())}."
         )
-    return known_models()[folder.name]
+    return known_model(folder.name)

@@ -14,11 +14,18 @@ import torch
 import xxhash
 
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.preflight import HF_KEYS, HF_MOE_KEYS, num_experts
+from iwopd_megatron.hf_config import HfConfig
 from iwopd_megatron.rawfile import raw
 
 NAME = "manifest.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# Fields of HfConfig that change what a model computes, beside its rotary settings.
+ESSENTIALS = (
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps",
+    "max_position_embeddings", "num_experts", "tie_word_embeddings",
+)  # fmt: skip
+EXPERT_ESSENTIALS = ("moe_intermediate_size", "num_experts_per_tok", "norm_topk_prob")
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -39,20 +46,13 @@ def entry(shape: tuple[int, ...] | list[int], dtype: str, digest: str) -> dict[s
     return {"shape": list(shape), "dtype": dtype, "xxh3_64": digest}
 
 
-def essentials(hf: dict[str, Any]) -> dict[str, Any]:
+def essentials(hf: HfConfig) -> dict[str, Any]:
     """What of a config changes the model's output, the same from transformers 4 and 5 files."""
-    keys = HF_KEYS + HF_MOE_KEYS * (num_experts(hf) > 0)
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    return {
-        "model_type": hf["model_type"],
-        **{key: hf[key] for key in keys},
-        "num_experts": num_experts(hf),
-        "rope_theta": hf.get("rope_theta", rope.get("rope_theta")),
-        "tie_word_embeddings": hf.get("tie_word_embeddings", False),
-    }
+    keys = ESSENTIALS + EXPERT_ESSENTIALS * (hf.num_experts > 0)
+    return {key: getattr(hf, key) for key in keys} | hf.rope.essentials()
 
 
-def write(folder: Path, hf: dict[str, Any], tensors: dict[str, dict[str, Any]]) -> None:
+def write(folder: Path, hf: HfConfig, tensors: dict[str, dict[str, Any]]) -> None:
     content = {"config": essentials(hf), "tensors": tensors}
     (folder / NAME).write_text(json.dumps(content, indent=1))
 
@@ -71,7 +71,7 @@ def read(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def verify_config(manifest: dict[str, Any] | None, hf: dict[str, Any], folder: Path) -> None:
+def verify_config(manifest: dict[str, Any] | None, hf: HfConfig, folder: Path) -> None:
     """Refuse a config that is not the one the manifest was made with."""
     for key, value in essentials(hf).items():
         before = value if manifest is None else manifest["config"].get(key)

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from iwopd_megatron.preflight import num_experts
+from iwopd_megatron.hf_config import HfConfig
 
 Tensor = torch.Tensor
 # shard(sources, rank, size, hf): sources are tensors or lazy safetensors slices, only sliced
-Shard = Callable[[list[Any], int, int, dict], Tensor]
-Unshard = Callable[[list[Tensor], dict], list[Tensor]]
+Shard = Callable[[list[Any], int, int, HfConfig], Tensor]
+Unshard = Callable[[list[Tensor], HfConfig], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -40,57 +40,57 @@ def _shape(source: Any) -> list[int]:
     return list(source.shape) if isinstance(source, Tensor) else source.get_shape()
 
 
-def _shard_columns(sources: list[Any], rank: int, size: int, hf: dict) -> Tensor:
+def _shard_columns(sources: list[Any], rank: int, size: int, hf: HfConfig) -> Tensor:
     step = _shape(sources[0])[1] // size
     return sources[0][:, rank * step : (rank + 1) * step]
 
 
-def _shard_qkv(sources: list[Any], rank: int, size: int, hf: dict) -> Tensor:
+def _shard_qkv(sources: list[Any], rank: int, size: int, hf: HfConfig) -> Tensor:
     """Megatron keeps q, k, v of one key-value group together: [q..q k v] per group."""
-    groups, head = hf["num_key_value_heads"] // size, hf["head_dim"]
+    groups, head = hf.num_key_value_heads // size, hf.head_dim
     parts = [_rows(source, rank, size) for source in sources]
     return torch.cat([part.reshape(groups, -1, head, part.shape[1]) for part in parts], 1).flatten(
         0, 2
     )
 
 
-def _unshard_qkv(parts: list[Tensor], hf: dict) -> list[Tensor]:
+def _unshard_qkv(parts: list[Tensor], hf: HfConfig) -> list[Tensor]:
     # one part needs no copy
     whole = torch.cat(parts) if len(parts) > 1 else parts[0]
-    whole = whole.unflatten(0, (hf["num_key_value_heads"], -1, hf["head_dim"]))
+    whole = whole.unflatten(0, (hf.num_key_value_heads, -1, hf.head_dim))
     queries = whole.shape[1] - 2
     return [x.flatten(0, 2) for x in whole.split([queries, 1, 1], 1)]
 
 
-def _shard_gated(sources: list[Any], rank: int, size: int, hf: dict) -> Tensor:
+def _shard_gated(sources: list[Any], rank: int, size: int, hf: HfConfig) -> Tensor:
     return torch.cat([_rows(source, rank, size) for source in sources])
 
 
-def _unshard_gated(parts: list[Tensor], hf: dict) -> list[Tensor]:
+def _unshard_gated(parts: list[Tensor], hf: HfConfig) -> list[Tensor]:
     return [torch.cat(halves) for halves in zip(*(part.chunk(2) for part in parts), strict=True)]
 
 
-def _shard_grouped_gated(sources: list[Any], rank: int, size: int, hf: dict) -> Tensor:
+def _shard_grouped_gated(sources: list[Any], rank: int, size: int, hf: HfConfig) -> Tensor:
     """[gate, up] of every local expert -> [E, D, 2F / size] stored as [D, E * 2F / size]."""
     experts = [_shard_gated(sources[i : i + 2], rank, size, hf) for i in range(0, len(sources), 2)]
     return torch.stack(experts).transpose(1, 2).reshape(experts[0].shape[1], -1)
 
 
-def _unshard_grouped_gated(parts: list[Tensor], hf: dict) -> list[Tensor]:
-    width = 2 * hf["moe_intermediate_size"] // len(parts)
+def _unshard_grouped_gated(parts: list[Tensor], hf: HfConfig) -> list[Tensor]:
+    width = 2 * hf.moe_intermediate_size // len(parts)
     experts = [
         part.reshape(-1, part.shape[0], width).transpose(1, 2) for part in parts
     ]  # [E, width, D]
     return [x for shards in zip(*experts, strict=True) for x in _unshard_gated(list(shards), hf)]
 
 
-def _shard_grouped_down(sources: list[Any], rank: int, size: int, hf: dict) -> Tensor:
+def _shard_grouped_down(sources: list[Any], rank: int, size: int, hf: HfConfig) -> Tensor:
     """[D, F] of every local expert -> [E, F / size, D] stored as [E * F / size, D]."""
     return torch.cat([_shard_columns([source], rank, size, hf).t() for source in sources])
 
 
-def _unshard_grouped_down(parts: list[Tensor], hf: dict) -> list[Tensor]:
-    width = hf["moe_intermediate_size"] // len(parts)
+def _unshard_grouped_down(parts: list[Tensor], hf: HfConfig) -> list[Tensor]:
+    width = hf.moe_intermediate_size // len(parts)
     experts = zip(*(part.split(width) for part in parts), strict=True)
     return [torch.cat(shards).t() for shards in experts]
 
@@ -152,9 +152,9 @@ class Entry:
     is_copy: bool  # the last pipeline stage's copy of a tied embedding
 
 
-def entries(chunk: torch.nn.Module, hf: dict[str, Any]) -> Iterator[Entry]:
+def entries(chunk: torch.nn.Module, hf: HfConfig) -> Iterator[Entry]:
     """Every parameter of one model chunk, in its own order; KeyError where no row matches one."""
-    tied = hf.get("tie_word_embeddings", False)
+    tied = hf.tie_word_embeddings
     for name, parameter in chunk.named_parameters():
         cut, templates, match = _find_row(name)
         groups = match.groupdict()
@@ -193,7 +193,7 @@ class Block:
     hf_names: list[str]
 
 
-def blocks(hf: dict[str, Any], names: str = "native") -> Iterator[Block]:
+def blocks(hf: HfConfig, names: str = "native") -> Iterator[Block]:
     """Every weight of a config without a model, in the order of the network.
 
     `names` is `native` or `te`: TransformerEngine keeps the norm before a linear inside it.
@@ -202,18 +202,18 @@ def blocks(hf: dict[str, Any], names: str = "native") -> Iterator[Block]:
     before_qkv, before_mlp = "input_layernorm.weight", "pre_mlp_layernorm.weight"
     if names == "te":
         before_qkv = "self_attention.linear_qkv.layer_norm_weight"
-        before_mlp = before_mlp if num_experts(hf) else "mlp.linear_fc1.layer_norm_weight"
+        before_mlp = before_mlp if hf.num_experts else "mlp.linear_fc1.layer_norm_weight"
     attention = [f"self_attention.{x}.weight" for x in _ATTENTION]
-    mlp = ["mlp.router.weight"] if num_experts(hf) else [f"mlp.{x}.weight" for x in _MLP]
-    for layer in range(hf["num_hidden_layers"]):
+    mlp = ["mlp.router.weight"] if hf.num_experts else [f"mlp.{x}.weight" for x in _MLP]
+    for layer in range(hf.num_hidden_layers):
         for name in (before_qkv, *attention, before_mlp, *mlp):
             yield _block(f"decoder.layers.{layer}.{name}", (layer,), hf)
-        for expert in range(num_experts(hf)):
+        for expert in range(hf.num_experts):
             for x in _MLP:
                 name = f"decoder.layers.{layer}.mlp.experts.{x}.weight{expert}"
                 yield _block(name, (layer, expert), hf)
     yield _block("decoder.final_layernorm.weight", (), hf)
-    if not hf.get("tie_word_embeddings", False):
+    if not hf.tie_word_embeddings:
         yield _block("output_layer.weight", (), hf)
 
 
@@ -221,24 +221,9 @@ _ATTENTION = ["linear_qkv", "q_layernorm", "k_layernorm", "linear_proj"]
 _MLP = ["linear_fc1", "linear_fc2"]
 
 
-def _block(name: str, place: tuple[int, ...], hf: dict[str, Any]) -> Block:
+def _block(name: str, place: tuple[int, ...], hf: HfConfig) -> Block:
     cut, templates, match = _find_row(name)
     key = re.sub(r"^decoder\.layers\.\d+", "decoder.layers", name)
     if len(place) == 2:
         key = re.sub(r"\d+$", "", key).replace(".mlp.experts.", ".mlp.experts.experts.")
     return Block(key, place, cut, [t.format(**match.groupdict()) for t in templates])
-
-
-def hf_shape(name: str, hf: dict[str, Any]) -> tuple[int, ...]:
-    """The shape that config.json implies for a Hugging Face tensor."""
-    hidden, head = hf["hidden_size"], hf["head_dim"]
-    queries, keys = (hf[f"num_{x}_heads"] * head for x in ("attention", "key_value"))
-    ffn = hf["moe_intermediate_size"] if ".experts." in name else hf["intermediate_size"]
-    shapes = {
-        "embed_tokens": (hf["vocab_size"], hidden), "lm_head": (hf["vocab_size"], hidden),
-        "q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden),
-        "o_proj": (hidden, queries), "q_norm": (head,), "k_norm": (head,),
-        "gate": (num_experts(hf), hidden),
-        "gate_proj": (ffn, hidden), "up_proj": (ffn, hidden), "down_proj": (hidden, ffn),
-    }  # fmt: skip
-    return shapes.get(name.split(".")[-2], (hidden,))

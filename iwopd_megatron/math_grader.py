@@ -1,61 +1,55 @@
-"""Math answers by math-verify: the last \\boxed{} of a response against the reference answer.
+"""Math answers: the last box of a response against the reference answer.
 
-Equivalence is symbolic: sets, intervals, units, percentages, radicals, mixed LaTeX. No time limit
-here (math-verify's uses signals, which a C loop ignores): grading runs in a process that is killed.
+math_boxes finds the box, math_normalise gives an answer one spelling, math_readings decides what it
+says and compares (math_units, math_words, math_kinds, math_regions), math-verify judges expressions
+(math_values) and math_guards refuses what it takes for equal too easily.
+
+No time limit here (math-verify's uses signals, which a C loop ignores): grading runs in a process
+that is killed.
 """
 
 from __future__ import annotations
 
-import logging
-from functools import cache
-from typing import Any
+from iwopd_megatron import math_readings
+from iwopd_megatron.math_boxes import last_boxed, last_boxes
 
 SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
-BOX = "\\boxed{"
+
+
+def prepare() -> None:
+    """Import math-verify and let it build its parser, which takes longer than most answers."""
+    is_equal(r"\frac{1}{2}", "x^2")
 
 
 def is_right(response: str, answer: str) -> bool:
     """Whether the last box holds the answer; a response without a box is wrong."""
     content = last_boxed(response)
-    return content is not None and is_equal(content, last_boxed(answer) or answer)
+    if content is None:
+        return False
+    reference = last_boxed(answer) or answer
+    if is_equal(content, reference):
+        return True
+    boxes = last_boxes(response)  # side by side at the end: the members of a list
+    return len(boxes) > 1 and is_equal(", ".join(boxes), reference)
 
 
-def last_boxed(text: str) -> str | None:
-    """What stands in the last complete \\boxed{...}, nested braces and all; None without one."""
-    start = text.rfind(BOX)
-    while start != -1:
-        depth, place = 1, start + len(BOX)
-        while place < len(text):
-            if text[place] == "\\":
-                place += 1  # \{ and \} are no grouping
-            else:
-                depth += (text[place] == "{") - (text[place] == "}")
-            if depth == 0:
-                return text[start + len(BOX) : place]
-            place += 1
-        start = text.rfind(BOX, 0, start)
-    return None
+def explain(response: str, answer: str) -> str:
+    """How both sides were read and whether they agree, as a phrase; the response has a box."""
+    reference = last_boxed(answer) or answer
+    right = is_right(response, answer)
+    one = last_boxed(response)
+    if one is None:
+        return "no box of the answer is complete; look at its braces"
+    if right and not is_equal(one, reference):
+        one = ", ".join(last_boxes(response))
+    mine, theirs = (math_readings.describe(text) for text in (one, reference))
+    if right:
+        return f"both are {mine}" if mine == theirs else f"{mine} is {theirs}"
+    if mine == theirs:  # the texts differ where their readings as mathematics do not
+        mine, theirs = one.strip(), reference.strip()
+    return f"{mine} is not {theirs}"
 
 
 def is_equal(content: str, answer: str) -> bool:
     """Whether two LaTeX answers mean the same."""
-    from math_verify import verify
-
-    gold = _parse(answer)
-    return bool(gold) and verify(gold, _parse(content), timeout_seconds=None)
-
-
-def _parse(latex: str) -> list[Any]:
-    from math_verify import parse
-
-    # sympy cannot read some answers, which then compare as text: no news to anyone
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    latex = latex.strip().strip("$")
-    return parse(BOX + latex + "}", extraction_config=_targets(), parsing_timeout=None)
-
-
-@cache
-def _targets() -> list[Any]:
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig
-
-    return [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
+    return math_readings.equal(math_readings.read(content), math_readings.read(answer))

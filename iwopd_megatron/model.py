@@ -13,8 +13,9 @@ import torch.nn.functional as F
 
 from iwopd_megatron import backend, device
 from iwopd_megatron.config_models import Layout
+from iwopd_megatron.hf_config import HfConfig
 from iwopd_megatron.parallel import Parallel, mpu
-from iwopd_megatron.preflight import num_experts
+from iwopd_megatron.rope import inverse_frequencies
 
 from megatron.core.models.gpt import GPTModel  # isort: skip
 from megatron.core.transformer import TransformerConfig  # isort: skip
@@ -36,30 +37,24 @@ class HiddenStateModel(GPTModel):
         return self.output_layer.weight
 
 
-def rope_theta(hf: dict[str, Any]) -> float:
-    """transformers 5 keeps it in rope_parameters, 4 at the top level."""
-    rope = hf.get("rope_parameters") or {}
-    return hf.get("rope_theta") or rope["rope_theta"]
-
-
 def transformer_config(
-    hf: dict[str, Any], layout: Layout, dtype: str = "fp32", recompute: str = "none"
+    hf: HfConfig, layout: Layout, dtype: str = "fp32", recompute: str = "none"
 ) -> TransformerConfig:
     """Translate config.json by modeling_qwen3(_moe).py and Megatron's transformer_config.py."""
     torch_dtype = DTYPES[dtype]
     settings = dict(
-        num_layers=hf["num_hidden_layers"],
-        hidden_size=hf["hidden_size"],
-        num_attention_heads=hf["num_attention_heads"],
-        num_query_groups=hf["num_key_value_heads"],
-        kv_channels=hf["head_dim"],
-        ffn_hidden_size=hf["intermediate_size"],
+        num_layers=hf.num_hidden_layers,
+        hidden_size=hf.hidden_size,
+        num_attention_heads=hf.num_attention_heads,
+        num_query_groups=hf.num_key_value_heads,
+        kv_channels=hf.head_dim,
+        ffn_hidden_size=hf.intermediate_size,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
         normalization="RMSNorm",
         qk_layernorm=True,
-        layernorm_epsilon=hf["rms_norm_eps"],
+        layernorm_epsilon=hf.rms_norm_eps,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tp,
@@ -68,8 +63,8 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         context_parallel_size=layout.cp,
         # A dense teacher in a world that cuts the student's experts is not cut along those axes.
-        expert_model_parallel_size=layout.ep if num_experts(hf) else 1,
-        expert_tensor_parallel_size=layout.etp if num_experts(hf) else 1,
+        expert_model_parallel_size=layout.ep if hf.num_experts else 1,
+        expert_tensor_parallel_size=layout.etp if hf.num_experts else 1,
         bf16=dtype == "bf16",
         params_dtype=torch_dtype,
         pipeline_dtype=torch_dtype,
@@ -88,20 +83,22 @@ def transformer_config(
         apply_rope_fusion=backend.has_transformer_engine(torch_dtype),
         gradient_accumulation_fusion=False,
     )
+    if backend.has_transformer_engine(torch_dtype):  # YaRN's factor on both queries and keys
+        settings["softmax_scale"] = hf.rope.attention_factor**2 * hf.head_dim**-0.5
     settings |= _expert_settings(hf, torch_dtype) | _recompute_settings(hf, recompute)
     config = TransformerConfig(**settings)
-    config.rotary_base = rope_theta(hf)
+    config.rope = hf.rope  # native attention turns queries and keys by it
     return config
 
 
-def _expert_settings(hf: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    if not num_experts(hf):
+def _expert_settings(hf: HfConfig, dtype: torch.dtype) -> dict[str, Any]:
+    if not hf.num_experts:
         return {}
     return dict(
-        num_moe_experts=num_experts(hf),
-        moe_ffn_hidden_size=hf["moe_intermediate_size"],
-        moe_router_topk=hf["num_experts_per_tok"],
-        moe_router_pre_softmax=not hf["norm_topk_prob"],
+        num_moe_experts=hf.num_experts,
+        moe_ffn_hidden_size=hf.moe_intermediate_size,
+        moe_router_topk=hf.num_experts_per_tok,
+        moe_router_pre_softmax=not hf.norm_topk_prob,
         moe_router_score_function="softmax",
         moe_router_dtype="fp32",
         moe_router_load_balancing_type="none",
@@ -111,19 +108,19 @@ def _expert_settings(hf: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     )
 
 
-def _recompute_settings(hf: dict[str, Any], recompute: str) -> dict[str, Any]:
+def _recompute_settings(hf: HfConfig, recompute: str) -> dict[str, Any]:
     if recompute == "full":
         return dict(
             recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
         )
     if recompute == "selective":
-        modules = ["core_attn", "moe" if num_experts(hf) else "mlp"]
+        modules = ["core_attn", "moe" if hf.num_experts else "mlp"]
         return dict(recompute_granularity="selective", recompute_modules=modules)
     return {}
 
 
 def build_model(
-    hf: dict[str, Any], parallel: Parallel, dtype: str = "fp32", recompute: str = "none"
+    hf: HfConfig, parallel: Parallel, dtype: str = "fp32", recompute: str = "none"
 ) -> list[HiddenStateModel]:
     """This rank's chunks (vpp of them), initial weights, cast if bf16. Load weights afterwards."""
     layout = parallel.layout
@@ -135,19 +132,23 @@ def build_model(
         chunk = HiddenStateModel(
             config,
             backend.block_spec(config, vp_stage),
-            vocab_size=hf["vocab_size"],  # never padded: padding columns would enter the normaliser
-            max_sequence_length=hf["max_position_embeddings"],
+            vocab_size=hf.vocab_size,  # never padded: padding columns would enter the normaliser
+            max_sequence_length=hf.max_position_embeddings,
             pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             # native attention turns queries and keys itself, once per micro-batch computed
             position_embedding_type="rope" if fused else "none",
-            rotary_base=config.rotary_base,
-            share_embeddings_and_output_weights=hf.get("tie_word_embeddings", False),
+            rotary_base=hf.rope.theta,
+            share_embeddings_and_output_weights=hf.tie_word_embeddings,
             vp_stage=vp_stage,
         ).to(device.current_device())
+        if fused:
+            chunk.rotary_pos_emb.inv_freq.copy_(
+                inverse_frequencies(hf.rope, hf.head_dim, device.current_device())
+            )
         mark_expert_parameters(chunk)
-        if chunk.pre_process and hf.get("pad_token_id") is not None:
-            withhold_pad_gradient(chunk.embedding.word_embeddings, hf["pad_token_id"], parallel)
+        if chunk.pre_process and hf.pad_token_id is not None:
+            withhold_pad_gradient(chunk.embedding.word_embeddings, hf.pad_token_id, parallel)
         chunks.append(chunk)
     return chunks
 

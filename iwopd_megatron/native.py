@@ -73,7 +73,7 @@ class SdpaAttention(MegatronModule):
         super().__init__(config=config)
         self.scale = softmax_scale
         self.cp_group = pg_collection.cp
-        self.rotary_base = config.rotary_base
+        self.rope = config.rope
 
     def forward(
         self,
@@ -86,7 +86,7 @@ class SdpaAttention(MegatronModule):
         packed_seq_params=None,
     ):
         packing = packed_seq_params.packing
-        turn = packing.rotation(self.rotary_base, query.shape[-1], query.dtype, self.cp_group)
+        turn = packing.rotation(self.rope, query.shape[-1], query.dtype, self.cp_group)
         query, key = rotate(query, *turn), rotate(key, *turn)
         query, key, value = (x.unsqueeze(1) for x in (query, key, value))
         if self.cp_group.size() > 1:

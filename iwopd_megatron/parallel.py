@@ -19,6 +19,8 @@ import torch.distributed as dist
 
 from iwopd_megatron import device
 from iwopd_megatron.config_models import Layout
+from iwopd_megatron.hf_rope import Rope
+from iwopd_megatron.rope import inverse_frequencies, turn
 
 device.install()
 
@@ -193,16 +195,16 @@ class Packing:
         return self._context_order
 
     def rotation(
-        self, base: float, head: int, dtype: torch.dtype, cp_group: Group
+        self, rope: Rope, head: int, dtype: torch.dtype, cp_group: Group
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin `[T, 1, head / 2]` of the rotary angles of this context rank's tokens."""
-        key = base, head, dtype
+        key = rope, head, dtype
         if key not in self._rotation:
             place = torch.cat([torch.arange(length) for length in self.lengths])
             place_T = place[zigzag_index(self.lengths, cp_group.size(), cp_group.rank())]
-            frequency = base ** (-torch.arange(0, head, 2, dtype=torch.float32) / head)
+            frequency = inverse_frequencies(rope, head, place_T.device)
             angle = (place_T[:, None].float() * frequency).unsqueeze(1).to(device.current_device())
-            self._rotation[key] = angle.cos().to(dtype), angle.sin().to(dtype)
+            self._rotation[key] = turn(angle, rope, dtype)
         return self._rotation[key]
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from iwopd_megatron.actor import Schedule
 from iwopd_megatron.config_models import Layout
+from iwopd_megatron.hf_config import HfConfig
 from iwopd_megatron.hf_io import HfTensors, load_shards
 from iwopd_megatron.hf_reference import LOSS, TRAIN, Reference, max_error, mean_error
 from iwopd_megatron.mapping import entries
@@ -85,7 +86,7 @@ def _logit_error(schedule: Schedule, ref: Reference, budget: int, dtype: str) ->
     batches, length = Packer(schedule.parallel, budget)([_all_response(s) for s in ref.samples])
     tp = schedule.parallel.tp
     columns = slice(
-        tp.rank * ref.hf["vocab_size"] // tp.size, (tp.rank + 1) * ref.hf["vocab_size"] // tp.size
+        tp.rank * ref.hf.vocab_size // tp.size, (tp.rank + 1) * ref.hf.vocab_size // tp.size
     )
 
     def on_output(hidden, model, batch):
@@ -107,7 +108,7 @@ def _logit_error(schedule: Schedule, ref: Reference, budget: int, dtype: str) ->
 def _shard_error(
     chunks: list[HiddenStateModel],
     whole: dict[str, torch.Tensor],
-    hf: dict,
+    hf: HfConfig,
     parallel: Parallel,
     dtype: str,
     field: str,

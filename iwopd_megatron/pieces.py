@@ -8,12 +8,14 @@ groups, and goes through the weight table's own cut.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from iwopd_megatron.mapping import Block, hf_shape
+from iwopd_megatron.hf_config import HfConfig
+from iwopd_megatron.hf_shapes import hf_shape
+from iwopd_megatron.mapping import Block
 
 LIMIT = 32 * 2**20  # bytes of one piece, and so of what one worker holds
 
@@ -25,7 +27,7 @@ class Piece:
     first: int
     last: int
     sources: dict[str, tuple[int, int]]
-    hf: dict[str, Any]  # the config of a model with only this piece's heads
+    hf: HfConfig  # the config of a model with only this piece's heads
 
     def gather(self, block: Block, tensors: Any) -> tuple[list[torch.Tensor], torch.Tensor]:
         """(the sources' rows, the block's rows) from whole Hugging Face tensors or slices."""
@@ -37,7 +39,7 @@ class Piece:
         return [rows] if block.cut.is_stack else block.cut.unshard([rows], self.hf)
 
 
-def cut(block: Block, hf: dict[str, Any], itemsize: int) -> Iterator[Piece]:
+def cut(block: Block, hf: HfConfig, itemsize: int) -> Iterator[Piece]:
     """Cut a block by rows, or by key-value groups where its sources are interleaved."""
     shapes = {name: hf_shape(name, hf) for name in block.hf_names}
     if block.cut.is_stack:
@@ -50,12 +52,12 @@ def cut(block: Block, hf: dict[str, Any], itemsize: int) -> Iterator[Piece]:
                 yield Piece(base + a, base + b, {name: (a, b)}, hf)
             base += shape[0]
         return
-    groups = hf["num_key_value_heads"]
+    groups = hf.num_key_value_heads
     rows = {name: shape[0] // groups for name, shape in shapes.items()}
-    group_bytes = sum(rows.values()) * hf["hidden_size"] * itemsize
+    group_bytes = sum(rows.values()) * hf.hidden_size * itemsize
     step = max(1, LIMIT // group_bytes)
     for a in range(0, groups, step):
         b = min(a + step, groups)
         sources = {name: (a * n, b * n) for name, n in rows.items()}
         height = sum(rows.values())
-        yield Piece(a * height, b * height, sources, hf | {"num_key_value_heads": b - a})
+        yield Piece(a * height, b * height, sources, replace(hf, num_key_value_heads=b - a))

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from iwopd_megatron.config_models import Layout
-from iwopd_megatron.preflight import num_experts
+from iwopd_megatron.hf_config import HfConfig
 
 
 @dataclass(frozen=True)
@@ -45,21 +44,21 @@ class ModelSize:
     topk: int  # experts a token visits; 1 MLP if dense
 
     @classmethod
-    def of(cls, hf: dict[str, Any]) -> ModelSize:
-        experts = num_experts(hf)
+    def of(cls, hf: HfConfig) -> ModelSize:
+        experts = hf.num_experts
         return cls(
-            hidden=hf["hidden_size"],
-            ffn=hf["moe_intermediate_size"] if experts else hf["intermediate_size"],
-            layers=hf["num_hidden_layers"],
-            queries=hf["num_attention_heads"] * hf["head_dim"],
-            keys=hf["num_key_value_heads"] * hf["head_dim"],
-            heads=hf["num_attention_heads"],
-            head=hf["head_dim"],
-            kv_heads=hf["num_key_value_heads"],
-            vocab=hf["vocab_size"],
-            tied=hf.get("tie_word_embeddings", False),
+            hidden=hf.hidden_size,
+            ffn=hf.ffn_size,
+            layers=hf.num_hidden_layers,
+            queries=hf.num_attention_heads * hf.head_dim,
+            keys=hf.num_key_value_heads * hf.head_dim,
+            heads=hf.num_attention_heads,
+            head=hf.head_dim,
+            kv_heads=hf.num_key_value_heads,
+            vocab=hf.vocab_size,
+            tied=hf.tie_word_embeddings,
             experts=experts,
-            topk=hf["num_experts_per_tok"] if experts else 1,
+            topk=hf.num_experts_per_tok if experts else 1,
         )
 
     @property

@@ -11,11 +11,11 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 from iwopd_megatron.config_cluster import Cluster
 from iwopd_megatron.config_models import Layout
 from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.hf_config import HfConfig
 from iwopd_megatron.known_models import planning_config
 from iwopd_megatron.plan import Plan
 from iwopd_megatron.plan_phases import (
@@ -27,7 +27,7 @@ from iwopd_megatron.plan_phases import (
 from iwopd_megatron.plan_roles import Role, rollout, teacher, trainer
 from iwopd_megatron.plan_setup import Setup
 from iwopd_megatron.plan_time import Workload, forward, forward_backward
-from iwopd_megatron.preflight import check_layout, num_experts
+from iwopd_megatron.preflight import check_layout
 
 MARGIN = 0.05  # of a GPU's memory that a proposal leaves free
 DEGREES = (1, 2, 4, 8, 16, 32, 64)
@@ -197,9 +197,9 @@ def _has_room(role: Role) -> bool:
     return role.fits and role.margin > MARGIN * role.capacity
 
 
-def _layouts(setup: Setup, hf: dict[str, Any], chunks: tuple[int, ...]) -> Iterator[Layout]:
+def _layouts(setup: Setup, hf: HfConfig, chunks: tuple[int, ...]) -> Iterator[Layout]:
     """Layouts that Megatron accepts; tp x cp stays in a node."""
-    experts = DEGREES if num_experts(hf) else (1,)
+    experts = DEGREES if hf.num_experts else (1,)
     for tp, pp, ep, cp in product(DEGREES[:4], DEGREES, experts, DEGREES[:4]):
         if tp * cp <= setup.cluster.gpus_per_node:
             for vpp in chunks if pp > 1 else (1,):

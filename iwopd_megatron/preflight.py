@@ -2,95 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.hf_config import HfConfig
+from iwopd_megatron.model_folder import check_model
 
 if TYPE_CHECKING:
     from iwopd_megatron.config import Recipe
     from iwopd_megatron.config_models import Layout
-
-# What a layout is checked against; config.json must have them.
-HF_KEYS = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings",
-)  # fmt: skip
-HF_MOE_KEYS = ("moe_intermediate_size", "num_experts_per_tok", "norm_topk_prob")
-
-
-def read_hf_config(folder: Path) -> dict[str, Any]:
-    """config.json of a Hugging Face folder, or one sentence about what is missing."""
-    if not folder.is_dir():
-        raise RecipeError(
-            f"folder {folder} does not exist; point it at a Hugging Face model folder."
-        )
-    file = folder / "config.json"
-    if not file.is_file():
-        raise RecipeError(f"{folder} has no config.json; it is not a Hugging Face model folder.")
-    try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise RecipeError(f"{file} is not valid JSON: {error}.") from None
-    if not isinstance(config, dict):
-        raise RecipeError(f"{file} holds a {type(config).__name__}, not an object.")
-    if config.get("model_type") not in ("qwen3", "qwen3_moe"):
-        raise RecipeError(
-            f"{file}: model_type '{config.get('model_type')}' is not supported; "
-            "use qwen3 or qwen3_moe."
-        )
-    wanted = HF_KEYS + HF_MOE_KEYS * (num_experts(config) > 0)
-    missing = [key for key in wanted if key not in config]
-    if missing:
-        raise RecipeError(f"{file} lacks '{missing[0]}'; copy the model's original config.json.")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if "rope_theta" not in {**rope, **config}:
-        raise RecipeError(f"{file} lacks 'rope_theta'; copy the model's original config.json.")
-    for key, value, supported in (
-        ("attention_bias", config.get("attention_bias", False), False),
-        ("use_sliding_window", config.get("use_sliding_window", False), False),
-        ("hidden_act", config.get("hidden_act", "silu"), "silu"),
-        ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default"),
-        ("mlp_only_layers", config.get("mlp_only_layers") or [], []),
-        ("decoder_sparse_step", config.get("decoder_sparse_step", 1), 1),
-    ):
-        if value != supported:
-            raise RecipeError(
-                f"{file}: {key}={value!r} is not supported; only {supported!r} is, "
-                "which every published Qwen3 model has."
-            )
-    return config
-
-
-def check_model_files(folder: Path, weights: bool) -> None:
-    """A tokenizer, and safetensors where `weights` are wanted."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise RecipeError(
-            f"{folder} has no tokenizer.json; copy the model's tokenizer files there."
-        )
-    names = ("model.safetensors", "model.safetensors.index.json")
-    if weights and not any((folder / name).is_file() for name in names):
-        raise RecipeError(
-            f"{folder} has neither {names[0]} nor {names[1]}; its weights are missing."
-        )
-
-
-def num_experts(hf: dict[str, Any]) -> int:
-    """Experts per layer, 0 if dense: num_local_experts in transformers 5, num_experts in 4."""
-    return hf.get("num_local_experts") or hf.get("num_experts") or 0
-
-
-def eos_ids(folder: Path) -> set[int]:
-    """Ids that end an answer: generation_config.json's where it names any, or config.json's."""
-    ids: int | list[int] | None = None
-    for name in ("config.json", "generation_config.json"):
-        file = folder / name
-        found = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
-        ids = ids if found is None else found
-    if ids is None:
-        raise RecipeError(f"{folder}: neither config names an eos_token_id; add it to config.json.")
-    return {ids} if isinstance(ids, int) else set(ids)
 
 
 def check(recipe: Recipe) -> None:
@@ -99,9 +19,8 @@ def check(recipe: Recipe) -> None:
     `preflight_scorers` does it for teachers and base student, `preflight_rollout` for servers.
     """
     student, layout = recipe.student, recipe.student.parallel
-    hf = read_hf_config(student.hf)
+    hf = check_model(student.hf, weights=student.random_init is None)
     check_layout(layout, hf, "student")
-    check_model_files(student.hf, weights=student.random_init is None)
     check_world(layout, recipe.world, "processes")
     _check_loss(recipe, hf)
     named = [("train", source.path) for source in recipe.data.train] + [("eval", recipe.data.eval)]
@@ -111,7 +30,7 @@ def check(recipe: Recipe) -> None:
     _check_sizes(recipe, hf)
 
 
-def _check_loss(recipe: Recipe, hf: dict[str, Any]) -> None:
+def _check_loss(recipe: Recipe, hf: HfConfig) -> None:
     """Refuse objectives that cannot mean what they say."""
     loss = recipe.loss
     if loss.advantage == "topk_kl":
@@ -131,9 +50,9 @@ def _check_loss(recipe: Recipe, hf: dict[str, Any]) -> None:
                 "gates.on_bad_sample=drop needs loss.objective=policy: the teacher's top K is "
                 "already laid out with every answer; write on_bad_sample=stop."
             )
-        if loss.topk.k > hf["vocab_size"]:
+        if loss.topk.k > hf.vocab_size:
             raise RecipeError(
-                f"loss.topk.k={loss.topk.k} exceeds the vocabulary of {hf['vocab_size']}; lower it."
+                f"loss.topk.k={loss.topk.k} exceeds the vocabulary of {hf.vocab_size}; lower it."
             )
     if loss.extrapolation != 1.0:
         if not recipe.is_distilling:
@@ -145,7 +64,7 @@ def _check_loss(recipe: Recipe, hf: dict[str, Any]) -> None:
             )
 
 
-def _check_sizes(recipe: Recipe, hf: dict[str, Any]) -> None:
+def _check_sizes(recipe: Recipe, hf: HfConfig) -> None:
     train, rollout = recipe.train, recipe.rollout
     if train.prompts_per_round % train.minibatches:
         raise RecipeError(
@@ -168,10 +87,17 @@ def _check_sizes(recipe: Recipe, hf: dict[str, Any]) -> None:
                 f"{name}.microbatch_tokens={budget} cannot hold the longest sample, "
                 f"rollout.max_prompt_tokens + max_response_tokens = {longest}; raise it to that."
             )
-    if longest > hf["max_position_embeddings"]:
+    check_context(recipe, hf, "student")
+
+
+def check_context(recipe: Recipe, hf: HfConfig, role: str) -> None:
+    """Refuse samples longer than a model's context."""
+    longest = recipe.rollout.max_prompt_tokens + recipe.rollout.max_response_tokens
+    if longest > hf.context_length:
         raise RecipeError(
-            f"rollout.max_prompt_tokens + max_response_tokens = {longest} exceeds the student's "
-            f"max_position_embeddings={hf['max_position_embeddings']}; lower one of the two."
+            f"rollout.max_prompt_tokens + max_response_tokens = {longest} exceeds the {role}'s "
+            f"context of {hf.context_length} tokens (max_position_embeddings, times YaRN's factor "
+            "where config.json has one); lower one of the two."
         )
 
 
@@ -198,22 +124,22 @@ def describe(layout: Layout) -> str:
     return " ".join(f"{name}{size}" for name, size in layout if size > 1) or "of one process"
 
 
-def check_layout(layout: Layout, hf: dict[str, Any], role: str) -> None:
+def check_layout(layout: Layout, hf: HfConfig, role: str) -> None:
     """Refuse degrees that do not divide the model."""
-    experts = num_experts(hf)
+    experts = hf.num_experts
     rules = [
-        ("tp", layout.tp, "num_attention_heads", hf["num_attention_heads"]),
-        ("tp", layout.tp, "num_key_value_heads", hf["num_key_value_heads"]),
-        ("tp", layout.tp, "vocab_size", hf["vocab_size"]),
-        ("pp x vpp", layout.pp * layout.vpp, "num_hidden_layers", hf["num_hidden_layers"]),
+        ("tp", layout.tp, "num_attention_heads", hf.num_attention_heads),
+        ("tp", layout.tp, "num_key_value_heads", hf.num_key_value_heads),
+        ("tp", layout.tp, "vocab_size", hf.vocab_size),
+        ("pp x vpp", layout.pp * layout.vpp, "num_hidden_layers", hf.num_hidden_layers),
     ]
     if experts:
         rules += [
             ("ep", layout.ep, "the number of experts", experts),
-            ("etp", layout.etp, "moe_intermediate_size", hf["moe_intermediate_size"]),
+            ("etp", layout.etp, "moe_intermediate_size", hf.moe_intermediate_size),
         ]
     else:
-        rules.append(("tp", layout.tp, "intermediate_size", hf["intermediate_size"]))
+        rules.append(("tp", layout.tp, "intermediate_size", hf.intermediate_size))
     for axis, degree, name, size in rules:
         if size % degree:
             fits = ", ".join(str(d) for d in range(1, size + 1) if size % d == 0 and d <= 64)

@@ -7,7 +7,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.preflight import num_experts, read_hf_config
+from iwopd_megatron.hf_config import read_hf_config
 
 if TYPE_CHECKING:
     from iwopd_megatron.config import Recipe
@@ -51,7 +51,7 @@ def check_rollout(recipe: Recipe) -> None:
 
 def _check_replay(recipe: Recipe) -> None:
     """Refuse to replay experts that nobody chooses or nobody tells."""
-    if not num_experts(read_hf_config(recipe.student.hf)):
+    if not read_hf_config(recipe.student.hf).num_experts:
         raise RecipeError(
             f"rollout.routing_replay needs a student with experts, and {recipe.student.hf} is "
             "dense; write rollout.routing_replay=false."

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.preflight import (
-    check_layout,
-    check_model_files,
-    check_world,
-    describe,
-    eos_ids,
-    read_hf_config,
-)
+from iwopd_megatron.hf_config import HfConfig, read_hf_config
+from iwopd_megatron.model_folder import check_model, eos_ids
+from iwopd_megatron.preflight import check_context, check_layout, check_world, describe
 
 if TYPE_CHECKING:
     from iwopd_megatron.config import Recipe
@@ -36,14 +31,13 @@ def check_scorers(recipe: Recipe) -> None:
         _check_topk(recipe)
 
 
-def _check_model(recipe: Recipe, model: Frozen, role: str, weights: bool = True) -> dict[str, Any]:
+def _check_model(recipe: Recipe, model: Frozen, role: str, weights: bool = True) -> HfConfig:
     """Its config.json; it must be of the student's vocabulary."""
-    ours, theirs = read_hf_config(recipe.student.hf), read_hf_config(model.hf)
-    check_model_files(model.hf, weights)
-    if theirs["vocab_size"] != ours["vocab_size"]:
+    ours, theirs = read_hf_config(recipe.student.hf), check_model(model.hf, weights)
+    if theirs.vocab_size != ours.vocab_size:
         raise RecipeError(
-            f"{role} vocab_size={theirs['vocab_size']} differs from the student's "
-            f"{ours['vocab_size']}; on-policy distillation needs one vocabulary: "
+            f"{role} vocab_size={theirs.vocab_size} differs from the student's "
+            f"{ours.vocab_size}; on-policy distillation needs one vocabulary: "
             "choose models of one family."
         )
     student, scorer = eos_ids(recipe.student.hf), eos_ids(model.hf)
@@ -52,6 +46,7 @@ def _check_model(recipe: Recipe, model: Frozen, role: str, weights: bool = True)
             f"eos_token_id is {sorted(student)} for the student and {sorted(scorer)} for the "
             f"{role}; make both generation_config.json name the same ids."
         )
+    check_context(recipe, theirs, role)
     return theirs
 
 
@@ -73,7 +68,7 @@ def _check_teacher(recipe: Recipe, teacher: Teacher, role: str) -> None:
         _check_service(teacher.service, hf, f"{role}.service")
 
 
-def _check_service(service: Service, hf: dict[str, Any], role: str) -> None:
+def _check_service(service: Service, hf: HfConfig, role: str) -> None:
     check_layout(service.parallel, hf, role)
     check_world(service.parallel, service.world, f"{role}.processes")
     if service.max_queue_tokens < service.microbatch_tokens:

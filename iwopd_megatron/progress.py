@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from iwopd_megatron.report_words import percent
+
 if TYPE_CHECKING:
     from iwopd_megatron.hf_io import Loaded
 
@@ -72,7 +74,8 @@ class Progress:
         )
 
     def _figures(self, line: dict[str, Any]) -> str:
-        parts = [f"accuracy {self._accuracy:.3f}"] if self._accuracy == self._accuracy else []
+        known = self._accuracy == self._accuracy
+        parts = [f"accuracy {percent(self._accuracy)} %"] if known else []
         formats = {
             "loss": "loss {:+.4f}",
             "abs_gap": "gap {:.3f}",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_models import Layout
 from iwopd_megatron.known_models import planning_config
-from iwopd_megatron.preflight import check_layout, num_experts
+from iwopd_megatron.preflight import check_layout
 
 if TYPE_CHECKING:
     from iwopd_megatron.trajectory import Trajectory
@@ -71,12 +71,12 @@ def rehearsals(recipe: Recipe, limit: int) -> dict[str, Rehearsal]:
     for role, (folder, layout, recompute) in models.items():
         hf = planning_config(folder)
         check_layout(layout, hf, role)
-        is_moe = num_experts(hf) > 0
+        is_moe = hf.num_experts > 0
         if not is_moe:
             layout = layout.model_copy(update={"ep": 1, "etp": 1})
         layout = scaled(layout, limit)
         copies = 2 if 2 * layout.unit <= limit else 1  # data parallelism, where there is room
-        tied = hf.get("tie_word_embeddings", False)
+        tied = hf.tie_word_embeddings
         found[role] = Rehearsal(is_moe, tied, layout, recompute, copies * layout.unit)
     return found
 

@@ -13,19 +13,17 @@ from typing import Any
 import matplotlib
 from jinja2 import Environment
 
+from iwopd_megatron.report_arms import arm_table
+from iwopd_megatron.report_captions import reading
 from iwopd_megatron.report_charts import STYLE
-from iwopd_megatron.report_data import (
-    ARM_NAMES,
-    Paths,
-    find_runs,
-    read_events,
-    read_runs,
-    series,
-    summarise,
-)
+from iwopd_megatron.report_data import Paths, find_runs, read_events, read_runs
+from iwopd_megatron.report_diagnostics import Early
 from iwopd_megatron.report_figures import Section, sections
+from iwopd_megatron.report_finding import findings
 from iwopd_megatron.report_pairs import pair_gains
-from iwopd_megatron.report_tables import benchmark_table
+from iwopd_megatron.report_summary import summarise
+from iwopd_megatron.report_tables import about, benchmarks_shown
+from iwopd_megatron.report_words import arm_name
 from iwopd_megatron.runlog import read_jsonl
 
 READABLE = 4  # samples of a round that the page shows
@@ -47,18 +45,15 @@ def write_report(
     with matplotlib.rc_context(STYLE):
         made = sections(runs, _prefixes(paths), _early(kept), pair_gains(folders))
         images = _draw(made, out / "figures")
-    last = {
-        max(series(run, "eval", "accuracy"), default=0)
-        for arm in runs.values()
-        for run in arm.values()
-    }
+    summary = summarise(paths)
     recipe = next(iter(paths.values()))[0] / "recipe.yaml"
     template = Path(__file__).with_name("report_template.html").read_text("utf-8")
     names = ", ".join(folder.resolve().name for folder in folders)
     page = Environment(autoescape=True).from_string(template).render(
-        title=title or f"Report of {names}", names=ARM_NAMES, sections=made, images=images,
-        summary=summarise(paths), last_evals=sorted(last), benchmarks=benchmark_table(paths),
-        events=_events(paths), samples=kept, tokens=TOKENS, readable=READABLE,
+        title=title or f"Report of {names}", name=arm_name, sections=made, images=images,
+        about=about(paths), findings=findings(summary), arms=arm_table(summary),
+        benchmarks=benchmarks_shown(paths), reading=reading(runs), events=_events(paths),
+        samples=kept, tokens=TOKENS, readable=READABLE,
         recipe=recipe.read_text() if recipe.exists() else "",
     )  # fmt: skip
     partial = out / f".report.{os.getpid()}.html"  # renamed when whole
@@ -74,9 +69,9 @@ def _draw(made: list[Section], folder: Path) -> dict[str, str]:
         old.unlink()
     images = {}
     for section in made:
-        for name, figure in section.charts.items():
+        for name, chart in section.charts.items():
             content = io.BytesIO()
-            figure.savefig(content, metadata={"Software": None})
+            chart.figure.savefig(content, metadata={"Software": None})
             (folder / f"{name}.png").write_bytes(content.getvalue())
             images[name] = base64.b64encode(content.getvalue()).decode()
     return images
@@ -92,12 +87,13 @@ def _kept_samples(paths: Paths) -> dict[str, dict[int, list[dict]]]:
     return kept
 
 
-def _early(kept: dict[str, dict[int, list[dict]]]) -> list[dict]:
+def _early(kept: dict[str, dict[int, list[dict]]]) -> Early:
     """The earliest samples of IW-OPD, or else of any arm."""
-    for arm in sorted(kept, key=lambda arm: arm != "iw"):
+    for arm in sorted(kept, key=lambda arm: arm.rpartition("/")[2] != "iw"):
         if kept[arm]:
-            return kept[arm][min(kept[arm])]
-    return []
+            number = min(kept[arm])
+            return Early(kept[arm][number], f"{arm_name(arm)}, round {number}")
+    return Early([], "")
 
 
 def _prefixes(paths: Paths) -> dict[str, dict[str, Any]]:
@@ -107,7 +103,7 @@ def _prefixes(paths: Paths) -> dict[str, dict[str, Any]]:
         for run in runs:
             file = run / "prefixes.json"
             if file.exists():
-                name = ARM_NAMES.get(arm, arm)
+                name = arm_name(arm)
                 found[f"{name}, {run.name}" if len(runs) > 1 else name] = json.loads(
                     file.read_text()
                 )
@@ -116,7 +112,7 @@ def _prefixes(paths: Paths) -> dict[str, dict[str, Any]]:
 
 def _events(paths: Paths) -> list[dict[str, Any]]:
     return [
-        {"run": f"{ARM_NAMES.get(arm, arm)}, {run.name}"} | event
+        {"run": f"{arm_name(arm)}, {run.name}"} | event
         for arm, runs in paths.items()
         for run in runs
         for event in read_events(run)

@@ -1,46 +1,59 @@
-"""The sections of a report: titles, in the order of the page, and what each one shows."""
+"""What stands under a chart; made with the chart, so that a caption is of what is drawn."""
 
-CAPTIONS = {
-    "Accuracy": (
-        "On the evaluation problems. Line: mean over seeds; band: ± 1 standard error; thin: up "
-        "to five single seeds. Second chart: gain over OPD, paired by seed (Fig. 1a, 2a). "
-        "Where several pairs of models are compared, final gain against how much smaller the "
-        "student is (Fig. 2b)."
-    ),
-    "Continuing from student prefixes": (
-        "The student's responses are cut, and student and teacher go on from there: their "
-        "chance of a right answer, with 95 % bootstrap intervals over problems (Fig. 1b)."
-    ),
-    "Reverse KL": (
-        "Mean student − teacher log-probability of the student's own tokens, an estimate of "
-        "KL(student ‖ teacher). Second chart: by position, first three rounds of all runs "
-        "(dotted) against the last three, as far as 5 % of the responses reach (Fig. 3a, 3b)."
-    ),
-    "Likelihood of student prefixes": (
-        "Cumulative log-probability of the first tokens of the student's responses, mean over "
-        "responses; one that has ended stays where it ended. Under student and teacher, first "
-        "three rounds; and the teacher's minus the student's, last three (Fig. 3c)."
-    ),
-    "Where the weight goes": (
-        "Mean token weight by tenth of the response, over all rounds; OPD is 1. Then the "
-        "unsigned rule (iw) and the signed rule (iw_signed) on single responses of an early "
-        "round (Fig. 4b)."
-    ),
-    "By position": (
-        "Mean over the tokens of each tenth of a response. |gap|: first three rounds (dotted), "
-        "last three; others: all rounds. Shares that are zero throughout are left out."
-    ),
-    "Health": "Engine drift: mean |trainer − rollout engine| log-probability of the same tokens.",
-    "Load of the experts": (
-        "Of the student's routers, mean over layers: busiest expert over the mean one, 1 is "
-        "even; and standard deviation over mean."
-    ),
-    "Time": (
-        "Phases of a round, and response tokens per second of the whole round; “other” is what "
-        "the phases leave."
-    ),
-    "Services": (
-        "Time to give the rollout servers new weights and prove it; and the share of answers "
-        "whose teacher scores were there when the round's last answer ended."
-    ),
-}
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from matplotlib.figure import Figure
+
+from iwopd_megatron.report_charts import SINGLE
+from iwopd_megatron.report_data import Runs
+from iwopd_megatron.report_positions import COMPARED, REACH
+from iwopd_megatron.report_words import PAPER
+
+SHARE = f"{100 * REACH:.0f} %"
+
+
+class Chart(NamedTuple):
+    """A picture and its caption."""
+
+    figure: Figure
+    caption: str
+
+
+Charts = dict[str, Chart]  # file name -> chart
+
+
+def cited(figure: str) -> str:
+    """figure: its number in the paper."""
+    return f"As in Fig. {figure} of the paper ({PAPER})."
+
+
+def which_rounds(is_compared: bool) -> str:
+    """Of a figure by position."""
+    if is_compared:
+        return f"first {COMPARED} rounds of all runs (dotted), last {COMPARED} of each arm (solid)"
+    return "mean over all rounds"
+
+
+def how_far(key: str) -> str:
+    """Where a figure by position ends; key: the metric's."""
+    if key.endswith("_deciles"):
+        return f"Tenths with under {SHARE} of the tokens of the fullest one are left out."
+    return f"Cut where fewer than {SHARE} of the responses go on: a few long ones would mislead."
+
+
+def reading(runs: Runs) -> str:
+    """How lines and bands of all charts are to be read; "" where there are only single runs."""
+    counts = [len(seeds) for seeds in runs.values()]
+    if max(counts, default=0) < 2:
+        return ""
+    parts = ["line: mean over seeds", "band: ± 1 standard error"]
+    if 2 in counts:
+        parts[1] += " (of two seeds: from one to the other)"
+    if any(1 < count <= SINGLE for count in counts):
+        parts.append("thin: single seeds")
+    text = "In the charts, " + "; ".join(parts) + "."
+    if any(len({len(run) for run in seeds.values()}) > 1 for seeds in runs.values()):
+        text += " Seeds that are not as far as half of their arm's are thin only, not in its mean."
+    return text

@@ -9,7 +9,9 @@ from typing import NamedTuple
 from iwopd_megatron.errors import UserError
 from iwopd_megatron.known_models import planning_config
 from iwopd_megatron.plan_model import ModelSize
-from iwopd_megatron.report_data import find_runs, read_recipe_of, summarise
+from iwopd_megatron.report_data import REFERENCE, find_runs, read_recipe_of
+from iwopd_megatron.report_statistics import ENOUGH_SEEDS
+from iwopd_megatron.report_summary import summarise
 
 
 class PairGain(NamedTuple):
@@ -17,7 +19,7 @@ class PairGain(NamedTuple):
 
     ratio: float  # parameters of the teacher over those of the student
     gain: float
-    interval: list[float] | None  # 95 %, over seeds
+    interval: list[float] | None  # 95 %, over seeds; None for too few of them
 
 
 def compression_ratio(run: Path) -> float | None:
@@ -40,9 +42,9 @@ def pair_gains(folders: Sequence[Path]) -> dict[str, list[PairGain]]:
         paths = find_runs([folder])
         ratio = compression_ratio(next(iter(paths.values()))[0])
         for arm, pair in summarise(paths)["paired"].items() if ratio is not None else ():
-            if pair["final"] is not None:
-                bounds = pair["final_interval"]
-                interval = None if bounds is None else [100 * bound for bound in bounds]
+            if pair["final"] is not None and pair["reference"] == REFERENCE:
+                is_enough = len(pair["final_per_seed"]) >= ENOUGH_SEEDS
+                interval = [100 * bound for bound in pair["final_interval"]] if is_enough else None
                 found.setdefault(arm, []).append(PairGain(ratio, 100 * pair["final"], interval))
     ratios = {round(point.ratio, 3) for points in found.values() for point in points}
     return found if len(ratios) > 1 else {}

@@ -10,6 +10,7 @@ from typing import Any
 
 from iwopd_megatron.board import FINAL, newest_attempt
 from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.report_words import percent
 from iwopd_megatron.roles import read_job
 from iwopd_megatron.runlog import read_metrics
 
@@ -97,7 +98,7 @@ def print_status(found: dict[str, Any]) -> None:
         "attempt": "attempt {}", "exit_code": "ended with exit code {}", "final": "{}",
         "round": "round {}" + (f" of {found['rounds']}" if found.get("rounds") else ""),
         "tokens_per_second": "{:,.0f} tokens/s", "loss": "loss {:+.4f}",
-        "accuracy": "accuracy {:.3f}", "checkpoint": "checkpoint {}",
+        "accuracy": f"accuracy {percent(found.get('accuracy'))} %", "checkpoint": "checkpoint {}",
         "silent_seconds": "last line {} s ago",
     }  # fmt: skip
     parts = [text.format(found[key]) for key, text in names.items() if found.get(key) is not None]

@@ -14,12 +14,12 @@ import torch
 from iwopd_megatron import checkpoint
 from iwopd_megatron.actor import Schedule
 from iwopd_megatron.config import Recipe
+from iwopd_megatron.hf_config import read_hf_config
 from iwopd_megatron.hf_io import HfTensors, load_shards, random_weights
 from iwopd_megatron.model import build_model, wrap_precision
 from iwopd_megatron.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from iwopd_megatron.packing import MicroBatch, Packer
 from iwopd_megatron.parallel import Parallel
-from iwopd_megatron.preflight import num_experts, read_hf_config
 from iwopd_megatron.router_load import RouterLoad
 from iwopd_megatron.routing import RoutingReplay
 from iwopd_megatron.saver import Saver
@@ -42,10 +42,10 @@ class Student:
         self.scheduler = build_scheduler(self.optimizer, recipe.train)
         temperature = recipe.rollout.temperature if recipe.is_distilling else 1.0
         replay = RoutingReplay(self.chunks) if recipe.rollout.routing_replay else None
-        experts = num_experts(self.hf)
+        experts = self.hf.num_experts
         self.load = None
         if experts:
-            self.load = RouterLoad(self.chunks, self.hf["num_hidden_layers"], experts)
+            self.load = RouterLoad(self.chunks, self.hf.num_hidden_layers, experts)
         self.schedule = Schedule(self.chunks, parallel, temperature, replay, self.load)
 
     @staticmethod

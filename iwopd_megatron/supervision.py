@@ -15,9 +15,9 @@ from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_models import Frozen
 from iwopd_megatron.metrics import bin_tokens
 from iwopd_megatron.minibatch import Minibatch
+from iwopd_megatron.model_folder import eos_ids
 from iwopd_megatron.objective import DistillationObjective, LikelihoodObjective
 from iwopd_megatron.packing import Packer, deal
-from iwopd_megatron.preflight import eos_ids
 from iwopd_megatron.student import Student
 from iwopd_megatron.teacher import EmbeddedScorer
 from iwopd_megatron.teachers import Teachers
@@ -83,7 +83,7 @@ class Supervision:
             return [Minibatch(part, LikelihoodObjective()) for part in parts]
         minibatches = [self._scored(part, round_number) for part in parts]
         for minibatch in minibatches:
-            gates.teacher_scores(minibatch.samples, self.student.hf["vocab_size"])
+            gates.teacher_scores(minibatch.samples, self.student.hf.vocab_size)
         return minibatches
 
     def _scored(self, samples: list[Trajectory], round_number: int) -> Minibatch:

@@ -7,11 +7,12 @@ then broadcast along pp. No rank ever holds more than one bucket beside its own 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from iwopd_megatron.hf_config import HfConfig
 from iwopd_megatron.mapping import Entry, entries
 from iwopd_megatron.parallel import Axis, Parallel
 
@@ -22,7 +23,7 @@ T = TypeVar("T")
 class WeightStream:
     """The student's weights under HF names, from any layout. Every rank iterates together."""
 
-    def __init__(self, chunks: list[torch.nn.Module], hf: dict[str, Any], parallel: Parallel):
+    def __init__(self, chunks: list[torch.nn.Module], hf: HfConfig, parallel: Parallel):
         self.hf, self.parallel = hf, parallel
         own = [entry for chunk in chunks for entry in entries(chunk, hf) if not entry.is_copy]
         self.buckets: list[tuple[list[Entry], list[list[list[str]]]]] = []

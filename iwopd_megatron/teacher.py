@@ -12,10 +12,10 @@ import torch
 from iwopd_megatron import device
 from iwopd_megatron.actor import Schedule
 from iwopd_megatron.config_models import Frozen
+from iwopd_megatron.hf_config import read_hf_config
 from iwopd_megatron.hf_io import HfTensors, load_shards
 from iwopd_megatron.model import build_model, wrap_precision
 from iwopd_megatron.packing import Packer
-from iwopd_megatron.preflight import read_hf_config
 from iwopd_megatron.scores import Support
 from iwopd_megatron.trajectory import Trajectory
 

@@ -21,9 +21,9 @@ from iwopd_megatron.config_models import Service, Teacher
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.fingerprint import identity
 from iwopd_megatron.flops import attention_cost
+from iwopd_megatron.hf_config import read_hf_config, read_json
 from iwopd_megatron.packing import Packer
 from iwopd_megatron.parallel import Parallel, initialise, shutdown
-from iwopd_megatron.preflight import read_hf_config
 from iwopd_megatron.scores import Scores, by_sample
 from iwopd_megatron.scoring_api import Front, create_app
 from iwopd_megatron.scoring_protocol import Limits
@@ -82,8 +82,8 @@ class ServiceScorer:
     def limits(self) -> Limits:
         layout = self.service.parallel
         fits = self.service.microbatch_tokens // layout.token_multiple * layout.token_multiple + 1
-        longest = min(fits, self.hf["max_position_embeddings"])
-        return Limits(self.hf["vocab_size"], longest, self.service.max_queue_tokens)
+        longest = min(fits, self.hf.context_length)
+        return Limits(self.hf.vocab_size, longest, self.service.max_queue_tokens)
 
     def model_info(self) -> dict:
         """SGLang's keys, and what a trainer must compare before it trusts the scores."""
@@ -93,8 +93,8 @@ class ServiceScorer:
             "tokenizer_path": folder,
             "is_generation": False,
             "weight_version": "default",
-            "model_type": self.hf["model_type"],
-            "architectures": self.hf.get("architectures"),
+            "model_type": self.hf.model_type,
+            "architectures": read_json(self.teacher.hf, "config.json").get("architectures"),
             "dtype": self.teacher.dtype,
             "layout": self.service.parallel.model_dump(),
             "max_sequence_tokens": self.limits().max_tokens,

@@ -29,8 +29,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from iwopd_megatron.blob import ALIGN, envelope, serialise
-from iwopd_megatron.mapping import Block, blocks, hf_shape
-from iwopd_megatron.preflight import num_experts
+from iwopd_megatron.hf_config import HfConfig
+from iwopd_megatron.hf_shapes import hf_shape
+from iwopd_megatron.mapping import Block, blocks
 from iwopd_megatron.rawfile import OutputFile, raw
 
 FILE_BYTES = 5 * 10**9
@@ -63,21 +64,21 @@ class Slot:
     nbytes: int
 
 
-def block_shape(block: Block, hf: dict[str, Any]) -> tuple[int, ...]:
+def block_shape(block: Block, hf: HfConfig) -> tuple[int, ...]:
     """Shape of one layer's, one expert's part: its sources' rows together."""
     shapes = [hf_shape(name, hf) for name in block.hf_names]
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
-def stacked_shape(block: Block, hf: dict[str, Any]) -> tuple[int, ...]:
+def stacked_shape(block: Block, hf: HfConfig) -> tuple[int, ...]:
     """The global tensor's shape: [layers, experts, *block], [layers, *block] or the block's."""
-    stacked = (hf["num_hidden_layers"], num_experts(hf))[: len(block.place)]
+    stacked = (hf.num_hidden_layers, hf.num_experts)[: len(block.place)]
     return stacked + block_shape(block, hf)
 
 
-def object_keys(hf: dict[str, Any], names: str) -> list[str]:
+def object_keys(hf: HfConfig, names: str) -> list[str]:
     """Names of the empty `_extra_state` objects that Megatron's load asks for."""
-    layers, experts = hf["num_hidden_layers"], num_experts(hf)
+    layers, experts = hf.num_hidden_layers, hf.num_experts
     modules = list(_STATEFUL[names])
     if not experts:
         modules += ["mlp.linear_fc1", "mlp.linear_fc2"]
@@ -184,6 +185,6 @@ def find_names(keys: Any) -> str:
     return "native" if "decoder.layers.input_layernorm.weight" in keys else "te"
 
 
-def expected_tensors(hf: dict[str, Any], names: str) -> dict[str, tuple[int, ...]]:
+def expected_tensors(hf: HfConfig, names: str) -> dict[str, tuple[int, ...]]:
     """Global name -> shape of every weight that config.json implies."""
     return {block.key: stacked_shape(block, hf) for block in blocks(hf, names)}

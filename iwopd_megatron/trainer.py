@@ -8,26 +8,28 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter
 from functools import partial
 from typing import Any
 
 from transformers import AutoTokenizer
 
-from iwopd_megatron import checkpoint, device, doctor, gates
+from iwopd_megatron import checkpoint, device, gates
+from iwopd_megatron.answer_end import all_end_ids, end_id, response_ids
 from iwopd_megatron.collect import Collector
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.errors import GateError
 from iwopd_megatron.evaluate import Evaluation, grade_samples
 from iwopd_megatron.flops import attention_cost
-from iwopd_megatron.grading import check_graders
+from iwopd_megatron.grading_pool import count_trouble, describe
 from iwopd_megatron.hf_io import save_folder
 from iwopd_megatron.metrics import response_means
 from iwopd_megatron.packing import Packer
 from iwopd_megatron.parallel import Parallel, any_rank, gather
-from iwopd_megatron.preflight_scorers import check_sources
 from iwopd_megatron.progress import Progress
 from iwopd_megatron.rollout.make import make_engine
 from iwopd_megatron.rollout.servers import Canary
+from iwopd_megatron.run_data import RunData, load_run_data
 from iwopd_megatron.runlog import append_event, open_log, truncated_shares
 from iwopd_megatron.samples import keep_samples
 from iwopd_megatron.saver import Saver
@@ -35,7 +37,6 @@ from iwopd_megatron.steps import train_round
 from iwopd_megatron.stop import stop_requested
 from iwopd_megatron.student import Student
 from iwopd_megatron.supervision import Supervision
-from iwopd_megatron.training_set import load_training_set
 from iwopd_megatron.trajectory import Trajectory
 
 
@@ -43,12 +44,14 @@ class Trainer:
     """One run: its models, its data order, its folder."""
 
     def __init__(
-        self, recipe: Recipe, parallel: Parallel, progress: Progress, resume: bool = False
-    ):
+        self, recipe: Recipe, parallel: Parallel, progress: Progress, resume: bool = False,
+        data: RunData | None = None,
+    ):  # fmt: skip
+        """`data` is what whoever started the run has loaded of the recipe already."""
         self.recipe, self.parallel, self.progress = recipe, parallel, progress
         self.is_distilling, self.round, self.seconds = recipe.is_distilling, 0, {}
         self.tokenizer = AutoTokenizer.from_pretrained(recipe.student.hf)
-        self._load_data()
+        self._take(data or load_run_data(recipe, self.tokenizer))
         self.student = Student(recipe, parallel)
         cost = attention_cost(self.student.hf)
         self.packer = Packer(parallel, recipe.train.microbatch_tokens, cost)
@@ -73,22 +76,17 @@ class Trainer:
             self.log = open_log(recipe, self.round if found else None)
         self.truncated = parallel.on_main(lambda: truncated_shares(recipe.out))
 
-    def _load_data(self) -> None:
-        recipe = self.recipe
-        limit = recipe.rollout.max_prompt_tokens
-        found = load_training_set(recipe, self.tokenizer)
-        found.check(limit)
-        self.problems = found.problems
-        check_sources(recipe, {problem.source for problem, _ in found.problems})
-        if recipe.is_distilling:
-            check_graders({problem.grader for problem, _ in found.problems})
-        if found.too_long:
-            self.progress.say(f"{found.too_long} prompts longer than {limit} tokens are left out.")
-        total = found.too_long + len(found.problems)
-        for finding in doctor.long_prompts(found.too_long, total, limit):
-            self.progress.say(f"note: {finding}")
-        self.order = found.order(recipe.train.seed, recipe.data.shuffle)
-        self.evaluation = Evaluation(recipe, self.tokenizer)
+    def _take(self, data: RunData) -> None:
+        recipe, limit = self.recipe, self.recipe.rollout.max_prompt_tokens
+        self.problems = data.training.problems
+        if data.training.too_long:
+            self.progress.say(
+                f"{data.training.too_long} prompts longer than {limit} tokens are left out."
+            )
+        for note in data.notes:
+            self.progress.say(f"note: {note}")
+        self.order = data.training.order(recipe.train.seed, recipe.data.shuffle)
+        self.evaluation = Evaluation(recipe, data, self.tokenizer)
 
     def run(self) -> bool:
         """Train to the last round; False if a stop was asked for and the state saved instead."""
@@ -105,8 +103,7 @@ class Trainer:
         rounds, every = self.recipe.train.rounds, self.recipe.checkpoint.every
         self.engine.update(self.student.stream, self.round)
         if self.round == 0:
-            tied = self.student.hf.get("tie_word_embeddings", False)
-            gates.first_weights(self.student.stream, Student.sources(self.recipe), tied)
+            gates.first_weights(self.student.stream, Student.sources(self.recipe))
             self._evaluate({})
         while self.round < rounds:
             self.round += 1
@@ -131,7 +128,9 @@ class Trainer:
             for _ in self.student.stream:  # every rank takes part in gathering
                 pass
             return
-        save_folder(self.recipe.out / "hf", self.student.stream, self.recipe.student.hf)
+        folder = self.recipe.student.hf
+        ends = all_end_ids(folder, self.tokenizer)
+        save_folder(self.recipe.out / "hf", self.student.stream, folder, ends)
         self.log.close()
 
     def _round(self) -> dict[str, Any]:
@@ -153,6 +152,7 @@ class Trainer:
             )
         if self.is_distilling:
             line |= response_means(self.samples)
+            line |= {"grading_trouble": self.trouble.total()}
             if self.recipe.gates.on_bad_sample == "drop":
                 line["dropped"] = _unread(self.samples) - _unread(samples)
                 if line["dropped"]:
@@ -175,6 +175,10 @@ class Trainer:
         text = f"round {self.round}: {reason}; this optimiser step is left out."
         self._event("skipped step", text)
 
+    def _say_trouble(self, trouble: Counter[str]) -> None:
+        if trouble:
+            self._event("grading", f"round {self.round}: {describe(trouble)}.")
+
     def _event(self, kind: str, text: str) -> None:
         """Tell who watches, and keep it in events.jsonl."""
         self.progress.say(text)
@@ -186,7 +190,7 @@ class Trainer:
 
     def _own_responses(self) -> list[Trajectory]:
         """The student's answers to the next prompts, graded and masked."""
-        rollout, vocab = self.recipe.rollout, self.student.hf["vocab_size"]
+        rollout, vocab = self.recipe.rollout, self.student.hf.vocab_size
         with self._phase("generate"):
             self.round_problems, samples = self.collector.answers(self.round)
         gates.rollouts(samples, self.round - 1, vocab, rollout.max_staleness)
@@ -195,7 +199,9 @@ class Trainer:
             gates.routes(samples, self.student.hf)
         with self._phase("grade"):
             grades = grade_samples(samples, self.round_problems, self.tokenizer)
-        graded = [s.with_scores(correct=grade) for s, grade in zip(samples, grades, strict=True)]
+        self.trouble = count_trouble(grades)
+        self._say_trouble(self.trouble)
+        graded = [s.with_scores(correct=g.right) for s, g in zip(samples, grades, strict=True)]
         return [self.supervision.masked(sample) for sample in graded]
 
     def _begin(self, sample: Trajectory) -> None:
@@ -205,11 +211,10 @@ class Trainer:
 
     def _given_responses(self) -> list[Trajectory]:
         """The next problems with the responses of the data file."""
-        samples = []
+        samples, end = [], end_id(self.recipe.student.hf, self.tokenizer)
         for place, (problem, ids) in enumerate(self.collector.take()):
-            response = self.tokenizer.encode(problem.response, add_special_tokens=False)
-            sample = Trajectory(place, ids, [*response, self.tokenizer.eos_token_id])
-            samples.append(self.supervision.masked(sample))
+            response = response_ids(problem.response, end, self.tokenizer)
+            samples.append(self.supervision.masked(Trajectory(place, ids, response)))
         return samples
 
     def _evaluate(self, last_round: dict[str, Any]) -> None:
@@ -217,7 +222,10 @@ class Trainer:
             return
         start = time.perf_counter()
         scores = self.evaluation.scores(self.engine)
+        trouble = self.evaluation.trouble
         line = {"kind": "eval", "round": self.round} | scores
+        line |= {"grading_trouble": trouble.total()}
+        self._say_trouble(trouble)
         self._write(line, {"seconds": time.perf_counter() - start})
         self.progress.evaluation(line, last_round)
         if self.is_distilling and self.round > 0 and self.parallel.is_main:

@@ -10,9 +10,10 @@ from iwopd_megatron.benchmarks import load_benchmark
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_data import Source
 from iwopd_megatron.contamination import contaminated, duplicates
-from iwopd_megatron.data import MixedOrder, Order, Problem, PromptOrder, encode_prompt
+from iwopd_megatron.data import MixedOrder, Order, Problem, PromptOrder
 from iwopd_megatron.data_sources import read_source, resolve
 from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.prompts import training_prompts
 
 Encoded = tuple[Problem, list[int]]
 
@@ -28,6 +29,7 @@ class Counts:
     contaminated: int | None = None
     too_long: int = 0
     kept: int = 0
+    answered: int = 0  # rows of messages that end with an assistant's
     lengths: list[int] = field(default_factory=list)  # tokens of the prompts, too long ones too
 
 
@@ -42,6 +44,16 @@ class TrainingSet:
     @property
     def too_long(self) -> int:
         return sum(counts.too_long for counts in self.counts)
+
+    @property
+    def notes(self) -> list[str]:
+        """What was done to rows without being asked for."""
+        return [
+            f"{counts.answered} of {counts.rows} rows of {counts.title} end with an assistant's "
+            "message; it is the response, and no part of the prompt."
+            for counts in self.counts
+            if counts.answered
+        ]
 
     def check(self, limit: int) -> None:
         """RecipeError if nothing is left of a source."""
@@ -64,42 +76,71 @@ class TrainingSet:
         return MixedOrder([counts.kept for counts in self.counts], self.shares, seed, shuffle)
 
 
+@dataclass
+class Rows:
+    """A recipe's problems, one source behind the other, and which of them are left out."""
+
+    sources: list[tuple[Counts, list[Problem]]]
+    is_removed: list[bool]
+
+    @property
+    def problems(self) -> list[Problem]:
+        return [problem for _, part in self.sources for problem in part]
+
+
 def load_training_set(recipe: Recipe, tokenizer: Any, examine: bool = False) -> TrainingSet:
     """Read, filter and encode; `examine` looks for duplicates and contamination in any case."""
-    data, limit = recipe.data, recipe.rollout.max_prompt_tokens
-    read = [_read(source, not recipe.is_distilling) for source in map(resolve, data.train)]
-    problems = [problem for _, part in read for problem in part]
-    looks = [x or examine for x in (data.remove_duplicates, data.remove_contaminated)]
-    twice = duplicates(problems) if looks[0] else None
-    seen = contaminated(problems, held_out_problems(recipe)) if looks[1] else None
-    kept: list[Encoded] = []
+    return encode_rows(recipe, read_training_rows(recipe, examine), tokenizer)
+
+
+def read_training_rows(recipe: Recipe, examine: bool = False) -> Rows:
+    """Everything that needs no tokenizer."""
+    data = recipe.data
+    sources = [_read(source, not recipe.is_distilling) for source in map(resolve, data.train)]
+    problems = [problem for _, part in sources for problem in part]
+    removes = data.remove_duplicates, data.remove_contaminated
+    twice = duplicates(problems) if removes[0] or examine else None
+    seen = None
+    if removes[1] or examine:
+        seen = contaminated(problems, held_out_problems(recipe))
     first = 0
-    for counts, part in read:
-        places = range(first, first + len(part))
-        first += len(part)
-        counts.duplicate = sum(twice[i] for i in places) if twice else None
-        counts.contaminated = sum(seen[i] for i in places) if seen else None
+    for counts, part in sources:
+        places = slice(first, first := first + len(part))
+        counts.duplicate = sum(twice[places]) if twice is not None else None
+        counts.contaminated = sum(seen[places]) if seen is not None else None
+    is_removed = [
+        bool((removes[0] and twice[place]) or (removes[1] and seen[place]))
+        for place in range(len(problems))
+    ]
+    return Rows(sources, is_removed)
+
+
+def encode_rows(recipe: Recipe, rows: Rows, tokenizer: Any) -> TrainingSet:
+    """The problems that are not left out, and whose prompts are not too long."""
+    limit, prompts = recipe.rollout.max_prompt_tokens, training_prompts(recipe, tokenizer)
+    kept: list[Encoded] = []
+    is_removed = iter(rows.is_removed)
+    for counts, part in rows.sources:
         before = len(kept)
-        for place in places:
-            is_removed = (data.remove_duplicates and twice[place]) or (
-                data.remove_contaminated and seen[place]
-            )
-            if is_removed:
+        for problem in part:
+            if next(is_removed):
                 continue
-            ids = encode_prompt(tokenizer, problems[place].prompt)
+            ids = prompts.encode(problem)
             counts.lengths.append(len(ids))
             if len(ids) > limit:
                 counts.too_long += 1
             else:
-                kept.append((problems[place], ids))
+                kept.append((problem, ids))
         counts.kept = len(kept) - before
-    shares = None if data.train[0].share is None else [source.share for source in data.train]
-    return TrainingSet(kept, [counts for counts, _ in read], shares)
+    train = recipe.data.train
+    shares = None if train[0].share is None else [source.share for source in train]
+    return TrainingSet(kept, [counts for counts, _ in rows.sources], shares)
 
 
 def _read(source: Source, need_response: bool) -> tuple[Counts, list[Problem]]:
     problems, rows, easy = read_source(source, need_response)
-    return Counts(source.title, rows, easy), problems
+    answered = sum(problem.is_answered for problem in problems)
+    return Counts(source.title, rows, easy, answered=answered), problems
 
 
 def held_out_problems(recipe: Recipe) -> list[Problem]:
@@ -108,10 +149,11 @@ def held_out_problems(recipe: Recipe) -> list[Problem]:
     if recipe.data.eval is not None:
         out += read_source(Source(path=recipe.data.eval))[0]
     for name in recipe.data.held_out:
-        is_file = name not in own and Path(name).exists()
+        path = Path(name)
+        looks_like_a_file = "/" in name or bool(path.suffix) or path.exists()
         out += (
-            read_source(Source(path=Path(name)))[0]
-            if is_file
+            read_source(Source(path=path))[0]
+            if name not in own and looks_like_a_file
             else load_benchmark(name, own).problems
         )
     return out

@@ -30,6 +30,7 @@ from iwopd_megatron.errors import (
 from iwopd_megatron.local_world import start_local
 from iwopd_megatron.parallel import initialise, shutdown
 from iwopd_megatron.progress import Progress
+from iwopd_megatron.run_data import RunData
 from iwopd_megatron.stop import EXIT_STOPPED, die_with_parent, watch_signals
 from iwopd_megatron.trainer import Trainer
 from iwopd_megatron.wandb_log import check_installed
@@ -40,9 +41,9 @@ EXIT_CODES = {
 }
 
 
-def train(recipe: Recipe, resume: bool) -> None:
+def train(recipe: Recipe, resume: bool, data: RunData) -> None:
     """One run on every rank; exits with EXIT_STOPPED if stopped and saved."""
-    run_arms([Arm(recipe.out.name, recipe.train.seed, recipe)], resume)
+    run_arms([Arm(recipe.out.name, recipe.train.seed, recipe, data)], resume)
 
 
 def run_arms(arms: list[Arm], resume: bool) -> None:
@@ -60,7 +61,7 @@ def run_arms(arms: list[Arm], resume: bool) -> None:
                 progress.start(name, arm.recipe.train.rounds)
                 progress.say(f"{name} is already finished in {arm.recipe.out}")
                 continue
-            trainer = Trainer(arm.recipe, parallel, progress, resume)
+            trainer = Trainer(arm.recipe, parallel, progress, resume, arm.data)
             progress.start(name, trainer.round)
             if not trainer.run():
                 progress.say(

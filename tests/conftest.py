@@ -55,6 +55,27 @@ def dense_folder(tmp_path_factory) -> Path:
     return _write_folder(tmp_path_factory.mktemp("hf") / "dense", tie_word_embeddings=False)
 
 
+# Contexts stretched from 16 tokens, so that every kind turns the tests' short sequences otherwise.
+ROTARY = {
+    "linear": {"rope_type": "linear", "factor": 3.0},
+    "llama3": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def rotary_folders(tmp_path_factory) -> dict[str, Path]:
+    """A dense model with scaled rotary positions of every kind."""
+    place = tmp_path_factory.mktemp("rotary")
+    return {
+        kind: _write_folder(place / kind, rope_parameters=settings | {"rope_theta": 1e4})
+        for kind, settings in ROTARY.items()
+    }
+
+
 @pytest.fixture(scope="session")
 def tied_folder(tmp_path_factory) -> Path:
     return _write_folder(tmp_path_factory.mktemp("hf") / "tied", tie_word_embeddings=True)

@@ -12,9 +12,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from iwopd_megatron.config_models import Layout
+from iwopd_megatron.hf_config import read_hf_config
 from iwopd_megatron.hf_reference import hf_model
+from iwopd_megatron.model_folder import eos_ids
 from iwopd_megatron.parallel import initialise
-from iwopd_megatron.preflight import eos_ids, read_hf_config
 from iwopd_megatron.recipe import load_recipe
 from iwopd_megatron.rollout import Prompt
 from iwopd_megatron.rollout.make import server_command, server_environment
@@ -101,7 +102,7 @@ class ServedModel:
     def weights(self, seed: int | None = None) -> dict[str, torch.Tensor]:
         """The folder's tensors; with a seed, every one of them moved a little."""
         tensors = load_file(self.folder / "model.safetensors")
-        if self.hf["tie_word_embeddings"]:
+        if self.hf.tie_word_embeddings:
             tensors.pop("lm_head.weight", None)
         if seed is None:
             return tensors

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from model_folders import write_zeros
 
 import iwopd_megatron
 from iwopd_megatron.config_models import Layout
@@ -33,10 +34,7 @@ VLLM = ["rollout.engine=vllm", "rollout.servers.start=1"]
 def recipe(tmp_path) -> Path:
     """A recipe that loads; each test spoils one thing."""
     for name, config in (("moe", HF), ("dense", DENSE), ("other", HF | {"vocab_size": 500})):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps(config))
-        (tmp_path / name / "tokenizer.json").touch()
-        (tmp_path / name / "model.safetensors").touch()
+        write_zeros(tmp_path / name, config)
     (tmp_path / "empty").mkdir()
     (tmp_path / "train.jsonl").write_text("{}\n")
     tree = {
@@ -165,8 +163,7 @@ def test_dense_student_takes_no_experts(recipe):
 def test_teacher_must_fit_the_layout(recipe):
     dense = f"teacher.hf={recipe.parent / 'dense'}"
     load_recipe(recipe, [dense, "student.parallel.ep=2"])  # a dense teacher leaves ep alone
-    tree = HF | {"num_hidden_layers": 3}
-    (recipe.parent / "other" / "config.json").write_text(json.dumps(tree))
+    write_zeros(recipe.parent / "other", HF | {"num_hidden_layers": 3})
     message = refusal(recipe, f"teacher.hf={recipe.parent / 'other'}", "student.parallel.pp=2")
     assert message.startswith("teacher: pp x vpp=2 does not divide num_hidden_layers (3)")
 
@@ -277,7 +274,7 @@ def test_sizes_that_cannot_work(recipe, overrides, words):
         ("use_sliding_window", True),
         ("hidden_act", "gelu"),
         ("attention_bias", True),
-        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e6}),
+        ("rope_parameters", {"rope_type": "longrope", "rope_theta": 1e6}),
         ("mlp_only_layers", [0]),
     ],
 )
@@ -302,7 +299,7 @@ def test_random_init_needs_no_weights(recipe):
 
 def test_teacher_must_end_answers_like_the_student(recipe):
     other = recipe.parent / "other"
-    (other / "config.json").write_text(json.dumps(HF))
+    write_zeros(other, HF)
     load_recipe(recipe, [f"teacher.hf={other}"])
     (other / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
     message = refusal(recipe, f"teacher.hf={other}")

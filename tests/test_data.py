@@ -1,4 +1,4 @@
-"""Prompts as token ids. Prompt order: a function of the seed and one cursor, mixed by share."""
+"""Prompt order: a function of the seed and one cursor, mixed by share."""
 
 from collections import Counter
 
@@ -6,29 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iwopd_megatron.data import MixedOrder, Problem, PromptOrder, encode_prompt
-
-
-class Plain:
-    chat_template = None
-
-    def encode(self, text, add_special_tokens=True):
-        return [ord(c) for c in text] + [0] * add_special_tokens
-
-
-class Chat:
-    chat_template = "{{ messages }}"
-
-    def apply_chat_template(self, messages, **kwargs):
-        assert messages == [{"role": "user", "content": "hi"}]
-        expected = dict(add_generation_prompt=True, enable_thinking=False, return_dict=False)
-        assert kwargs == expected
-        return [1, 2, 3]
-
-
-def test_encode_prompt():
-    assert encode_prompt(Plain(), "hi") == [104, 105]
-    assert encode_prompt(Chat(), "hi") == [1, 2, 3]
+from iwopd_megatron.data import MixedOrder, Problem, PromptOrder
 
 
 @settings(max_examples=60, deadline=None)

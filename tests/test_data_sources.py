@@ -68,7 +68,7 @@ def test_response_only_where_needed(tmp_path):
     assert "line 1 lacks 'response'" in refusal(path, True)
 
 
-@pytest.mark.parametrize("line", ["{", "", "[1, 2]", "3"])
+@pytest.mark.parametrize("line", ["{", "[1, 2]", "3", "null"])
 def test_not_an_object(tmp_path, line):
     assert "line 3 " in refusal(write(tmp_path, json.dumps(ROW), json.dumps(ROW), line))
 
@@ -125,7 +125,7 @@ def test_eurus_code(tmp_path):
     path = tmp_path / "train.parquet"
     parquet.write_table(pyarrow.Table.from_pylist([other, EURUS]), path)
     (problem,) = read(path, name="eurus_code")
-    assert problem.question == "Double the number." and problem.source == "code"
+    assert problem.messages == EURUS["prompt"] and problem.source == "code"
     assert json.loads(problem.answer) == {"inputs": ["2\n"], "outputs": ["4\n"]}
     assert "no row where ability is 'poetry'" in refusal(
         path, name="eurus_code", where={"ability": "poetry"}

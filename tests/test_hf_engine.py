@@ -215,3 +215,15 @@ def test_given_tokens_count_as_the_answers_own(moe_folder):
     run_world(1, begin_and_finish, moe_folder, queue)
     expected, found = queue.get()
     assert found == expected
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3", "yarn"])
+def test_scaled_rotary_positions(rotary_folders, kind):
+    """Log-probs of the drawn tokens are transformers' own, at contexts beyond the original one."""
+    folder = rotary_folders[kind]
+    (answers,) = generate_in_world(1, folder, [({NO_EOS}, 4, Sampling(MAX_TOKENS, 1.0))])
+    model = hf_model(folder, torch.float32)
+    for sample in answers:
+        logp = plain_logprobs(model, sample, 1.0)
+        expected = logp.gather(-1, torch.tensor(sample.response_ids)[:, None])[:, 0]
+        assert (torch.tensor(sample.rollout_logp) - expected).abs().max() < 1e-5

@@ -8,7 +8,7 @@ import pytest
 from iwopd_megatron import grading_pool
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.grading import grade
-from iwopd_megatron.grading_pool import Answer, Pool
+from iwopd_megatron.grading_pool import Answer, Grade, Pool, count_trouble, describe
 from iwopd_megatron.math_grader import is_right, last_boxed
 
 RIGHT = [  # (content of the box, reference answer)
@@ -73,9 +73,12 @@ def test_pool_survives_a_hang(monkeypatch, limit):
     monkeypatch.setattr(grading_pool, "WALL", {"processor": 10_000, "wall": 4e-4}[limit])
     pool = Pool(workers=1, seconds={"processor": 2, "wall": 10_000}[limit])
     try:
-        assert pool.grade([FOUR]) == [1.0]
+        assert pool.grade([FOUR]) == [Grade(1.0)]
         monkeypatch.setattr(grading_pool, "STARTUP", 20.0)
-        assert pool.grade([TOWER, FOUR, Answer("math", r"\boxed{5}", "4"), FOUR]) == [0, 1, 0, 1]
+        found = pool.grade([TOWER, FOUR, Answer("math", r"\boxed{5}", "4"), FOUR])
+        assert [grade.right for grade in found] == [0, 1, 0, 1]
+        kind = {"processor": "cut at 2 s", "wall": "cut after 4 s of waiting"}[limit]
+        assert [grade.trouble for grade in found] == [kind, "", "", ""]
     finally:
         pool.close()
 
@@ -83,18 +86,35 @@ def test_pool_survives_a_hang(monkeypatch, limit):
 def test_pool_survives_a_crash():
     pool = Pool(workers=1, seconds=60)
     try:
-        assert pool.grade([FOUR]) == [1.0]
+        assert pool.grade([FOUR]) == [Grade(1.0)]
         pool.workers[0].process.kill()
         pool.workers[0].process.wait()
-        assert pool.grade([FOUR, FOUR]) == [0, 1]  # the one in hand is lost, the next is not
+        # the one in hand is lost, the next is not
+        assert pool.grade([FOUR, FOUR]) == [Grade(0.0, "crashed"), Grade(1.0)]
     finally:
         pool.close()
+
+
+def test_what_a_grader_raises_is_trouble_and_what_cannot_be_read_is_not():
+    """The code grader reads JSON, which this is not; a box of rubbish is a wrong answer."""
+    broken = Answer("code", "print(1)", "no tests")
+    rubbish = Answer("math", r"\boxed{\frac{)_^}", r"\frac{(}{")
+    found = grade([broken, rubbish, FOUR])
+    assert found == [Grade(0.0, "raised JSONDecodeError"), Grade(0.0), Grade(1.0)]
+
+
+def test_trouble_in_words():
+    grades = [Grade(0.0, "crashed"), Grade(1.0), *[Grade(0.0, "cut at 2 s")] * 3]
+    trouble = count_trouble(grades)
+    assert trouble == {"cut at 2 s": 3, "crashed": 1}
+    assert describe(trouble) == "grading trouble: 3 cut at 2 s, 1 crashed"
+    assert describe(count_trouble([Grade(0.0)])) == ""
 
 
 def test_grades_are_in_order_whatever_kinds():
     toy = Answer("selection_sort", "abbb", "ab")
     answers = [FOUR, toy, Answer("math", r"\boxed{5}", "4"), FOUR]
-    assert grade(answers) == [1, 0, 0, 1]
+    assert [found.right for found in grade(answers)] == [1, 0, 0, 1]
 
 
 def test_unknown_grader():

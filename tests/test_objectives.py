@@ -14,6 +14,7 @@ from iwopd_megatron.actor import Schedule
 from iwopd_megatron.config import Train
 from iwopd_megatron.config_loss import Loss
 from iwopd_megatron.config_models import Layout
+from iwopd_megatron.hf_config import read_hf_config
 from iwopd_megatron.hf_io import HfTensors, load_shards, named_views
 from iwopd_megatron.hf_reference import hf_model, make_samples, max_error
 from iwopd_megatron.local_world import local_context
@@ -24,7 +25,6 @@ from iwopd_megatron.objective import DistillationObjective
 from iwopd_megatron.optimizer import build_optimizer, wrap_data_parallel
 from iwopd_megatron.packing import Packer
 from iwopd_megatron.parallel import initialise, shutdown
-from iwopd_megatron.preflight import read_hf_config
 from iwopd_megatron.topk import MIN_TAIL
 
 LENGTHS = [24, 17, 32, 20, 28, 19, 24, 32]  # inputs; any two are more than the longest

@@ -38,6 +38,10 @@ CASES = {
     "dense cp2 selective recompute": (2, "dense", UNEQUAL, 96, {"cp": 2}, "fp32", "selective"),
     "tied tp2": (2, "tied", UNEQUAL, 96, {"tp": 2}, "fp32", "none"),
     "tied pp2": (2, "tied", UNEQUAL, 96, {"pp": 2}, "fp32", "none"),
+    "linear rotary scaling": (1, "linear", UNEQUAL, 96, {}, "fp32", "none"),
+    "llama3 rotary scaling tp2": (2, "llama3", UNEQUAL, 96, {"tp": 2}, "fp32", "none"),
+    "yarn tp2": (2, "yarn", UNEQUAL, 96, {"tp": 2}, "fp32", "none"),
+    "yarn cp2 packed unequal": (2, "yarn", UNEQUAL, 96, {"cp": 2}, "fp32", "none"),
     "bf16 tp2 ep2": (2, "moe", UNEQUAL, 96, {"tp": 2, "ep": 2}, "bf16", "none"),
     "bf16 pp2": (2, "moe", UNEQUAL, 96, {"pp": 2}, "bf16", "none"),
     "dp2 tp2": (4, "moe", UNEQUAL, 96, {"tp": 2}, "fp32", "none"),
@@ -64,8 +68,8 @@ def check_on_this_rank(cases, folders, references, queue):
 
 
 @pytest.fixture(scope="module")
-def folders(moe_folder, moe_no_norm_folder, dense_folder, tied_folder):
-    return dict(
+def folders(moe_folder, moe_no_norm_folder, dense_folder, tied_folder, rotary_folders):
+    return rotary_folders | dict(
         moe=moe_folder, moe_no_norm=moe_no_norm_folder, dense=dense_folder, tied=tied_folder
     )
 

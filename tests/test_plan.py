@@ -14,7 +14,7 @@ from iwopd_megatron.cli import app
 from iwopd_megatron.config_cluster import Cluster
 from iwopd_megatron.config_models import Layout
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.known_models import known_models, planning_config
+from iwopd_megatron.known_models import known_model, known_models, planning_config
 from iwopd_megatron.plan import Plan, plan
 from iwopd_megatron.plan_hardware import GPUS, Gpu, Rates
 from iwopd_megatron.plan_memory import (
@@ -45,7 +45,7 @@ from iwopd_megatron.recipe import read_recipe
 
 RECIPE = Path("recipes/qwen3_235b_a22b_to_30b_a3b.yaml")
 SMALL = Path("recipes/qwen3_30b_a3b_to_4b.yaml")
-MOE_30B = ModelSize.of(known_models()["Qwen3-30B-A3B"])
+MOE_30B = ModelSize.of(known_model("Qwen3-30B-A3B"))
 TINY = ModelSize(8, 16, 1, 8, 4, 2, 4, 1, 32, False, 0, 1)
 TINY_MOE = dataclasses.replace(TINY, experts=4, topk=2)
 
@@ -59,7 +59,7 @@ TINY_MOE = dataclasses.replace(TINY, experts=4, topk=2)
     ],
 )  # fmt: skip
 def test_parameters_are_those_of_the_published_models(name, published):
-    assert ModelSize.of(known_models()[name]).parameters == published
+    assert ModelSize.of(known_model(name)).parameters == published
 
 
 def test_states_of_an_expert_parallel_rank():

@@ -1,6 +1,7 @@
 """The planner's memory formulas against Megatron models, measured: exact where they can be."""
 
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,22 +12,25 @@ from worlds import run_world
 
 from iwopd_megatron.config import Train
 from iwopd_megatron.config_models import Layout
+from iwopd_megatron.hf_config import parse_hf_config
 from iwopd_megatron.model import build_model, wrap_precision
 from iwopd_megatron.optimizer import build_optimizer, wrap_data_parallel
 from iwopd_megatron.parallel import initialise, packed_seq_params, shutdown
 from iwopd_megatron.plan_memory import Precision, head_bytes, layer_bytes, states
 from iwopd_megatron.plan_model import ModelSize
 
-DENSE = dict(
+SIZES = dict(
     model_type="qwen3", vocab_size=512, hidden_size=64, intermediate_size=192, num_hidden_layers=4,
     num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=512,
     rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=False,
 )  # fmt: skip
-TIED = DENSE | {"tie_word_embeddings": True}
-MOE = DENSE | dict(
+EXPERTS = dict(
     model_type="qwen3_moe", num_experts=8, num_experts_per_tok=2, moe_intermediate_size=96,
     norm_topk_prob=True,
 )  # fmt: skip
+DENSE = parse_hf_config(SIZES, "dense")
+TIED = parse_hf_config(SIZES | {"tie_word_embeddings": True}, "tied")
+MOE = parse_hf_config(SIZES | EXPERTS, "moe")
 
 # world, config, axes, dtype, distributed optimizer
 CASES = [
@@ -107,7 +111,7 @@ def saved_bytes(hf, tokens):
 
 def check_activations(hf):
     tokens, width = 256, 4
-    deep, shallow = (saved_bytes(hf | {"num_hidden_layers": n}, tokens) for n in (6, 2))
+    deep, shallow = (saved_bytes(replace(hf, num_hidden_layers=n), tokens) for n in (6, 2))
     measured = (deep - shallow) / 4
     size = ModelSize.of(hf)
     planned = layer_bytes(size, Layout(), "none", width) * tokens
@@ -160,6 +164,6 @@ def peak_of(function):
 
 def test_head_workspace_is_what_an_h200_used():
     """bench/gpu_head.py: 8,192 tokens, Qwen3-30B-A3B's head; the gradient formed in the forward."""
-    size = ModelSize.of(DENSE | {"vocab_size": 151936, "hidden_size": 2048})
+    size = ModelSize.of(replace(DENSE, vocab_size=151936, hidden_size=2048))
     planned = head_bytes(size, Layout(), 8192) / 2**20
     assert 2439 <= planned <= 1.05 * 2439

@@ -1,12 +1,15 @@
 """The weight table against every published size, by shapes alone: no weight is allocated."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from iwopd_megatron.hf_config import parse_hf_config
 from iwopd_megatron.hf_io import named_views
-from iwopd_megatron.mapping import blocks, entries, hf_shape
+from iwopd_megatron.hf_shapes import hf_names, hf_shape
+from iwopd_megatron.mapping import blocks, entries
 from iwopd_megatron.torch_dist import block_shape, expected_tensors
 
 # config.json of the published models, what shapes depend on
@@ -38,9 +41,10 @@ def model(request):
     """(size, config, name -> tensor without storage) of transformers' own model."""
     import transformers
 
-    hf = SIZES[request.param]
-    kind = "Qwen3Moe" if "num_experts" in hf else "Qwen3"
-    config = getattr(transformers, f"{kind}Config")(**hf)
+    sizes = SIZES[request.param]
+    kind = "Qwen3Moe" if "num_experts" in sizes else "Qwen3"
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    hf = parse_hf_config(config.to_dict(), "config.json")
     with torch.device("meta"):
         whole = getattr(transformers, f"{kind}ForCausalLM")(config)
     return request.param, hf, named_views(whole)
@@ -52,7 +56,7 @@ def test_every_tensor_has_one_place(model):
     assert total / 1e9 == pytest.approx(BILLIONS[size], rel=2e-3)
     for names in ("native", "te"):
         found = [(name, block) for block in blocks(hf, names) for name in block.hf_names]
-        assert sorted(name for name, _ in found) == sorted(tensors)
+        assert sorted(name for name, _ in found) == sorted(tensors) == sorted(hf_names(hf))
         assert {name: hf_shape(name, hf) for name, _ in found} == {
             name: tuple(x.shape) for name, x in tensors.items()
         }
@@ -69,7 +73,7 @@ def shards(block, hf, tensors, size):
 def test_cuts_over_tensor_parallel_ranks_join_again(degree, model):
     """tp for what every token meets, etp for experts: equal shards, whose join is the whole."""
     _, hf, tensors = model
-    layers = {0, hf["num_hidden_layers"] - 1}
+    layers = {0, hf.num_hidden_layers - 1}
     checked = [b for b in blocks(hf) if not b.place or b.place[0] in layers]
     for block in checked:
         parts = shards(block, hf, tensors, degree)
@@ -85,7 +89,7 @@ def test_cuts_over_tensor_parallel_ranks_join_again(degree, model):
 def test_experts_and_layers_are_dealt_without_gaps(model):
     """Over ep ranks and pipeline stages, chunk by chunk, every tensor is read exactly once."""
     _, hf, tensors = model
-    experts = hf.get("num_experts", 0)
+    experts = hf.num_experts
     for ep, stages in ((1, 1), (8, 2)):
         seen = []
         for stage in range(stages):
@@ -99,10 +103,10 @@ def test_experts_and_layers_are_dealt_without_gaps(model):
 
 def stand_in(hf, stage, stages, local, is_first_rank):
     """Megatron's parameter names of one rank of one stage, as `entries` reads them of a model."""
-    count = hf["num_hidden_layers"] // stages
+    count = hf.num_hidden_layers // stages
     first = stage * count
     names = []
-    for block in blocks(hf | {"num_hidden_layers": 1}):
+    for block in blocks(replace(hf, num_hidden_layers=1)):
         is_expert = len(block.place) == 2
         if block.place and (is_expert or is_first_rank):
             if is_expert and block.place[1] not in local:

@@ -11,6 +11,7 @@ from worlds import run_world
 
 from iwopd_megatron.actor import Schedule
 from iwopd_megatron.config_models import Layout
+from iwopd_megatron.hf_config import read_hf_config
 from iwopd_megatron.hf_io import HfTensors, load_shards
 from iwopd_megatron.hf_reference import hf_model, make_samples
 from iwopd_megatron.local_world import local_context
@@ -18,7 +19,6 @@ from iwopd_megatron.metrics import router_means
 from iwopd_megatron.model import build_model
 from iwopd_megatron.packing import Packer
 from iwopd_megatron.parallel import initialise, shutdown
-from iwopd_megatron.preflight import read_hf_config
 from iwopd_megatron.progress import Progress
 from iwopd_megatron.recipe import load_recipe
 from iwopd_megatron.router_load import RouterLoad
@@ -119,7 +119,7 @@ def count_experts(layouts, folder, samples, queue):
         hf = read_hf_config(folder)
         chunks = build_model(hf, parallel, recompute=recompute)
         load_shards(chunks, HfTensors(folder), hf, parallel)
-        load = RouterLoad(chunks, hf["num_hidden_layers"], hf["num_local_experts"])
+        load = RouterLoad(chunks, hf.num_hidden_layers, hf.num_experts)
         schedule = Schedule(chunks, parallel, load=load)
         with load.counting():  # gradients too: recomputed layers run their routers twice
             schedule.run(*Packer(parallel, 120)(samples), partial(summed, schedule))
@@ -139,7 +139,7 @@ LOADS = {
 
 @pytest.mark.parametrize("world", LOADS)
 def test_expert_tokens_are_those_of_transformers(world, moe_folder):
-    samples = make_samples(read_hf_config(moe_folder)["vocab_size"], LENGTHS, None)
+    samples = make_samples(read_hf_config(moe_folder).vocab_size, LENGTHS, None)
     expected = torch.zeros(4, 8)
     model = hf_model(moe_folder, torch.float32)
     for sample in samples:

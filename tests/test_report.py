@@ -10,17 +10,12 @@ from pathlib import Path
 import pytest
 
 from iwopd_megatron.report import write_report
-from iwopd_megatron.report_data import (
-    by_position,
-    find_runs,
-    gains,
-    interval,
-    prefix_logp,
-    read_runs,
-    summarise,
-)
+from iwopd_megatron.report_data import find_runs, read_runs, series
 from iwopd_megatron.report_pairs import pair_gains
-from iwopd_megatron.report_tables import benchmark_table
+from iwopd_megatron.report_positions import by_position, prefix_logp
+from iwopd_megatron.report_statistics import interval, welch_interval
+from iwopd_megatron.report_summary import gains, summarise
+from iwopd_megatron.report_tables import about, benchmark_table
 from iwopd_megatron.runlog import append_event, read_metrics
 
 
@@ -180,17 +175,9 @@ def test_the_page_is_self_contained_and_shows_the_table(tmp_path):
     assert not {"script", "iframe"} & {tag for tag, _ in elements.tags}
     assert [attrs["href"] for tag, attrs in elements.tags if tag == "link"] == ["data:,"]
     assert "Mine & yours" in elements.text and "name: a < b" in elements.text
-    for cell in ("IW-OPD", "50.0 ± 10.0", "+15.0 <small>[-48.5, +78.5]</small>"):
-        assert f"<td>{cell}</td>" in page
+    for cell in ("IW-OPD", "50.0 ± 10.0", "+15.0 <small>seeds +10.0, +20.0</small>"):
+        assert f"<span>{cell}</span></td>" in page
     assert [p for p in folder.iterdir() if p.name.startswith(".")] == []  # no half-written page
-
-
-def test_runs_at_different_steps_are_flagged(tmp_path):
-    write_run(tmp_path / "opd" / "seed_0", [evaluation(0, 0.2), evaluation(20, 0.5)])
-    late = write_run(tmp_path / "iw" / "seed_0", [evaluation(0, 0.2), evaluation(10, 0.4)])
-    assert "not equally far" in write_report(tmp_path).read_text()
-    (late / "metrics.jsonl").write_text(json.dumps(evaluation(20, 0.4)))
-    assert "not equally far" not in write_report(tmp_path).read_text()
 
 
 def test_samples_are_escaped_and_shaded(tmp_path):
@@ -204,7 +191,7 @@ def test_samples_are_escaped_and_shaded(tmp_path):
         (run / "samples" / f"{name}.jsonl").write_text(text)
     page = write_report(run).read_text()
     elements = Elements(page)
-    spans = [attrs for tag, attrs in elements.tags if tag == "span"]
+    spans = [attrs for tag, attrs in elements.tags if tag == "span" and attrs]
     assert "<script" not in page and elements.text.count(hostile) == 6
     early, late = spans[:3], spans[3:]
     assert [s["class"] for s in early] == ["n9 w0", "p0 w0", "p0 w0"]
@@ -221,7 +208,21 @@ def test_several_folders_make_one_page(tmp_path):
     assert len(runs["a/iw"]) == 3  # given twice, there once
     page = write_report([first, second, single], out=tmp_path / "page")
     assert page == tmp_path / "page" / "report.html"
-    assert all(f"<td>{arm}</td>" in page.read_text() for arm in runs)
+    names = ("OPD (a)", "IW-OPD (a)", "OPD (b)", "IW-OPD (b)", "mine")
+    assert all(f"<span>{name}</span></td>" in page.read_text() for name in names)
+    paired = summarise(runs)["paired"]
+    assert {arm: pair["reference"] for arm, pair in paired.items()} == {
+        "a/iw": "a/opd", "b/iw": "b/opd"
+    }  # fmt: skip
+
+
+def test_folders_that_share_one_arm_keep_all_their_arms_together(tmp_path):
+    for name in ("a/opd", "a/iw", "b/opd", "b/prefix", "x/a/opd"):
+        write_run(tmp_path / name / "seed_0", [])
+    found = find_runs([tmp_path / "a", tmp_path / "b"])
+    assert list(found) == ["a/opd", "a/iw", "b/opd", "b/prefix"]
+    same = find_runs([tmp_path / "a", tmp_path / "x" / "a"])  # two folders of one name
+    assert {len(runs) for runs in same.values()} == {1} and len(same) == 3
 
 
 def write_pair(folder: Path, teacher: str, student: str) -> Path:
@@ -239,7 +240,11 @@ def test_gains_against_compression_over_pairs_of_models(tmp_path):
     assert list(found) == ["iw"]
     assert [round(point.ratio, 1) for point in found["iw"]] == [7.6, 2.3]  # 30.5 / 4.0, 4.0 / 1.7
     assert [point.gain for point in found["iw"]] == pytest.approx([15, 15])
-    assert found["iw"][0].interval == pytest.approx([15 - 12.706 * 5, 15 + 12.706 * 5])
+    assert found["iw"][0].interval is None  # two seeds
+    for folder in (first, second):
+        write_run(folder / "opd" / "seed_2", [evaluation(0, 0.2), evaluation(20, 0.6)])
+    wide = pair_gains([first, second])["iw"][0]  # gains of 10, 20 and 30
+    assert wide.interval == pytest.approx([20 - 4.303 * 10 / 3**0.5, 20 + 4.303 * 10 / 3**0.5])
     assert pair_gains([first]) == {}  # one ratio is no curve
     page = write_report([first, second], out=tmp_path / "page")
     assert (page.parent / "figures/gain_by_compression.png").exists()
@@ -262,8 +267,19 @@ def test_means_by_position_weigh_the_rounds_by_their_tokens():
     # Bins of two tokens have their middle at 1.5, 3.5, ...; the last one is empty.
     expected = {1.5: 0.5, 3.5: 1.0, 5.5: 2.0}
     assert by_position(rounds, "reverse_kl_positions", slice(None)) == expected
-    rare = [training(1, tokens_positions=[100, 90, 4, 0])]
+    rare = [training(1, tokens_positions=[100, 90, 24, 0])]
     assert list(by_position(rare, "reverse_kl_positions", slice(None))) == [1.5, 3.5]
+
+
+def test_places_that_few_responses_reach_are_cut_by_one_rule():
+    """A quarter of the tokens of the fullest place, wherever that is."""
+    few = training(1, tokens_positions=[90, 100, 25, 24], logp_positions=[-1.0] * 4)
+    few |= {"reverse_kl_positions": [1.0] * 4, "tokens_deciles": [8] * 8 + [2, 1]}
+    few["weight_deciles"] = [1.0] * 10
+    assert list(by_position([few], "reverse_kl_positions", slice(None))) == [1.5, 3.5, 5.5]
+    assert list(by_position([few], "weight_deciles", slice(None))) == list(range(1, 10))
+    student, _ = prefix_logp([few], slice(None))
+    assert max(student) == 6
 
 
 def test_prefix_likelihood_is_the_mean_over_responses():
@@ -275,9 +291,13 @@ def test_prefix_likelihood_is_the_mean_over_responses():
 
 def test_gains_are_of_the_same_seed_and_step(tmp_path):
     runs = read_runs(find_runs([write_comparison(tmp_path)]))
-    assert gains(runs["iw"], runs["opd"]) == [
-        {0: 0, 5: 0, 8: 0, 20: pytest.approx(gain)} for gain in (10, 20)
-    ]
+    own, other = (
+        {seed: series(records, "eval", "accuracy", 100) for seed, records in runs[arm].items()}
+        for arm in ("iw", "opd")
+    )
+    assert gains(own, other) == {
+        seed: {0: 0, 5: 0, 8: 0, 20: pytest.approx(gain)} for seed, gain in ((0, 10), (1, 20))
+    }
 
 
 def test_intervals_are_those_of_student():
@@ -286,6 +306,15 @@ def test_intervals_are_those_of_student():
     values = [float(i % 5) for i in range(21)]  # 20 degrees of freedom: t = 2.086
     low, high = interval(values)
     assert (high - low) / 2 == pytest.approx(2.086 * statistics.stdev(values) / 21**0.5, rel=1e-3)
+
+
+def test_arms_without_a_common_seed_are_compared_by_welch():
+    """Means 4 and 1; variances 4 of three and 1 of three: error sqrt(5/3), 2.94 -> 2 degrees."""
+    low, high = welch_interval([2.0, 4.0, 6.0], [0.0, 1.0, 2.0])
+    half = 4.303 * (5 / 3) ** 0.5
+    assert (low, high) == (pytest.approx(3 - half), pytest.approx(3 + half))
+    assert welch_interval([1.0], [1.0, 2.0]) is None
+    assert welch_interval([1.0, 1.0], [0.5, 0.5]) == [0.5, 0.5]
 
 
 def write_scores(run, place, **means):
@@ -307,18 +336,32 @@ def test_the_papers_numbers_stand_beside_the_runs(tmp_path):
     write_scores(folder / "iw" / "seed_1", "round_000010", aime25=0.6)
     table = benchmark_table(find_runs([folder]))
     assert table["names"][:2] == ["aime25", "own"]
-    assert table["own"]["OPD, final"]["aime25"]["interval"] == pytest.approx([40, 60])
-    pooled = table["own"]["IW-OPD, step 10"]["aime25"]
-    assert (pooled["score"], pooled["error"]) == (pytest.approx(50), pytest.approx(10))
-    assert table["paper"]["IW-OPD, step 10"]["aime25"] == 49.3
-    assert table["paper"]["IW-ExOPD, final"]["hmmt25"] == 32.0
+    assert table["own"]["OPD, final"]["aime25"]["interval"] == pytest.approx([0.4, 0.6])
+    pooled = table["own"]["IW-OPD, round 10"]["aime25"]
+    assert (pooled["score"], pooled["error"]) == (pytest.approx(0.5), pytest.approx(0.1))
+    assert table["paper"]["IW-OPD, step 10"]["aime25"] == pytest.approx(0.493)
+    assert table["paper"]["IW-ExOPD, final"]["hmmt25"] == pytest.approx(0.32)
     page = write_report(folder).read_text()
-    assert "<td>Paper: IW-OPD, step 10</td>" in page and "<td>49.3</td>" in page
-    assert "50.0 <small>[40.0, 60.0]</small>" in page and "<td>50.0 ± 10.0</td>" in page
+    assert "<span>Paper: IW-OPD, step 10</span>" in page and "<span>49.3</span>" in page
+    assert "50.0 <small>[40.0, 60.0]</small>" in page and "<span>50.0 ± 10.0</span>" in page
+    assert "IW-OPD, arXiv 2606.22600" in page
 
 
 def test_another_pair_has_no_numbers_of_the_paper(tmp_path):
     assert benchmark_table(find_runs([write_comparison(tmp_path)])) is None
+
+
+def test_the_page_says_what_the_runs_have_in_common(tmp_path):
+    assert about(find_runs([write_run(tmp_path / "bare", [])])) == ""
+    for name, rule in (("opd", "uniform"), ("iw", "iw"), ("mine", "iw")):
+        run = write_run(tmp_path / "runs" / name / "seed_1", [])
+        (run / "recipe.yaml").write_text(
+            f"student: {{hf: s}}\nteacher: {{hf: t}}\nloss: {{weighting: {{rule: {rule}}}}}\n"
+        )
+    assert about(find_runs([tmp_path / "runs"])) == "Student: s; teacher: t."
+    one = "Student: s; teacher: t; token weights: {}."
+    assert about(find_runs([tmp_path / "runs" / "mine" / "seed_1"])) == one.format("IW-OPD")
+    assert about(find_runs([tmp_path / "runs" / "opd" / "seed_1"])) == one.format("OPD")
 
 
 def test_events_are_listed(tmp_path):
@@ -326,8 +369,9 @@ def test_events_are_listed(tmp_path):
     append_event(run, 3, "gate", "engine & trainer differ")
     append_event(run, 4, "resumed", "from round 3")
     page = write_report(run).read_text()
-    assert "<td>3</td><td>gate</td><td>engine &amp; trainer differ</td>" in page
-    assert page.index("<td>gate</td>") < page.index("<td>resumed</td>")
+    cells = [f"<span>{text}</span>" for text in ("gate", "engine &amp; trainer differ", "resumed")]
+    places = [page.index(cell) for cell in cells]
+    assert places == sorted(places)
 
 
 def test_prefix_continuations_and_trajectories_are_drawn(tmp_path):

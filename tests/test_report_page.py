@@ -10,18 +10,27 @@ import subprocess
 from html import unescape
 
 import pytest
-from matplotlib.figure import Figure
-from test_report import FIGURES, training, write_comparison
+from test_report import (
+    FIGURES,
+    evaluation,
+    training,
+    write_comparison,
+    write_run,
+    write_scores,
+)
 
 from iwopd_megatron.report import write_report
 from iwopd_megatron.report_data import find_runs, read_runs
+from iwopd_megatron.report_diagnostics import Early
 from iwopd_megatron.report_figures import sections
 from iwopd_megatron.report_pairs import PairGain
+from iwopd_megatron.runlog import append_event
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 needs_browser = pytest.mark.skipif(
     CHROMIUM is None, reason="no chromium here: apt-get install chromium"
 )
+LONG = "a_name_that_somebody_chose_" * 3
 PROBE = """<script>
 addEventListener("load", () => {
   const colours = () => [...document.querySelectorAll(".tokens span")].map(
@@ -35,6 +44,9 @@ addEventListener("load", () => {
   document.querySelectorAll("input.weight").forEach(input => input.click());
   const found = {images, gap, weight: colours(), text: document.body.innerText,
     right: Math.max(...outside.map(element => element.getBoundingClientRect().right)),
+    cut: [...document.querySelectorAll("body *")].filter(e =>
+      e.clientWidth && e.scrollWidth > e.clientWidth + 1).map(e => e.outerHTML.slice(0, 200)),
+    cells: document.querySelectorAll("td").length,
     asked: performance.getEntriesByType("resource").map(entry => entry.name)};
   const element = document.createElement("script");
   element.type = "application/json";
@@ -82,17 +94,21 @@ def page(tmp_path_factory):
     (folder / "iw" / "seed_0" / "samples").mkdir()
     file = folder / "iw" / "seed_0" / "samples" / "round_000005.jsonl"
     file.write_text(json.dumps(sample) + "\n")
+    write_scores(folder / "iw" / "seed_0", "trained", aime24=0.5, aime25=0.4, **{LONG: 0.3})
+    append_event(folder / "iw" / "seed_1", 3, "gate", f"{LONG} {LONG}")
+    write_run(folder / LONG / "seed_0", [evaluation(0, 0.2), evaluation(20, 0.9)])
     return write_report(folder).read_text()
 
 
 @needs_browser
-@pytest.mark.parametrize("width", [1200, 400])
+@pytest.mark.parametrize("width", [1400, 768, 420])
 def test_every_figure_is_shown_and_nothing_sticks_out(page, width, tmp_path):
     found, asked = browse(page, tmp_path, width)
     assert len(found["images"]) == len(FIGURES)
     for image in found["images"]:
         assert image["natural"] > 800 and 300 < image["shown"] <= width, image
     assert found["right"] <= width  # the page never scrolls sideways
+    assert found["cells"] > 30 and found["cut"] == []  # nor does a part of it
     assert asked == set() and found["asked"] == []
     assert "IW-OPD" in found["text"] and "Optimiser" not in found["text"]  # that is in a picture
 
@@ -124,17 +140,17 @@ def test_every_axis_says_what_it_shows_and_in_which_unit(tmp_path):
     )
     point = {"mean": 0.5, "mean_interval": [0.4, 0.6]}
     prefixes = {"a": {"points": [{"fraction": 0.5, "student": point, "teacher": point}]}}
-    samples = [{"weight_iw": [1.5, 1.0], "weight_iw_signed": [1.0, 1.5]}]
+    samples = Early([{"weight_iw": [1.5, 1.0], "weight_iw_signed": [1.0, 1.5]}], "IW-OPD, round 1")
     pairs = {"iw": [PairGain(7.6, 2.0, [1.0, 3.0]), PairGain(2.3, 1.0, None)]}
-    charts: dict[str, Figure] = {}
+    charts = {}
     for section in sections(runs, prefixes, samples, pairs):
         charts |= section.charts
     assert set(FIGURES) < set(charts)
     assert {"prefix_continuation", "weight_signed", "scored_early", "gain_by_compression"} <= set(
         charts
     )
-    for name, figure in charts.items():
-        (axes,) = figure.axes
-        assert re.search(r"\(.+\)|^Round$|^Optimiser step$", axes.get_xlabel()), name
+    for name, chart in charts.items():
+        (axes,) = chart.figure.axes
+        assert re.search(r"\(.+\)|^Round$", axes.get_xlabel()), name
         if name != "phase_times":  # a bar an arm
             assert re.search(r"\(.+\)$", axes.get_ylabel()), name

@@ -4,6 +4,8 @@ The experts are those of the same model with perturbed weights, so that many dif
 The reference is transformers' model with routers that take the given experts, one sample at a time.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from iwopd_megatron.actor import Schedule
 from iwopd_megatron.config import Train
 from iwopd_megatron.config_models import Layout
 from iwopd_megatron.errors import GateError
+from iwopd_megatron.hf_config import read_hf_config
 from iwopd_megatron.hf_io import HfTensors, load_shards, named_views
 from iwopd_megatron.hf_reference import hf_model, make_samples, max_error
 from iwopd_megatron.journal import Journal
@@ -25,7 +28,6 @@ from iwopd_megatron.objective import LikelihoodObjective
 from iwopd_megatron.optimizer import build_optimizer, wrap_data_parallel
 from iwopd_megatron.packing import Packer
 from iwopd_megatron.parallel import initialise, shutdown
-from iwopd_megatron.preflight import read_hf_config
 from iwopd_megatron.rollout import Prompt
 from iwopd_megatron.routing import RoutingReplay
 
@@ -190,7 +192,10 @@ def test_other_models_and_other_samples_keep_their_own_experts(moe_folder, refer
 
 
 def test_samples_without_experts_are_refused():
-    sample, hf = make_samples(512, [24])[0], {"num_hidden_layers": 4, "num_experts_per_tok": 2}
+    sample, hf = (
+        make_samples(512, [24])[0],
+        SimpleNamespace(num_hidden_layers=4, num_experts_per_tok=2),
+    )
     with pytest.raises(GateError, match="sample 0 came with experts of shape None"):
         gates.routes([sample], hf)
     fits = sample.with_scores(experts=np.zeros((24, 4, 2), np.uint8))

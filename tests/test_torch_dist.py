@@ -14,12 +14,13 @@ from iwopd_megatron.blob import data_start, envelope, serialise
 from iwopd_megatron.config import Train
 from iwopd_megatron.config_models import Layout
 from iwopd_megatron.convert import hf_to_megatron, megatron_to_hf
+from iwopd_megatron.hf_config import read_hf_config
 from iwopd_megatron.hf_io import HfTensors, load_shards
-from iwopd_megatron.mapping import blocks, hf_shape
+from iwopd_megatron.hf_shapes import hf_shape
+from iwopd_megatron.mapping import blocks
 from iwopd_megatron.model import build_model, wrap_precision
 from iwopd_megatron.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from iwopd_megatron.parallel import initialise
-from iwopd_megatron.preflight import read_hf_config
 from iwopd_megatron.saver import Saver
 
 from megatron.core import dist_checkpointing  # isort: skip

@@ -118,7 +118,8 @@ def test_refused_recipes(train, message):
 
 def test_command(files):
     one, two, held_out = files
-    train = json.dumps([{"path": str(one), "share": 3}, {"path": str(two), "share": 1}])
+    sorts = {"path": str(two), "share": 1, "grader": "selection_sort"}
+    train = json.dumps([{"path": str(one), "share": 3}, sorts])
     settings = [f"data.train={train}", f"data.eval={held_out}", "train.rounds=10"]
     command = [sys.executable, "-W", "ignore", "-m", "iwopd_megatron", "data", RECIPE, *settings]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)

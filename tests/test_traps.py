@@ -11,11 +11,11 @@ from worlds import run_world
 from iwopd_megatron import checkpoint, hf_reference, model, parity
 from iwopd_megatron.config import Train
 from iwopd_megatron.config_models import Layout
+from iwopd_megatron.hf_config import read_hf_config
 from iwopd_megatron.hf_io import HfTensors, load_shards
 from iwopd_megatron.local_world import local_context
 from iwopd_megatron.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from iwopd_megatron.parallel import initialise, shutdown
-from iwopd_megatron.preflight import read_hf_config
 from iwopd_megatron.saver import Saver
 
 LENGTHS = [24, 16, 32, 20, 28, 12, 24, 32]

@@ -8,14 +8,14 @@ size, E experts, F ffn, N = B S tokens, K experts of a token.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from iwopd_megatron.model import rope_theta
+from iwopd_megatron.hf_config import HfConfig
 from iwopd_megatron.native_ops import grouped_mm, rms_scale, rotate, swiglu
-from iwopd_megatron.preflight import num_experts
+from iwopd_megatron.rope import inverse_frequencies, turn
 
 
 class Layer(NamedTuple):
@@ -34,28 +34,27 @@ class Layer(NamedTuple):
 class Decoder:
     """`weights`: every tensor by its Hugging Face name, a view to be filled."""
 
-    def __init__(self, hf: dict[str, Any], dtype: torch.dtype, on: torch.device):
+    def __init__(self, hf: HfConfig, dtype: torch.dtype, on: torch.device):
         self.hf, self.on, self.dtype = hf, on, dtype
-        self.head_dim, self.heads = hf["head_dim"], hf["num_attention_heads"]
-        self.groups, self.eps = hf["num_key_value_heads"], hf["rms_norm_eps"]
-        hidden = hf["hidden_size"]
-        self.embedding, self.norm = self._new(hf["vocab_size"], hidden), self._new(hidden)
-        tied = hf.get("tie_word_embeddings", False)
-        self.head = self.embedding if tied else self._new(hf["vocab_size"], hidden)
+        self.head_dim, self.heads = hf.head_dim, hf.num_attention_heads
+        self.groups, self.eps = hf.num_key_value_heads, hf.rms_norm_eps
+        hidden = hf.hidden_size
+        self.embedding, self.norm = self._new(hf.vocab_size, hidden), self._new(hidden)
+        tied = hf.tie_word_embeddings
+        self.head = self.embedding if tied else self._new(hf.vocab_size, hidden)
         self.weights = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.norm}
         if not tied:
             self.weights["lm_head.weight"] = self.head
-        self.layers = [self._layer(i) for i in range(hf["num_hidden_layers"])]
-        half = torch.arange(0, self.head_dim, 2, device=on, dtype=torch.float32)
-        self.frequency = rope_theta(hf) ** (-half / self.head_dim)
+        self.layers = [self._layer(i) for i in range(hf.num_hidden_layers)]
+        self.frequency = inverse_frequencies(hf.rope, self.head_dim, on)
 
     def _new(self, *shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=self.dtype, device=self.on)
 
     def _layer(self, i: int) -> Layer:
-        hf, hidden, head = self.hf, self.hf["hidden_size"], self.head_dim
-        experts = num_experts(hf)
-        ffn = hf["moe_intermediate_size"] if experts else hf["intermediate_size"]
+        hf, hidden, head = self.hf, self.hf.hidden_size, self.head_dim
+        experts = hf.num_experts
+        ffn = hf.ffn_size
         layer = Layer(
             attention_norm=self._new(hidden),
             qkv=self._new((self.heads + 2 * self.groups) * head, hidden),
@@ -98,12 +97,11 @@ class Decoder:
         Either start is 0, or S is 1. ids, positions: int64 `[B, S]`; mask: bool
         `[B, 1, S, start + S]`, True where a query sees a slot, or None: every earlier one.
         """
-        angle = positions[..., None, None] * self.frequency
-        turn = angle.cos().to(self.dtype), angle.sin().to(self.dtype)
+        turned = turn(positions[..., None, None] * self.frequency, self.hf.rope, self.dtype)
         x = F.embedding(ids, self.embedding)
         for layer, slots in zip(self.layers, cache, strict=True):
             x = x + self._attention(
-                layer, self._normed(x, layer.attention_norm), turn, slots, start, mask
+                layer, self._normed(x, layer.attention_norm), turned, slots, start, mask
             )
             x = x + self._ffn(layer, self._normed(x, layer.ffn_norm).flatten(0, 1)).view_as(x)
         return self._normed(x[:, -1], self.norm) @ self.head.t()
@@ -112,14 +110,14 @@ class Decoder:
         normed = (x * rms_scale(x, self.eps)).to(x.dtype)
         return normed if weight is None else normed.mul_(weight)
 
-    def _attention(self, layer, x, turn, slots, start, mask) -> torch.Tensor:
+    def _attention(self, layer, x, turned, slots, start, mask) -> torch.Tensor:
         rows, new = x.shape[:2]
         qkv = (x @ layer.qkv.t()).view(rows, new, -1, self.head_dim)
         qk, value = qkv.split([self.heads + self.groups, self.groups], 2)
         qk, sizes = self._normed(qk), [self.heads, self.groups]
         for part, weight in zip(qk.split(sizes, 2), layer.qk_norm, strict=True):
             part.mul_(weight)
-        query, key = rotate(qk, *turn).transpose(1, 2).split(sizes, 1)
+        query, key = rotate(qk, *turned).transpose(1, 2).split(sizes, 1)
         value = value.transpose(1, 2)
         keys, values = slots[0][..., : start + new], slots[1][:, :, : start + new]
         keys[..., start:], values[:, :, start:] = key.mT, value
@@ -142,9 +140,9 @@ class Decoder:
     def _ffn(self, layer, x_ND: torch.Tensor) -> torch.Tensor:
         if layer.router is None:
             return swiglu(x_ND @ layer.gate_up[0]) @ layer.down[0]
-        count = self.hf["num_experts_per_tok"]
+        count = self.hf.num_experts_per_tok
         prob_NK, expert_NK = (x_ND @ layer.router.t()).float().softmax(-1).topk(count)
-        if self.hf["norm_topk_prob"]:
+        if self.hf.norm_topk_prob:
             prob_NK = prob_NK / prob_NK.sum(-1, keepdim=True)
         expert, order = expert_NK.flatten().sort(stable=True)
         token = order // count

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 from iwopd_megatron import device
+from iwopd_megatron.hf_config import read_hf_config
 from iwopd_megatron.parallel import gather
-from iwopd_megatron.preflight import read_hf_config
 from iwopd_megatron.rollout import OnSample, Prompt, Sampling
 from iwopd_megatron.rollout.decoder import Decoder
 from iwopd_megatron.trajectory import Trajectory

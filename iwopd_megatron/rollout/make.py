@@ -14,10 +14,11 @@ from iwopd_megatron.background import Background
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.fingerprint import identity
+from iwopd_megatron.hf_config import read_hf_config
 from iwopd_megatron.keeper import Keeper
 from iwopd_megatron.model import DTYPES
+from iwopd_megatron.model_folder import eos_ids
 from iwopd_megatron.parallel import Parallel
-from iwopd_megatron.preflight import eos_ids, read_hf_config
 from iwopd_megatron.rollout import RolloutEngine
 from iwopd_megatron.rollout.hf import HfEngine
 from iwopd_megatron.rollout.pool import Place, Pool

@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from iwopd_megatron.errors import GateError
-from iwopd_megatron.preflight import num_experts
+from iwopd_megatron.hf_config import HfConfig
 
 VOCABULARY_MULTIPLE = 64  # SGLang pads the rows of embedding and head with zeros to this
 _FUSED = {
@@ -37,8 +37,8 @@ class Fingerprints(Protocol):
 class SglangFingerprints:
     """Hashes of what each of `tp` ranks must hold; holds parts only until their tensor is whole."""
 
-    def __init__(self, hf: dict[str, Any], tp: int):
-        self.hf, self.tp, self.experts = hf, tp, num_experts(hf)
+    def __init__(self, hf: HfConfig, tp: int):
+        self.hf, self.tp, self.experts = hf, tp, hf.num_experts
         self.waiting: dict[str, dict[int, torch.Tensor]] = {}
         self.ranks: list[dict[str, str]] = [{} for _ in range(tp)]
 
@@ -75,7 +75,7 @@ class SglangFingerprints:
             return [self._vocabulary(parts[0]).chunk(self.tp)[rank]]
         if module == "qkv_proj":
             query, key, value = parts
-            copies = max(1, self.tp // self.hf["num_key_value_heads"])  # ranks with one head
+            copies = max(1, self.tp // self.hf.num_key_value_heads)  # ranks with one head
             shards = [t.chunk(self.tp // copies)[rank // copies] for t in (key, value)]
             return [query.chunk(self.tp)[rank], *shards]
         if module == "gate_up_proj" or target.endswith("w13_weight"):

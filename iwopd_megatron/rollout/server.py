@@ -16,7 +16,7 @@ import numpy
 import torch
 
 from iwopd_megatron.errors import UserError
-from iwopd_megatron.preflight import num_experts
+from iwopd_megatron.hf_config import HfConfig
 from iwopd_megatron.rollout import Sampling
 from iwopd_megatron.rollout.proof import Fingerprints
 
@@ -125,7 +125,7 @@ class HttpServer:
         self,
         url: str,
         http: httpx.AsyncClient,
-        hf: dict[str, Any],
+        hf: HfConfig,
         eos_ids: set[int],
         timeout: float = 3600.0,
         ready_timeout: float = 1800.0,
@@ -151,7 +151,7 @@ class HttpServer:
         return True
 
     def _checked(self, ids: list[int]) -> list[int]:
-        vocab = self.hf["vocab_size"]
+        vocab = self.hf.vocab_size
         if not ids or not 0 <= min(ids) <= max(ids) < vocab:
             raise UserError(
                 f"a prompt is empty or holds ids outside the vocabulary of {vocab}; "
@@ -161,10 +161,10 @@ class HttpServer:
 
     def _experts(self, flat: numpy.ndarray, tokens: int) -> numpy.ndarray:
         """`Answer.experts` of what the engine chose for so many tokens, end to end."""
-        shape = tokens, self.hf["num_hidden_layers"], self.hf["num_experts_per_tok"]
+        shape = tokens, self.hf.num_hidden_layers, self.hf.num_experts_per_tok
         if flat.size != math.prod(shape):
             raise ServerLost(f"{self.url}: {flat.size} routed experts for {tokens} tokens")
-        experts = num_experts(self.hf)
+        experts = self.hf.num_experts
         if not 0 <= flat.min() <= flat.max() < experts:
             raise ServerLost(f"{self.url}: a routed expert is none of the model's {experts}")
         return flat.astype(numpy.uint8 if experts <= 256 else numpy.int16).reshape(shape)

@@ -158,7 +158,7 @@ class SglangServer(HttpServer):
             logprob_start_len=0,
         )
         entries = reply["meta_info"]["input_token_logprobs"]
-        echoed, last = [entry[1] for entry in entries], self.hf["vocab_size"] - 1
+        echoed, last = [entry[1] for entry in entries], self.hf.vocab_size - 1
         if len(echoed) != len(ids) or any(
             theirs != ours and (theirs, ours) != (0, last)  # 0.5.23 echoes the last id as 0
             for theirs, ours in zip(echoed, ids, strict=True)

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.device import has_gpu
 from iwopd_megatron.errors import UserError
-from iwopd_megatron.preflight import read_hf_config
+from iwopd_megatron.hf_config import HfConfig, read_hf_config
 from iwopd_megatron.rollout import Sampling
 from iwopd_megatron.rollout.proof import NameFingerprints
 from iwopd_megatron.rollout.server import (
@@ -66,7 +66,7 @@ class VllmServer(HttpServer):
             "load-format": "auto" if student.random_init is None else "dummy",
             "dtype": {"fp32": "float32", "bf16": "bfloat16"}[student.dtype],
             "tensor-parallel-size": rollout.servers.tp,
-            "max-model-len": min(longest + 1, hf["max_position_embeddings"]),  # scoring writes one
+            "max-model-len": min(longest + 1, hf.context_length),  # scoring writes one
             "max-num-seqs": rollout.servers.max_running,
             "host": host,
             "port": port,
@@ -229,7 +229,6 @@ class VllmServer(HttpServer):
         return await self._on_workers("checksums")
 
 
-def _kv_bytes(hf: dict[str, Any]) -> int:
+def _kv_bytes(hf: HfConfig) -> int:
     """Bytes of one token's keys and values in fp32."""
-    head = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
-    return 8 * hf["num_hidden_layers"] * hf["num_key_value_heads"] * head
+    return 8 * hf.num_hidden_layers * hf.num_key_value_heads * hf.head_dim

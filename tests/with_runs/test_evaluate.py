@@ -7,11 +7,11 @@ import pytest
 from worlds import run_world
 
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.evaluate import Evaluation
 from iwopd_megatron.parallel import initialise, shutdown
 from iwopd_megatron.progress import Progress
 from iwopd_megatron.recipe import load_recipe
 from iwopd_megatron.report import write_report
+from iwopd_megatron.run_data import load_run_data
 from iwopd_megatron.runlog import read_metrics
 from iwopd_megatron.trainer import Trainer
 
@@ -72,4 +72,20 @@ def test_benchmarks_by_name_and_mean_at_n(tmp_path):
 def test_an_unknown_benchmark_is_one_sentence(tmp_path):
     recipe = recipe_of(tmp_path / "run", "evaluate.benchmarks=[nowhere]", "data.eval=null")
     with pytest.raises(RecipeError, match="no benchmark 'nowhere'; known ones"):
-        Evaluation(recipe, None)
+        load_run_data(recipe)
+
+
+def run_without_files(recipe, data):
+    os.chdir(ROOT)
+    parallel = initialise(recipe.student.parallel, recipe.train.seed)
+    with Progress(1, visible=False) as progress:
+        assert Trainer(recipe, parallel, progress, data=data).run()
+    shutdown()
+
+
+def test_a_world_reads_nothing_that_its_starter_has_read(tmp_path):
+    recipe = recipe_of(tmp_path / "run", "evaluate.benchmarks=[mine]")
+    data = load_run_data(recipe)
+    (tmp_path / "mine.jsonl").unlink()
+    run_world(1, run_without_files, recipe, data)
+    assert evaluations(tmp_path / "run")[0]["accuracy_mine"] >= 0

@@ -14,12 +14,13 @@ from same_figures import assert_same_figures
 from worlds import run_world
 
 from iwopd_megatron.config_models import Frozen, Layout
+from iwopd_megatron.hf_config import read_hf_config
 from iwopd_megatron.hf_io import HfTensors
 from iwopd_megatron.hf_reference import hf_model, make_samples
 from iwopd_megatron.local_world import local_context
+from iwopd_megatron.model_folder import eos_ids
 from iwopd_megatron.packing import Packer
 from iwopd_megatron.parallel import initialise, shutdown
-from iwopd_megatron.preflight import read_hf_config
 from iwopd_megatron.progress import Progress
 from iwopd_megatron.recipe import load_recipe
 from iwopd_megatron.rollout import Prompt, Sampling
@@ -428,16 +429,20 @@ def test_compare_writes_summary_and_report(tmp_path):
     assert arms["opd"]["seeds"] == arms["iw"]["seeds"] == [1, 2]
     assert arms["opd"]["accuracy_start"] == arms["iw"]["accuracy_start"]
     assert (out / "report.html").stat().st_size > 10_000
-    assert "against OPD" in output
+    assert "No difference can be told with 2 seeds: IW-OPD ended" in output
     first = [read_metrics(out / arm / "seed_1")[1] for arm in arms]
     assert first[0]["abs_gap"] == first[1]["abs_gap"]  # the arms see the same first answers
     assert first[0]["weight"] == 1.0 < first[1]["weight"]
 
 
-def test_fine_tuning_lowers_the_loss(tmp_path, monkeypatch):
+@pytest.mark.parametrize("eos", ["<eos>", "<unused>"])
+def test_fine_tuning_lowers_the_loss(tmp_path, monkeypatch, eos):
+    """Also of a folder whose tokenizer ends texts with another id than its configs say."""
     monkeypatch.setattr("iwopd_megatron.toy_task.TEACHER_ROUNDS", 10)
     monkeypatch.setattr("iwopd_megatron.toy_task.STUDENT_ROUNDS", 1)
     write_task(tmp_path / "task")
+    settings = tmp_path / "task/teacher/tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token": eos}))
     recipe = load_recipe(
         ROOT / "recipes/demo_teacher.yaml",
         [
@@ -449,7 +454,8 @@ def test_fine_tuning_lowers_the_loss(tmp_path, monkeypatch):
     run_world(1, train_here, [recipe])
     losses = [line["loss"] for line in read_metrics(tmp_path / "run")]
     assert losses[-1] < 0.9 * losses[0]
-    assert read_hf_config(tmp_path / "run/hf")["hidden_size"] == 96
+    assert read_hf_config(tmp_path / "run/hf").hidden_size == 96
+    assert eos_ids(tmp_path / "run/hf") == ({1} if eos == "<eos>" else {1, 15})
 
 
 def score(settings, layout, samples, queue):

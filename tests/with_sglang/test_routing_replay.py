@@ -18,12 +18,12 @@ from worlds import run_world
 
 from iwopd_megatron.actor import Schedule
 from iwopd_megatron.config_models import Layout
+from iwopd_megatron.hf_config import read_hf_config
 from iwopd_megatron.hf_io import HfTensors, load_shards
 from iwopd_megatron.local_world import local_context
 from iwopd_megatron.model import build_model, wrap_precision
 from iwopd_megatron.packing import Packer
 from iwopd_megatron.parallel import initialise, shutdown
-from iwopd_megatron.preflight import read_hf_config
 from iwopd_megatron.rollout import Sampling
 from iwopd_megatron.rollout.pool import Place, Pool
 from iwopd_megatron.routing import RoutingReplay
