@@ -43,6 +43,7 @@ def grade_code(
 ) -> None:
     """Run the program of a response against tests, as grader `code` does."""
     from iwopd_megatron import code_grader
+    from iwopd_megatron.sandbox import SandboxError
 
     response, tests = _text(response_file), _text(tests_file)
     try:
@@ -56,7 +57,7 @@ def grade_code(
         raise RecipeError(f"{tests_file} is JSON, but no object; write the tests as one object.")
     try:
         right, reason = code_grader.explain(response, tests)
-    except UserError as error:  # exit code 1 would say that the program is wrong
+    except (UserError, SandboxError) as error:  # exit code 1 would say that the program is wrong
         raise RecipeError(str(error)) from error
     _tell(right, reason)
 

@@ -145,7 +145,8 @@ def _add(block: Block, line: str) -> bool:
     if block.ends_at(line):
         return False
     bare = line.rstrip()
-    if block.fence[0] == "`" and bare.endswith(block.fence) and bare.strip(" \t>`"):
+    is_behind = block.fence[0] == "`" and bare.endswith(block.fence) and bare.strip(" \t>`")
+    if is_behind and bare.count(block.fence) == 1:  # two are code in a comment
         block.lines.append(bare.removesuffix(block.fence))
         return False
     block.lines.append(line)
@@ -153,19 +154,19 @@ def _add(block: Block, line: str) -> bool:
 
 
 def _opening(line: str, inside: Block | None) -> Block | None:
-    """The block that a line opens; within another one it has to name Python, and not be deep."""
+    """The block that a line opens; within another one it names a language, and is not deep."""
     found = FENCE.match(line)
     if found is None:
         return None
     language = _language(found["info"])
     marker = MARKER.match(found["before"])[0]
-    indent = _indent(line)
-    is_python = PYTHON.fullmatch(language) is not None
-    if marker != found["before"] and not (is_python and found["fence"][0] == "`"):
+    is_first = marker == found["before"]  # on its line
+    indent = len(marker) if is_first else _indent(line)
+    if not is_first and not (PYTHON.fullmatch(language) and found["fence"][0] == "`"):
         return None
     if inside is not None:
-        is_next = found["fence"] == inside.fence and is_python and indent < inside.indent + 4
-        if not is_next or marker != found["before"]:
+        is_next = language and found["fence"] == inside.fence and indent < inside.indent + 4
+        if not is_next or not is_first:
             return None
     return Block(language, found["fence"], indent, ">" in marker)
 

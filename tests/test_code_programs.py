@@ -76,26 +76,26 @@ AT_RUN_TIME = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", list(FUNCTIONS))
-@pytest.mark.parametrize("name", list(AT_RUN_TIME))
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("asserts", name) for name in AT_RUN_TIME]
+    + [("evalplus", name) for name in ("field types", "pickle", "globals", "single dispatch")]
+    + [("calls", name) for name in ("dataclass of the future", "source", "main module")],
+)
 def test_what_python_knows_of_a_program(kind, name):
     assert right(AT_RUN_TIME[name], FUNCTIONS[kind])
 
 
 @pytest.mark.parametrize("kind", list(FUNCTIONS))
-@pytest.mark.parametrize(
-    "names",
-    ["job", "encode", "decode", "confine", "annotations", "json", "os", "time", "main", "module"],
-)
-def test_nothing_of_the_harness_is_there(kind, names):
+def test_nothing_of_the_harness_is_there(kind):
     """Neither as a name, but for what PRIME provides, nor in the modules."""
-    if kind == "calls" and names in ("json", "time"):
-        return
+    names = ["job", "encode", "decode", "confine", "annotations", "os", "main", "module"]
+    names += ["json", "time"] if kind != "calls" else []
     code = (
-        f"try:\n    {names}\nexcept NameError:\n    is_free = True\nelse:\n    is_free = False\n"
         "import sys, __main__\n"
-        "ours = [n for n in sys.modules if n.startswith(('sandbox', 'iwopd'))]\n"
-        "def f(x): return 2 * x if is_free and not ours and hasattr(__main__, 'f') else 0"
+        f"theirs = [n for n in {names} if n in globals()]\n"
+        "theirs += [n for n in sys.modules if n.startswith(('sandbox', 'iwopd'))]\n"
+        "def f(x): return 2 * x if not theirs and hasattr(__main__, 'f') else 0"
     )
     assert right(code, FUNCTIONS[kind])
 
@@ -177,7 +177,12 @@ PROVIDED = [
 @pytest.mark.parametrize("code", PROVIDED)
 def test_names_of_the_harness_for_calls(code):
     assert right(code, CALLS)
-    assert right(code + "\nprint(int(input()) + int(input()))", STDIN)
+
+
+def test_names_of_the_harness_for_standard_input():
+    code = "@cache\ndef g(n: List[int]): return 0 if n == 0 else 1 + g(n - 1)\n"
+    code += "heap = deque(map(int, stdin))\nprint(sum(heap) + g(9000) - 9000 * gcd(2, 3))"
+    assert right(code, STDIN)
 
 
 OWN = {

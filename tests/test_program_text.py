@@ -59,6 +59,8 @@ FOUND = {  # {}: the program
     "on the list's line": "- ```python\n{inner}  ```\n",
     "behind words": "Answer: ```python\n{code}```",
     "closed behind code": "```python\n{open}```\nSo.",
+    "on a long list's line": "10. ```python\n{far}    ```\nSo.",
+    "another before its end": "```python\n{code}```bash\npython a.py\n```",
     "again before its end": "```python\nimport\n```python\n{code}```",
     "in Markdown": "````markdown\n# Answer\n{python}````",
     "no fence": "{code}", "tags": "<answer>\n{python}</answer>",
@@ -71,6 +73,7 @@ def response(name: str, code: str) -> str:
     return FOUND[name].format(
         code=code, wrong=WRONG, python=python, deep=inside(python, "    "), open=code.rstrip("\n"),
         quoted=inside(python, "> "), tabs=inside(python, "\t"), inner=inside(code, "  "),
+        far=inside(code, "    "),
     )  # fmt: skip
 
 
@@ -124,6 +127,11 @@ def test_fences_inside_the_program_are_its_own():
     code = f'def f(x):\n    """As in\n{example}    """\n    return 2 * x\n'
     assert find_program(fenced(code), read_tests(CALLS)) == code
     assert is_right(fenced(code), EVALPLUS)
+
+
+def test_code_in_comments_ends_nothing():
+    code = "# as in ```f(1)```\ndef f(x):\n    return 2 * x  # or ```x + x```\n"
+    assert find_program(fenced(code), read_tests(CALLS)) == code
 
 
 def test_blank_lines_of_texts_stay():
