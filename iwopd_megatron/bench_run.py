@@ -20,7 +20,7 @@ import numpy
 from transformers import AutoTokenizer
 
 from iwopd_megatron.answering import answering_engine
-from iwopd_megatron.answers import Answers, Place, write_whole
+from iwopd_megatron.answers import Answers, Place
 from iwopd_megatron.bench_progress import BenchProgress
 from iwopd_megatron.benchmarks import Benchmark
 from iwopd_megatron.config import Recipe
@@ -29,6 +29,7 @@ from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.evaluate import STREAM
 from iwopd_megatron.grading import check_graders, grade
 from iwopd_megatron.grading_pool import Answer
+from iwopd_megatron.jsonl import write_whole
 from iwopd_megatron.parallel import Parallel
 from iwopd_megatron.pass_at_k import summarise
 from iwopd_megatron.preflight import read_hf_config

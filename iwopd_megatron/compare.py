@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.table import Table
 
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.jsonl import write_whole
 from iwopd_megatron.recipe import load_recipe
 from iwopd_megatron.runlog import read_metrics
 
@@ -53,9 +53,7 @@ def plan_arms(recipe: Path, overrides: list[str], vary: str, seeds: int, out: Pa
 def write_summary(out: Path, summary: dict[str, Any]) -> Path:
     """out/summary.json, atomically."""
     path = out / "summary.json"
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    os.replace(partial, path)
+    write_whole(path, json.dumps(summary, indent=2, allow_nan=False) + "\n")
     return path
 
 
@@ -97,4 +95,5 @@ def is_finished(arm: Arm) -> bool:
     run = arm.recipe.out
     if not (run / "hf" / "config.json").is_file():
         return False
-    return max(line["round"] for line in read_metrics(run)) >= arm.recipe.train.rounds
+    last = max((line["round"] for line in read_metrics(run)), default=0)
+    return last >= arm.recipe.train.rounds

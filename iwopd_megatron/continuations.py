@@ -17,7 +17,6 @@ import numpy
 from transformers import AutoTokenizer
 
 from iwopd_megatron.answering import answering_engine
-from iwopd_megatron.answers import write_whole
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_data import Source
 from iwopd_megatron.data import Problem, encode_prompt
@@ -25,6 +24,7 @@ from iwopd_megatron.data_sources import read_source
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.evaluate import STREAM, grade_samples
 from iwopd_megatron.grading import check_graders
+from iwopd_megatron.jsonl import write_whole
 from iwopd_megatron.parallel import Parallel
 from iwopd_megatron.pass_at_k import summarise
 from iwopd_megatron.rollout import Prompt, RolloutEngine, Sampling

@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.runlog import read_jsonl, read_metrics
+from iwopd_megatron.runlog import read_metrics
+from iwopd_megatron.yaml_file import read_yaml
 
 Paths = dict[str, list[Path]]  # arm -> its run folders, by seed
 Runs = dict[str, dict[int, list[dict]]]  # arm -> seed -> records
@@ -32,7 +31,7 @@ T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2
 def seed_of(run: Path) -> int:
     """From the folder name `seed_<n>`, else from the recipe, else 0."""
     recipe = run / "recipe.yaml"
-    text = recipe.read_text() if recipe.exists() else ""
+    text = recipe.read_text("utf-8", errors="replace") if recipe.exists() else ""
     found = re.search(r"seed_(\d+)$", run.name) or re.search(r"^\s*seed:\s*(\d+)\s*$", text, re.M)
     return int(found.group(1)) if found else 0
 
@@ -236,10 +235,4 @@ def summarise(paths: Paths) -> dict[str, Any]:
 def read_recipe_of(run: Path) -> dict[str, Any]:
     """The run's resolved recipe as a tree; {} if there is none."""
     file = run / "recipe.yaml"
-    return (yaml.safe_load(file.read_text()) or {}) if file.exists() else {}
-
-
-def read_events(run: Path) -> list[dict]:
-    """What gates, steps left out, restarts and resumptions wrote."""
-    file = run / "events.jsonl"
-    return read_jsonl(file) if file.exists() else []
+    return read_yaml(file, "recipe") if file.exists() else {}

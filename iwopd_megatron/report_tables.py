@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.jsonl import read_object
 from iwopd_megatron.report_data import ARM_NAMES, Paths, mean, read_recipe_of, stderr
 
 PLACES = {"trained": "final", "start": "before"}
@@ -37,9 +39,16 @@ def measured(paths: Paths) -> dict[str, dict[str, dict[str, Any]]]:
                 place = file.parent.name
                 step = PLACES.get(place) or f"step {int(place.rpartition('_')[2])}"
                 row = found.setdefault(f"{ARM_NAMES.get(arm, arm)}, {step}", {})
-                for bench, result in json.loads(file.read_text())["benchmarks"].items():
+                for bench, result in _benchmarks(file).items():
                     row.setdefault(bench, []).append(result)
     return {row: {b: _pooled(x) for b, x in benches.items()} for row, benches in found.items()}
+
+
+def _benchmarks(file: Path) -> dict[str, Any]:
+    found = read_object(file).get("benchmarks")
+    if not isinstance(found, dict):
+        raise RecipeError(f"{file} is damaged: it has no 'benchmarks'; remove it.")
+    return found
 
 
 def _pooled(results: list[dict]) -> dict[str, Any]:

@@ -13,13 +13,14 @@ import multiprocessing
 import queue
 import shutil
 import signal
+import tempfile
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 import xxhash
 
+from iwopd_megatron.disk import disk_error, disk_told
 from iwopd_megatron.errors import CheckpointError
 from iwopd_megatron.parallel import Parallel, any_rank, gather
 from iwopd_megatron.rawfile import flush
@@ -34,6 +35,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async  # isor
 filesystem_async._results_queue = queue.Queue()
 
 LISTING = "files.json"
+OWN_BYTES = 2**20  # more than common.pt, .metadata and the listing of a small model need
 Listing = dict[str, tuple[int, str]]  # file name -> size, xxh3_64
 
 
@@ -41,7 +43,7 @@ class Saver:
     """Writes checkpoints of one run, one at a time, and keeps the newest `keep`."""
 
     def __init__(self, run: Path, keep: int, in_background: bool, parallel: Parallel):
-        self.folder, self.keep, self.parallel = run / "checkpoints", keep, parallel
+        self.run, self.folder, self.keep, self.parallel = run, run / "checkpoints", keep, parallel
         self.in_background = in_background
         self._pending: _Pending | None = None
 
@@ -50,16 +52,29 @@ class Saver:
         self.finish()
         final = self.folder / f"round_{round_number:06d}"
         partial = final.with_suffix(".partial")
-        if self.parallel.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        request = dist_checkpointing.save(
-            state, str(partial), content_metadata=METADATA, async_sharded_save=True
-        )
+        with disk_told(self.run):
+            self.parallel.on_main(lambda: self._make_room(partial))
+            request = dist_checkpointing.save(
+                state, str(partial), content_metadata=METADATA, async_sharded_save=True
+            )
         self._pending = _Pending(final, partial, request)
         if not self.in_background:
             self.finish()
+
+    def _make_room(self, partial: Path) -> None:
+        """An empty folder to write into; what a crash left of others goes.
+
+        OSError, before any rank begins, where the disk has no room for the part that rank 0 writes
+        alone: later the other ranks would wait for it.
+        """
+        self._remove_partial()
+        partial.mkdir(parents=True)
+        with tempfile.TemporaryFile(dir=partial) as file:
+            file.write(bytes(OWN_BYTES))
+
+    def _remove_partial(self) -> None:
+        for left in self.folder.glob("round_*.partial"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def poll(self) -> None:
         """Complete the pending checkpoint if all ranks have written theirs. One all-reduce."""
@@ -78,14 +93,23 @@ class Saver:
         outcomes = gather(own if isinstance(own, str) else own[1])
         for rank, outcome in enumerate(outcomes):
             if isinstance(outcome, str):
-                raise CheckpointError(
-                    f"{pending.final} was not written, for the writer of rank {rank} {outcome}; "
-                    "checkpoints before it are whole: mend that and go on with --resume."
-                )
-        pending.finalise(own[0])
+                self._give_up(f"the writer of rank {rank} {outcome}", pending.final)
+        listing = {k: v for outcome in outcomes for k, v in outcome.items()}
+        with disk_told(self.run):
+            pending.finalise(own[0])
+            self.parallel.on_main(lambda: self._publish(pending, listing))
+
+    def _give_up(self, why: str, final: Path) -> None:
+        """Raise what ended a checkpoint, of which nothing stays. On every rank."""
         if self.parallel.is_main:
-            self._publish(pending, {k: v for outcome in outcomes for k, v in outcome.items()})
-        dist.barrier()
+            self._remove_partial()
+        trouble = disk_error(self.run, why)
+        if trouble is not None:
+            raise trouble
+        raise CheckpointError(
+            f"{final} was not written, for {why}; checkpoints before it are whole: mend that and "
+            "go on with --resume."
+        )
 
     def _publish(self, pending: _Pending, listing: Listing) -> None:
         """List what lies there, rename the folder, remove the oldest."""

@@ -16,20 +16,18 @@ from transformers import AutoTokenizer
 from iwopd_megatron import checkpoint, device, doctor, gates
 from iwopd_megatron.collect import Collector
 from iwopd_megatron.config import Recipe
-from iwopd_megatron.errors import GateError
+from iwopd_megatron.errors import GateError, RecipeError
 from iwopd_megatron.evaluate import Evaluation, grade_samples
 from iwopd_megatron.flops import attention_cost
 from iwopd_megatron.grading import check_graders
-from iwopd_megatron.hf_io import save_folder
 from iwopd_megatron.metrics import response_means
 from iwopd_megatron.packing import Packer
 from iwopd_megatron.parallel import Parallel, any_rank, gather
 from iwopd_megatron.preflight_scorers import check_sources
 from iwopd_megatron.progress import Progress
+from iwopd_megatron.recorder import Recorder
 from iwopd_megatron.rollout.make import make_engine
 from iwopd_megatron.rollout.servers import Canary
-from iwopd_megatron.runlog import append_event, open_log, truncated_shares
-from iwopd_megatron.samples import keep_samples
 from iwopd_megatron.saver import Saver
 from iwopd_megatron.steps import train_round
 from iwopd_megatron.stop import stop_requested
@@ -47,6 +45,7 @@ class Trainer:
     ):
         self.recipe, self.parallel, self.progress = recipe, parallel, progress
         self.is_distilling, self.round, self.seconds = recipe.is_distilling, 0, {}
+        self.recorder = Recorder(recipe, parallel, progress.say)
         self.tokenizer = AutoTokenizer.from_pretrained(recipe.student.hf)
         self._load_data()
         self.student = Student(recipe, parallel)
@@ -55,7 +54,7 @@ class Trainer:
         longest = max((ids for _, ids in self.problems), key=len)
         probe = partial(self.student.probe, longest, self.packer)
         canary = Canary(longest, probe, recipe.gates.max_canary)
-        self.engine = make_engine(recipe, parallel, partial(self._event, "service"), canary)
+        self.engine = make_engine(recipe, parallel, self._service_event, canary)
         self.supervision = Supervision(recipe, self.student, self.packer, self.tokenizer)
         self.collector = Collector(
             recipe, parallel, self.problems, self.order, self.engine, self._begin
@@ -64,14 +63,9 @@ class Trainer:
             progress.loaded(role, gather(model.loaded))
         settings = recipe.checkpoint
         self.saver = Saver(recipe.out, settings.keep, settings.async_save, parallel)
-        found = checkpoint.newest(recipe.out, parallel, progress.say) if resume else None
-        if found is not None:
-            self.round, self.collector.order.cursor = self.student.restore(found)
-            self._event("resumed", f"resumed after round {self.round} from {found}")
-        self.log = None
-        if parallel.is_main:
-            self.log = open_log(recipe, self.round if found else None)
-        self.truncated = parallel.on_main(lambda: truncated_shares(recipe.out))
+        if resume:
+            self._go_on()
+        self.truncated = self.recorder.open(self.round or None)
 
     def _load_data(self) -> None:
         recipe = self.recipe
@@ -88,14 +82,31 @@ class Trainer:
         for finding in doctor.long_prompts(found.too_long, total, limit):
             self.progress.say(f"note: {finding}")
         self.order = found.order(recipe.train.seed, recipe.data.shuffle)
+        self.prompts = checkpoint.digest_of(found.problems)
         self.evaluation = Evaluation(recipe, self.tokenizer)
+
+    def _go_on(self) -> None:
+        """Restore the newest sound checkpoint, if there is one."""
+        out = self.recipe.out
+        found = checkpoint.newest(out, self.parallel, self.progress.say)
+        if found is None:
+            self.progress.say(f"note: {out} has no checkpoint; the run begins with its first round")
+            return
+        kept = self.student.restore(found)
+        if kept.get("prompts", self.prompts) != self.prompts:
+            raise RecipeError(
+                f"data.train does not hold the prompts that {out} was started with; put its files "
+                "back to resume, or start a new run with out=FOLDER."
+            )
+        self.round, self.collector.order.cursor = kept["round"], kept["cursor"]
+        self.recorder.event(self.round, "resumed", f"resumed after round {self.round} from {found}")
 
     def run(self) -> bool:
         """Train to the last round; False if a stop was asked for and the state saved instead."""
         try:
             return self._run()
         except GateError as error:
-            self._keep_event("gate", str(error))
+            self.recorder.keep_event(self.round, "gate", str(error))
             raise
         finally:
             self.engine.close()
@@ -116,23 +127,15 @@ class Trainer:
                 self._evaluate(line)
             stop = any_rank(stop_requested())
             if stop or (every and (is_last or self.round % every == 0)):
-                self.student.save(self.saver, self.round, self.collector.cursor)
+                kept = {"cursor": self.collector.cursor, "prompts": self.prompts}
+                self.student.save(self.saver, self.round, kept)
             self.saver.poll()
             if stop and not is_last:
                 self.saver.finish()
                 return False
         self.saver.finish()
-        self._export()
+        self.recorder.export(self.student.stream)
         return True
-
-    def _export(self) -> None:
-        """Write the final weights as a Hugging Face folder; the last act of a run."""
-        if self.log is None:
-            for _ in self.student.stream:  # every rank takes part in gathering
-                pass
-            return
-        save_folder(self.recipe.out / "hf", self.student.stream, self.recipe.student.hf)
-        self.log.close()
 
     def _round(self) -> dict[str, Any]:
         """One round; returns its metrics line, clock figures included."""
@@ -157,7 +160,7 @@ class Trainer:
                 line["dropped"] = _unread(self.samples) - _unread(samples)
                 if line["dropped"]:
                     text = f"round {self.round}: {line['dropped']} answers are left out."
-                    self._event("dropped", text)
+                    self.recorder.event(self.round, "dropped", text)
             self.truncated.append(line["truncated"])
         with self._phase("sync"):
             self.engine.update(self.student.stream, self.round)
@@ -166,23 +169,17 @@ class Trainer:
         clock = {"tokens_per_second": tokens_per_second, "seconds": seconds, "time": self.seconds}
         if early is not None:
             clock["scored_early"] = early
-        self._write(line, clock)
+        self.recorder.write(line, clock)
         self.collector.end_round(self.round)
         self.progress.round(line | clock)
         return line | clock
 
     def _say_skipped(self, reason: str) -> None:
         text = f"round {self.round}: {reason}; this optimiser step is left out."
-        self._event("skipped step", text)
+        self.recorder.event(self.round, "skipped step", text)
 
-    def _event(self, kind: str, text: str) -> None:
-        """Tell who watches, and keep it in events.jsonl."""
-        self.progress.say(text)
-        self._keep_event(kind, text)
-
-    def _keep_event(self, kind: str, text: str) -> None:
-        if self.parallel.is_main:
-            append_event(self.recipe.out, self.round, kind, text)
+    def _service_event(self, text: str) -> None:
+        self.recorder.event(self.round, "service", text)
 
     def _own_responses(self) -> list[Trajectory]:
         """The student's answers to the next prompts, graded and masked."""
@@ -218,17 +215,11 @@ class Trainer:
         start = time.perf_counter()
         scores = self.evaluation.scores(self.engine)
         line = {"kind": "eval", "round": self.round} | scores
-        self._write(line, {"seconds": time.perf_counter() - start})
+        self.recorder.write(line, {"seconds": time.perf_counter() - start})
         self.progress.evaluation(line, last_round)
-        if self.is_distilling and self.round > 0 and self.parallel.is_main:
-            keep_samples(
-                self.recipe.out, self.round, self.samples, self.round_problems, self.tokenizer,
-                self.objective.weighting,
-            )  # fmt: skip
-
-    def _write(self, line: dict[str, Any], clock: dict[str, Any]) -> None:
-        if self.log is not None:
-            self.log.write(line, clock)
+        if self.is_distilling and self.round > 0:
+            kept = self.samples, self.round_problems, self.tokenizer, self.objective.weighting
+            self.recorder.samples(self.round, *kept)
 
     @contextlib.contextmanager
     def _phase(self, name: str):
