@@ -18,44 +18,47 @@ from iwopd_megatron.preflight_resume import checkpoints
 NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
 WORDS = [os.strerror(number) for number in NUMBERS]
 ROOM = WORDS[:2]  # what room mends
-TORCH = "PytorchStreamWriter failed"  # all that torch says of it
+TORCH = ("PytorchStreamWriter failed", "unexpected pos")  # all that torch says of it
 
 
-def disk_reason(error: BaseException | str | None) -> str | None:
+def disk_reason(error: BaseException) -> str | None:
     """The system's words if an error, or what it was raised from, is the disk's; else None."""
     if isinstance(error, OSError) and error.errno in NUMBERS:
         return os.strerror(error.errno)
-    text = str(error)
-    found = next((words for words in WORDS if words in text), None)
-    if found is not None or not isinstance(error, BaseException):
+    found = next((words for words in WORDS if words in str(error)), None)
+    if found is not None:
         return found
     before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    if before is not None:
-        return disk_reason(before)
-    return "the file could not be written whole" if TORCH in text else None
+    if before is not None and (found := disk_reason(before)) is not None:
+        return found
+    said = any(words in str(error) for words in TORCH)
+    return "the disk took only a part of it" if said else None
 
 
-def disk_error(run: Path, error: BaseException | str) -> DiskError | None:
-    """What to raise instead of an error in a run; None if it is not the disk's."""
-    reason = None if isinstance(error, UserError) else disk_reason(error)
-    if reason is None:
-        return None
-    file = getattr(error, "filename", None) or f"a file of {run}"
+def disk_error(what: Path, reason: str, run: Path | None = None) -> DiskError:
+    """`what` was not written. run: the run folder, where it can go on from a checkpoint."""
+    remedy = "make room" if reason in ROOM else "mend that"
+    if run is None:
+        return DiskError(
+            f"{what} could not be written ({reason}): {remedy} and give the command again."
+        )
     saved = checkpoints(run)
     last = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
-    remedy = "make room" if reason in ROOM else "mend that"
     return DiskError(
-        f"{file} could not be written ({reason}); {last}: {remedy} and go on with --resume."
+        f"{what} could not be written ({reason}); {last}: {remedy} and go on with --resume."
     )
 
 
 @contextlib.contextmanager
-def disk_told(run: Path) -> Iterator[None]:
-    """What the disk does to the run inside becomes a DiskError."""
+def disk_told(out: Path, is_run: bool = True) -> Iterator[None]:
+    """What the disk does to the work inside becomes a DiskError. is_run: `out` is a run folder."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
-        found = disk_error(run, error)
-        if found is None:
+        reason = disk_reason(error)
+        if reason is None:
             raise
-        raise found from error
+        what = Path(getattr(error, "filename", None) or out)
+        raise disk_error(what, reason, out if is_run else None) from error

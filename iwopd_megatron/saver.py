@@ -16,12 +16,12 @@ import signal
 import tempfile
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
-from iwopd_megatron.disk import disk_error, disk_told
-from iwopd_megatron.errors import CheckpointError
+from iwopd_megatron.disk import disk_error, disk_reason, disk_told
+from iwopd_megatron.errors import CheckpointError, UserError
 from iwopd_megatron.parallel import Parallel, any_rank, gather
 from iwopd_megatron.rawfile import flush
 from iwopd_megatron.stop import die_with_parent
@@ -37,6 +37,13 @@ filesystem_async._results_queue = queue.Queue()
 LISTING = "files.json"
 OWN_BYTES = 2**20  # more than common.pt, .metadata and the listing of a small model need
 Listing = dict[str, tuple[int, str]]  # file name -> size, xxh3_64
+
+
+class Failure(NamedTuple):
+    """Why a rank's files were not written."""
+
+    text: str  # a verb and the rest
+    reason: str | None = None  # of the disk
 
 
 class Saver:
@@ -84,31 +91,32 @@ class Saver:
     def finish(self) -> None:
         """Wait for the pending checkpoint and complete it. Collective.
 
-        CheckpointError on every rank if a writer failed or died on any.
+        CheckpointError or DiskError on every rank if a writer failed or died on any.
         """
         pending, self._pending = self._pending, None
         if pending is None:
             return
         own = pending.outcome()
-        outcomes = gather(own if isinstance(own, str) else own[1])
-        for rank, outcome in enumerate(outcomes):
-            if isinstance(outcome, str):
-                self._give_up(f"the writer of rank {rank} {outcome}", pending.final)
-        listing = {k: v for outcome in outcomes for k, v in outcome.items()}
-        with disk_told(self.run):
-            pending.finalise(own[0])
-            self.parallel.on_main(lambda: self._publish(pending, listing))
+        outcomes = gather(own if isinstance(own, Failure) else own[1])
+        try:
+            for rank, outcome in enumerate(outcomes):
+                if isinstance(outcome, Failure):
+                    raise self._error(pending.final, rank, outcome)
+            listing = {k: v for outcome in outcomes for k, v in outcome.items()}
+            with disk_told(self.run):
+                pending.finalise(own[0])
+                self.parallel.on_main(lambda: self._publish(pending, listing))
+        except UserError:
+            if self.parallel.is_main:
+                self._remove_partial()  # room for others
+            raise
 
-    def _give_up(self, why: str, final: Path) -> None:
-        """Raise what ended a checkpoint, of which nothing stays. On every rank."""
-        if self.parallel.is_main:
-            self._remove_partial()
-        trouble = disk_error(self.run, why)
-        if trouble is not None:
-            raise trouble
-        raise CheckpointError(
-            f"{final} was not written, for {why}; checkpoints before it are whole: mend that and "
-            "go on with --resume."
+    def _error(self, final: Path, rank: int, failure: Failure) -> UserError:
+        if failure.reason is not None:
+            return disk_error(final, failure.reason, self.run)
+        return CheckpointError(
+            f"{final} was not written, for the writer of rank {rank} {failure.text}; checkpoints "
+            "before it are whole: mend that and go on with --resume."
         )
 
     def _publish(self, pending: _Pending, listing: Listing) -> None:
@@ -148,8 +156,8 @@ class _Pending:
     def is_over(self) -> bool:
         return self._connection is None or self._connection.poll()
 
-    def outcome(self) -> str | tuple[Any, Listing]:
-        """What the writer sends at its end; or what went wrong, as a verb and the rest."""
+    def outcome(self) -> Failure | tuple[Any, Listing]:
+        """What the writer sends at its end."""
         if self._connection is None:
             return None, {}
         try:
@@ -160,7 +168,7 @@ class _Pending:
         if outcome is None:
             code = self._process.exitcode
             name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            return f"died ({name})"
+            return Failure(f"died ({name})")
         return outcome
 
     def finalise(self, results: Any) -> None:
@@ -172,10 +180,17 @@ class _Pending:
 
 
 def _write(transforms: list, buckets: list, connection: Connection) -> None:
-    """The writer process: every file of this rank, flushed; sends results and listing, or text."""
+    """The writer process: all files of this rank, flushed; sends (results, listing), or Failure."""
     die_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # a run that is stopped waits for its checkpoint
+    try:
+        connection.send(_write_buckets(transforms, buckets))
+    except Exception as error:
+        connection.send(Failure(f"failed ({error})", disk_reason(error)))
+
+
+def _write_buckets(transforms: list, buckets: list) -> tuple[dict[int, Any], Listing]:
     results, listing = {}, {}
     for i, bucket in enumerate(buckets):
         done: queue.Queue = queue.Queue()
@@ -186,11 +201,10 @@ def _write(transforms: list, buckets: list, connection: Connection) -> None:
         )
         results[i] = done.get()[1]
         if isinstance(results[i], Exception):
-            connection.send(f"failed ({results[i]})")
-            return
+            raise results[i]
         file = Path(bucket[0])
         listing[file.name] = file.stat().st_size, digest(file)
-    connection.send((results, listing))
+    return results, listing
 
 
 def digest(file: Path) -> str:

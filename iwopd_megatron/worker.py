@@ -81,7 +81,7 @@ def evaluate(run: BenchRun) -> None:
     """Answer and grade the benchmarks of `iwopd eval`."""
     die_with_parent()
     parallel = initialise(Layout(), run.seed)
-    with BenchProgress() as progress:
+    with disk_told(run.out, is_run=False), BenchProgress() as progress:
         results = run_benchmarks(run, parallel, progress)
     progress.table(results)
     shutdown()
@@ -91,7 +91,8 @@ def continue_prefixes(study: PrefixStudy) -> None:
     """Who gets the answer right from a student's prefix, on every rank."""
     die_with_parent()
     parallel = initialise(Layout())
-    study_prefixes(study, parallel, Progress(0, parallel.is_main).say)
+    with disk_told(study.out, is_run=False):
+        study_prefixes(study, parallel, Progress(0, parallel.is_main).say)
     shutdown()
 
 
