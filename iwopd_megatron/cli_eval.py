@@ -17,6 +17,7 @@ from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_data import Source
 from iwopd_megatron.config_models import Model
 from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.outputs import check_folder
 from iwopd_megatron.preflight import check_model_files, read_hf_config
 from iwopd_megatron.quiet import quiet
 from iwopd_megatron.recipe import load_recipe, parse_recipe
@@ -43,7 +44,7 @@ def evaluate(
     ] = None,
     temperature: Annotated[float, typer.Option(min=0)] = 1.0,
     top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
-    seed: Annotated[int, typer.Option(help="the same for all models that are compared")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="the same for all models that are compared")] = 0,
     bench_file: Annotated[
         list[str] | None, typer.Option(help="NAME=FILE: where a benchmark lies; may be repeated")
     ] = None,
@@ -55,11 +56,14 @@ def evaluate(
     ] = None,
 ) -> None:
     """Answer benchmarks and grade the answers: mean@n, best@n, pass@k with intervals."""
+    if out is not None:
+        check_folder(out, "--out")
     quiet()
     with _model(target, overrides or [], hf) as (recipe, folder, identity, default_out):
         own = recipe.data.benchmarks | _files(bench_file or [], recipe.data.benchmarks)
         model = Model(hf=folder, dtype=recipe.student.dtype)
         evaluated = answering_recipe(recipe, model, out or default_out, engine, top_p)
+        check_folder(out or default_out, "--out")
         names = list(dict.fromkeys(bench.split(",")))
         benchmarks = [load_benchmark(name, own) for name in names]
         from iwopd_megatron import worker

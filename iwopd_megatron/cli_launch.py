@@ -15,6 +15,7 @@ from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_profile import Profile, load_profile
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.launch import make_job, new_folder, newest_folder, write_job
+from iwopd_megatron.outputs import check_folder
 from iwopd_megatron.preflight_resume import check_start
 from iwopd_megatron.recipe import load_recipe, read_recipe
 from iwopd_megatron.roles import Job
@@ -49,6 +50,7 @@ def launch(
     else:
         loaded = load_recipe(recipe, overrides or [])
     check_start(loaded, resume)
+    check_folder(loaded.out, "out")
     code = submit(loaded, profile, dryrun)
     if not dryrun and profile.is_waiting:
         sys.exit(code)

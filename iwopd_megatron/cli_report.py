@@ -12,6 +12,7 @@ from iwopd_megatron.answering import answering_recipe
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_models import Model
 from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.outputs import check_folder
 from iwopd_megatron.preflight import check_model_files
 from iwopd_megatron.quiet import quiet
 from iwopd_megatron.recipe import load_recipe
@@ -30,7 +31,9 @@ def report(
     for folder in folders:
         if not folder.is_dir():
             raise RecipeError(f"{folder} is no folder; give a run folder, a recipe's 'out'.")
-    print(write_report(folders, out or (folders[0] if len(folders) == 1 else Path("runs/report"))))
+    place = out or (folders[0] if len(folders) == 1 else Path("runs/report"))
+    check_folder(place, "--out")
+    print(write_report(folders, place))
 
 
 def prefixes(
@@ -63,6 +66,7 @@ def prefixes(
     if trained and not (student / "config.json").is_file():
         raise RecipeError(f"{run} has no trained student yet; leave out --trained, or finish it.")
     check_model_files(student, weights=True)
+    check_folder(run, "RUN")
     fractions = _fractions(at)
     writers = _writers(recipe, run, student, engine)
     if processes > 1 and writers[0].rollout.engine != "hf":

@@ -9,9 +9,9 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import Field, ValidationError
 
-from iwopd_megatron.config_models import Section
+from iwopd_megatron.config_models import NonNegativeInt, PositiveInt, Section
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.explain import explain
 from iwopd_megatron.yaml_file import read_yaml

@@ -17,8 +17,8 @@ WANTED = {
     "greater_than": "a number greater than {gt}",
     "less_than_equal": "a number less than or equal to {le}",
     "less_than": "a number less than {lt}",
-    "literal_error": "one of {expected}", "too_short": "at least {min_length} values",
-    "too_long": "at most {max_length} values", "recursion_loop": "what does not hold itself",
+    "literal_error": "one of {expected}", "too_short": "a list of at least {min_length}",
+    "too_long": "a list of at most {max_length}", "recursion_loop": "what does not hold itself",
 }  # fmt: skip
 LONGEST = 60  # characters of a value that are shown
 
@@ -53,7 +53,8 @@ def _wanted(error: Any, key: str, annotation: Any) -> str:
     if section is not None:
         fields = section.model_fields
         first = next((name for name in fields if fields[name].is_required()), next(iter(fields)))
-        return f"a section of 'key: value' lines, or {key}.{first}=... for one of its keys"
+        by_key = f", or {key}.{first}=... for one of its keys" * (not key[-1].isdigit())
+        return f"a section of 'key: value' lines{by_key}"
     if error["type"].startswith(("dict", "mapping")):
         return f"a section of 'key: value' lines, or {key}.NAME=..."
     for beginning, words in WANTED.items():
