@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -38,6 +39,9 @@ from iwopd_megatron.recipe import load_recipe
 
 RecipePath = Annotated[Path, typer.Argument(help="recipe YAML")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.lr=3e-4")]
+NOT_THERE = (
+    errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
+)  # fmt: skip
 Degree = Annotated[int, typer.Option(min=1, max=2**20)]
 Resume = Annotated[
     bool, typer.Option("--resume", help="go on from the newest checkpoint of the run folder")
@@ -66,18 +70,24 @@ def sft(recipe: RecipePath, overrides: Overrides = None, resume: Resume = False)
 
 
 def _train(recipe: Recipe, resume: bool) -> None:
+    if _is_main():
+        check_folder(recipe.out, "out")
     check_start(recipe, resume)
     with _alone_in([recipe.out]):
         worker = _workers()
         sys.exit(worker.execute(recipe.world, worker.train, (recipe, resume)))
 
 
+def _is_main() -> bool:
+    """Whether this process is the only one, or torchrun's rank 0."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextlib.contextmanager
 def _alone_in(folders: list[Path]) -> Iterator[None]:
     """Two runs never write into one folder. Under torchrun rank 0 sees to it."""
     with contextlib.ExitStack() as stack:
-        for folder in folders if os.environ.get("RANK", "0") == "0" else []:
-            check_folder(folder, "out")
+        for folder in folders if _is_main() else []:
             stack.enter_context(locked(folder))
         yield
 
@@ -193,3 +203,7 @@ def main() -> None:
             app()
     except UserError as error:
         leave(error)
+    except OSError as error:  # of a path in the recipe or on the command line
+        if error.errno not in NOT_THERE or error.filename is None:
+            raise
+        leave(RecipeError(f"{error.filename} cannot be opened: {error.strerror}; name another."))

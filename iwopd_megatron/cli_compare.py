@@ -57,6 +57,8 @@ def compare(
 
 def _check_start(arms: list, out: Path, resume: bool) -> None:
     """As for one run; of a comparison that is resumed, some arms may not have begun."""
+    if os.environ.get("RANK", "0") == "0":
+        check_folder(out, "--out")
     if not resume and any((arm.recipe.out / "metrics.jsonl").exists() for arm in arms):
         raise RecipeError(
             f"{out} already holds runs; add --resume, or choose another folder with --out."
@@ -68,8 +70,6 @@ def _check_start(arms: list, out: Path, resume: bool) -> None:
         )
     for arm in arms if resume else []:
         check_resume(arm.recipe)
-    if os.environ.get("RANK", "0") == "0":
-        check_folder(out, "--out")
 
 
 def _run(arms: list, out: Path, resume: bool) -> int:

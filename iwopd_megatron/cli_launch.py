@@ -49,8 +49,8 @@ def launch(
         print(f"note: {loaded.student.hf} is not on this machine; models and data are unchecked.")
     else:
         loaded = load_recipe(recipe, overrides or [])
-    check_start(loaded, resume)
     check_folder(loaded.out, "out")
+    check_start(loaded, resume)
     code = submit(loaded, profile, dryrun)
     if not dryrun and profile.is_waiting:
         sys.exit(code)
