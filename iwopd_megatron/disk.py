@@ -18,6 +18,7 @@ from iwopd_megatron.preflight_resume import checkpoints
 NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
 WORDS = [os.strerror(number) for number in NUMBERS]
 ROOM = WORDS[:2]  # what room mends
+TORN = "the disk took only a part of it"
 TORCH = ("PytorchStreamWriter failed", "unexpected pos")  # all that torch says of it
 
 
@@ -32,7 +33,7 @@ def disk_reason(error: BaseException) -> str | None:
     if before is not None and (found := disk_reason(before)) is not None:
         return found
     said = any(words in str(error) for words in TORCH)
-    return "the disk took only a part of it" if said else None
+    return TORN if said else None
 
 
 def disk_error(what: Path, reason: str, run: Path | None = None) -> DiskError:
