@@ -72,6 +72,8 @@ def sft(recipe: RecipePath, overrides: Overrides = None, resume: Resume = False)
 def _train(recipe: Recipe, resume: bool) -> None:
     if _is_main():
         check_folder(recipe.out, "out")
+        if recipe.rollout.sync_folder is not None:
+            check_folder(recipe.rollout.sync_folder, "rollout.sync_folder")
     check_start(recipe, resume)
     with _alone_in([recipe.out]):
         worker = _workers()

@@ -38,6 +38,7 @@ COMMANDS = {
     "train": ["train", RECIPE, "out={}"],
     "sft": ["sft", "recipes/demo_student.yaml", "teacher=null", "student.hf=recipes/demo/student",
             "data.train=recipes/demo/train.jsonl", "data.eval=null", "out={}"],
+    "servers": ["train", RECIPE, "out=RUN2", "rollout.sync_folder={}"],
     "compare": ["compare", RECIPE, "--out", "{}"],
     "eval": ["eval", "recipes/demo/student", "--bench", "toy", "--out", "{}"],
     "export": ["export", "recipes/demo/student", "{}/hf", "--hf", "recipes/demo/student"],

@@ -167,3 +167,8 @@ def test_help_is_grouped_and_begins_with_training(monkeypatch, capsys):
         for name, function in commands.items():
             assert f"│ {name} " in text
             assert function.__doc__.split("\n")[0].endswith("."), name
+
+
+def test_more_processes_than_a_machine_can_have(say, tmp_path):
+    line = say("train", RECIPE, "processes=100000", f"out={tmp_path}")
+    assert "100000 processes are more than a machine can have" in line
