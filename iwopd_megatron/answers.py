@@ -7,14 +7,16 @@ all are there.
 from __future__ import annotations
 
 import json
-import os
 import threading
 from pathlib import Path
 from typing import Any
 
 from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.run_files import append_jsonl, read_jsonl, write_whole
 from iwopd_megatron.trajectory import Trajectory
 
+ANSWER = {"problem": int, "sample": int, "response": str, "tokens": int, "truncated": bool}
+GRADED = {"problem": int, "sample": int, "correct": (int, float)}
 Place = tuple[int, int]  # problem, sample
 
 
@@ -44,15 +46,10 @@ class Answers:
             write_whole(file, json.dumps(settings, indent=2) + "\n")
 
     def _load(self) -> None:
-        """Read what is there; a line torn by a kill is cut off."""
+        """Read what is there; a line torn by a kill is left out."""
         if not self.file.is_file():
             return
-        content = self.file.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            os.truncate(self.file, len(whole))
-        for line in whole.decode().split("\n")[:-1]:
-            answer = json.loads(line)
+        for answer in read_jsonl(self.file, ANSWER):
             self.found[answer["problem"], answer["sample"]] = answer
 
     def add(self, place: Place, sample: Trajectory, text: str) -> None:
@@ -64,9 +61,8 @@ class Answers:
         with self._lock:
             if place in self.found:
                 return
+            append_jsonl(self.file, answer)
             self.found[place] = answer
-            with self.file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(answer, ensure_ascii=False) + "\n")
 
     def finish(self, lines: list[dict[str, Any]]) -> None:
         """Write samples.jsonl."""
@@ -77,11 +73,4 @@ class Answers:
         """What `finish` was given, if it was reached."""
         if not self.final.is_file():
             return None
-        return [json.loads(line) for line in self.final.read_text("utf-8").split("\n")[:-1]]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is complete or not there."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+        return read_jsonl(self.final, GRADED)

@@ -21,7 +21,7 @@ import numpy
 from transformers import AutoTokenizer
 
 from iwopd_megatron.answering import answering_engine
-from iwopd_megatron.answers import Answers, Place, write_whole
+from iwopd_megatron.answers import Answers, Place
 from iwopd_megatron.bench_progress import BenchProgress
 from iwopd_megatron.benchmarks import Benchmark
 from iwopd_megatron.config import Recipe
@@ -31,6 +31,7 @@ from iwopd_megatron.grading_pool import Answer, Grade
 from iwopd_megatron.parallel import Parallel
 from iwopd_megatron.pass_at_k import summarise
 from iwopd_megatron.rollout import Prompt, RolloutEngine, Sampling
+from iwopd_megatron.run_files import write_whole
 from iwopd_megatron.trajectory import Trajectory
 
 MOST_PROBLEMS = 2**20  # a prompt's index is sample * this + problem

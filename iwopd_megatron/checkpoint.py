@@ -8,15 +8,19 @@ writer in 0.16.1).
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
+from iwopd_megatron.data import Problem
+from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.optimizer import go_on
 from iwopd_megatron.parallel import Parallel, gather
+from iwopd_megatron.preflight_resume import checkpoints
+from iwopd_megatron.run_files import read_object
 from iwopd_megatron.saver import LISTING, Saver, digest
 from iwopd_megatron.torch_dist import METADATA
 
@@ -30,10 +34,7 @@ def newest(run: Path, parallel: Parallel, say: Callable[[str], None]) -> Path | 
 
     Every rank reads its share of the files once.
     """
-    found = [
-        p for p in (run / "checkpoints").glob("round_*") if re.fullmatch(r"round_\d{6}", p.name)
-    ]
-    for folder in sorted(found, reverse=True):
+    for folder in reversed(checkpoints(run)):
         problems = gather(_damage(folder, parallel))
         damage = next((problem for problem in problems if problem), None)
         if damage is None:
@@ -42,12 +43,23 @@ def newest(run: Path, parallel: Parallel, say: Callable[[str], None]) -> Path | 
     return None
 
 
+def digest_of(problems: Iterable[tuple[Problem, list[int]]]) -> str:
+    """Of what a run trains on, in its order in the files: prompts, their sources and responses."""
+    state = xxhash.xxh3_64()
+    for problem, ids in problems:
+        state.update(repr((ids, problem.source, problem.response)).encode(errors="replace"))
+    return state.hexdigest()
+
+
 def _damage(folder: Path, parallel: Parallel) -> str | None:
     """What is wrong with this rank's share of the files."""
     listing = folder / LISTING
     if not listing.is_file():
         return f"{LISTING} is missing."
-    expected = json.loads(listing.read_text())
+    try:
+        expected = read_object(listing)
+    except RecipeError as error:
+        return str(error)
     for name in sorted(expected)[parallel.rank :: parallel.world]:
         size, content = expected[name]
         file = folder / name
@@ -87,8 +99,7 @@ def load(
         chunk.load_state_dict(loaded[f"model{i}"])
     with torch.no_grad():
         optimizer.load_state_dict(loaded["optimizer"])
-    scheduler.num_steps = 0  # load_state_dict adds the saved number to it
-    scheduler.load_state_dict(loaded["scheduler"])
+    go_on(scheduler, loaded["scheduler"]["num_steps"])
     if "rng" in loaded:
         torch.set_rng_state(loaded["rng"])
     return loaded["extra"]

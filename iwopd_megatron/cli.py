@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -26,12 +27,15 @@ from iwopd_megatron import (
     doctor,
 )  # fmt: skip
 from iwopd_megatron.answer_end import check_answer_end
+from iwopd_megatron.cli_group import Commands, leave
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_models import Layout
+from iwopd_megatron.disk import disk_told
 from iwopd_megatron.errors import RecipeError, UserError
 from iwopd_megatron.hf_config import read_hf_config
 from iwopd_megatron.lock import locked
 from iwopd_megatron.model_folder import check_weights
+from iwopd_megatron.outputs import check_folder
 from iwopd_megatron.preflight import check_layout
 from iwopd_megatron.preflight_resume import check_start
 from iwopd_megatron.preflight_start import check_before_start
@@ -40,38 +44,17 @@ from iwopd_megatron.quiet import quiet
 from iwopd_megatron.recipe import load_recipe
 from iwopd_megatron.training_set import load_training_set
 
-app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
-    help="On-policy distillation with discrepancy-weighted tokens on Megatron-Core.",
-)  # fmt: skip
 RecipePath = Annotated[Path, typer.Argument(help="recipe YAML")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.lr=3e-4")]
-for _command in (
-    cli_compare.compare,
-    cli_convert.convert, cli_convert.export, cli_convert.check,
-    cli_data.data, cli_plan.plan, cli_rehearse.rehearse,
-    cli_report.report, cli_report.prefixes,
-    cli_launch.launch, cli_launch.status, cli_launch.attach, cli_launch.serve_rollout,
-):  # fmt: skip
-    app.command()(_command)
-app.command()(cli_serve.serve_teacher)
-app.command("eval")(cli_eval.evaluate)
-app.add_typer(cli_grade.app, name="grade")
+NOT_THERE = (
+    errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
+)  # fmt: skip
+Degree = Annotated[int, typer.Option(min=1, max=2**20)]
 Resume = Annotated[
     bool, typer.Option("--resume", help="go on from the newest checkpoint of the run folder")
 ]
 
 
-def main() -> None:
-    """Entry point: a user's mistake is one sentence; a wrong recipe exits with 2."""
-    try:
-        app()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-
-
-@app.command()
 def train(recipe: RecipePath, overrides: Overrides = None, resume: Resume = False) -> None:
     """Distil a student on-policy from a teacher."""
     loaded = load_recipe(recipe, overrides or [])
@@ -83,7 +66,6 @@ def train(recipe: RecipePath, overrides: Overrides = None, resume: Resume = Fals
     _train(loaded, resume)
 
 
-@app.command()
 def sft(recipe: RecipePath, overrides: Overrides = None, resume: Resume = False) -> None:
     """Fine-tune a model on given responses, through the same trainer."""
     loaded = load_recipe(recipe, overrides or [])
@@ -95,23 +77,31 @@ def sft(recipe: RecipePath, overrides: Overrides = None, resume: Resume = False)
 
 
 def _train(recipe: Recipe, resume: bool) -> None:
+    if _is_main():
+        check_folder(recipe.out, "out")
+        if recipe.rollout.sync_folder is not None:
+            check_folder(recipe.rollout.sync_folder, "rollout.sync_folder")
+    check_start(recipe, resume)
     (data,) = check_before_start([recipe])
     with _alone_in([recipe.out]):
-        check_start(recipe, resume)
         worker = _workers()
         sys.exit(worker.execute(recipe.world, worker.train, (recipe, resume, data)))
+
+
+def _is_main() -> bool:
+    """Whether this process is the only one, or torchrun's rank 0."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager
 def _alone_in(folders: list[Path]) -> Iterator[None]:
     """Two runs never write into one folder. Under torchrun rank 0 sees to it."""
     with contextlib.ExitStack() as stack:
-        for folder in folders if os.environ.get("RANK", "0") == "0" else []:
+        for folder in folders if _is_main() else []:
             stack.enter_context(locked(folder))
         yield
 
 
-@app.command("doctor")
 def examine(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Say what a recipe minimises, and which of its settings do nothing or not what they say."""
     loaded = load_recipe(recipe, overrides or [])
@@ -127,21 +117,21 @@ def examine(recipe: RecipePath, overrides: Overrides = None) -> None:
         print(f"note: {note}")
 
 
-@app.command("toy-task")
 def toy_task(
     folder: Annotated[Path, typer.Argument(help="where to write")] = Path("runs/toy_task"),
 ) -> None:
     """Write the demo's task: data, tokenizer and the configurations of its two models."""
+    check_folder(folder, "FOLDER")
     from iwopd_megatron.toy_task import write_task
 
     write_task(folder)
     print(f"wrote {folder}")
 
 
-@app.command()
 def parity(
     folder: Annotated[Path, typer.Argument(help="Hugging Face folder")],
-    tp: int = 1, pp: int = 1, vpp: int = 1, ep: int = 1, etp: int = 1, cp: int = 1,
+    tp: Degree = 1, pp: Degree = 1, vpp: Degree = 1, ep: Degree = 1, etp: Degree = 1,
+    cp: Degree = 1,
     packed: Annotated[
         bool, typer.Option("--packed", help="several sequences of unequal length a micro-batch")
     ] = False,
@@ -186,3 +176,44 @@ def _workers():
     from iwopd_megatron import worker
 
     return worker
+
+
+COMMANDS = {
+    "Train": {
+        "train": train, "sft": sft, "compare": cli_compare.compare, "eval": cli_eval.evaluate,
+    },
+    "Look": {
+        "report": cli_report.report, "status": cli_launch.status, "attach": cli_launch.attach,
+        "prefixes": cli_report.prefixes,
+    },
+    "Plan and launch": {
+        "data": cli_data.data, "doctor": examine, "plan": cli_plan.plan,
+        "rehearse": cli_rehearse.rehearse, "launch": cli_launch.launch,
+        "serve-teacher": cli_serve.serve_teacher, "serve-rollout": cli_launch.serve_rollout,
+    },
+    "Models": {
+        "convert": cli_convert.convert, "export": cli_convert.export, "check": cli_convert.check,
+        "parity": parity, "toy-task": toy_task,
+    },
+}  # fmt: skip
+app = typer.Typer(
+    cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    help="On-policy distillation with discrepancy-weighted tokens on Megatron-Core.",
+)  # fmt: skip
+for _group, _commands in COMMANDS.items():
+    for _name, _command in _commands.items():
+        app.command(_name, rich_help_panel=_group)(_command)
+app.add_typer(cli_grade.app, name="grade", rich_help_panel="Look")
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one sentence; a wrong recipe exits with 2."""
+    try:
+        with disk_told(Path("the output"), is_run=False):
+            app()
+    except UserError as error:
+        leave(error)
+    except OSError as error:  # of a path in the recipe or on the command line
+        if error.errno not in NOT_THERE or error.filename is None:
+            raise
+        leave(RecipeError(f"{error.filename} cannot be opened: {error.strerror}; name another."))

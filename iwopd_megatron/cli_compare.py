@@ -16,7 +16,8 @@ from iwopd_megatron.config_profile import load_profile
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.launch import make_job, new_folder
 from iwopd_megatron.lock import locked
-from iwopd_megatron.preflight_resume import check_resume
+from iwopd_megatron.outputs import check_folder
+from iwopd_megatron.preflight_resume import check_resume, has_begun
 from iwopd_megatron.preflight_start import check_before_launch, check_before_start
 from iwopd_megatron.quiet import quiet
 
@@ -50,15 +51,27 @@ def compare(
     if dryrun and cluster is None:
         raise RecipeError("--dryrun is for jobs; name their cluster with --cluster PROFILE.")
     arms = plan_arms(recipe, overrides or [], vary, seeds, out)
+    _check_start(arms, out, resume)
+    if cluster is None:
+        sys.exit(_run(_with_data(arms, resume), out, resume))
+    sys.exit(_submit(arms, out, cluster, dryrun))
+
+
+def _check_start(arms: list, out: Path, resume: bool) -> None:
+    """As for one run; of a comparison that is resumed, some arms may not have begun."""
+    if os.environ.get("RANK", "0") == "0":
+        check_folder(out, "--out")
     if not resume and any((arm.recipe.out / "metrics.jsonl").exists() for arm in arms):
         raise RecipeError(
             f"{out} already holds runs; add --resume, or choose another folder with --out."
         )
+    if resume and not any(has_begun(arm.recipe.out) for arm in arms):
+        raise RecipeError(
+            f"--resume: no run of this comparison was started in {out}; leave --resume out to "
+            "start it, or name its folder with --out."
+        )
     for arm in arms if resume else []:
         check_resume(arm.recipe)
-    if cluster is None:
-        sys.exit(_run(_with_data(arms, resume), out, resume))
-    sys.exit(_submit(arms, out, cluster, dryrun))
 
 
 def _with_data(arms: list, resume: bool) -> list:

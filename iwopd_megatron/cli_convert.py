@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from iwopd_megatron.outputs import check_folder
 from iwopd_megatron.quiet import quiet
 
 Workers = Annotated[int, typer.Option(min=1, help="threads, each with one weight at a time")]
@@ -26,6 +27,7 @@ def convert(
     force: Force = False,
 ) -> None:
     """Write a Megatron torch_dist checkpoint, which loads in any layout, of a model folder."""
+    check_folder(out.parent, "folder of OUT")
     quiet()
     from iwopd_megatron.convert import hf_to_megatron
 
@@ -45,6 +47,7 @@ def export(
     force: Force = False,
 ) -> None:
     """Write a Hugging Face folder of a Megatron checkpoint."""
+    check_folder(out.parent, "folder of OUT")
     quiet()
     from iwopd_megatron.convert import megatron_to_hf
 

@@ -19,6 +19,7 @@ from iwopd_megatron.config_data import Source
 from iwopd_megatron.config_models import Model
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.model_folder import check_model
+from iwopd_megatron.outputs import check_folder
 from iwopd_megatron.prompts import load_tokenizer
 from iwopd_megatron.quiet import quiet
 from iwopd_megatron.recipe import load_recipe, parse_recipe
@@ -46,7 +47,7 @@ def evaluate(
     ] = None,
     temperature: Annotated[float, typer.Option(min=0)] = 1.0,
     top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
-    seed: Annotated[int, typer.Option(help="the same for all models that are compared")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="the same for all models that are compared")] = 0,
     bench_file: Annotated[
         list[str] | None, typer.Option(help="NAME=FILE: where a benchmark lies; may be repeated")
     ] = None,
@@ -58,11 +59,14 @@ def evaluate(
     ] = None,
 ) -> None:
     """Answer benchmarks and grade the answers: mean@n, best@n, pass@k with intervals."""
+    if out is not None:
+        check_folder(out, "--out")
     quiet()
     with _model(target, overrides or [], hf) as (recipe, folder, identity, default_out):
         own = recipe.data.benchmarks | _files(bench_file or [], recipe.data.benchmarks)
         model = Model(hf=folder, dtype=recipe.student.dtype)
         evaluated = answering_recipe(recipe, model, out or default_out, engine, top_p)
+        check_folder(out or default_out, "--out")
         names = list(dict.fromkeys(bench.split(",")))
         limit = max_tokens or recipe.rollout.max_response_tokens
         found = [load_benchmark(name, own) for name in names]
@@ -112,17 +116,13 @@ def _model(
             found = sorted((target / "checkpoints").glob("round_??????"))
             if not found:
                 raise RecipeError(f"{target} has neither hf/ nor a checkpoint; train it first.")
-            with _exported(found[-1], recipe.student.hf) as folder:
+            with _exported(found[-1], template) as folder:
                 place = target / "eval" / found[-1].name
                 yield recipe, folder, _identity(found[-1]), place
     elif (target / "config.json").is_file():
         recipe = _plain_recipe(target, overrides)
         yield recipe, target, _identity(target), Path("runs/eval") / target.resolve().name
     elif (target / ".metadata").is_file():
-        run = target.resolve().parent.parent
-        if template is None and not (run / "recipe.yaml").is_file():
-            raise RecipeError(f"{target} is a checkpoint without a run; add --hf FOLDER.")
-        template = template or load_recipe(run / "recipe.yaml").student.hf
         with _exported(target, template) as folder:
             recipe = _plain_recipe(folder, overrides)
             yield recipe, folder, _identity(target), Path("runs/eval") / target.resolve().name
@@ -133,7 +133,7 @@ def _model(
 
 
 @contextlib.contextmanager
-def _exported(checkpoint: Path, template: Path) -> Iterator[Path]:
+def _exported(checkpoint: Path, template: Path | None) -> Iterator[Path]:
     from iwopd_megatron.convert import megatron_to_hf
 
     with tempfile.TemporaryDirectory(prefix="iwopd-eval-") as folder:

@@ -15,6 +15,7 @@ from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_profile import Profile, load_profile
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.launch import make_job, new_folder, newest_folder, write_job
+from iwopd_megatron.outputs import check_folder
 from iwopd_megatron.preflight_resume import check_start
 from iwopd_megatron.preflight_start import check_before_launch
 from iwopd_megatron.recipe import load_recipe, read_recipe
@@ -51,6 +52,7 @@ def launch(
         loaded = load_recipe(recipe, overrides or [])
         for note in check_before_launch(loaded):
             print(f"note: {note}")
+    check_folder(loaded.out, "out")
     check_start(loaded, resume)
     code = submit(loaded, profile, dryrun)
     if not dryrun and profile.is_waiting:

@@ -10,6 +10,7 @@ import typer
 
 from iwopd_megatron.config_cluster import Cluster
 from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.outputs import check_file
 from iwopd_megatron.recipe import read_recipe
 
 
@@ -43,12 +44,13 @@ def plan(
 
     if picture is not None and picture.suffix not in (".png", ".html"):
         raise RecipeError(f"--picture {picture} is neither .png nor .html; name it like one.")
+    if picture is not None:
+        check_file(picture, "--picture")
     loaded = read_recipe(recipe, overrides or [])
-    cluster = loaded.cluster or Cluster(trainer=loaded.world)
     if gpu is not None:
         _check_gpu(gpu)
-        cluster = cluster.model_copy(update={"gpu": gpu})
-    loaded = loaded.model_copy(update={"cluster": cluster})
+        cluster = loaded.cluster or Cluster(trainer=loaded.world)
+        loaded = loaded.model_copy(update={"cluster": cluster.model_copy(update={"gpu": gpu})})
     found = make_plan(loaded, Assumptions(mean_response=mean_response))
     proposals = []
     if gpus is not None and gpus != found.gpus:

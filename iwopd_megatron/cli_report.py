@@ -17,6 +17,7 @@ from iwopd_megatron.config_models import Model
 from iwopd_megatron.data_sources import read_source
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.model_folder import check_model
+from iwopd_megatron.outputs import check_folder
 from iwopd_megatron.prompts import load_tokenizer
 from iwopd_megatron.quiet import quiet
 from iwopd_megatron.recipe import load_recipe
@@ -42,7 +43,9 @@ def report(
     for folder in folders:
         if not folder.is_dir():
             raise RecipeError(f"{folder} is no folder; give a run folder, a recipe's 'out'.")
-    page = write_report(folders, out or (folders[0] if len(folders) == 1 else Path("runs/report")))
+    place = out or (folders[0] if len(folders) == 1 else Path("runs/report"))
+    check_folder(place, "--out")
+    page = write_report(folders, place)
     print_table(summarise(find_runs(folders)), sys.stderr)
     print(page)
 
@@ -77,6 +80,7 @@ def prefixes(
     if trained and not (student / "config.json").is_file():
         raise RecipeError(f"{run} has no trained student yet; leave out --trained, or finish it.")
     check_model(student)
+    check_folder(run, "RUN")
     fractions = _fractions(at)
     writers = _writers(recipe, run, student, engine)
     if processes > 1 and writers[0].rollout.engine != "hf":

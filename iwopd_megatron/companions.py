@@ -48,6 +48,13 @@ def set_eos_ids(folder: Path, ids: Collection[int]) -> None:
     _write_json(file, content | {"eos_token_id": found if len(found) > 1 else found[0]})
 
 
+def write_companions(template: Path, folder: Path, eos_ids: Collection[int]) -> None:
+    """Copy a template's companions; they name `eos_ids`, if any, as what ends an answer."""
+    copy_companions(template, folder)
+    if eos_ids:
+        set_eos_ids(folder, eos_ids)
+
+
 def template_of(checkpoint: Path, given: Path | None) -> Path:
     """The folder with a checkpoint's companions: the one given, or its own."""
     if given is not None:

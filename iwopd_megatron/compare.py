@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import sys
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from iwopd_megatron.report_arms import arm_table
 from iwopd_megatron.report_finding import findings
 from iwopd_megatron.report_words import ARM_IDS
 from iwopd_megatron.run_data import RunData
+from iwopd_megatron.run_files import write_whole
 from iwopd_megatron.runlog import read_metrics
 
 
@@ -73,9 +73,7 @@ def _arm_ids(values: list[str], vary: str) -> dict[str, str]:
 def write_summary(out: Path, summary: dict[str, Any]) -> Path:
     """out/summary.json, atomically."""
     path = out / "summary.json"
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    os.replace(partial, path)
+    write_whole(path, json.dumps(summary, indent=2, allow_nan=False) + "\n")
     return path
 
 
@@ -103,4 +101,5 @@ def is_finished(arm: Arm) -> bool:
     run = arm.recipe.out
     if not (run / "hf" / "config.json").is_file():
         return False
-    return max(line["round"] for line in read_metrics(run)) >= arm.recipe.train.rounds
+    last = max((line["round"] for line in read_metrics(run)), default=0)
+    return last >= arm.recipe.train.rounds

@@ -8,12 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
 from iwopd_megatron.config_cluster import Cluster
 from iwopd_megatron.config_data import Data
 from iwopd_megatron.config_loss import Loss
-from iwopd_megatron.config_models import Frozen, Section, Service, Student, Teacher
+from iwopd_megatron.config_models import Frozen, PositiveInt, Section, Service, Student, Teacher
 from iwopd_megatron.config_rollout import Rollout
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -37,7 +37,7 @@ class Train(Section):
     eps: float = Field(1e-8, gt=0, description="AdamW denominator")
     weight_decay: float = Field(0.01, ge=0)
     clip_grad: float = Field(1.0, gt=0, description="global gradient-norm clip")
-    seed: int = Field(1, description="data order and sampling")
+    seed: int = Field(1, ge=0, lt=2**63, description="data order and sampling")
     distributed_optimizer: bool = Field(
         True, description="shard optimiser states over data-parallel ranks"
     )

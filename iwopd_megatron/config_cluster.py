@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field
 
-from iwopd_megatron.config_models import Section
+from iwopd_megatron.config_models import NonNegativeInt, PositiveInt, Section
 
 ROLES = ("trainer", "teacher", "rollout")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat
 
-from iwopd_megatron.config_models import Section
+from iwopd_megatron.config_models import PositiveInt, Section
 
 
 class Weighting(Section):

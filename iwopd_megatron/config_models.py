@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]
+NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Section(BaseModel):
     """A part of a recipe: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _number_is_no_bool(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads yes, no, on and off as true and false, and Python takes those for 1 and 0."""
+        kind = cls.model_fields[info.field_name].annotation
+        kinds = get_args(kind) or (kind,)
+        if isinstance(value, bool) and bool not in kinds and {int, float} & set(kinds):
+            raise ValueError("write a number; YAML reads yes, no, on and off as true and false")
+        return value
 
 
 class Layout(Section):
@@ -51,7 +64,7 @@ class Model(Section):
 class Student(Model):
     parallel: Layout = Layout()
     random_init: int | None = Field(
-        None, description="seed: start from random weights, not from hf's tensors"
+        None, ge=0, lt=2**63, description="seed: start from random weights, not from hf's tensors"
     )
     recompute: Literal["none", "selective", "full"] = Field(
         "none",

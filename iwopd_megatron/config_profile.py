@@ -9,12 +9,12 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import Field, ValidationError
 
-from iwopd_megatron.config_models import Section
+from iwopd_megatron.config_models import NonNegativeInt, PositiveInt, Section
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.recipe import explain
+from iwopd_megatron.explain import explain
+from iwopd_megatron.yaml_file import read_yaml
 
 SHIPPED = Path(__file__).parent.parent / "cluster" / "profiles"  # of a checkout
 SECRET = re.compile(r"TOKEN|API_?KEY|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
@@ -82,20 +82,14 @@ class Profile(Section):
 def load_profile(name: str) -> Profile:
     """A YAML file, or the name of one in cluster/profiles/."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else SHIPPED / f"{name}.yaml"
-    if not path.is_file():
-        shipped = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.yaml"))) or "none here"
-        raise RecipeError(
-            f"cluster profile {path} does not exist; write a file's path, or one of: {shipped}."
-        )
+    shipped = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.yaml"))) or "none here"
+    tree = read_yaml(path, "cluster profile", f"write a file's path, or one of: {shipped}")
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
         profile = Profile.model_validate(tree)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            f"cluster profile {path} is not valid YAML: {' '.join(str(error).split())}."
-        ) from None
     except ValidationError as error:
-        raise RecipeError(f"cluster profile {path}: {explain(error, Profile)}") from None
+        raise RecipeError(
+            f"cluster profile {path}: {explain(error, Profile, is_recipe=False)}"
+        ) from None
     _check(profile, path)
     return profile
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
-from iwopd_megatron.config_models import Section
+from iwopd_megatron.config_models import PositiveInt, Section
 
 
 class Servers(Section):

@@ -17,7 +17,6 @@ import numpy
 from transformers import AutoTokenizer
 
 from iwopd_megatron.answering import answering_engine
-from iwopd_megatron.answers import write_whole
 from iwopd_megatron.benchmarks import Benchmark
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.data import Problem
@@ -27,6 +26,7 @@ from iwopd_megatron.grading_pool import count_trouble, describe
 from iwopd_megatron.parallel import Parallel
 from iwopd_megatron.pass_at_k import summarise
 from iwopd_megatron.rollout import Prompt, RolloutEngine, Sampling
+from iwopd_megatron.run_files import write_whole
 from iwopd_megatron.trajectory import Trajectory
 
 PREFIX_STREAM = STREAM - 1  # random numbers of the answers that are cut; no continuation's

@@ -57,7 +57,10 @@ def objective_line(recipe: Recipe) -> str:
 
 
 def findings(recipe: Recipe) -> list[str]:
-    """One sentence for each setting that does nothing, or not what its name says."""
+    """One sentence for each setting that does nothing, or not what its name says.
+
+    Of a setting that the recipe leaves at its default nothing is said.
+    """
     if not recipe.is_distilling:
         return []
     found = _weighting(recipe.loss.weighting) + _base(recipe)
@@ -77,9 +80,10 @@ def long_prompts(dropped: int, total: int, limit: int) -> list[str]:
 
 
 def _policy(recipe: Recipe) -> list[str]:
-    loss, found = recipe.loss, []
-    if recipe.steps_per_round == 1:
-        names = "loss.clip" if loss.dual_clip is None else "loss.clip and loss.dual_clip"
+    loss, found, defaults = recipe.loss, [], type(recipe.loss)()
+    clips = [n for n in ("clip", "dual_clip") if getattr(loss, n) != getattr(defaults, n)]
+    if recipe.steps_per_round == 1 and clips:
+        names = " and ".join(f"loss.{name}" for name in clips)
         found.append(
             f"{names} cannot bind: with one optimiser step a round the policy ratio is 1; "
             "raise train.minibatches or train.epochs if you want the clip."

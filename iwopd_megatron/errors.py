@@ -1,5 +1,7 @@
 """Mistakes a user can mend: the message is one sentence, shown without a traceback."""
 
+from iwopd_megatron.stop import EXIT_STOPPED
+
 
 class UserError(Exception):
     """Base of the errors below; `exit_code` is the command's."""
@@ -23,6 +25,12 @@ class ServiceError(UserError):
     """A server that the run needs is gone, or does not answer as it must."""
 
     exit_code = 4
+
+
+class DiskError(UserError):
+    """The disk takes no more; a run may go on from its last checkpoint when there is room."""
+
+    exit_code = EXIT_STOPPED
 
 
 class CheckpointError(UserError):

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from iwopd_megatron.companions import copy_companions, set_eos_ids
+from iwopd_megatron.companions import write_companions
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.hf_config import HfConfig, read_hf_config
 from iwopd_megatron.hf_shapes import HEAD
@@ -175,9 +175,7 @@ def save_folder(
         size, total = size + tensor.nbytes, total + tensor.nbytes
     save_file(shard, partial / f"shard-{count}", metadata={"format": "pt"})
     _name_shards(partial, weight_map, count + 1, total)
-    copy_companions(template, partial)
-    if eos_ids:
-        set_eos_ids(partial, eos_ids)
+    write_companions(template, partial, eos_ids)
     if folder.exists():
         shutil.rmtree(folder)
     partial.rename(folder)

@@ -6,7 +6,6 @@ Rollout servers cannot repeat their random draws; the embedded engine can and ne
 from __future__ import annotations
 
 import base64
-import json
 import threading
 from dataclasses import asdict
 from pathlib import Path
@@ -15,8 +14,10 @@ from typing import Any
 import numpy
 
 from iwopd_megatron.rollout import Prompt
-from iwopd_megatron.runlog import read_jsonl
+from iwopd_megatron.run_files import append_jsonl, read_jsonl
 from iwopd_megatron.trajectory import Trajectory
+
+KEYS = {"index": int, "prompt_ids": list, "response_ids": list}
 
 
 class Journal:
@@ -33,8 +34,7 @@ class Journal:
         """Keep one finished answer."""
         with self._lock:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self._file(round_number).open("a") as file:
-                file.write(json.dumps(asdict(sample), default=_encoded) + "\n")
+            append_jsonl(self._file(round_number), _encoded(asdict(sample)))
 
     def read(self, round_number: int, prompts: list[Prompt]) -> dict[int, Trajectory]:
         """The answers to these prompts of this round, by index; what does not fit is left out."""
@@ -42,7 +42,7 @@ class Journal:
         if not file.is_file():
             return {}
         asked = {prompt.index: prompt.ids for prompt in prompts}
-        kept = [Trajectory(**_decoded(line)) for line in read_jsonl(file)]
+        kept = [Trajectory(**_decoded(line)) for line in read_jsonl(file, KEYS)]
         return {s.index: s for s in kept if asked.get(s.index) == s.prompt_ids}
 
     def forget(self, round_number: int) -> None:
@@ -53,9 +53,13 @@ class Journal:
                     file.unlink(missing_ok=True)
 
 
-def _encoded(array: numpy.ndarray) -> dict[str, Any]:
-    values = base64.b64encode(array.tobytes()).decode()
-    return {"dtype": str(array.dtype), "shape": array.shape, "values": values}
+def _encoded(sample: dict[str, Any]) -> dict[str, Any]:
+    if (experts := sample["experts"]) is None:
+        return sample
+    values = base64.b64encode(experts.tobytes()).decode()
+    return sample | {
+        "experts": {"dtype": str(experts.dtype), "shape": experts.shape, "values": values}
+    }
 
 
 def _decoded(line: dict[str, Any]) -> dict[str, Any]:

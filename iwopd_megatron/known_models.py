@@ -12,6 +12,7 @@ from typing import Any
 
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.hf_config import HfConfig, parse_hf_config, read_hf_config
+from iwopd_megatron.toy_task import MODELS, toy_config
 
 
 @cache
@@ -30,6 +31,9 @@ def planning_config(folder: Path) -> HfConfig:
     """The folder's config.json, or where there is no folder the published one of its name."""
     if folder.exists():
         return read_hf_config(folder)
+    if folder.parent.name == "toy_task" and folder.name in MODELS:  # what 'iwopd toy-task' writes
+        config = {"model_type": "qwen3_moe"} | toy_config(folder.name)
+        return parse_hf_config(config, f"the toy task's {folder.name}")
     if folder.name not in known_models():
         raise RecipeError(
             f"folder {folder} does not exist, and '{folder.name}' is no model known here; point it "

@@ -13,6 +13,8 @@ from iwopd_megatron import device
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.services import free_port
 
+MOST_LOCAL = 1024
+
 
 def _enter(rank: int, world: int, port: int, function: Callable[..., Any], args: tuple) -> None:
     os.environ.update(
@@ -38,6 +40,11 @@ def start_local(world: int, function: Callable[..., Any], args: tuple = ()) -> m
         raise RecipeError(
             f"{world} processes need as many GPUs, this machine has {device.gpu_count()}; "
             "choose a smaller layout, or set CUDA_VISIBLE_DEVICES= to run on CPUs."
+        )
+    if world > MOST_LOCAL:
+        raise RecipeError(
+            f"{world} processes are more than a machine can have; choose a smaller layout, or a "
+            "cluster with 'iwopd launch'."
         )
     arguments = (world, free_port(), function, args)
     method = local_context().get_start_method()

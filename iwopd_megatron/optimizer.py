@@ -127,3 +127,12 @@ def build_scheduler(optimizer, train: Train) -> OptimizerParamScheduler:
     )
     scheduler.step(1)
     return scheduler
+
+
+def go_on(scheduler: OptimizerParamScheduler, steps: int) -> None:
+    """Go to the place after `steps` of the schedule that the scheduler was built with.
+
+    Its own `load_state_dict` would bring back the saved run's schedule, horizon included.
+    """
+    scheduler.num_steps = steps
+    scheduler.step(0)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from iwopd_megatron.config import Recipe
-from iwopd_megatron.config_cluster import Cluster
 from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.plan_defaults import with_cluster
 from iwopd_megatron.plan_phases import DISK, Phase, generation, phases, round_seconds
 from iwopd_megatron.plan_roles import Role, concurrency, roles
 from iwopd_megatron.plan_round import Generation
@@ -109,7 +109,7 @@ class Plan:
                 f"{setup.servers} servers share {setup.prompts} prompts, {requests:.1f} each: "
                 "decoding is bound by weights, and more servers only wait for the longest response"
             )))  # fmt: skip
-        by_name = {phase.name: phase.seconds for phase in self.phases}
+        by_name = {"generation": 0.0} | {phase.name: phase.seconds for phase in self.phases}
         for share, sentence in (
             (by_name["generation"] * self.generation.tail / self.seconds,
              "of a round a quarter of the responses is still being written (the long tail): "
@@ -122,15 +122,15 @@ class Plan:
             if share > 0.2:
                 found.append((1 + share, f"{share:.0%} {sentence}"))
         waiting = requests / self.concurrency
-        if waiting > 1:
+        if waiting > 1 and setup.recipe.is_distilling:
             found.append((waiting, f"{requests:.0f} requests a server where its KV cache holds "
                           f"{self.concurrency:.0f}: more rollout GPUs"))  # fmt: skip
         return [sentence for _, sentence in sorted(found, key=lambda pair: -pair[0])]
 
 
 def plan(recipe: Recipe, assumed: Assumptions | None = None) -> Plan:
-    """A checked plan of a recipe, on its `cluster` or else on as many GPUs as its processes."""
-    cluster = recipe.cluster or Cluster(trainer=recipe.world)
-    setup = Setup(recipe.model_copy(update={"cluster": cluster}), assumed or Assumptions())
+    """A checked plan of a recipe on its `cluster`, and what `with_cluster` adds to it."""
+    recipe, said = with_cluster(recipe)
+    setup = Setup(recipe, assumed or Assumptions(), said=tuple(said))
     setup.check()
     return Plan(setup)

@@ -85,10 +85,13 @@ def phases(setup: Setup, written: Generation) -> list[Phase]:
     """Of generation, of scoring, then the trainer's others, which follow one another.
 
     Services score their samples side by side as these end, embedded teachers theirs one after the
-    other once all are written.
+    other once all are written. Fine-tuning has the trainer's only.
     """
-    found = [Phase("generation", "rollout", 0.0, written.seconds)]
-    end = served = written.seconds
+    found, end = [], 0.0
+    if setup.recipe.is_distilling:
+        found.append(Phase("generation", "rollout", 0.0, written.seconds))
+        end = written.seconds
+    served = end
     for scorer in setup.scorers:
         name = "scoring" if len(setup.scorers) == 1 else f"scoring {scorer.key}"
         scored = scoring_seconds(setup, scorer)
@@ -119,7 +122,7 @@ def trained(setup: Setup, load: Workload, stage: float) -> list[tuple[str, float
     """The same of another layout. stage: seconds of a micro-batch forward and backward."""
     recipe, gpus = setup.recipe, setup.cluster.trainer
     names = ["base scores"] * bool(recipe.base_model)
-    names += ["old log-probs"] * (recipe.steps_per_round > 1)
+    names += ["old log-probs"] * (recipe.is_distilling and recipe.steps_per_round > 1)
     again = passes(setup, load, gpus, forward(load)) if names else 0.0
     both = passes(setup, load, gpus, stage)
     return [

@@ -88,12 +88,14 @@ def _timeline(axes: Any, plan: Plan) -> None:
         )
         align = "right" if is_late else "left"
         axes.text(place, row, text, va="center", ha=align, fontsize=8)
-    written = plan.generation
-    quarter = written.seconds * (1 - written.tail)
-    axes.barh(0, written.seconds - quarter, left=quarter, color="white", alpha=0.45, height=0.6)
+    if plan.setup.recipe.is_distilling:
+        written = plan.generation
+        quarter = written.seconds * (1 - written.tail)
+        axes.barh(0, written.seconds - quarter, left=quarter, color="white", alpha=0.45, height=0.6)
     axes.set_yticks(range(len(plan.phases)), [phase.name for phase in plan.phases])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.1 * width)
-    axes.set_xlabel("seconds; pale: less than a quarter of the responses left")
+    pale = "; pale: less than a quarter of the responses left" * plan.setup.recipe.is_distilling
+    axes.set_xlabel(f"seconds{pale}")
     axes.set_title(f"a round: {plan.seconds:.0f} s", loc="left")
     axes.spines[["top", "right"]].set_visible(False)

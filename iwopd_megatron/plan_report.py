@@ -34,6 +34,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             for role in plan.roles
         },
         **({"teachers": _teachers(plan)} if len(setup.scorers) > 1 else {}),
+        "assumed": list(setup.said),
         "student": describe(setup.layout),
         "recompute": setup.recipe.student.recompute,
         "round": {
@@ -101,10 +102,12 @@ def notes(plan: Plan) -> list[str]:
         for role in plan.roles
         if not role.fits
     ]
-    lines += [
-        f"responses: {setup.lengths.mean:.0f} tokens on average (assumed), "
-        f"{plan.generation.tail:.0%} of generation with less than a quarter of them left",
-    ]
+    lines += setup.said
+    tail = f", {plan.generation.tail:.0%} of generation with less than a quarter of them left"
+    lines.append(
+        f"responses: {setup.lengths.mean:.0f} tokens on average (assumed)"
+        + tail * setup.recipe.is_distilling
+    )
     if len(setup.scorers) > 1:
         parts = ", ".join(f"{scorer.key} {scorer.share:.0%}" for scorer in setup.scorers)
         given = shares_are_given(setup.recipe)

@@ -37,6 +37,7 @@ class Setup:
     recipe: Recipe
     assumed: Assumptions = Assumptions()
     rates: Rates = RATES
+    said: tuple[str, ...] = ()  # GPUs that the recipe did not give
 
     @property
     def cluster(self) -> Cluster:
@@ -107,9 +108,6 @@ class Setup:
         """Refuse layouts Megatron would refuse, and roles whose GPUs do not suit their layout."""
         hf, cluster = planning_config(self.recipe.student.hf), self.cluster
         self._check_nodes()
-        if self.services and not cluster.teacher:
-            key = next(iter(self.services))
-            raise RecipeError(f"{key}.service needs GPUs; write cluster.teacher=N.")
         check_layout(self.layout, hf, "student")
         _divides("trainer", cluster.trainer, self.layout.unit, describe(self.layout))
         for scorer in self.scorers:

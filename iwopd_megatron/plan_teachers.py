@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_models import Layout, Teacher
 from iwopd_megatron.data_sources import resolve
-from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.plan_model import ModelSize
 from iwopd_megatron.preflight_scorers import check_sources
 
@@ -31,14 +30,13 @@ class Scorer:
 
 
 def sample_shares(recipe: Recipe) -> dict[str, float]:
-    """Share of the samples that each teacher scores; equal ones unless `shares_are_given`."""
+    """Share of the samples that each teacher scores; equal ones unless `shares_are_given`.
+
+    {} for fine-tuning, which has no teacher.
+    """
     keys = list(recipe.named_teachers)
-    if not keys:
-        raise RecipeError(
-            "the recipe has no teacher; the planner plans distillation: add teacher.hf=FOLDER."
-        )
     if not shares_are_given(recipe):
-        return dict.fromkeys(keys, 1 / len(keys))
+        return {key: 1 / len(keys) for key in keys}
     sources = [resolve(source) for source in recipe.data.train]
     check_sources(recipe, (source.source for source in sources))
     weights = dict.fromkeys(keys, 0.0)

@@ -6,18 +6,18 @@ names the key and says what to write instead.
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
-import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.explain import explain
 from iwopd_megatron.preflight import check
 from iwopd_megatron.preflight_rollout import check_rollout
 from iwopd_megatron.preflight_scorers import check_scorers
+from iwopd_megatron.yaml_file import parse_yaml, read_yaml
 
 
 def load_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
@@ -63,22 +63,8 @@ def _merge(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_tree(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise RecipeError(
-            f"recipe {path} does not exist; "
-            "recipes ship in recipes/, e.g. recipes/demo_tiny_moe.yaml."
-        )
-    try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            f"recipe {path} is not valid YAML: {' '.join(str(error).split())}."
-        ) from None
-    if not isinstance(tree, dict):
-        raise RecipeError(
-            f"recipe {path} must hold 'key: value' lines, not a {type(tree).__name__}."
-        )
-    return tree
+    remedy = "recipes ship in recipes/, e.g. recipes/demo_tiny_moe.yaml"
+    return read_yaml(path, "recipe", remedy)
 
 
 def parse_recipe(tree: dict[str, Any], where: str) -> Recipe:
@@ -86,15 +72,15 @@ def parse_recipe(tree: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError(f"{where}: {explain(error)}") from None
+        raise RecipeError(f"{where}: {explain(error, Recipe)}") from None
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
     """Set one key of a recipe from `a.b=value`."""
     key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"override '{override}' is not key=value; write e.g. train.lr=3e-4.")
     *parents, leaf = key.split(".")
+    if not equals or not all([*parents, leaf]):
+        raise RecipeError(f"override '{override}' is not key=value; write e.g. train.lr=3e-4.")
     for parent in parents:
         if tree.get(parent) is None:
             tree[parent] = {}
@@ -102,39 +88,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise RecipeError(f"override '{override}': '{parent}' holds a value, not a section.")
     try:
-        tree[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError:
+        tree[leaf] = parse_yaml(value)
+    except ValueError as error:
         raise RecipeError(
-            f"override '{override}': cannot read '{value}' as a YAML value."
+            f"override '{override}': cannot read '{value}' as a YAML value ({error})."
         ) from None
-
-
-def explain(invalid: ValidationError, root: type[BaseModel] = Recipe) -> str:
-    """The first problem of a tree that is no `root`, in words."""
-    error = invalid.errors()[0]
-    path = [str(part) for part in error["loc"]]
-    key = ".".join(path)
-    if error["type"] == "extra_forbidden":
-        annotation: Any = root
-        for part in path[:-1]:
-            if get_origin(annotation) in (dict, list):  # `part` is a key or a place in it
-                annotation = get_args(annotation)[-1]
-            else:
-                annotation = _section_class(annotation).model_fields[part].annotation
-        section = _section_class(annotation)
-        close = difflib.get_close_matches(path[-1], section.model_fields, 1)
-        hint = (
-            f"did you mean '{close[0]}'?"
-            if close
-            else f"known keys: {', '.join(section.model_fields)}."
-        )
-        return f"unknown key '{key}'; {hint}"
-    if error["type"] == "missing":
-        where = " to the recipe or write {key}=... on the command line" if root is Recipe else ""
-        return f"'{key}' is missing; add it{where.format(key=key)}."
-    return f"'{key}' is {error.get('input')!r}: {error['msg'][0].lower()}{error['msg'][1:]}."
-
-
-def _section_class(annotation: Any) -> type[BaseModel]:
-    options = getattr(annotation, "__args__", (annotation,))
-    return next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))

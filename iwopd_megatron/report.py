@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from jinja2 import Environment
 from iwopd_megatron.report_arms import arm_table
 from iwopd_megatron.report_captions import reading
 from iwopd_megatron.report_charts import STYLE
-from iwopd_megatron.report_data import Paths, find_runs, read_events, read_runs
+from iwopd_megatron.report_data import Paths, find_runs, read_runs
 from iwopd_megatron.report_diagnostics import Early
 from iwopd_megatron.report_figures import Section, sections
 from iwopd_megatron.report_finding import findings
@@ -24,7 +23,9 @@ from iwopd_megatron.report_pairs import pair_gains
 from iwopd_megatron.report_summary import summarise
 from iwopd_megatron.report_tables import about, benchmarks_shown
 from iwopd_megatron.report_words import arm_name
-from iwopd_megatron.runlog import read_jsonl
+from iwopd_megatron.run_files import read_jsonl, read_object
+from iwopd_megatron.runlog import read_events
+from iwopd_megatron.samples import SAMPLE
 
 READABLE = 4  # samples of a round that the page shows
 TOKENS = 1500  # of a sample
@@ -54,7 +55,7 @@ def write_report(
         about=about(paths), findings=findings(summary), arms=arm_table(summary),
         benchmarks=benchmarks_shown(paths), reading=reading(runs), events=_events(paths),
         samples=kept, tokens=TOKENS, readable=READABLE,
-        recipe=recipe.read_text() if recipe.exists() else "",
+        recipe=recipe.read_text("utf-8", errors="replace") if recipe.exists() else "",
     )  # fmt: skip
     partial = out / f".report.{os.getpid()}.html"  # renamed when whole
     partial.write_text(page, encoding="utf-8", errors="replace")
@@ -83,7 +84,7 @@ def _kept_samples(paths: Paths) -> dict[str, dict[int, list[dict]]]:
     for arm, (first, *_) in paths.items():
         files = {int(file.stem.rpartition("_")[2]): file for file in first.glob("samples/*.jsonl")}
         chosen = sorted({min(files), max(files)}) if files else []
-        kept[arm] = {number: read_jsonl(files[number]) for number in chosen}
+        kept[arm] = {number: read_jsonl(files[number], SAMPLE) for number in chosen}
     return kept
 
 
@@ -104,9 +105,7 @@ def _prefixes(paths: Paths) -> dict[str, dict[str, Any]]:
             file = run / "prefixes.json"
             if file.exists():
                 name = arm_name(arm)
-                found[f"{name}, {run.name}" if len(runs) > 1 else name] = json.loads(
-                    file.read_text()
-                )
+                found[f"{name}, {run.name}" if len(runs) > 1 else name] = read_object(file)
     return found
 
 

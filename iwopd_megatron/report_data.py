@@ -10,11 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.report_statistics import mean
-from iwopd_megatron.runlog import read_jsonl, read_metrics
+from iwopd_megatron.runlog import read_metrics
+from iwopd_megatron.yaml_file import read_yaml
 
 Paths = dict[str, list[Path]]  # arm -> its run folders, by seed
 Runs = dict[str, dict[int, list[dict]]]  # arm -> seed -> records
@@ -26,7 +25,7 @@ REFERENCE = "opd"
 def seed_of(run: Path) -> int:
     """From the folder name `seed_<n>`, else from the recipe, else 0."""
     recipe = run / "recipe.yaml"
-    text = recipe.read_text() if recipe.exists() else ""
+    text = recipe.read_text("utf-8", errors="replace") if recipe.exists() else ""
     found = re.search(r"seed_(\d+)$", run.name) or re.search(r"^\s*seed:\s*(\d+)\s*$", text, re.M)
     return int(found.group(1)) if found else 0
 
@@ -119,10 +118,4 @@ def mean_curve(curves: list[Curve]) -> Curve:
 def read_recipe_of(run: Path) -> dict[str, Any]:
     """The run's resolved recipe as a tree; {} if there is none."""
     file = run / "recipe.yaml"
-    return (yaml.safe_load(file.read_text()) or {}) if file.exists() else {}
-
-
-def read_events(run: Path) -> list[dict]:
-    """What gates, steps left out, restarts and resumptions wrote."""
-    file = run / "events.jsonl"
-    return read_jsonl(file) if file.exists() else []
+    return read_yaml(file, "recipe") if file.exists() else {}

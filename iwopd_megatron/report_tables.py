@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.report_arms import Cell, Table
 from iwopd_megatron.report_data import Paths, read_recipe_of
 from iwopd_megatron.report_statistics import mean, stderr
@@ -17,6 +18,7 @@ from iwopd_megatron.report_words import (
     percent_interval,
     plus_minus,
 )
+from iwopd_megatron.run_files import read_object
 
 PLACES = {"trained": "final", "start": "before"}
 
@@ -75,9 +77,16 @@ def measured(paths: Paths) -> dict[str, dict[str, dict[str, Any]]]:
                 place = file.parent.name
                 step = PLACES.get(place) or f"round {int(place.rpartition('_')[2])}"
                 row = found.setdefault(f"{arm_name(arm)}, {step}", {})
-                for bench, result in json.loads(file.read_text())["benchmarks"].items():
+                for bench, result in _benchmarks(file).items():
                     row.setdefault(bench, []).append(result)
     return {row: {b: _pooled(x) for b, x in benches.items()} for row, benches in found.items()}
+
+
+def _benchmarks(file: Path) -> dict[str, Any]:
+    found = read_object(file).get("benchmarks")
+    if not isinstance(found, dict):
+        raise RecipeError(f"{file} is damaged: it has no 'benchmarks'; remove it.")
+    return found
 
 
 def _pooled(results: list[dict]) -> dict[str, Any]:

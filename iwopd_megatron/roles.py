@@ -9,6 +9,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from iwopd_megatron.run_files import read_object
+
 FILE = "job.json"
 TRAINER = "trainer"
 
@@ -86,5 +88,5 @@ class Job:
 
 def read_job(folder: Path) -> Job:
     """The job of a launch folder."""
-    tree = json.loads((folder / FILE).read_text())
+    tree = read_object(folder / FILE)
     return Job(**tree | {"roles": [Role(**role) for role in tree["roles"]]})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from iwopd_megatron.board import FINAL, newest_attempt
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.report_words import percent
 from iwopd_megatron.roles import read_job
+from iwopd_megatron.run_files import read_object
 from iwopd_megatron.runlog import read_metrics
 
 
@@ -36,7 +36,7 @@ def _launch_status(launch: Path, now: float) -> dict[str, Any]:
     if attempt is not None:
         folder = launch / f"attempt_{attempt}"
         for file in sorted((folder / "status").glob("*.json")):
-            line = json.loads(file.read_text())
+            line = read_object(file)
             lines[line["role"], line["node"]] = line
         if (folder / "finished").is_file():
             found["exit_code"] = int((folder / "finished").read_text())
@@ -63,7 +63,9 @@ def _progress(run: Path, now: float) -> dict[str, Any]:
     found: dict[str, Any] = {}
     recipe, metrics = run / "recipe.yaml", run / "metrics.jsonl"
     if recipe.is_file():
-        rounds = re.search(r"^  rounds: (\d+)$", recipe.read_text(), re.MULTILINE)
+        rounds = re.search(
+            r"^  rounds: (\d+)$", recipe.read_text("utf-8", errors="replace"), re.MULTILINE
+        )
         found["rounds"] = int(rounds[1]) if rounds else None
     if metrics.is_file():
         found["silent_seconds"] = round(now - metrics.stat().st_mtime)

@@ -11,27 +11,18 @@ from typing import Any
 import yaml
 
 from iwopd_megatron.config import Recipe
+from iwopd_megatron.run_files import append_jsonl, read_jsonl, write_whole
 from iwopd_megatron.wandb_log import WandbLog
 
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """One record a line, NaN as None; an unfinished last line (a crash mid-write) is ignored."""
-    lines = [line for line in path.read_text(errors="replace").split("\n") if line.strip()]
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(json.loads(line, parse_constant=lambda _: None))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}: record {number} is not JSON; remove it.") from error
-    return records
+LINE = {"kind": str, "round": int}  # what every line of metrics.jsonl and timing.jsonl has
+EVENT = {"round": int, "event": str, "text": str}
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The records of `run/metrics.jsonl`, each with its clock times from timing.jsonl."""
-    records = read_jsonl(run / "metrics.jsonl")
+    records = read_jsonl(run / "metrics.jsonl", LINE)
     timing = run / "timing.jsonl"
-    clock = {_key(line): line for line in read_jsonl(timing)} if timing.is_file() else {}
+    clock = {_key(line): line for line in read_jsonl(timing, LINE)} if timing.is_file() else {}
     return [record | clock.get(_key(record), {}) for record in records]
 
 
@@ -46,8 +37,13 @@ def append_event(run: Path, round_number: int, kind: str, text: str) -> None:
     """
     run.mkdir(parents=True, exist_ok=True)
     line = {"time": time.time(), "round": round_number, "event": kind, "text": text}
-    with (run / "events.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    append_jsonl(run / "events.jsonl", line)
+
+
+def read_events(run: Path) -> list[dict[str, Any]]:
+    """What gates, steps left out, restarts and resumptions wrote."""
+    file = run / "events.jsonl"
+    return read_jsonl(file, EVENT) if file.exists() else []
 
 
 class MetricsLog:
@@ -65,10 +61,8 @@ class MetricsLog:
         for name in ("metrics.jsonl", "timing.jsonl"):
             path, kept = run / name, []
             if resumed_round is not None and path.is_file():
-                kept = [line for line in read_jsonl(path) if line["round"] <= resumed_round]
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            partial.replace(path)
+                kept = [line for line in read_jsonl(path, LINE) if line["round"] <= resumed_round]
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._wandb = wandb
         self._board = SummaryWriter(run / "tensorboard", purge_step=(resumed_round or 0) + 1)
 
@@ -76,8 +70,7 @@ class MetricsLog:
         """Append one line; numbers that are not finite become null."""
         own = {"kind": line["kind"], "round": line["round"]}
         for name, record in (("metrics.jsonl", line), ("timing.jsonl", own | (clock or {}))):
-            with (self.run / name).open("a") as file:
-                file.write(json.dumps(_finite(record)) + "\n")
+            append_jsonl(self.run / name, _finite(record))
         figures = (line | (clock or {})).items()
         figures = {k: v for k, v in figures if isinstance(v, int | float) and k != "round"}
         for key, value in figures.items():
@@ -97,7 +90,7 @@ def open_log(recipe: Recipe, resumed_round: int | None) -> MetricsLog:
     wandb = WandbLog(recipe) if recipe.wandb is not None else None
     log = MetricsLog(recipe.out, resumed_round, wandb)
     resolved = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-    (recipe.out / "recipe.yaml").write_text(resolved)
+    write_whole(recipe.out / "recipe.yaml", resolved)
     return log
 
 

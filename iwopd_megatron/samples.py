@@ -10,10 +10,12 @@ import torch
 
 from iwopd_megatron import device
 from iwopd_megatron.data import Problem
+from iwopd_megatron.run_files import write_whole
 from iwopd_megatron.trajectory import Trajectory
 from iwopd_megatron.weighting import token_weights_packed
 
 KEPT = 8
+SAMPLE = {"prompt": str, "response": str, "tokens": list, "gap": list, "weight": list}
 
 
 def keep_samples(
@@ -57,4 +59,4 @@ def keep_samples(
     folder = run / "samples"
     folder.mkdir(exist_ok=True)
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    (folder / f"round_{round_number:06d}.jsonl").write_text(text, encoding="utf-8")
+    write_whole(folder / f"round_{round_number:06d}.jsonl", text)

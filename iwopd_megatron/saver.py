@@ -13,14 +13,17 @@ import multiprocessing
 import queue
 import shutil
 import signal
+import tempfile
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch.distributed as dist
 import xxhash
 
-from iwopd_megatron.errors import CheckpointError
+from iwopd_megatron.companions import FOLDER as COMPANIONS
+from iwopd_megatron.disk import disk_error, disk_reason, disk_told
+from iwopd_megatron.errors import CheckpointError, UserError
 from iwopd_megatron.parallel import Parallel, any_rank, gather
 from iwopd_megatron.rawfile import flush
 from iwopd_megatron.stop import die_with_parent
@@ -34,14 +37,31 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async  # isor
 filesystem_async._results_queue = queue.Queue()
 
 LISTING = "files.json"
+OWN_BYTES = 2**20  # more than common.pt, .metadata and the listing of a small model need
 Listing = dict[str, tuple[int, str]]  # file name -> size, xxh3_64
+
+
+class Failure(NamedTuple):
+    """Why a rank's files were not written."""
+
+    text: str  # a verb and the rest
+    reason: str | None = None  # of the disk
 
 
 class Saver:
     """Writes checkpoints of one run, one at a time, and keeps the newest `keep`."""
 
-    def __init__(self, run: Path, keep: int, in_background: bool, parallel: Parallel):
-        self.folder, self.keep, self.parallel = run / "checkpoints", keep, parallel
+    def __init__(
+        self,
+        run: Path,
+        keep: int,
+        in_background: bool,
+        parallel: Parallel,
+        companions: Callable[[Path], None] = lambda folder: None,
+    ):
+        """`companions` writes into a checkpoint's own folder what goes with its weights."""
+        self._write_companions = companions
+        self.run, self.folder, self.keep, self.parallel = run, run / "checkpoints", keep, parallel
         self.in_background = in_background
         self._pending: _Pending | None = None
 
@@ -50,16 +70,30 @@ class Saver:
         self.finish()
         final = self.folder / f"round_{round_number:06d}"
         partial = final.with_suffix(".partial")
-        if self.parallel.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        request = dist_checkpointing.save(
-            state, str(partial), content_metadata=METADATA, async_sharded_save=True
-        )
+        with disk_told(self.run):
+            self.parallel.on_main(lambda: self._make_room(partial))
+            request = dist_checkpointing.save(
+                state, str(partial), content_metadata=METADATA, async_sharded_save=True
+            )
         self._pending = _Pending(final, partial, request)
         if not self.in_background:
             self.finish()
+
+    def _make_room(self, partial: Path) -> None:
+        """An empty folder to write into; what a crash left of others goes.
+
+        OSError, before any rank begins, where the disk has no room for the part that rank 0 writes
+        alone: later the other ranks would wait for it.
+        """
+        self._remove_partial()
+        partial.mkdir(parents=True)
+        with tempfile.TemporaryFile(dir=partial) as file:
+            file.write(bytes(OWN_BYTES))
+        self._write_companions(partial / COMPANIONS)
+
+    def _remove_partial(self) -> None:
+        for left in self.folder.glob("round_*.partial"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def poll(self) -> None:
         """Complete the pending checkpoint if all ranks have written theirs. One all-reduce."""
@@ -69,29 +103,40 @@ class Saver:
     def finish(self) -> None:
         """Wait for the pending checkpoint and complete it. Collective.
 
-        CheckpointError on every rank if a writer failed or died on any.
+        CheckpointError or DiskError on every rank if a writer failed or died on any.
         """
         pending, self._pending = self._pending, None
         if pending is None:
             return
         own = pending.outcome()
-        outcomes = gather(own if isinstance(own, str) else own[1])
-        for rank, outcome in enumerate(outcomes):
-            if isinstance(outcome, str):
-                raise CheckpointError(
-                    f"{pending.final} was not written, for the writer of rank {rank} {outcome}; "
-                    "checkpoints before it are whole: mend that and go on with --resume."
-                )
-        pending.finalise(own[0])
-        if self.parallel.is_main:
-            self._publish(pending, {k: v for outcome in outcomes for k, v in outcome.items()})
-        dist.barrier()
+        outcomes = gather(own if isinstance(own, Failure) else own[1])
+        try:
+            for rank, outcome in enumerate(outcomes):
+                if isinstance(outcome, Failure):
+                    raise self._error(pending.final, rank, outcome)
+            listing = {k: v for outcome in outcomes for k, v in outcome.items()}
+            with disk_told(self.run):
+                pending.finalise(own[0])
+                self.parallel.on_main(lambda: self._publish(pending, listing))
+        except UserError:
+            if self.parallel.is_main:
+                self._remove_partial()  # room for others
+            raise
+
+    def _error(self, final: Path, rank: int, failure: Failure) -> UserError:
+        if failure.reason is not None:
+            return disk_error(final, failure.reason, self.run)
+        return CheckpointError(
+            f"{final} was not written, for the writer of rank {rank} {failure.text}; checkpoints "
+            "before it are whole: mend that and go on with --resume."
+        )
 
     def _publish(self, pending: _Pending, listing: Listing) -> None:
         """List what lies there, rename the folder, remove the oldest."""
-        for file in pending.partial.iterdir():
-            if file.name not in listing:
-                listing[file.name] = file.stat().st_size, digest(file)
+        for file in pending.partial.rglob("*"):
+            name = str(file.relative_to(pending.partial))
+            if file.is_file() and name not in listing:
+                listing[name] = file.stat().st_size, digest(file)
                 flush(file)
         (pending.partial / LISTING).write_text(json.dumps(listing))
         flush(pending.partial / LISTING)
@@ -124,8 +169,8 @@ class _Pending:
     def is_over(self) -> bool:
         return self._connection is None or self._connection.poll()
 
-    def outcome(self) -> str | tuple[Any, Listing]:
-        """What the writer sends at its end; or what went wrong, as a verb and the rest."""
+    def outcome(self) -> Failure | tuple[Any, Listing]:
+        """What the writer sends at its end."""
         if self._connection is None:
             return None, {}
         try:
@@ -136,7 +181,7 @@ class _Pending:
         if outcome is None:
             code = self._process.exitcode
             name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            return f"died ({name})"
+            return Failure(f"died ({name})")
         return outcome
 
     def finalise(self, results: Any) -> None:
@@ -148,10 +193,17 @@ class _Pending:
 
 
 def _write(transforms: list, buckets: list, connection: Connection) -> None:
-    """The writer process: every file of this rank, flushed; sends results and listing, or text."""
+    """The writer process: all files of this rank, flushed; sends (results, listing), or Failure."""
     die_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # a run that is stopped waits for its checkpoint
+    try:
+        connection.send(_write_buckets(transforms, buckets))
+    except Exception as error:
+        connection.send(Failure(f"failed ({error})", disk_reason(error)))
+
+
+def _write_buckets(transforms: list, buckets: list) -> tuple[dict[int, Any], Listing]:
     results, listing = {}, {}
     for i, bucket in enumerate(buckets):
         done: queue.Queue = queue.Queue()
@@ -162,11 +214,10 @@ def _write(transforms: list, buckets: list, connection: Connection) -> None:
         )
         results[i] = done.get()[1]
         if isinstance(results[i], Exception):
-            connection.send(f"failed ({results[i]})")
-            return
+            raise results[i]
         file = Path(bucket[0])
         listing[file.name] = file.stat().st_size, digest(file)
-    connection.send((results, listing))
+    return results, listing
 
 
 def digest(file: Path) -> str:

@@ -95,14 +95,13 @@ class Student:
         """Go on to the next round's learning rate."""
         self.scheduler.step(1)
 
-    def save(self, saver: Saver, round_number: int, cursor: int) -> None:
-        """Begin a resume point after this round."""
-        extra = {"round": round_number, "cursor": cursor, "world": self.parallel.world}
+    def save(self, saver: Saver, round_number: int, more: dict[str, Any]) -> None:
+        """Begin a resume point after this round, which keeps `more` too."""
+        extra = {"round": round_number, "world": self.parallel.world} | more
         parts = self.chunks, self.optimizer, self.scheduler
         checkpoint.save(saver, *parts, extra, self.parallel)
 
-    def restore(self, folder: Path) -> tuple[int, int]:
-        """Go back to a resume point; its round and data cursor."""
+    def restore(self, folder: Path) -> dict[str, Any]:
+        """Go back to a resume point; its round, and what else was kept with it."""
         parts = self.chunks, self.optimizer, self.scheduler
-        extra = checkpoint.load(folder, *parts, self.parallel)
-        return extra["round"], extra["cursor"]
+        return checkpoint.load(folder, *parts, self.parallel)

@@ -25,6 +25,10 @@ SLIP = 0.12  # the sloppy writer's chance of a wrong pick, and of a wrong copy, 
 SLIP_DECAY = 4  # falls with the fourth power of the letters left
 TEACHER_ROUNDS, STUDENT_ROUNDS = 500, 800  # of 64 problems each: what recipes/demo_*.yaml train on
 EVAL_SEED = 999  # of the held-out problems
+MODELS = {
+    "teacher": {"hidden_size": 96, "num_attention_heads": 4, "num_experts": 8},
+    "student": {"hidden_size": 64, "num_attention_heads": 2, "num_experts": 4},
+}
 LOST = 0.9  # the same chance in every step after the first slip
 
 
@@ -93,32 +97,28 @@ def write_task(folder: Path) -> None:
     half = 64 * STUDENT_ROUNDS // 2
     clean, sloppy = problems(seed=3, slip=0.0), problems(seed=4, slip=SLIP)
     write_jsonl(folder / "student.jsonl", islice(clean, half), islice(sloppy, half))
-    write_model(folder / "teacher", hidden_size=96, num_attention_heads=4, num_experts=8)
-    write_model(folder / "student", hidden_size=64, num_attention_heads=2, num_experts=4)
+    for name in MODELS:
+        write_model(folder / name, name)
 
 
-def write_model(folder: Path, **sizes: int) -> None:
+def toy_config(name: str) -> dict[str, Any]:
+    """config.json of the task's teacher or student, as far as this task sets it."""
+    shape = {
+        "vocab_size": len(SYMBOLS), "num_hidden_layers": 2, "num_key_value_heads": 2,
+        "head_dim": 32, "intermediate_size": 128, "moe_intermediate_size": 64,
+        "num_experts_per_tok": 2, "norm_topk_prob": True, "max_position_embeddings": 128,
+        "rope_theta": 1e4, "rms_norm_eps": 1e-6, "initializer_range": 0.1,
+        "pad_token_id": SYMBOLS.index(PAD), "eos_token_id": SYMBOLS.index(EOS),
+        "bos_token_id": None, "architectures": ["Qwen3MoeForCausalLM"],
+    }  # fmt: skip
+    return shape | MODELS[name]
+
+
+def write_model(folder: Path, name: str) -> None:
     """A Qwen3-MoE configuration and the character-level tokenizer, without weights."""
     from transformers import GenerationConfig, Qwen3MoeConfig
 
-    config = Qwen3MoeConfig(
-        vocab_size=len(SYMBOLS),
-        num_hidden_layers=2,
-        num_key_value_heads=2,
-        head_dim=32,
-        intermediate_size=128,
-        moe_intermediate_size=64,
-        num_experts_per_tok=2,
-        norm_topk_prob=True,
-        max_position_embeddings=128,
-        rope_theta=1e4,
-        initializer_range=0.1,
-        pad_token_id=SYMBOLS.index(PAD),
-        eos_token_id=SYMBOLS.index(EOS),
-        bos_token_id=None,
-        architectures=["Qwen3MoeForCausalLM"],
-        **sizes,
-    )
+    config = Qwen3MoeConfig(**toy_config(name))
     config.save_pretrained(folder)
     GenerationConfig.from_model_config(config).save_pretrained(folder)
     write_tokenizer(folder)

@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections import Counter
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -17,21 +18,20 @@ from transformers import AutoTokenizer
 from iwopd_megatron import checkpoint, device, gates
 from iwopd_megatron.answer_end import all_end_ids, end_id, response_ids
 from iwopd_megatron.collect import Collector
+from iwopd_megatron.companions import write_companions
 from iwopd_megatron.config import Recipe
-from iwopd_megatron.errors import GateError
+from iwopd_megatron.errors import GateError, RecipeError
 from iwopd_megatron.evaluate import Evaluation, grade_samples
 from iwopd_megatron.flops import attention_cost
 from iwopd_megatron.grading_pool import count_trouble, describe
-from iwopd_megatron.hf_io import save_folder
 from iwopd_megatron.metrics import response_means
 from iwopd_megatron.packing import Packer
 from iwopd_megatron.parallel import Parallel, any_rank, gather
 from iwopd_megatron.progress import Progress
+from iwopd_megatron.recorder import Recorder
 from iwopd_megatron.rollout.make import make_engine
 from iwopd_megatron.rollout.servers import Canary
 from iwopd_megatron.run_data import RunData, load_run_data
-from iwopd_megatron.runlog import append_event, open_log, truncated_shares
-from iwopd_megatron.samples import keep_samples
 from iwopd_megatron.saver import Saver
 from iwopd_megatron.steps import train_round
 from iwopd_megatron.stop import stop_requested
@@ -50,7 +50,9 @@ class Trainer:
         """`data` is what whoever started the run has loaded of the recipe already."""
         self.recipe, self.parallel, self.progress = recipe, parallel, progress
         self.is_distilling, self.round, self.seconds = recipe.is_distilling, 0, {}
+        self.recorder = Recorder(recipe, parallel, progress.say)
         self.tokenizer = AutoTokenizer.from_pretrained(recipe.student.hf)
+        self.end_ids = all_end_ids(recipe.student.hf, self.tokenizer)
         self._take(data or load_run_data(recipe, self.tokenizer))
         self.student = Student(recipe, parallel)
         cost = attention_cost(self.student.hf)
@@ -58,7 +60,7 @@ class Trainer:
         longest = max((ids for _, ids in self.problems), key=len)
         probe = partial(self.student.probe, longest, self.packer)
         canary = Canary(longest, probe, recipe.gates.max_canary)
-        self.engine = make_engine(recipe, parallel, partial(self._event, "service"), canary)
+        self.engine = make_engine(recipe, parallel, self._service_event, canary)
         self.supervision = Supervision(recipe, self.student, self.packer, self.tokenizer)
         self.collector = Collector(
             recipe, parallel, self.problems, self.order, self.engine, self._begin
@@ -66,15 +68,12 @@ class Trainer:
         for role, model in self.supervision.models.items():
             progress.loaded(role, gather(model.loaded))
         settings = recipe.checkpoint
-        self.saver = Saver(recipe.out, settings.keep, settings.async_save, parallel)
-        found = checkpoint.newest(recipe.out, parallel, progress.say) if resume else None
-        if found is not None:
-            self.round, self.collector.order.cursor = self.student.restore(found)
-            self._event("resumed", f"resumed after round {self.round} from {found}")
-        self.log = None
-        if parallel.is_main:
-            self.log = open_log(recipe, self.round if found else None)
-        self.truncated = parallel.on_main(lambda: truncated_shares(recipe.out))
+        self.saver = Saver(
+            recipe.out, settings.keep, settings.async_save, parallel, self._write_companions
+        )
+        if resume:
+            self._go_on()
+        self.truncated = self.recorder.open(self.round or None)
 
     def _take(self, data: RunData) -> None:
         recipe, limit = self.recipe, self.recipe.rollout.max_prompt_tokens
@@ -86,14 +85,34 @@ class Trainer:
         for note in data.notes:
             self.progress.say(f"note: {note}")
         self.order = data.training.order(recipe.train.seed, recipe.data.shuffle)
+        self.prompts = checkpoint.digest_of(self.problems)
         self.evaluation = Evaluation(recipe, data, self.tokenizer)
+
+    def _write_companions(self, folder: Path) -> None:
+        write_companions(self.recipe.student.hf, folder, self.end_ids)
+
+    def _go_on(self) -> None:
+        """Restore the newest sound checkpoint, if there is one."""
+        out = self.recipe.out
+        found = checkpoint.newest(out, self.parallel, self.progress.say)
+        if found is None:
+            self.progress.say(f"note: {out} has no checkpoint; the run begins with its first round")
+            return
+        kept = self.student.restore(found)
+        if kept.get("prompts", self.prompts) != self.prompts:
+            raise RecipeError(
+                f"data.train does not hold the prompts that {out} was started with; put its files "
+                "back to resume, or start a new run with out=FOLDER."
+            )
+        self.round, self.collector.order.cursor = kept["round"], kept["cursor"]
+        self.recorder.event(self.round, "resumed", f"resumed after round {self.round} from {found}")
 
     def run(self) -> bool:
         """Train to the last round; False if a stop was asked for and the state saved instead."""
         try:
             return self._run()
         except GateError as error:
-            self._keep_event("gate", str(error))
+            self.recorder.keep_event(self.round, "gate", str(error))
             raise
         finally:
             self.engine.close()
@@ -113,25 +132,15 @@ class Trainer:
                 self._evaluate(line)
             stop = any_rank(stop_requested())
             if stop or (every and (is_last or self.round % every == 0)):
-                self.student.save(self.saver, self.round, self.collector.cursor)
+                kept = {"cursor": self.collector.cursor, "prompts": self.prompts}
+                self.student.save(self.saver, self.round, kept)
             self.saver.poll()
             if stop and not is_last:
                 self.saver.finish()
                 return False
         self.saver.finish()
-        self._export()
+        self.recorder.export(self.student.stream, self.end_ids)
         return True
-
-    def _export(self) -> None:
-        """Write the final weights as a Hugging Face folder; the last act of a run."""
-        if self.log is None:
-            for _ in self.student.stream:  # every rank takes part in gathering
-                pass
-            return
-        folder = self.recipe.student.hf
-        ends = all_end_ids(folder, self.tokenizer)
-        save_folder(self.recipe.out / "hf", self.student.stream, folder, ends)
-        self.log.close()
 
     def _round(self) -> dict[str, Any]:
         """One round; returns its metrics line, clock figures included."""
@@ -157,7 +166,7 @@ class Trainer:
                 line["dropped"] = _unread(self.samples) - _unread(samples)
                 if line["dropped"]:
                     text = f"round {self.round}: {line['dropped']} answers are left out."
-                    self._event("dropped", text)
+                    self.recorder.event(self.round, "dropped", text)
             self.truncated.append(line["truncated"])
         with self._phase("sync"):
             self.engine.update(self.student.stream, self.round)
@@ -166,27 +175,22 @@ class Trainer:
         clock = {"tokens_per_second": tokens_per_second, "seconds": seconds, "time": self.seconds}
         if early is not None:
             clock["scored_early"] = early
-        self._write(line, clock)
+        self.recorder.write(line, clock)
         self.collector.end_round(self.round)
         self.progress.round(line | clock)
         return line | clock
 
     def _say_skipped(self, reason: str) -> None:
         text = f"round {self.round}: {reason}; this optimiser step is left out."
-        self._event("skipped step", text)
+        self.recorder.event(self.round, "skipped step", text)
 
     def _say_trouble(self, trouble: Counter[str]) -> None:
         if trouble:
-            self._event("grading", f"round {self.round}: {describe(trouble)}.")
+            text = f"round {self.round}: {describe(trouble)}."
+            self.recorder.event(self.round, "grading", text)
 
-    def _event(self, kind: str, text: str) -> None:
-        """Tell who watches, and keep it in events.jsonl."""
-        self.progress.say(text)
-        self._keep_event(kind, text)
-
-    def _keep_event(self, kind: str, text: str) -> None:
-        if self.parallel.is_main:
-            append_event(self.recipe.out, self.round, kind, text)
+    def _service_event(self, text: str) -> None:
+        self.recorder.event(self.round, "service", text)
 
     def _own_responses(self) -> list[Trajectory]:
         """The student's answers to the next prompts, graded and masked."""
@@ -226,17 +230,11 @@ class Trainer:
         line = {"kind": "eval", "round": self.round} | scores
         line |= {"grading_trouble": trouble.total()}
         self._say_trouble(trouble)
-        self._write(line, {"seconds": time.perf_counter() - start})
+        self.recorder.write(line, {"seconds": time.perf_counter() - start})
         self.progress.evaluation(line, last_round)
-        if self.is_distilling and self.round > 0 and self.parallel.is_main:
-            keep_samples(
-                self.recipe.out, self.round, self.samples, self.round_problems, self.tokenizer,
-                self.objective.weighting,
-            )  # fmt: skip
-
-    def _write(self, line: dict[str, Any], clock: dict[str, Any]) -> None:
-        if self.log is not None:
-            self.log.write(line, clock)
+        if self.is_distilling and self.round > 0:
+            kept = self.samples, self.round_problems, self.tokenizer, self.objective.weighting
+            self.recorder.samples(self.round, *kept)
 
     @contextlib.contextmanager
     def _phase(self, name: str):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import re
 import signal
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+from torch.multiprocessing import ProcessContext, ProcessExitedException, ProcessRaisedException
 
 from iwopd_megatron import doctor, parity
 from iwopd_megatron.bench_progress import BenchProgress
@@ -20,8 +21,10 @@ from iwopd_megatron.compare import Arm, is_finished
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_models import Layout
 from iwopd_megatron.continuations import PrefixStudy, study_prefixes
+from iwopd_megatron.disk import disk_told
 from iwopd_megatron.errors import (
     CheckpointError,
+    DiskError,
     GateError,
     RecipeError,
     ServiceError,
@@ -37,7 +40,7 @@ from iwopd_megatron.wandb_log import check_installed
 
 EXIT_CODES = {
     error.__name__: error.exit_code
-    for error in (RecipeError, GateError, ServiceError, CheckpointError, UserError)
+    for error in (RecipeError, GateError, ServiceError, DiskError, CheckpointError, UserError)
 }
 
 
@@ -61,9 +64,11 @@ def run_arms(arms: list[Arm], resume: bool) -> None:
                 progress.start(name, arm.recipe.train.rounds)
                 progress.say(f"{name} is already finished in {arm.recipe.out}")
                 continue
-            trainer = Trainer(arm.recipe, parallel, progress, resume, arm.data)
-            progress.start(name, trainer.round)
-            if not trainer.run():
+            with disk_told(arm.recipe.out):
+                trainer = Trainer(arm.recipe, parallel, progress, resume, arm.data)
+                progress.start(name, trainer.round)
+                is_over = trainer.run()
+            if not is_over:
                 progress.say(
                     f"stopped after round {trainer.round}; "
                     f"saved in {arm.recipe.out}, go on with --resume"
@@ -77,7 +82,7 @@ def evaluate(run: BenchRun) -> None:
     """Answer and grade the benchmarks of `iwopd eval`."""
     die_with_parent()
     parallel = initialise(Layout(), run.seed)
-    with BenchProgress() as progress:
+    with disk_told(run.out, is_run=False), BenchProgress() as progress:
         results = run_benchmarks(run, parallel, progress)
     progress.table(results)
     shutdown()
@@ -87,7 +92,8 @@ def continue_prefixes(study: PrefixStudy) -> None:
     """Who gets the answer right from a student's prefix, on every rank."""
     die_with_parent()
     parallel = initialise(Layout())
-    study_prefixes(study, parallel, Progress(0, parallel.is_main).say)
+    with disk_told(study.out, is_run=False):
+        study_prefixes(study, parallel, Progress(0, parallel.is_main).say)
     shutdown()
 
 
@@ -129,7 +135,7 @@ def execute(world: int, function: Callable[..., Any], args: tuple) -> int:
         while not context.join():
             pass
     except ProcessRaisedException as error:
-        return _explain(str(error))
+        return _explain(str(error), _other_reports(context))
     except ProcessExitedException as error:
         return error.exit_code if error.exit_code > 0 else 128 - error.exit_code
     finally:
@@ -144,12 +150,18 @@ def _forward(pids: list[int]) -> None:
             os.kill(pid, signal.SIGTERM)
 
 
-def _explain(report: str) -> int:
+def _other_reports(context: ProcessContext) -> list[str]:
+    """Tracebacks of all processes that raised: the first to be heard may only have lost another."""
+    files = [Path(file) for file in context.error_files]
+    return [pickle.loads(file.read_bytes()) for file in files if file.is_file()]
+
+
+def _explain(report: str, others: list[str]) -> int:
     """A user's mistake is one sentence; anything else keeps its traceback."""
-    last = report.strip().splitlines()[-1]
-    match = re.match(r"(?:[\w.]*\.)?(\w+): (.*)", last)
-    if match and match[1] in EXIT_CODES:
-        print(f"error: {match[2]}", file=sys.stderr)
-        return EXIT_CODES[match[1]]
+    for text in (report, *others):
+        match = re.match(r"(?:[\w.]*\.)?(\w+): (.*)", text.strip().splitlines()[-1])
+        if match and match[1] in EXIT_CODES:
+            print(f"error: {match[2]}", file=sys.stderr)
+            return EXIT_CODES[match[1]]
     print(report, file=sys.stderr)
     return 1

@@ -42,6 +42,7 @@ from iwopd_megatron.plan_time import (
     pipeline,
 )
 from iwopd_megatron.recipe import read_recipe
+from iwopd_megatron.toy_task import MODELS, write_model
 
 RECIPE = Path("recipes/qwen3_235b_a22b_to_30b_a3b.yaml")
 SMALL = Path("recipes/qwen3_30b_a3b_to_4b.yaml")
@@ -325,6 +326,30 @@ def test_a_proposals_line_makes_its_plan():
     assert planned["fits"] and f"│ 1 │ {planned['round']['seconds']:.0f} " in table
 
 
+@pytest.mark.parametrize("path", sorted(Path("recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_can_be_planned(path, tmp_path):
+    found = run(str(path), "--picture", str(tmp_path / "plan.png"))
+    assert found.exit_code == 0, found.exception
+    cluster = read_recipe(path).cluster
+    assert ("(assumed)" in found.stdout.replace("average (assumed)", "")) == (cluster is None)
+
+
+def test_gpus_that_a_recipe_does_not_give_are_said():
+    figures = json.loads(run("recipes/demo_sglang.yaml", "--json").stdout)
+    assert [line.split(",")[0] for line in figures["assumed"]] == [
+        "cluster.trainer=2", "cluster.teacher=1", "cluster.rollout=1"
+    ]  # fmt: skip
+    assert figures["gpus"] == 4 and {"teacher", "rollout"} <= set(figures["roles"])
+
+
+def test_the_toy_task_is_planned_as_it_is_written(tmp_path):
+    folder = tmp_path / "toy_task"
+    for name in MODELS:
+        before = ModelSize.of(planning_config(folder / name))
+        write_model(folder / name, name)
+        assert ModelSize.of(planning_config(folder / name)) == before
+
+
 def test_command_refuses_unknown_gpus_and_pictures():
     assert "choose one of h100-80" in str(run(str(RECIPE), "--gpu", "v100").exception)
     assert ".html" in str(run(str(RECIPE), "--picture", "x.svg").exception)
@@ -338,6 +363,7 @@ from pathlib import Path
 from iwopd_megatron import cli, launch, plan_search
 from iwopd_megatron.plan import plan
 from iwopd_megatron.recipe import read_recipe
+from iwopd_megatron.toy_task import MODELS, write_model
 plan_search.search(plan(read_recipe(Path({str(SMALL)!r}))))
 assert not {{"torch", "numpy", "transformers", "datasets", "matplotlib"}} & set(sys.modules)
 """

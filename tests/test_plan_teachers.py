@@ -193,18 +193,26 @@ def test_launcher_and_planner_refuse_the_same_services(words, sentence):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["teacher=null", "cluster.teacher=0"], "has no teacher"),
         (["teacher=null", f"teachers.math={{hf: {BIG}, service: {{}}}}",
           "data.train=[{name: eurus_code}]"],
          "add teachers.code"),
         ([*two(SERVED_BIG, "service: {processes: 12}"), "cluster.teacher=14"],
          "teachers.code.service.processes=12 does not fill whole nodes"),
-        ([*two(SERVED_BIG), "cluster.teacher=0"], "teachers.math.service needs GPUs"),
     ],
 )  # fmt: skip
 def test_refused(words, sentence):
     with pytest.raises(RecipeError, match=sentence):
         planned(*words)
+
+
+def test_services_without_gpus_get_the_fewest():
+    found = planned(*two(SERVED_BIG, SERVED_DENSE), "cluster.teacher=0")
+    assert found.setup.services == {
+        key: service.world for key, service in found.setup.recipe.services.items()
+    }
+    (said,) = found.setup.said
+    assert said.startswith("cluster.teacher=") and "teachers.math.service" in said
+    assert said in notes(found)
 
 
 @pytest.mark.parametrize(

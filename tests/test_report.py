@@ -122,7 +122,7 @@ def test_a_torn_last_line_is_ignored_and_a_torn_middle_is_not(tmp_path):
     torn = write_run(tmp_path / "torn", records, tail='{"kind": "round", "rou')
     assert read_metrics(torn) == records
     mended = write_run(tmp_path / "mended", records, tail='{"kind": "rou\n{"kind": "eval"}\n')
-    with pytest.raises(ValueError, match="record 3 is not JSON"):
+    with pytest.raises(ValueError, match="line 3 is damaged: it is not JSON"):
         read_metrics(mended)
 
 

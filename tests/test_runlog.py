@@ -1,9 +1,11 @@
 """metrics.jsonl: torn lines, the cut on resume, and numbers JSON has no word for."""
 
+import json
 import math
 
 import pytest
 
+from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.runlog import MetricsLog, read_metrics
 
 
@@ -66,8 +68,9 @@ def test_resume_without_a_log(tmp_path):
 
 
 def test_a_broken_line_in_the_middle_is_not_hidden(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"round": 1}\n{"rou\n{"round": 2}\n')
-    with pytest.raises(ValueError, match="metrics.jsonl: record 2 is not JSON"):
+    whole = [json.dumps(line(number)) for number in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([whole[0], '{"rou', whole[1], ""]))
+    with pytest.raises(RecipeError, match="metrics.jsonl: line 2 is damaged: it is not JSON"):
         read_metrics(tmp_path)
 
 

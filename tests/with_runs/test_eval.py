@@ -168,8 +168,9 @@ def test_any_text_survives_a_line(tmp_path):
     answers.add((0, 0), Trajectory(0, [1], [2, 3]), text)
     answers.add((0, 0), Trajectory(0, [1], [9]), "again")
     assert Answers(tmp_path, {}).found[0, 0]["response"] == text
-    answers.finish([{"x": text}])
-    assert answers.finished() == [{"x": text}]
+    line = {"problem": 0, "sample": 0, "correct": 1.0, "x": text}
+    answers.finish([line])
+    assert answers.finished() == [line]
 
 
 def test_megatron_checkpoint(whole, few, tmp_path):
