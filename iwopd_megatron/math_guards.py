@@ -1,10 +1,10 @@
 """Guards after math-verify, which compares to an absolute 1e-15 or to six decimal places.
 
 Two exact values (no decimal point) must be equal: as rationals, or to 40 significant figures,
-relative to their size. Two decimals, or a decimal and a fraction that terminates, must be equal too,
-or the one with fewer places (six at least, with six significant figures) is the other one rounded. A
-decimal beside any other exact value (1/3, a root) agrees with it to six places and has at least five
-significant figures. Expressions with letters are compared at fixed values of the letters.
+relative to their size. Two decimals, or a decimal and a fraction that terminates, must be equal
+too, or the one with fewer places (six at least, and six figures) is the other one rounded.
+A decimal beside any other exact value (1/3, a root) agrees with it to six places and has at least
+five significant figures. Expressions with letters are compared at fixed values of the letters.
 """
 
 from __future__ import annotations

@@ -17,13 +17,18 @@ UNITS = {
     "mm": "mm millimeter millimeters millimetre millimetres", "dm": "dm decimeter decimeters",
     "km": "km kilometer kilometers kilometre kilometres", "in": "in inch inches",
     "ft": "ft foot feet", "yd": "yd yard yards", "mi": "mi mile miles",
-    "g": "g gram grams gramme grammes", "kg": "kg kilogram kilograms kilo kilos", "mg": "mg milligram milligrams",
+    "g": "g gram grams gramme grammes", "kg": "kg kilogram kilograms kilo kilos",
+    "mg": "mg milligram milligrams",
     "ton": "ton tons tonne tonnes", "lb": "lb lbs pound pounds", "oz": "oz ounce ounces",
     "s": "s sec secs second seconds", "min": "min mins minute minutes", "h": "h hr hrs hour hours",
-    "ms": "ms millisecond milliseconds", "day": "day days", "week": "week weeks", "month": "month months",
-    "year": "year years yr yrs", "L": "l liter liters litre litres", "mL": "ml milliliter milliliters",
-    "gal": "gal gallon gallons", "mi/h": "mph", "km/h": "kmh kph kmph", "rad": "rad rads radian radians",
-    "degree": "deg degree degrees", "percent": "percent percentage pct", "dollar": "dollar dollars usd",
+    "ms": "ms millisecond milliseconds", "day": "day days", "week": "week weeks",
+    "month": "month months",
+    "year": "year years yr yrs", "L": "l liter liters litre litres",
+    "mL": "ml milliliter milliliters",
+    "gal": "gal gallon gallons", "mi/h": "mph", "km/h": "kmh kph kmph",
+    "rad": "rad rads radian radians",
+    "degree": "deg degree degrees", "percent": "percent percentage pct",
+    "dollar": "dollar dollars usd",
     "cent": "cent cents", "euro": "euro euros eur", "yen": "yen", "rupee": "rupee rupees rs",
     "K": "kelvin kelvins", "degreeC": "celsius", "degreeF": "fahrenheit", "N": "n newton newtons",
     "J": "j joule joules", "W": "w watt watts", "V": "v volt volts", "A": "ampere amperes amp amps",
@@ -37,7 +42,7 @@ POWER = r"(?:\s*\^\s*(?:\{\s*-?\d\s*\}|-?\d))?"
 TEXT = rf"\\text\s*\{{(?!\s*{LIST_WORDS})[^{{}}\d\\=<>]*(?:\^\{{?\d\}}?)?\s*\}}{POWER}"
 # \text groups at the end, with powers, products and quotients of them
 TRAILING = re.compile(rf"(.*[\w)}}\]!%|])\s*((?:{TEXT}\s*(?:[/.]|\\cdot)?\s*)+)", re.DOTALL)
-# plain words after a number: two letters at least, or a unit; a letter beside its number is a symbol
+# plain words after a number: a unit, or three letters; one letter beside its number is a symbol
 PLAIN = re.compile(rf"(.*[\d)}}])\s+(?!{LIST_WORDS})((?:[A-Za-z]+(?:\^\{{?\d\}}?)?[ /]*)+)")
 GLUED = re.compile(r"(-?[\d.]+)(cm|mm|dm|km|kg|mg|ml|mL|mph|ft|m|min|hrs?)(\^\{?\d\}?)?")
 DEGREES = re.compile(r"(.*?)\s*\^\\circ\s*(?:\\text\s*\{\s*)?([CF])?\s*\}?")

@@ -1,6 +1,6 @@
 """LaTeX to sympy by math-verify, and math-verify's verdict on two values, guarded.
 
-math-verify reads the whole answer or nothing: its own fallback to the first number in a text is off.
+math-verify reads the whole answer or nothing: its own fallback to the first number is off.
 A list is compared member by member, so that every member passes the guards.
 """
 
