@@ -63,6 +63,9 @@ def _same_equations(answer: Any, reference: Any) -> bool:
     sides = [(x.lhs, x.rhs) for x in (answer, reference)]
     if not all(isinstance(side, sympy.Expr) for pair in sides for side in pair):
         return False
+    letters = [x.free_symbols for x in (answer, reference)]
+    if letters[0] != letters[1] or not letters[0]:
+        return False
     mine, theirs = (left - right for left, right in sides)
     factor = sympy.simplify(mine / theirs)
     return (factor.is_number and factor.is_nonzero) or bool(

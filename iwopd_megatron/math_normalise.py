@@ -1,9 +1,9 @@
 """One normaliser before math-verify: an answer in one spelling, whatever it was written in.
 
 SPACES, DECORATION and NAMES are applied from top to bottom, each rule with its reason above it;
-what needs more than a pattern is in math_characters (Unicode), math_layout (environments, wrappers)
-and math_numbers (spellings of numbers). A rule changes how an answer is written, never what it says:
-where a spelling has two readings, the choice is made where both answers are known (math_compare).
+what needs more than a pattern is in math_characters (Unicode), math_layout (environments, fonts)
+and math_numbers (spellings of numbers). A rule changes how an answer is written, never what it
+says: where a spelling has two readings, both answers decide (math_compare).
 """
 
 from __future__ import annotations
@@ -48,6 +48,9 @@ DECORATION = _rules(
     (r"(?<=[\w)}])\*\*(?=[\w({-])(?!\w[^*]*\*\*)", "^"),
     (r"\*\*|(?<!\w)__|__(?!\w)|`", ""),
     (r"^\*([^*]+)\*$", r"\1"),
+    # quotation marks around everything
+    (r"""^\s*(["'])([^"']*)\1\s*$""", r"\2"),
+    (r"^\s*``([^`']*)''\s*$", r"\1"),
     # brackets have a size, which says nothing
     (r"\\(?:left|right|middle|[bB]igg?[lrm]?)\s*(?![a-zA-Z])\.?(?=$|[^\d])", ""),
     (r"\\(?:left|right|[bB]igg?[lrm]?)(?=\\)", ""),
@@ -69,7 +72,8 @@ NAMES = _rules(
      r"|min|max|gcd|det|arg)\s*\}", r"\\\1 "),
     (r"\\(?:text|operatorname\*?)\s*\{\s*(arc(?:sin|cos|tan)|sinh|cosh|tanh|ln|log|exp)\s*\}"
      r"(?=\s*[\d(\\{a-z_])", r"\\\1 "),
-    (r"\\operatorname\*?\s*\{", r"\\text{"),
+    (r"\\(?:text|operatorname\*?)\s*\{\s*(lcm|gcd)\s*\}", r"\\operatorname{\1}"),
+    (r"\\operatorname\*?\s*\{(?!lcm|gcd)", r"\\text{"),
     (r"\\arctg(?![a-zA-Z])", r"\\arctan"), (r"\\tg(?![a-zA-Z])", r"\\tan"),
     (r"\\(?:ctg|cotg)(?![a-zA-Z])", r"\\cot"), (r"\\cosec(?![a-zA-Z])", r"\\csc"),
     # functions and constants without their backslash
@@ -102,7 +106,8 @@ NAMES = _rules(
     (r"\\[lr]vert(?![a-zA-Z])", "|"), (r"\\[lr]paren(?![a-zA-Z])", lambda m: "()"["r" in m[0]]),
     # the words between the members of a list
     (r"\s*,?\s*\\text\s*\{\s*,?\s*(?:and|or)\s*\}\s*"
-     r"|(?<![A-Za-z]{2})\s*,?\s+(?:and|or)\s+(?![A-Za-z]{2})|\s*\\(?:lor|land|vee|wedge)"
+     r"|(?<![A-Za-z]{2})\s*,?\s+(?:and|or)\s+(?![A-Za-z]{2})"
+     r"|\s*\\(?:lor|land|vee|wedge)(?=.*(?:[=<>]|\\(?:le|ge|ne|in)(?![a-zA-Z])))"
      r"(?![a-zA-Z])\s*", lambda m: " or " if re.search("or|vee", m[0]) else ", "),
     # the conjugate of a number as written
     (r"\\(?:overline|bar)\s*\{([^{}]*\d[^{}]*)\}",

@@ -82,14 +82,20 @@ def split_unit(text: str) -> Quantity:
 
 
 def _plain(text: str) -> re.Match[str] | None:
-    """A match of words that are a unit or longer than a symbol."""
+    """A match of words that are a unit, or no product of letters."""
     match = PLAIN.fullmatch(text)
-    if match and all(
-        re.sub(r"\W.*", "", word).lower() in CANONICAL or len(word) > 2
-        for word in re.split(r"[ /]+", match[2].strip())
-    ):
+    if match and all(_is_noun(word, match[1]) for word in re.split(r"[ /]+", match[2].strip())):
         return match
     return GLUED.fullmatch(text)
+
+
+def _is_noun(word: str, value: str) -> bool:
+    """Letters in alphabetical order are factors; one is a unit beside a plain number only."""
+    letters = re.sub(r"\W.*", "", word)
+    if len(letters) == 1:
+        return letters in "mgshL" and re.fullmatch(r"-?[\d.]+", value) is not None
+    is_product = len(letters) < 3 or list(letters) == sorted(letters)
+    return letters.lower() in CANONICAL or not is_product
 
 
 def agree(answer: str, reference: str) -> bool:

@@ -60,7 +60,7 @@ def _canonical(value: Any, latex: str) -> Any:
         return value
     # an index that is summed over, or one i among other indices, is no imaginary unit
     is_index = re.search(
-        r"\\(?:sum|prod|int)|_\{?\s*i|i\s*=|[(,]\s*i\s*[,)]|[jk]\s*[,+]\s*i", latex
+        r"\\(?:sum|prod|int)|_\{?\s*i|i\s*=|[(,]\s*i\s*[,)]|(?<![a-zA-Z\\])j(?![a-zA-Z])", latex
     )
     change = {
         symbol: sympy.I

@@ -49,6 +49,7 @@ CHOICE = re.compile(
     r"[.:]?\s*(\}?)\s*(.*)",
     re.DOTALL | re.IGNORECASE,
 )
+NUMBER = re.compile(r"-?\d|\\(?:frac|sqrt|text)")
 OPERATOR = re.compile(r"[-+*/=^<>_,(]|\\(?:cdot|times|cup|cap|le|ge|ne|in|or)\b|or\b")
 
 
@@ -92,10 +93,12 @@ def choice(text: str) -> tuple[str, str]:
     match = CHOICE.fullmatch(text)
     if match is None:
         return "", text
-    letter = (match[1] or match[2] or match[3]).upper()
+    letter = match[1] or match[2] or match[3]
     rest = match[5]
     if match[4] == "" and r"\text" in text[: match.start(5)] and rest.endswith("}"):
         rest = rf"\text{{{rest}"  # the brace of \text{A) 17} is still open
-    if OPERATOR.match(rest) or (rest and (match[1] or match[2] or match[3]).islower()):
+    # a small letter may be a factor, or the imaginary unit
+    is_symbol = letter.islower() and not NUMBER.match(rest) if rest else letter in "ei"
+    if OPERATOR.match(rest) or is_symbol:
         return "", text
-    return letter, rest.strip()
+    return letter.upper(), rest.strip()
