@@ -29,7 +29,7 @@ def decimals(answer: str, reference: str) -> bool | None:
     short = min((answer, reference), key=lambda text: len(text.partition(".")[2]))
     places = [len(text.partition(".")[2]) for text in (answer, reference)]
     figures = len(re.sub(r"\D", "", short).lstrip("0"))
-    is_rounded = abs(left - right) * 2 * 10 ** min(places) <= 1
+    is_rounded = bool(abs(left - right) * 2 * 10 ** min(places) <= 1)
     return (
         places[0] != places[1] and min(places) >= PLACES and figures >= SIGNIFICANT and is_rounded
     )

@@ -50,10 +50,8 @@ DECORATION = _rules(
     (r"^\*([^*]+)\*$", r"\1"),
     # quotation marks around everything
     (r"""^\s*(["'])([^"']*)\1\s*$""", r"\2"),
-    (r"^\s*``([^`']*)''\s*$", r"\1"),
     # brackets have a size, which says nothing
     (r"\\(?:left|right|middle|[bB]igg?[lrm]?)\s*(?![a-zA-Z])\.?(?=$|[^\d])", ""),
-    (r"\\(?:left|right|[bB]igg?[lrm]?)(?=\\)", ""),
     # marks after an answer
     (r"\\(?:checkmark|blacksquare|qed|Box|therefore|because|implies)(?![a-zA-Z])|\\hfill", ""),
     # a full stop or comma that ends the sentence, also in text; an ellipsis is not one
