@@ -57,7 +57,7 @@ def response(pair: Pair) -> str:
 
 
 def integer_pairs() -> list[Pair]:
-    """Every integer in four spellings, and beside three others: a neighbour, 10 more, its mirror."""
+    """Every integer in four spellings; beside a neighbour, 10 more and its mirror."""
     pairs = []
     for n in range(1000):
         for shift in range(4):

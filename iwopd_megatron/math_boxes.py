@@ -1,8 +1,8 @@
 """Which box of a response holds the answer.
 
-The last complete one counts: `\\boxed{...}`, `\\fbox{...}` or `\\framebox{...}`, blanks before the
-brace allowed, and `\\boxed 7` without braces. Boxes that stand side by side at the end, with no more
-than `and`, `or`, commas and `x =` between them, are a list, for references that are lists.
+The last complete one counts: `\\boxed{...}`, `\\fbox{...}` or `\\framebox{...}`, blanks before
+the brace allowed, and `\\boxed 7` without braces. Boxes side by side at the end, with no more than
+`and`, `or`, commas and `x =` between them, are a list, for references that are lists.
 """
 
 from __future__ import annotations

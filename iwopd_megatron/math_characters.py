@@ -8,7 +8,8 @@ import unicodedata
 # one character, one spelling
 PLAIN = {
     # blanks of every width, no width at all, and direction marks
-    **dict.fromkeys("\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a", " "),
+    **dict.fromkeys("\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006", " "),
+    **dict.fromkeys("\u2007\u2008\u2009\u200a", " "),
     **dict.fromkeys("\u202f\u205f\u3000\t\r\n", " "),
     **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\u200e\u200f\u2061\u2062", ""),
     # every dash before a number is a minus
@@ -54,7 +55,7 @@ def latex_of(text: str) -> str:
 
 
 def _narrow(character: str) -> str:
-    """Full-width digits, letters and punctuation as ASCII; mathematical bold and italic as plain."""
+    """Full-width characters as ASCII; mathematical bold and italic as plain."""
     code = ord(character)
     if 0xFF01 <= code <= 0xFFE6 or 0x1D400 <= code <= 0x1D7FF:
         return unicodedata.normalize("NFKC", character)

@@ -1,8 +1,8 @@
 """Math answers: the last box of a response against the reference answer.
 
-math_boxes finds the box, math_normalise gives an answer one spelling, math_readings decides what it
-says and compares (math_units, math_words, math_kinds, math_regions), math-verify judges expressions
-(math_values) and math_guards refuses what it takes for equal too easily.
+math_boxes finds the box, math_normalise gives an answer one spelling, math_readings takes it apart,
+math_compare compares (by math_units, math_words, math_kinds, math_regions), math-verify judges
+expressions (math_values), and math_guards refuses what it takes for equal too easily.
 
 No time limit here (math-verify's uses signals, which a C loop ignores): grading runs in a process
 that is killed.
@@ -10,8 +10,9 @@ that is killed.
 
 from __future__ import annotations
 
-from iwopd_megatron import math_readings
+from iwopd_megatron import math_compare
 from iwopd_megatron.math_boxes import last_boxed, last_boxes
+from iwopd_megatron.math_readings import describe, read
 
 SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
@@ -42,7 +43,7 @@ def explain(response: str, answer: str) -> str:
         return "no box of the answer is complete; look at its braces"
     if right and not is_equal(one, reference):
         one = ", ".join(last_boxes(response))
-    mine, theirs = (math_readings.describe(text) for text in (one, reference))
+    mine, theirs = (describe(text) for text in (one, reference))
     if right:
         return f"both are {mine}" if mine == theirs else f"{mine} is {theirs}"
     if mine == theirs:  # the texts differ where their readings as mathematics do not
@@ -52,4 +53,4 @@ def explain(response: str, answer: str) -> str:
 
 def is_equal(content: str, answer: str) -> bool:
     """Whether two LaTeX answers mean the same."""
-    return math_readings.equal(math_readings.read(content), math_readings.read(answer))
+    return math_compare.equal(read(content), read(answer))

@@ -1,10 +1,10 @@
 """Guards after math-verify, which compares to an absolute 1e-15 or to six decimal places.
 
 Two exact values (no decimal point) must be equal: as rationals, or to 40 significant figures,
-relative to their size. Two decimals, or a decimal and a fraction that terminates, must be equal too,
-or the one with fewer places (six at least, with six significant figures) is the other one rounded. A
-decimal beside any other exact value (1/3, a root) agrees with it to six places and has at least five
-significant figures. Expressions with letters are compared at fixed values of the letters.
+relative to their size. Two decimals, or a decimal and a fraction that terminates, must be equal
+too, or the one with fewer places (six at least, and six figures) is the other one rounded.
+A decimal beside any other exact value (1/3, a root) agrees with it to six places and has at least
+five significant figures. Expressions with letters are compared at fixed values of the letters.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def decimals(answer: str, reference: str) -> bool | None:
     short = min((answer, reference), key=lambda text: len(text.partition(".")[2]))
     places = [len(text.partition(".")[2]) for text in (answer, reference)]
     figures = len(re.sub(r"\D", "", short).lstrip("0"))
-    is_rounded = abs(left - right) * 2 * 10 ** min(places) <= 1
+    is_rounded = bool(abs(left - right) * 2 * 10 ** min(places) <= 1)
     return (
         places[0] != places[1] and min(places) >= PLACES and figures >= SIGNIFICANT and is_rounded
     )
@@ -62,6 +62,9 @@ def _same_equations(answer: Any, reference: Any) -> bool:
         return agree(answer.rhs, reference.rhs)
     sides = [(x.lhs, x.rhs) for x in (answer, reference)]
     if not all(isinstance(side, sympy.Expr) for pair in sides for side in pair):
+        return False
+    letters = [x.free_symbols for x in (answer, reference)]
+    if letters[0] != letters[1] or not letters[0]:
         return False
     mine, theirs = (left - right for left, right in sides)
     factor = sympy.simplify(mine / theirs)

@@ -23,7 +23,10 @@ WORDS = re.compile(
     r"\\(?:textbf|textit|textrm|textsf|texttt|textnormal|textup|emph|mbox|hbox|mathrm)\s*\{"
 )
 ROMAN = re.compile(r"\{\s*\\rm\s+([^{}]*)\}|\\rm\s*\{([^{}]*)\}")
-LINES = r"aligned|align\*?|gathered|gather\*?|split|equation\*?|alignat\*?|alignedat|multline\*?|displaymath"
+LINES = (
+    r"aligned|align\*?|gathered|gather\*?|split|equation\*?|alignat\*?|alignedat|multline\*?"
+    r"|displaymath"
+)
 ENVIRONMENT = re.compile(
     rf"\\begin\s*\{{({LINES})\}}(?:\{{\d\}}|\[\w\])?(.*?)\\end\s*\{{\1\}}", re.DOTALL
 )

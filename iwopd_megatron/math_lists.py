@@ -19,9 +19,8 @@ def members(text: str) -> list[str]:
             found.append(text[start:place])
             place = start = match.end()
         else:
-            place += (
-                2 if text[place] == "\\" and text[place + 1 : place + 2] not in OPEN + CLOSE else 1
-            )
+            is_command = text[place] == "\\" and text[place + 1 : place + 2] not in OPEN + CLOSE
+            place += 1 + is_command
     return [member.strip() for member in [*found, text[start:]]]
 
 
@@ -39,7 +38,7 @@ def inside(text: str, opening: str, closing: str) -> str | None:
 
 
 def named_values(name: str, value: str) -> dict[str, str] | None:
-    """`x = 1, y = 2` or `(x, y) = (1, 2)` by name; None unless there are several names, each once."""
+    """`x = 1, y = 2` or `(x, y) = (1, 2)` by name; None but for several names, each once."""
     names, values = (members(inside(text, "(", ")") or "") for text in (name, value))
     if len(names) == len(values) > 1 and all(map(VARIABLE.fullmatch, names)):
         pairs = list(zip(names, values, strict=True))

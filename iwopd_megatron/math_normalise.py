@@ -1,9 +1,9 @@
 """One normaliser before math-verify: an answer in one spelling, whatever it was written in.
 
-RULES is applied from top to bottom, each (pattern, replacement) with its reason above it; what needs
-more than a pattern is in math_layout (environments, wrappers) and math_numbers (spellings of numbers).
-A rule changes how an answer is written, never what it says: where a spelling has two readings, the
-choice is made where both answers are known (math_readings).
+SPACES, DECORATION and NAMES are applied from top to bottom, each rule with its reason above it;
+what needs more than a pattern is in math_characters (Unicode), math_layout (environments, fonts)
+and math_numbers (spellings of numbers). A rule changes how an answer is written, never what it
+says: where a spelling has two readings, both answers decide (math_compare).
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ DECORATION = _rules(
     (r"(?<=[\w)}])\*\*(?=[\w({-])(?!\w[^*]*\*\*)", "^"),
     (r"\*\*|(?<!\w)__|__(?!\w)|`", ""),
     (r"^\*([^*]+)\*$", r"\1"),
+    # quotation marks around everything
+    (r"""^\s*(["'])([^"']*)\1\s*$""", r"\2"),
     # brackets have a size, which says nothing
     (r"\\(?:left|right|middle|[bB]igg?[lrm]?)\s*(?![a-zA-Z])\.?(?=$|[^\d])", ""),
-    (r"\\(?:left|right|[bB]igg?[lrm]?)(?=\\)", ""),
     # marks after an answer
     (r"\\(?:checkmark|blacksquare|qed|Box|therefore|because|implies)(?![a-zA-Z])|\\hfill", ""),
     # a full stop or comma that ends the sentence, also in text; an ellipsis is not one
@@ -64,11 +65,13 @@ DECORATION = _rules(
 )
 NAMES = _rules(
     # one name for each operator, however it is spelled
-    (r"\\operatorname\*?\s*\{\s*(arc(?:sin|cos|tan)|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|lg|exp"
+    (r"\\operatorname\*?\s*\{\s*(arc(?:sin|cos|tan)|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|lg"
+     r"|exp"
      r"|min|max|gcd|det|arg)\s*\}", r"\\\1 "),
     (r"\\(?:text|operatorname\*?)\s*\{\s*(arc(?:sin|cos|tan)|sinh|cosh|tanh|ln|log|exp)\s*\}"
      r"(?=\s*[\d(\\{a-z_])", r"\\\1 "),
-    (r"\\operatorname\*?\s*\{", r"\\text{"),
+    (r"\\(?:text|operatorname\*?)\s*\{\s*(lcm|gcd)\s*\}", r"\\operatorname{\1}"),
+    (r"\\operatorname\*?\s*\{(?!lcm|gcd)", r"\\text{"),
     (r"\\arctg(?![a-zA-Z])", r"\\arctan"), (r"\\tg(?![a-zA-Z])", r"\\tan"),
     (r"\\(?:ctg|cotg)(?![a-zA-Z])", r"\\cot"), (r"\\cosec(?![a-zA-Z])", r"\\csc"),
     # functions and constants without their backslash
@@ -87,28 +90,34 @@ NAMES = _rules(
     (r"\\(?:geqslant|geqq|geq)(?![a-zA-Z])|>=", r"\\ge "), (r"\\gt(?![a-zA-Z])", ">"),
     (r"\\neq(?![a-zA-Z])|!=|\\not\s*=", r"\\ne "), (r"\\colon(?![a-zA-Z])", ":"),
     # sets
-    (r"\\(?:varnothing|O(?=$)|empty)(?![a-zA-Z])|\\text\s*\{\s*(?:[Tt]he )?empty set\.?\s*\}", r"\\emptyset "),
+    (r"\\(?:varnothing|O(?=$)|empty)(?![a-zA-Z])|\\text\s*\{\s*(?:[Tt]he )?empty set\.?\s*\}",
+     r"\\emptyset "),
     (r"\\(?:lbrace|lbrack)(?![a-zA-Z])", lambda m: r"\{" if "brace" in m[0] else "["),
     (r"\\(?:rbrace|rbrack)(?![a-zA-Z])", lambda m: r"\}" if "brace" in m[0] else "]"),
-    (r"\\\{\s*\\\}", r"\\emptyset "), (r"\\(?:smallsetminus|backslash)(?![a-zA-Z])", r"\\setminus "),
-    (r"\\(?:Bbb|mathbf|mathbb)\s*\{?\s*([RZNQC])(?![a-zA-Z])\s*\}?(?!\s*\))|\\([RZNQC])(?![a-zA-Z])",
+    (r"\\\{\s*\\\}", r"\\emptyset "),
+    (r"\\(?:smallsetminus|backslash)(?![a-zA-Z])", r"\\setminus "),
+    (r"\\(?:Bbb|mathbf|mathbb)\s*\{?\s*([RZNQC])(?![a-zA-Z])\s*\}?(?!\s*\))"
+     r"|\\([RZNQC])(?![a-zA-Z])",
      lambda m: rf"\mathbb{{{m[1] or m[2]}}}"),
     # a vector in angle brackets is the tuple
     (r"\\langle(?![a-zA-Z])|^<(?=[^<>]*,[^<>]*>$)", "("), (r"\\rangle(?![a-zA-Z])|(?<=\d)>$", ")"),
     (r"\\[lr]vert(?![a-zA-Z])", "|"), (r"\\[lr]paren(?![a-zA-Z])", lambda m: "()"["r" in m[0]]),
     # the words between the members of a list
-    (r"\s*,?\s*\\text\s*\{\s*,?\s*(?:and|or)\s*\}\s*|(?<![A-Za-z]{2})\s*,?\s+(?:and|or)\s+(?![A-Za-z]{2})|\s*\\(?:lor|land|vee|wedge)"
+    (r"\s*,?\s*\\text\s*\{\s*,?\s*(?:and|or)\s*\}\s*"
+     r"|(?<![A-Za-z]{2})\s*,?\s+(?:and|or)\s+(?![A-Za-z]{2})"
+     r"|\s*\\(?:lor|land|vee|wedge)(?=.*(?:[=<>]|\\(?:le|ge|ne|in)(?![a-zA-Z])))"
      r"(?![a-zA-Z])\s*", lambda m: " or " if re.search("or|vee", m[0]) else ", "),
     # the conjugate of a number as written
     (r"\\(?:overline|bar)\s*\{([^{}]*\d[^{}]*)\}",
      lambda m: f"({re.sub('(?<![a-zA-Z])i(?![a-zA-Z])', '(-i)', m[1])})" if "i" in m[1] else m[0]),
     # degrees
-    (r"\\degree(?![a-zA-Z])|(?<=[\d)}])\^\s*\{?\s*o\s*\}?(?![a-zA-Z])|\{\}\s*\^\s*\{?\s*\\circ\s*\}?|\^\s*\{?\s*\\circ\s*\}?", r"^\\circ "),
+    (r"\\degree(?![a-zA-Z])|(?<=[\d)}])\^\s*\{?\s*o\s*\}?(?![a-zA-Z])"
+     r"|(?:\{\}\s*)?\^\s*\{?\s*\\circ\s*\}?", r"^\\circ "),
 )  # fmt: skip
 
 
 def normalise(text: str) -> str:
-    """An answer's LaTeX in the one spelling that math_readings understands; "" if nothing is left."""
+    """LaTeX in the one spelling that math_readings understands; "" if nothing is left."""
     text = latex_of(text)
     text = _apply(SPACES, unwrap(text))
     for _ in range(2):  # a full stop may stand inside the braces that a wrapper leaves

@@ -53,7 +53,7 @@ def _separators(text: str) -> str:
 
 
 def _repeating(text: str) -> str:
-    """`0.1\\overline{6}` as a fraction, and `0.333\\ldots` where the same figure ends three times."""
+    """`0.1\\overline{6}` as a fraction, and `0.333\\ldots`, where a figure ends three times."""
     # two dots mark the first and the last figure that repeat
     text = re.sub(r"\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?", r"\\overline{\1\2\3}", text)
     text = re.sub(

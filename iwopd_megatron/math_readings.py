@@ -1,30 +1,20 @@
-"""What an answer says, and whether two answers say the same.
+"""An answer taken apart: choice letter, name, value and unit, each in the one spelling.
 
-Where a spelling has several readings, all are tried, the same one on both sides:
-    `\\log`             base 10, or natural            (right if it fits under either)
-    `1,234`            a number; a list beside a list
-    `3,14`             a list; a decimal beside the decimal 3.14
-    `50\\%`             50, or 0.5; two percentages as they stand
-    `45^\\circ`         45, or \\pi/4; two angles in degrees as they stand
-    `\\pm a`            both signs, everywhere the same one
-    a column           a matrix; a tuple beside a tuple
-    `x = a`            a beside an answer without an equals sign; names are compared where both have one
+Words before a number (`The answer is`, `\\text{Area:}`) are dropped unless they change what is said
+(`at least`, `not`); so is the domain of a family's letter (`, k \\in \\mathbb{Z}`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from iwopd_megatron import math_kinds, math_units, math_words
-from iwopd_megatron.math_guards import decimals
 from iwopd_megatron.math_layout import strip_braces
-from iwopd_megatron.math_lists import both_signs, inside, members, named_values
+from iwopd_megatron.math_lists import members
 from iwopd_megatron.math_normalise import normalise
-from iwopd_megatron.math_numbers import GROUPED, INDIAN
-from iwopd_megatron.math_regions import RELATION, plain_intervals, same_region
-from iwopd_megatron.math_values import is_exact, parse, same
+from iwopd_megatron.math_regions import RELATION, plain_intervals
+from iwopd_megatron.math_values import is_exact, parse
 
 # words before a number that change what is said
 SAYS = (
@@ -37,29 +27,18 @@ PROSE = re.compile(
     r"|(?:[A-Za-z]{2,}\s+)*[A-Za-z]{2,}\s*(?::|\b(?:is|are)\b))\s*[:=]?\s*(?=\S)"
 )
 NAME = re.compile(
-    r"((?:\\text\s*\{[^{}]*\}|\{\w\}|[A-Za-z]{1,2}(?:_\{?\w+\}?)?|\\[a-z]+|[\[\]()|a-zA-Z,+ ]|\\angle|\\overline\{\w+\})+)"
+    r"((?:\\text\s*\{[^{}]*\}|\{\w\}|[A-Za-z]{1,2}(?:_\{?\w+\}?)?|\\[a-z]+|[\[\]()|a-zA-Z,+' ]"
+    r"|\\overline\{\w+\})+)"
     r"\s*(?:=|\\in(?![a-zA-Z]))\s*(.*)",
     re.DOTALL,
 )
 FAMILY = re.compile(
     r",?\s*(?:\(|\\text\s*\{[^{}]*\}|where|for)?\s*\(?\s*([a-z])\s*\\in\s*\\mathbb\{Z\}\s*\)?$"
 )
-ORDER = re.compile(r"[A-Z]{3,}")  # an order or a word: its letters are no factors
-FUNCTION = re.compile(r"\\(?:a?rc)?(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
-LOGARITHM = re.compile(r"\\log(?![a-zA-Z]|\s*_)")
-REGION = re.compile(
-    rf"{RELATION.pattern}|\\in(?![a-zA-Z])|\\cup|\\setminus|\\mathbb|\\\{{.*(?::|\\mid)"
-)
-COLUMN = re.compile(
-    r"\\begin\{pmatrix\}((?:(?!\\begin|&).)*\\\\(?:(?!\\begin|&).)*)\\end\{pmatrix\}"
-)
-MARKED = re.compile(
-    r"\\text|\\circ|%|\\\$|_|\d\s*[A-Za-z]{2}"
-)  # members that are more than expressions
 
 
 class Reading(NamedTuple):
-    """An answer's parts: as given, the whole in one spelling, its choice letter, its name, value and unit."""
+    """An answer as given, the whole in one spelling, and its parts ("" where it has none)."""
 
     raw: str
     whole: str
@@ -75,16 +54,7 @@ def read(text: str) -> Reading:
     letter, rest = math_words.choice(whole)
     rest = rest or whole
     value = strip_braces(PROSE.sub("", rest, count=1).strip())
-    value = FAMILY.sub("", plain_intervals(value))
-    name = ""
-    match = NAME.fullmatch(value)
-    if (
-        match
-        and _is_balanced(match[1])
-        and not RELATION.search(value)
-        and len(members(match[2])) == 1
-    ):
-        name, value = re.sub(r"\s", "", match[1]), match[2].split("=")[-1].strip()
+    name, value = _name(_family(plain_intervals(value)))
     if "\\equiv" in rest or re.search(r"\bmod\b", rest):
         name, value = "", rest
     unit = ""
@@ -93,36 +63,22 @@ def read(text: str) -> Reading:
     return Reading(text, whole, letter, name, math_words.as_latex(value.strip()), unit)
 
 
-def equal(answer: Reading, reference: Reading) -> bool:
-    """Whether the answer says what the reference does."""
-    if not answer.whole or not reference.whole:
-        return False
-    if _bare(answer.whole) == _bare(reference.whole):
-        return True
-    verdict = _letters(answer, reference)
-    if verdict is None:
-        verdict = math_kinds.compare(answer.value, reference.value)
-    if verdict is None:
-        verdict = _words(answer, reference)
-    if verdict is None:
-        verdict = _systems(answer, reference)
-    if verdict is not None:
-        return verdict
-    equations = [_equation(x) for x in (answer, reference)]
-    if all(equations) and answer.name.lower() != reference.name.lower():
-        return _same_value(*equations)
-    if not math_units.agree(answer.unit, reference.unit):
-        return False
-    return any(_same_value(*pair) for pair in _pairs(answer, reference)) or _same_members(
-        answer, reference
-    )
+def _name(text: str) -> tuple[str, str]:
+    """(what stands before an equals sign, what stands behind the last one)."""
+    match = NAME.fullmatch(text)
+    if not match or RELATION.search(text) or len(members(match[2])) > 1:
+        return "", text
+    if any(match[1].count(a) != match[1].count(b) for a, b in ("{}", "()")):
+        return "", text
+    return re.sub(r"\s", "", match[1]), match[2].split("=")[-1].strip()
 
 
-def _equation(reading: Reading) -> str:
-    """The whole equation of an answer that is one, else ""."""
-    if reading.name:
-        return f"{reading.name}={reading.value}"
-    return reading.value if "=" in reading.value else ""
+def _family(text: str) -> str:
+    """Without the domain of a letter for all integers, which is called k."""
+    match = FAMILY.search(text)
+    if not match or not match.start():
+        return text
+    return re.sub(rf"(?<![a-zA-Z\\]){match[1]}(?![a-zA-Z])", "k", text[: match.start()])
 
 
 def describe(text: str) -> str:
@@ -137,132 +93,3 @@ def describe(text: str) -> str:
     choice = f"({reading.letter}) " if reading.letter and reading.letter != reading.value else ""
     name = f"{reading.name} = " if reading.name else ""
     return choice + name + shown + (f" {reading.unit}" if reading.unit not in ("", "?") else "")
-
-
-def _letters(answer: Reading, reference: Reading) -> bool | None:
-    """A choice by its letter, where both have one."""
-    if answer.letter and reference.letter:
-        return answer.letter == reference.letter
-    return None
-
-
-def _words(answer: Reading, reference: Reading) -> bool | None:
-    """Words by their meaning, where either answer must be words."""
-    if ORDER.fullmatch(answer.value) and ORDER.fullmatch(reference.value):
-        return _bare(answer.value) == _bare(reference.value)
-    if not (math_words.is_word(answer.value) or math_words.is_word(reference.value)):
-        return None
-    mine = math_words.word(answer.value)
-    return mine is not None and mine == math_words.word(reference.value)
-
-
-def _systems(answer: Reading, reference: Reading) -> bool | None:
-    """Values by their names, or in their order beside a tuple."""
-    mine, theirs = (named_values(x.name, x.value) for x in (answer, reference))
-    if mine and theirs and mine.keys() == theirs.keys():
-        return all(equal(read(mine[name]), read(theirs[name])) for name in mine)
-    values, other = (mine, reference.value) if mine else (theirs, answer.value)
-    listed = members(inside(other, "(", ")") or "")
-    if not values or (mine and theirs) or len(values) != len(listed):
-        return None
-    pairs = list(zip(values.values(), listed, strict=True))
-    return all(_same_value(*(pair if mine else pair[::-1])) for pair in pairs)
-
-
-def _is_balanced(text: str) -> bool:
-    return text.count("{") == text.count("}") and text.count("(") == text.count(")")
-
-
-def _pairs(answer: Reading, reference: Reading) -> Iterator[tuple[str, str]]:
-    """Values to compare: as they stand, and in every other reading."""
-    mine, theirs = both_signs(answer.value), both_signs(reference.value)
-    if {answer.unit, reference.unit} != {"degree", "rad"}:
-        yield _radians(mine), _radians(theirs)
-    if (answer.unit == "percent") != (reference.unit == "percent"):
-        yield tuple(
-            rf"\frac{{{x}}}{{100}}" if side.unit == "percent" else x
-            for x, side in ((mine, answer), (theirs, reference))
-        )
-    if (answer.unit == "degree") != (reference.unit == "degree"):
-        yield tuple(
-            rf"({x})\frac{{\pi}}{{180}}" if side.unit == "degree" else x
-            for x, side in ((mine, answer), (theirs, reference))
-        )
-    if "^\\circ" in mine + theirs and not FUNCTION.search(mine + theirs):
-        yield mine.replace("^\\circ", ""), theirs.replace("^\\circ", "")
-    if LOGARITHM.search(mine) or LOGARITHM.search(theirs):
-        yield LOGARITHM.sub(r"\\ln", mine), LOGARITHM.sub(r"\\ln", theirs)
-    yield from _commas(answer, reference)
-    for x, y in ((mine, theirs), (theirs, mine)):
-        if COLUMN.fullmatch(x) and inside(y, "(", ")"):
-            column = "(" + COLUMN.fullmatch(x)[1].replace(r"\\", ",") + ")"
-            yield (column, y) if x is mine else (y, column)
-
-
-def _commas(answer: Reading, reference: Reading) -> Iterator[tuple[str, str]]:
-    """Readings of commas between digits, which normalise has taken for groups of thousands."""
-    for mine, theirs in ((answer, reference), (reference, answer)):
-        written = re.sub(r"\s", "", mine.raw)
-        if GROUPED.match(written) or INDIAN.match(written):
-            as_list, as_number = written.replace(",", ", "), written.replace(",", "")
-            other = theirs.value
-            is_list = len(members(inside(other, r"\{", r"\}") or other)) > 1
-            one = as_list if is_list else as_number
-            yield (one, other) if mine is answer else (other, one)
-    if re.fullmatch(r"-?\d+,\d+", answer.value) and re.fullmatch(r"-?\d+\.\d+", reference.value):
-        yield answer.value.replace(",", "."), reference.value
-
-
-def _radians(text: str) -> str:
-    """Angles in degrees within an expression as multiples of pi."""
-    if not FUNCTION.search(text):
-        return text
-    return re.sub(
-        r"(\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\}|\([^()]*\)|\{[^{}]*\})\s*\^\\circ",
-        r"(\\frac{\1\\pi}{180})", text,
-    )  # fmt: skip
-
-
-def _same_value(answer: str, reference: str) -> bool:
-    if answer and _bare(answer) == _bare(reference):
-        return True
-    if any(_is_set(x) and _is_tuple(y) for x, y in ((answer, reference), (reference, answer))):
-        return False
-    verdict = decimals(answer, reference)
-    if verdict is not None:
-        return verdict
-    mine, theirs = parse(answer), parse(reference)
-    if mine is not None and theirs is not None and same(mine, theirs):
-        return True
-    if REGION.search(answer) or REGION.search(reference):
-        return same_region(answer, reference)
-    return False
-
-
-def _is_set(text: str) -> bool:
-    return len(members(inside(text, r"\{", r"\}") or "")) > 1
-
-
-def _is_tuple(text: str) -> bool:
-    brackets = (inside(text, opening, closing) for opening in "([" for closing in ")]")
-    return any(len(members(found or "")) > 1 for found in brackets)
-
-
-def _same_members(answer: Reading, reference: Reading) -> bool:
-    """Lists member by member, for members that have units, bases or words."""
-    if not MARKED.search(answer.whole + reference.whole):
-        return False
-    mine, theirs = (members(inside(x.whole, r"\{", r"\}") or x.whole) for x in (answer, reference))
-    if len(mine) != len(theirs) or len(mine) < 2:
-        return False
-    rest = [read(member) for member in theirs]
-    for member in map(read, mine):
-        place = next((i for i, other in enumerate(rest) if equal(member, other)), None)
-        if place is None:
-            return False
-        del rest[place]
-    return True
-
-
-def _bare(text: str) -> str:
-    return re.sub(r"\s", "", text)

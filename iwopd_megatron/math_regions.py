@@ -1,7 +1,7 @@
 """Inequalities, intervals and set-builder notation: `x \\le 3` is `(-\\infty, 3]`.
 
-Two conditions on letters agree only on the same letter; a condition and an interval agree whatever the
-letter is.
+Two conditions on letters agree only on the same letter; a condition and an interval agree whatever
+the letter is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from iwopd_megatron.math_values import parse
 
 RELATION = re.compile(r"(\\le(?![a-zA-Z])|\\ge(?![a-zA-Z])|\\ne(?![a-zA-Z])|<|>)")
 BUILDER = re.compile(
-    r"\\\{\s*([a-z])\s*(?:\\in\s*(?:\\mathbb\{R\}|\(-\\infty,\s*\\infty\)))?\s*(?:\\mid(?![a-zA-Z])|[:|])(.*)\\\}"
+    r"\\\{\s*([a-z])\s*(?:\\in\s*(?:\\mathbb\{R\}|\(-\\infty,\s*\\infty\)))?"
+    r"\s*(?:\\mid(?![a-zA-Z])|[:|])(.*)\\\}"
 )
 MEMBER = re.compile(r"([a-z])\s*\\in(?![a-zA-Z])\s*(.*)")
 FRENCH = re.compile(r"([\[\]])([^\[\](),;]*)([,;])([^\[\](),;]*)([\[\]])")
@@ -53,7 +54,7 @@ def plain_intervals(text: str) -> str:
 
 
 def same_region(answer: str, reference: str) -> bool:
-    """Whether both describe the same set of reals, at least one of them by a condition or a union."""
+    """Whether both describe the same set of reals, one of them by a condition or a union."""
     mine, theirs = region(answer), region(reference)
     if (
         mine is None

@@ -17,13 +17,18 @@ UNITS = {
     "mm": "mm millimeter millimeters millimetre millimetres", "dm": "dm decimeter decimeters",
     "km": "km kilometer kilometers kilometre kilometres", "in": "in inch inches",
     "ft": "ft foot feet", "yd": "yd yard yards", "mi": "mi mile miles",
-    "g": "g gram grams gramme grammes", "kg": "kg kilogram kilograms kilo kilos", "mg": "mg milligram milligrams",
+    "g": "g gram grams gramme grammes", "kg": "kg kilogram kilograms kilo kilos",
+    "mg": "mg milligram milligrams",
     "ton": "ton tons tonne tonnes", "lb": "lb lbs pound pounds", "oz": "oz ounce ounces",
     "s": "s sec secs second seconds", "min": "min mins minute minutes", "h": "h hr hrs hour hours",
-    "ms": "ms millisecond milliseconds", "day": "day days", "week": "week weeks", "month": "month months",
-    "year": "year years yr yrs", "L": "l liter liters litre litres", "mL": "ml milliliter milliliters",
-    "gal": "gal gallon gallons", "mi/h": "mph", "km/h": "kmh kph kmph", "rad": "rad rads radian radians",
-    "degree": "deg degree degrees", "percent": "percent percentage pct", "dollar": "dollar dollars usd",
+    "ms": "ms millisecond milliseconds", "day": "day days", "week": "week weeks",
+    "month": "month months",
+    "year": "year years yr yrs", "L": "l liter liters litre litres",
+    "mL": "ml milliliter milliliters",
+    "gal": "gal gallon gallons", "mi/h": "mph", "km/h": "kmh kph kmph",
+    "rad": "rad rads radian radians",
+    "degree": "deg degree degrees", "percent": "percent percentage pct",
+    "dollar": "dollar dollars usd",
     "cent": "cent cents", "euro": "euro euros eur", "yen": "yen", "rupee": "rupee rupees rs",
     "K": "kelvin kelvins", "degreeC": "celsius", "degreeF": "fahrenheit", "N": "n newton newtons",
     "J": "j joule joules", "W": "w watt watts", "V": "v volt volts", "A": "ampere amperes amp amps",
@@ -37,7 +42,7 @@ POWER = r"(?:\s*\^\s*(?:\{\s*-?\d\s*\}|-?\d))?"
 TEXT = rf"\\text\s*\{{(?!\s*{LIST_WORDS})[^{{}}\d\\=<>]*(?:\^\{{?\d\}}?)?\s*\}}{POWER}"
 # \text groups at the end, with powers, products and quotients of them
 TRAILING = re.compile(rf"(.*[\w)}}\]!%|])\s*((?:{TEXT}\s*(?:[/.]|\\cdot)?\s*)+)", re.DOTALL)
-# plain words after a number: two letters at least, or a unit; a letter beside its number is a symbol
+# plain words after a number: a unit, or three letters; one letter beside its number is a symbol
 PLAIN = re.compile(rf"(.*[\d)}}])\s+(?!{LIST_WORDS})((?:[A-Za-z]+(?:\^\{{?\d\}}?)?[ /]*)+)")
 GLUED = re.compile(r"(-?[\d.]+)(cm|mm|dm|km|kg|mg|ml|mL|mph|ft|m|min|hrs?)(\^\{?\d\}?)?")
 DEGREES = re.compile(r"(.*?)\s*\^\\circ\s*(?:\\text\s*\{\s*)?([CF])?\s*\}?")
@@ -77,14 +82,20 @@ def split_unit(text: str) -> Quantity:
 
 
 def _plain(text: str) -> re.Match[str] | None:
-    """A match of words that are a unit or longer than a symbol."""
+    """A match of words that are a unit, or no product of letters."""
     match = PLAIN.fullmatch(text)
-    if match and all(
-        re.sub(r"\W.*", "", word).lower() in CANONICAL or len(word) > 2
-        for word in re.split(r"[ /]+", match[2].strip())
-    ):
+    if match and all(_is_noun(word, match[1]) for word in re.split(r"[ /]+", match[2].strip())):
         return match
     return GLUED.fullmatch(text)
+
+
+def _is_noun(word: str, value: str) -> bool:
+    """Letters in alphabetical order are factors; one is a unit beside a plain number only."""
+    letters = re.sub(r"\W.*", "", word)
+    if len(letters) == 1:
+        return letters in "mgshL" and re.fullmatch(r"-?[\d.]+", value) is not None
+    is_product = len(letters) < 3 or list(letters) == sorted(letters)
+    return letters.lower() in CANONICAL or not is_product
 
 
 def agree(answer: str, reference: str) -> bool:

@@ -1,6 +1,6 @@
 """LaTeX to sympy by math-verify, and math-verify's verdict on two values, guarded.
 
-math-verify reads the whole answer or nothing: its own fallback to the first number in a text is off.
+math-verify reads the whole answer or nothing: its own fallback to the first number is off.
 A list is compared member by member, so that every member passes the guards.
 """
 
@@ -60,7 +60,7 @@ def _canonical(value: Any, latex: str) -> Any:
         return value
     # an index that is summed over, or one i among other indices, is no imaginary unit
     is_index = re.search(
-        r"\\(?:sum|prod|int)|_\{?\s*i|i\s*=|[(,]\s*i\s*[,)]|[jk]\s*[,+]\s*i", latex
+        r"\\(?:sum|prod|int)|_\{?\s*i|i\s*=|[(,]\s*i\s*[,)]|(?<![a-zA-Z\\])j(?![a-zA-Z])", latex
     )
     change = {
         symbol: sympy.I

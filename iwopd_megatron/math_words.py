@@ -21,27 +21,35 @@ SAME = {  # one name for each meaning; the other spellings beside it
         "dne", "doesn't exist", "doesnt exist", "the limit does not exist", "limit does not exist",
         "it does not exist", "not exist", "d n e", "no limit", "the limit doesn't exist",
     ),
-    "infinitely many": ("infinitely many solutions", "infinite solutions", "infinite number of solutions",
-                        "infinitely many solution", "there are infinitely many"),
+    "infinitely many": (
+        "infinitely many solutions", "infinite solutions", "infinite number of solutions",
+        "infinitely many solution", "there are infinitely many",
+    ),
     "undefined": ("not defined", "is undefined"),
-    "converges": ("convergent", "converge", "it converges", "the series converges", "is convergent"),
+    "converges": (
+        "convergent", "converge", "it converges", "the series converges", "is convergent",
+    ),
     "diverges": ("divergent", "diverge", "it diverges", "the series diverges", "is divergent"),
     "infinity": ("infinite", "positive infinity", "+infinity", "diverges to infinity"),
     "impossible": ("not possible", "it is impossible"),
-    "all real numbers": ("all reals", "all real", "every real number", "any real number", "real numbers",
-                         "the set of all real numbers"),
+    "all real numbers": (
+        "all reals", "all real", "every real number", "any real number", "real numbers",
+        "the set of all real numbers",
+    ),
 }  # fmt: skip
 MEANING = {spelling: name for name, group in SAME.items() for spelling in (name, *group)}
 LATEX = {"none": r"\emptyset", "infinity": r"\infty", "all real numbers": r"(-\infty,\infty)"}
-NUMBERS = dict(zip(
-    "zero one two three four five six seven eight nine ten eleven twelve".split(), range(13), strict=True
-))  # fmt: skip
+_UP_TO_TWELVE = "zero one two three four five six seven eight nine ten eleven twelve".split()
+NUMBERS = {name: value for value, name in enumerate(_UP_TO_TWELVE)}
+
 LEAD = re.compile(r"(yes|no|true|false)\s*[,.;:!-]\s*\w.*", re.DOTALL)
 CHOICE = re.compile(
     r"(?:\\text\s*\{\s*)?(?:(?:the )?(?:correct )?(?:option|choice|answer)(?: is)?:?\s*)?"
-    r"(?:\(\s*(?:\\text\s*\{)?\s*([A-J])\s*\}?\s*\)|([A-J])\s*[).:]|([A-J])(?=\s*\}?$))[.:]?\s*(\}?)\s*(.*)",
+    r"(?:\(\s*(?:\\text\s*\{)?\s*([A-J])\s*\}?\s*\)|([A-J])\s*[).:]|([A-J])(?=\s*\}?$))"
+    r"[.:]?\s*(\}?)\s*(.*)",
     re.DOTALL | re.IGNORECASE,
 )
+NUMBER = re.compile(r"-?\d|\\(?:frac|sqrt|text)")
 OPERATOR = re.compile(r"[-+*/=^<>_,(]|\\(?:cdot|times|cup|cap|le|ge|ne|in|or)\b|or\b")
 
 
@@ -85,10 +93,12 @@ def choice(text: str) -> tuple[str, str]:
     match = CHOICE.fullmatch(text)
     if match is None:
         return "", text
-    letter = (match[1] or match[2] or match[3]).upper()
+    letter = match[1] or match[2] or match[3]
     rest = match[5]
     if match[4] == "" and r"\text" in text[: match.start(5)] and rest.endswith("}"):
         rest = rf"\text{{{rest}"  # the brace of \text{A) 17} is still open
-    if OPERATOR.match(rest) or (rest and (match[1] or match[2] or match[3]).islower()):
+    # a small letter may be a factor, or the imaginary unit
+    is_symbol = letter.islower() and not NUMBER.match(rest) if rest else letter in "ei"
+    if OPERATOR.match(rest) or is_symbol:
         return "", text
-    return letter, rest.strip()
+    return letter.upper(), rest.strip()
