@@ -13,12 +13,12 @@ from iwopd_megatron.config import Recipe, Train
 from iwopd_megatron.config_models import Layout
 from iwopd_megatron.data import Problem
 from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.hf_config import read_hf_config
 from iwopd_megatron.hf_io import HfTensors, load_shards
 from iwopd_megatron.local_world import local_context
 from iwopd_megatron.model import build_model
 from iwopd_megatron.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from iwopd_megatron.parallel import initialise
-from iwopd_megatron.preflight import read_hf_config
 from iwopd_megatron.preflight_resume import MAY_CHANGE, check_resume, check_start
 from iwopd_megatron.saver import Saver
 from iwopd_megatron.weighting import scheduled_share
