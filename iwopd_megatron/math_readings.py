@@ -26,10 +26,10 @@ PROSE = re.compile(
     rf"|\\text\s*\{{(?!{SAYS})[^{{}}()]*[a-z.][^{{}}()]*\}}(?=\s*(?:-?\d|\\frac|\\sqrt|\\pi))"
     r"|(?:[A-Za-z]{2,}\s+)*[A-Za-z]{2,}\s*(?::|\b(?:is|are)\b))\s*[:=]?\s*(?=\S)"
 )
+# no two alternatives begin alike: a long text is read in one pass
 NAME = re.compile(
-    r"((?:\\text\s*\{[^{}]*\}|\{\w\}|[A-Za-z]{1,2}(?:_\{?\w+\}?)?|\\[a-z]+|[\[\]()|a-zA-Z,+' ]"
-    r"|\\overline\{\w+\})+)"
-    r"\s*(?:=|\\in(?![a-zA-Z]))\s*(.*)",
+    r"((?:\\text\s*\{[^{}]*\}|\\overline\{\w+\}|\\(?!text|overline)[a-z]+(?![a-z])|\{\w\}"
+    r"|_(?:\{\w+\}|\d+(?!\d)|[a-zA-Z])|[\[\]()|a-zA-Z,+' ])+)(?:=|\\in(?![a-zA-Z]))\s*(.*)",
     re.DOTALL,
 )
 FAMILY = re.compile(

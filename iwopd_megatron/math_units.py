@@ -43,7 +43,8 @@ TEXT = rf"\\text\s*\{{(?!\s*{LIST_WORDS})[^{{}}\d\\=<>]*(?:\^\{{?\d\}}?)?\s*\}}{
 # \text groups at the end, with powers, products and quotients of them
 TRAILING = re.compile(rf"(.*[\w)}}\]!%|])\s*((?:{TEXT}\s*(?:[/.]|\\cdot)?\s*)+)", re.DOTALL)
 # plain words after a number: a unit, or three letters; one letter beside its number is a symbol
-PLAIN = re.compile(rf"(.*[\d)}}])\s+(?!{LIST_WORDS})((?:[A-Za-z]+(?:\^\{{?\d\}}?)?[ /]*)+)")
+WORD = r"[A-Za-z]+(?:\^\{?\d\}?)?"
+PLAIN = re.compile(rf"(.*[\d)}}])\s+(?!{LIST_WORDS})({WORD}(?:[ /]+{WORD})*)[ /]*")
 GLUED = re.compile(r"(-?[\d.]+)(cm|mm|dm|km|kg|mg|ml|mL|mph|ft|m|min|hrs?)(\^\{?\d\}?)?")
 DEGREES = re.compile(r"(.*?)\s*\^\\circ\s*(?:\\text\s*\{\s*)?([CF])?\s*\}?")
 NUMBER = re.compile(r"-?(?:[\d./\s]|\\(?:frac|pi|sqrt)|[{}()])+")

@@ -277,3 +277,20 @@ def test_reasons():
     assert explain(r"\boxed{\frac{27}{2}}", "13.5") == "27/2 is 13.5"
     assert explain(r"\boxed{10\text{ cm}}", r"10\text{ m}") == "10 cm is not 10 m"
     assert explain(r"\boxed{\frac{1}{", "1").startswith("no box of the answer is complete")
+
+
+LONG = [
+    "a", "a b ", "ab ", "1", "1,", "12 ", "\\text{a} ", "{", "}", "(", "\\frac", "\\sqrt", "x_1",
+    "x_{1}", "\\pm 1,", "$", "**", "_", "^", "\\ ", "or ", "A) ", "1 1/2 ", "\\left(", "\\{", "a=b=",
+    "\\mathbb{R}", "|x|", "1.5e3", "!", "√", "½", "is ", "\\text{", "5\\text{ m}", "x\\le ",
+    "\\begin{aligned}", "5 cm ",
+]  # fmt: skip
+
+
+@pytest.mark.timeout(100)
+def test_long_answers_are_read_in_no_more_than_one_pass():
+    """An expression with two ways to match the same text would take longer than anyone waits."""
+    for piece in LONG:
+        read(piece * 200)
+        read(f"5 {piece * 200}!")
+        last_boxes(piece * 200 + r"\boxed{1}" * 20)
