@@ -131,6 +131,6 @@ def test_command():
     assert "importance weight capped at 5" in lines[0]
     assert "every response counts the same" in lines[0] and "1 optimiser step a round" in lines[0]
     assert lines[1].startswith("data: 0 prompts of at most 8 tokens")
-    assert lines[2].startswith("note: ") and "(100%) are longer than" in lines[3]
+    assert lines[2].startswith("note: ") and "(100%) are longer than" in lines[2]
     refused = run_doctor("loss.advantage=topk_kl")
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
