@@ -1,12 +1,15 @@
 """Known-hard math answers; the pool survives what hangs and crashes."""
 
+import json
 import os
+import selectors
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from iwopd_megatron import grading_pool, grading_worker
-from iwopd_megatron.errors import RecipeError, UserError
+from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.grading import GRADERS, grade
 from iwopd_megatron.grading_pool import Answer, Grade, Pool, count_trouble, describe
 from iwopd_megatron.math_grader import is_right, last_boxed
@@ -95,19 +98,27 @@ def test_pool_survives_a_crash():
         pool.close()
 
 
-def test_what_a_grader_raises_is_trouble_and_what_cannot_be_read_is_not(monkeypatch):
-    """Tests that are none stop the run; a box of rubbish is a wrong answer."""
-
+def test_what_a_grader_raises_is_trouble(monkeypatch):
     def broken(response, answer):
-        raise ZeroDivisionError
+        raise ZeroDivisionError(response)
 
     monkeypatch.setitem(GRADERS, "math", broken)
-    found = grading_worker._grade("math", "1", "1")
-    assert found == {"right": False, "trouble": "raised ZeroDivisionError"}
-    rubbish = Answer("math", r"\boxed{\frac{)_^}", r"\frac{(}{")
-    assert grade([rubbish, FOUR]) == [Grade(0.0), Grade(1.0)]
-    with pytest.raises(UserError, match="answer is not JSON"):
-        grade([Answer("code", "print(1)", "no tests")])
+    result = grading_worker._grade("math", "1", "2")
+    assert result == {"right": False, "trouble": "raised ZeroDivisionError"}
+    reader, writer = map(os.fdopen, os.pipe(), ("rb", "wb"))
+    with reader, writer, selectors.DefaultSelector() as busy:
+        writer.write(json.dumps(result).encode() + b"\n")
+        writer.flush()
+        worker = SimpleNamespace(process=SimpleNamespace(stdout=reader), received=b"", place=0)
+        busy.register(reader, selectors.EVENT_READ, worker)
+        grades = [Grade(1.0)]
+        Pool(1, 2)._read(worker, busy, grades)
+    assert grades == [Grade(0.0, "raised ZeroDivisionError")]
+
+
+def test_what_cannot_be_read_is_wrong_and_no_trouble():
+    assert grade([Answer("math", r"\boxed{\frac{)_^}", r"\frac{(}{")]) == [Grade(0.0)]
+    assert grade([Answer("math", r"\boxed{)_^(}", r"\frac{(}{")]) == [Grade(0.0)]
 
 
 def test_trouble_in_words():
