@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from iwopd_megatron.errors import UserError
 
 WALL = 6  # wall seconds an answer has for each processor second: no grade depends on the load
+LEAST_WALL = 30.0  # a short limit is no shorter than this by the clock
 STARTUP = 60.0  # seconds a new process has for its imports, besides its first answer
 
 
@@ -55,6 +56,11 @@ def describe(trouble: Counter[str]) -> str:
     return "grading trouble: " + ", ".join(f"{count} {kind}" for kind, count in parts)
 
 
+def wall(seconds: float) -> float:
+    """The wall seconds after which an answer is cut that may use `seconds` of processor time."""
+    return max(WALL * seconds, LEAST_WALL)
+
+
 class Worker:
     """One process and the answer it is busy with."""
 
@@ -73,7 +79,7 @@ class Worker:
 
     def give(self, place: int, answer: Answer, seconds: float) -> None:
         self.place, self.received = place, b""
-        self.deadline = time.monotonic() + WALL * seconds + self.patience
+        self.deadline = time.monotonic() + wall(seconds) + self.patience
         self.patience = 0.0
         request = answer._asdict() | {"seconds": seconds}
         with contextlib.suppress(BrokenPipeError):  # it crashed: its end is read next
@@ -121,7 +127,7 @@ class Pool:
                 for worker in at_work:  # one that has answered has no deadline any more
                     if worker.deadline <= time.monotonic():
                         grades[worker.place] = Grade(
-                            0.0, f"cut after {WALL * self.seconds:g} s of waiting"
+                            0.0, f"cut after {wall(self.seconds):g} s of waiting"
                         )
                         self._drop(worker, busy)
         except BaseException:

@@ -74,6 +74,7 @@ FOUR = Answer("math", r"\boxed{2+2}", "4")
 def test_pool_survives_a_hang(monkeypatch, limit):
     """Either limit alone ends it: each test gives the other one hours."""
     monkeypatch.setattr(grading_pool, "WALL", {"processor": 10_000, "wall": 4e-4}[limit])
+    monkeypatch.setattr(grading_pool, "LEAST_WALL", 0)
     pool = Pool(workers=1, seconds={"processor": 2, "wall": 10_000}[limit])
     try:
         assert pool.grade([FOUR]) == [Grade(1.0)]
