@@ -10,7 +10,7 @@ OUT ?= runs/demo
 DISK ?=
 KILLS ?= 20
 
-.PHONY: setup demo demo-sglang demo-models ablation test test-runs test-sglang test-vllm test-slurm lint bench bench-loss \
+.PHONY: setup fuzz demo demo-sglang demo-models ablation test test-runs test-sglang test-vllm test-slurm lint bench bench-loss \
 	bench-convert bench-exactness bench-plan bench-streaming bench-trl drill gpu-check gpu-check-venv gpu-tables cluster-venv
 
 setup: $(VENV)/ready
@@ -52,6 +52,12 @@ test: setup
 # Whole runs: trained, killed, resumed, evaluated, launched on this machine.
 test-runs: setup
 	$(RUN) -m pytest tests/with_runs
+
+# A good model folder with one thing changed, FUZZ_CASES times ten kinds of change: it runs and agrees with
+# transformers, or is refused in one sentence before anything starts (3 minutes).
+FUZZ_CASES ?= 40
+fuzz: setup
+	FUZZ_CASES=$(FUZZ_CASES) $(RUN) -m pytest -s tests/with_fuzz
 
 # Rollouts by a real vLLM server on this machine's CPU, in an environment of its own (3.4 GB).
 test-vllm: setup build/vllm-venv/ready

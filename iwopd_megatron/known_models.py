@@ -34,9 +34,10 @@ def planning_config(folder: Path) -> HfConfig:
     if folder.parent.name == "toy_task" and folder.name in MODELS:  # what 'iwopd toy-task' writes
         config = {"model_type": "qwen3_moe"} | toy_config(folder.name)
         return parse_hf_config(config, f"the toy task's {folder.name}")
-    if folder.name not in known_models():
+    name = folder.name.removesuffix("-FP8")  # its weights are held as plain ones
+    if name not in known_models():
         raise RecipeError(
             f"folder {folder} does not exist, and '{folder.name}' is no model known here; point it "
             f"at a Hugging Face folder, or name it like one of {', '.join(known_models())}."
         )
-    return known_model(folder.name)
+    return known_model(name)

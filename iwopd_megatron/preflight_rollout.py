@@ -43,10 +43,22 @@ def check_rollout(recipe: Recipe) -> None:
             "rollout.max_staleness=1 trains on answers of older weights, which only the truncated "
             "importance weight corrects; set loss.tis_cap=5, or max_staleness=0."
         )
+    _check_plain(recipe)
     if rollout.engine == "vllm":
         _check_vllm(recipe)
     if rollout.routing_replay:
         _check_replay(recipe)
+
+
+def _check_plain(recipe: Recipe) -> None:
+    """Servers hold a scaled folder's weights scaled, and the trainer sends them plain ones."""
+    folder, engine = recipe.student.hf, recipe.rollout.engine
+    if read_hf_config(folder).quantization is not None:
+        raise RecipeError(
+            f"rollout.engine={engine} cannot take new weights for {folder}, whose weights are "
+            "scaled (FP8); write them plainly with iwopd convert and iwopd export and name that "
+            "folder, or write rollout.engine=hf."
+        )
 
 
 def _check_replay(recipe: Recipe) -> None:

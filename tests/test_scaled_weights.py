@@ -2,6 +2,8 @@
 
 import json
 import math
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +18,13 @@ from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.hf_config import read_hf_config
 from iwopd_megatron.hf_io import HfTensors, load_shards, save_folder
 from iwopd_megatron.hf_reference import hf_model
+from iwopd_megatron.known_models import planning_config
 from iwopd_megatron.mapping import blocks
 from iwopd_megatron.model import build_model
 from iwopd_megatron.parallel import initialise, shutdown
+from iwopd_megatron.plan_model import ModelSize
+from iwopd_megatron.preflight_rollout import check_rollout
+from iwopd_megatron.recipe import read_recipe
 
 BF16 = torch.bfloat16
 # how they are scaled: block, quantization_config, name of the scales, their dtype
@@ -134,6 +140,7 @@ def spoiled(folder, change):
     return str(error.value)
 
 
+RECIPE = Path("recipes/demo_tiny_moe.yaml")
 Q = "model.layers.0.self_attn.q_proj."
 NO_SCALE = f"{Q}weight is F8_E4M3 and its scales '{Q}weight_scale_inv' are missing"
 
@@ -196,3 +203,21 @@ def test_released_sizes_fit_their_blocks():
         grid = tuple(math.ceil(n / 128) for n in shape)
         assert quantization.block(shape, grid) == (128, 128)
         assert quantization.block(shape, (grid[0], grid[1] + 1)) is None
+
+
+@pytest.mark.usefixtures("in_the_repository")
+def test_servers_are_not_given_a_scaled_student(moe_folder, tmp_path):
+    write_scaled(moe_folder, tmp_path / "fp8", tmp_path / "twin", *KINDS["block"])
+    served = ["rollout.engine=vllm", "rollout.servers.start=1"]
+    for name, is_refused in (("fp8", True), ("twin", False)):
+        recipe = read_recipe(RECIPE, [*served, f"student.hf={tmp_path / name}"])
+        with pytest.raises(RecipeError, match="iwopd export") if is_refused else nullcontext():
+            check_rollout(recipe)
+
+
+def test_the_planner_counts_the_plain_weights_that_are_held(moe_folder, tmp_path):
+    write_scaled(moe_folder, tmp_path / "fp8", tmp_path / "twin", *KINDS["block"])
+    scaled, plain = (ModelSize.of(planning_config(tmp_path / name)) for name in ("fp8", "twin"))
+    assert scaled == plain
+    published = [planning_config(Path("models") / f"Qwen3-235B-A22B{end}") for end in ("", "-FP8")]
+    assert published[0] == published[1]
