@@ -17,8 +17,8 @@ WANTED = {
     "greater_than": "a number greater than {gt}",
     "less_than_equal": "a number less than or equal to {le}",
     "less_than": "a number less than {lt}",
-    "literal_error": "one of {expected}", "too_short": "a list of at least {min_length}",
-    "too_long": "a list of at most {max_length}", "recursion_loop": "what does not hold itself",
+    "literal_error": "one of {expected}", "too_short": "a list of {min_length} or more",
+    "too_long": "a list of {max_length} or fewer", "recursion_loop": "what does not hold itself",
 }  # fmt: skip
 LONGEST = 60  # characters of a value that are shown
 
@@ -69,6 +69,8 @@ def shown(value: Any) -> str:
         return "empty"
     if isinstance(value, bool):
         return str(value).lower()
+    if value == []:
+        return "an empty list"
     if isinstance(value, dict | list):
         return "a section" if isinstance(value, dict) else "a list"
     text = repr(value)

@@ -41,7 +41,7 @@ LIST_WORDS = r"(?:and|or|if|for|where|when|with|mod|not|else|otherwise)\b"
 POWER = r"(?:\s*\^\s*(?:\{\s*-?\d\s*\}|-?\d))?"
 TEXT = rf"\\text\s*\{{(?!\s*{LIST_WORDS})[^{{}}\d\\=<>]*(?:\^\{{?\d\}}?)?\s*\}}{POWER}"
 # \text groups at the end, with powers, products and quotients of them
-TRAILING = re.compile(rf"(.*[\w)}}\]!%|])\s*((?:{TEXT}\s*(?:[/.]|\\cdot)?\s*)+)", re.DOTALL)
+TRAILING = re.compile(rf"(.*[\w)}}\]!%|])\s*((?:{TEXT}(?:\s*(?:[/.]|\\cdot))?\s*)+)", re.DOTALL)
 # plain words after a number: a unit, or three letters; one letter beside its number is a symbol
 WORD = r"[A-Za-z]+(?:\^\{?\d\}?)?"
 PLAIN = re.compile(rf"(.*[\d)}}])\s+(?!{LIST_WORDS})({WORD}(?:[ /]+{WORD})*)[ /]*")

@@ -10,6 +10,7 @@ from iwopd_megatron.bench_progress import BenchProgress
 from iwopd_megatron.benchmarks import Benchmark
 from iwopd_megatron.data import Problem
 from iwopd_megatron.grading_pool import Grade
+from iwopd_megatron.recorder import Recorder
 from iwopd_megatron.trainer import Trainer
 from iwopd_megatron.trajectory import Trajectory
 
@@ -40,8 +41,8 @@ def test_an_evaluation_counts_it(monkeypatch):
 def test_a_run_says_it_and_keeps_it(tmp_path):
     said = []
     trainer = Trainer.__new__(Trainer)
-    trainer.progress, trainer.round = SimpleNamespace(say=said.append), 7
-    trainer.parallel, trainer.recipe = SimpleNamespace(is_main=True), SimpleNamespace(out=tmp_path)
+    parallel, recipe = SimpleNamespace(is_main=True), SimpleNamespace(out=tmp_path)
+    trainer.recorder, trainer.round = Recorder(recipe, parallel, said.append), 7
     trainer._say_trouble(Counter())
     trainer._say_trouble(Counter({"crashed": 1, "cut at 2 s": 3}))
     assert said == ["round 7: grading trouble: 3 cut at 2 s, 1 crashed."]

@@ -45,7 +45,7 @@ def test_a_damaged_line(name, damage, command, tmp_path, monkeypatch, capsys):
     run = write_run(tmp_path / "last", [*whole[:2], damage], name)
     code, said = call(monkeypatch, capsys, command, run)
     assert code == 0
-    (line,) = said.splitlines()
+    (line,) = [line for line in said.splitlines() if line.startswith("note: ")]
     assert line.startswith(f"note: {run / name}: its last line is damaged (")
     run = write_run(tmp_path / "middle", [whole[0], damage, whole[2]], name)
     code, said = call(monkeypatch, capsys, command, run)

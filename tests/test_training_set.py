@@ -124,7 +124,7 @@ def test_responses_that_no_engine_may_write(tmp_path):
     [
         ("[{suffix: x}]", "data.train.0.*a source needs a path, or the name"),
         ("[{path: x, colums: {}}]", "unknown key 'data.train.0.colums'; did you mean 'columns'"),
-        ("[]", "data.train.*at least 1 item"),
+        ("[]", "data.train' is an empty list; write a list of 1 or more"),
         ("[{path: x, share: 1}, {path: y}]", "every source of train a share, or none"),
         ("[{path: nowhere.jsonl}]", "data.train: file nowhere.jsonl does not exist"),
     ],
