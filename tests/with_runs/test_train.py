@@ -14,6 +14,7 @@ from same_figures import assert_same_figures
 from worlds import run_world
 
 from iwopd_megatron.config_models import Frozen, Layout
+from iwopd_megatron.convert import megatron_to_hf
 from iwopd_megatron.hf_config import read_hf_config
 from iwopd_megatron.hf_io import HfTensors
 from iwopd_megatron.hf_reference import hf_model, make_samples
@@ -98,6 +99,17 @@ def test_layouts_follow_the_same_curve(name, runs):
         assert a.keys() == b.keys()
         assert a["kind"] == b["kind"]
         assert_same_figures(a, b)
+
+
+@pytest.mark.parametrize("name", ["one", "tp2_ep2", "pp2"])
+def test_a_checkpoint_is_exported_on_its_own(name, runs, tmp_path):
+    """Anywhere, without the student's folder: the last one is the run's own export."""
+    shutil.copytree(runs / name / "checkpoints/round_000005", tmp_path / "elsewhere")
+    megatron_to_hf(tmp_path / "elsewhere", tmp_path / "hf")
+    assert same_weights(runs / name, tmp_path)
+    for file in (runs / name / "hf").iterdir():
+        is_weight = file.suffix == ".safetensors"
+        assert is_weight or file.read_bytes() == (tmp_path / "hf" / file.name).read_bytes()
 
 
 def generate_greedily(folders, queue):
