@@ -31,10 +31,13 @@ SPACES = _rules(
     # braces around a space hold nothing
     (r"\{\s*(\\[,;:! ])\s*\}", r"\1"),
     # negative space is no space
-    (r"\\!|\\(?:relax|null|allowbreak|nobreak)(?![a-zA-Z])", ""),
-    # all spaces are one
+    (r"(?<!\\)\\!|\\(?:relax|null|allowbreak|nobreak)(?![a-zA-Z])", ""),
+    # a new row of a matrix may be set apart
+    (r"\\\\\s*\[\s*-?[\d.]+\s*(?:pt|em|ex|mm|cm|in)\s*\]", r"\\\\"),
+    # all spaces are one; behind a backslash that ends a row they are none
     (
-        r"\\[,;:> ]|(?<!\\)~|\\(?:q?quad|enspace|thinspace|medspace|thickspace|space)(?![a-zA-Z])",
+        r"(?<!\\)\\[,;:> ]|(?<!\\)~"
+        r"|\\(?:q?quad|enspace|thinspace|medspace|thickspace|space)(?![a-zA-Z])",
         " ",
     ),
     (

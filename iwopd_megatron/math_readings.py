@@ -36,6 +36,16 @@ FAMILY = re.compile(
     r",?\s*(?:\(|\\text\s*\{[^{}]*\}|where|for)?\s*\(?\s*([a-z])\s*\\in\s*\\mathbb\{Z\}\s*\)?$"
 )
 
+# `c \in \mathbb{R}`, `for some constant c`: letters that may be any number say nothing more
+LETTERS = r"[a-zA-Z](?:\s*(?:,|\\text\s*\{\s*and\s*\})\s*[a-zA-Z])*"
+ANY = r"\s*\\in\s*\\mathbb\{[RC]\}"
+FREE = re.compile(
+    rf"(?:,\s*{LETTERS}{ANY}|,?\s*\\text\s*\{{\s*(?:for|where|with)\b"
+    r"(?![^{}]*\b(?:positive|negative|non|integers?|natural|odd|even|primes?|rational|distinct)\b)"
+    rf"[^{{}}\d<>=]*\}}\s*{LETTERS}(?:{ANY})?(?:\s*\\text\s*\{{\s*(?:is|are)\b[^{{}}\d<>=]*\bconstants?"
+    r"\s*\})?)\s*$"
+)
+
 
 class Reading(NamedTuple):
     """An answer as given, the whole in one spelling, and its parts ("" where it has none)."""
@@ -54,7 +64,7 @@ def read(text: str) -> Reading:
     letter, rest = math_words.choice(whole)
     rest = rest or whole
     value = strip_braces(PROSE.sub("", rest, count=1).strip())
-    name, value = _name(_family(plain_intervals(value)))
+    name, value = _name(_family(_without_free(plain_intervals(value))))
     if "\\equiv" in rest or re.search(r"\bmod\b", rest):
         name, value = "", rest
     unit = ""
@@ -71,6 +81,12 @@ def _name(text: str) -> tuple[str, str]:
     if any(match[1].count(a) != match[1].count(b) for a, b in ("{}", "()")):
         return "", text
     return re.sub(r"\s", "", match[1]), match[2].split("=")[-1].strip()
+
+
+def _without_free(text: str) -> str:
+    """Without a last clause that lets letters be any number."""
+    match = FREE.search(text)
+    return text[: match.start()] if match and match.start() else text
 
 
 def _family(text: str) -> str:

@@ -118,7 +118,7 @@ def test_programs_are_greedy(tmp_path):
     """A benchmark of programs: one answer each, whatever --samples says."""
     row = {
         "task_id": "HumanEval/900", "prompt": "abc=", "entry_point": "f", "atol": 0,
-        "canonical_solution": "\ndef f(x): return x", "base_input": [[1]], "plus_input": [[2]],
+        "canonical_solution": "1\ndef f(x): return x", "base_input": [[1]], "plus_input": [[2]],
     }  # fmt: skip
     file = tmp_path / "plus.jsonl"
     file.write_text(json.dumps(row) + "\n")
