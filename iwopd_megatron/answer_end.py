@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.hf_config import read_hf_config
 from iwopd_megatron.model_folder import eos_ids
 
 PROBE = "the answer"
@@ -33,7 +34,8 @@ def response_ids(response: str, end: int, tokenizer: Any) -> list[int]:
 
 def all_end_ids(folder: Path, tokenizer: Any) -> set[int]:
     """Return every id that ends an answer by the configs, the tokenizer or the chat template."""
-    return eos_ids(folder) | set(_said(tokenizer).values())
+    said = {token for token in _said(tokenizer).values() if token < _vocabulary(folder)}
+    return eos_ids(folder) | said
 
 
 def turn_end_id(tokenizer: Any) -> int | None:
@@ -57,6 +59,8 @@ def check_answer_end(folder: Path, tokenizer: Any, is_taught: bool = False) -> l
     RecipeError if nothing agrees, unless the model `is_taught` its end (`end_id`) first.
     """
     ends, said = eos_ids(folder), _said(tokenizer)
+    for what, token in said.items():
+        check_ids([token], _vocabulary(folder), f"{folder}: {what}", tokenizer)
     others = {what: token for what, token in said.items() if token not in ends}
     if not others:
         return []
@@ -75,6 +79,10 @@ def check_answer_end(folder: Path, tokenizer: Any, is_taught: bool = False) -> l
             f"{sentence} for other programs; answers are ended with {end_id(folder, tokenizer)}"
         ]
     return [f"{sentence} if answers may end so."]
+
+
+def _vocabulary(folder: Path) -> int:
+    return read_hf_config(folder).vocab_size
 
 
 def check_ids(ids: list[int], vocabulary: int, where: str, tokenizer: Any) -> None:

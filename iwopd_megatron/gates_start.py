@@ -59,10 +59,11 @@ def served_teacher(
             f"the teacher at {url} has a vocabulary of {info['vocab_size']}, the student of "
             f"{student['vocab_size']}; serve a model of the student's family."
         )
-    if info.get("eos_token_ids", student["eos_token_ids"]) != student["eos_token_ids"]:
+    if not set(info.get("eos_token_ids", ())) <= set(student["eos_token_ids"]):
         raise GateError(
-            f"the teacher at {url} ends answers with {info['eos_token_ids']}, the student with "
-            f"{student['eos_token_ids']}; make both generation_config.json name the same ids."
+            f"the teacher at {url} ends answers with {info['eos_token_ids']}, the student only "
+            f"with {student['eos_token_ids']}; make the student's generation_config.json name "
+            "them all."
         )
     theirs = info.get("tokenizer", student["tokenizer"])
     parts = ["vocabulary", "special_tokens"] + ["chat_template"] * same_template

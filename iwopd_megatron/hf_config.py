@@ -164,8 +164,8 @@ def _key_value_heads(config: TypedJson, model_type: str, heads: int) -> int:
 
 
 def _head_dim(config: TypedJson, model_type: str, heads: int) -> int:
-    """Qwen3-MoE derives it from the hidden size where it is missing or null; Qwen3 must have it."""
-    if model_type == "qwen3_moe" and config.content.get("head_dim") is None:
+    """Qwen3-MoE derives it from the hidden size where it is missing; null is no size for either."""
+    if model_type == "qwen3_moe" and "head_dim" not in config.content:
         return config.count("hidden_size") // heads
     return config.count("head_dim")
 

@@ -86,7 +86,15 @@ def whole_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """A folder's weights, one at a time."""
     tensors = HfTensors(folder)
     for name in tensors:
-        yield name, tensors[name][:]
+        whole = tensors[name][:]
+        check_finite(whole, f"{folder}: {name}")
+        yield name, whole
+
+
+def check_finite(tensor: torch.Tensor, name: str) -> None:
+    """Refuse weights that hold NaN or infinity; one pass, no copy."""
+    if not all(bound.isfinite() for bound in torch.aminmax(tensor)):
+        raise RecipeError(f"{name} holds NaN or infinity; copy the model's original weights.")
 
 
 class Loaded(NamedTuple):
@@ -113,6 +121,7 @@ def load_shards(
                     f"{entry.hf_names[0]} has the wrong shape: its shard for {entry.name} is "
                     f"{tuple(shard.shape)}, config.json implies {tuple(entry.parameter.shape)}."
                 )
+            check_finite(shard, entry.hf_names[0])
             entry.parameter.copy_(shard)
             nbytes += shard.nbytes
     return Loaded(nbytes, time.perf_counter() - start)

@@ -73,7 +73,7 @@ def _unsupported(where: str, what: str) -> RecipeError:
 
 
 def _read_fp8(settings: dict[str, Any], where: str) -> Quantization:
-    if settings.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
+    if str(settings.get("fmt", "e4m3")) not in ("e4m3", "float8_e4m3fn"):
         raise _unsupported(where, f"fmt {settings['fmt']!r}")
     if settings.get("activation_scheme", "dynamic") != "dynamic":
         raise _unsupported(where, f"activation_scheme {settings['activation_scheme']!r}")
@@ -93,7 +93,7 @@ def _read_compressed_tensors(settings: dict[str, Any], where: str) -> Quantizati
     for key in ("transform_config", "kv_cache_scheme"):
         if settings.get(key):
             raise _unsupported(where, key)
-    sparsity = settings.get("sparsity_config") or {}
+    sparsity = _section(settings, "sparsity_config", where)
     if sparsity.get("format", "dense") != "dense":
         raise _unsupported(where, f"sparsity format {sparsity['format']!r}")
     if settings.get("quantization_status", "compressed") != "compressed":
@@ -110,19 +110,29 @@ def _read_compressed_tensors(settings: dict[str, Any], where: str) -> Quantizati
 
 def _group_strategy(group: dict[str, Any], outer_format: str | None, where: str) -> Strategy:
     """One group's strategy; RecipeError unless its weights are symmetric 8-bit floats."""
+    if not isinstance(group, dict):
+        raise RecipeError(f"{where}={group!r} must be an object.")
     form = group.get("format") or outer_format
     if form not in FORMATS:
         raise _unsupported(where, f"format {form!r}")
-    weights = group.get("weights") or {}
+    weights = _section(group, "weights", where)
     for key, wanted in (("num_bits", 8), ("type", "float"), ("symmetric", True)):
         if weights.get(key, wanted) != wanted:
             raise _unsupported(where, f"weights.{key} {weights[key]!r}")
-    inputs = group.get("input_activations")
+    inputs = _section(group, "input_activations", where)
     if inputs and inputs.get("dynamic") is not True:
         raise _unsupported(where, "a stored scale of input activations")
     if group.get("output_activations"):
         raise _unsupported(where, "output_activations")
-    return _STRATEGIES.get(weights.get("strategy"), _unknown)(weights, where)
+    return _STRATEGIES.get(str(weights.get("strategy")), _unknown)(weights, where)
+
+
+def _section(settings: dict[str, Any], key: str, where: str) -> dict[str, Any]:
+    """A part of the settings; empty where it is missing or null."""
+    found = settings.get(key)
+    if found is not None and not isinstance(found, dict):
+        raise RecipeError(f"{where}: {key}={found!r} must be an object.")
+    return found or {}
 
 
 def _unknown(weights: dict[str, Any], where: str) -> Strategy:

@@ -10,14 +10,14 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from iwopd_megatron import doctor
+from iwopd_megatron import doctor, gates_start
 from iwopd_megatron.answer_end import check_answer_end, check_ids, end_id, response_ids
 from iwopd_megatron.benchmarks import Benchmark, is_on_hub, load_benchmark
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_data import Source
 from iwopd_megatron.data import Problem
 from iwopd_megatron.data_sources import read_source, resolve
-from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.errors import GateError, RecipeError
 from iwopd_megatron.grading import check_graders
 from iwopd_megatron.hf_config import read_hf_config
 from iwopd_megatron.preflight_scorers import check_sources
@@ -41,10 +41,27 @@ def load_run_data(recipe: Recipe, tokenizer: Any = None) -> RunData:
     check_problems(recipe, rows.problems)
     main, named = read_evaluation(recipe)
     tokenizer = tokenizer or load_tokenizer(recipe.student.hf)  # slow to import, so after all that
+    check_tokenizers(recipe, tokenizer)
     ends = check_answer_end(recipe.student.hf, tokenizer, is_taught=not recipe.is_distilling)
     training = encode_rows(recipe, rows, tokenizer)
     notes = ends + check_training(recipe, training, tokenizer)
     return RunData(training, *encode_evaluation(recipe, main, named, tokenizer), notes)
+
+
+def check_tokenizers(recipe: Recipe, tokenizer: Any) -> None:
+    """Refuse models that give ids another meaning than the student, or prompts another form."""
+    student = recipe.student.hf
+    try:
+        for teacher in recipe.named_teachers.values():
+            theirs = load_tokenizer(teacher.hf)
+            gates_start.same_vocabulary(student, teacher.hf, tokenizer, theirs)
+            if recipe.gates.same_chat_template:
+                gates_start.same_chat_template(student, teacher.hf, tokenizer, theirs)
+        if recipe.base_model is not None:
+            theirs = load_tokenizer(recipe.base_model.hf)
+            gates_start.same_vocabulary(student, recipe.base_model.hf, tokenizer, theirs)
+    except GateError as error:  # nothing has begun: the recipe is wrong, not the run
+        raise RecipeError(str(error)) from None
 
 
 def load_all(recipes: list[Recipe]) -> list[RunData]:
@@ -53,7 +70,7 @@ def load_all(recipes: list[Recipe]) -> list[RunData]:
     out = []
     for recipe in recipes:
         tree = recipe.model_dump(mode="json")
-        parts = ("student", "teacher", "teachers", "data", "rollout", "evaluate")
+        parts = ("student", "teacher", "teachers", "base", "data", "rollout", "evaluate", "gates")
         key = json.dumps([tree[part] for part in parts])
         found[key] = found.get(key) or load_run_data(recipe)
         out.append(found[key])

@@ -21,6 +21,7 @@ BITS = {
     "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
     "F4": 4,
 }  # fmt: skip
+LFS = b"version https://git-lfs"
 LONGEST_HEADER = 100_000_000  # bytes; the library's own limit
 
 
@@ -44,7 +45,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         return read_header(folder / SINGLE)
     index = folder / INDEX
     if not index.is_file():
-        raise RecipeError(f"{folder} has neither {SINGLE} nor {INDEX}; its weights are missing.")
+        raise RecipeError(f"{folder} has neither {SINGLE} nor {INDEX}; {_instead(folder)}.")
     weight_map = _weight_map(index)
     found: dict[str, Stored] = {}
     for name in sorted(set(weight_map.values())):
@@ -59,6 +60,22 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         if tensor not in found or found[tensor].file.name != name:
             raise RecipeError(f"{folder / name} lacks the tensor '{tensor}' of the index.")
     return found
+
+
+def _instead(folder: Path) -> str:
+    """What lies there instead of weights, and what to do."""
+    shards = sorted(folder.glob("*.safetensors"))
+    if shards:
+        return f"without its index {shards[0].name} is not read: copy the original index too"
+    others = (
+        sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*")) + sorted(folder.glob("*.gguf"))
+    )
+    if others:
+        return (
+            f"{others[0].name} is not read: load the model in transformers and save it with "
+            "save_pretrained"
+        )
+    return "its weights are missing"
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -79,6 +96,9 @@ def read_header(file: Path) -> dict[str, Stored]:
     try:
         with file.open("rb") as stream:
             size = file.stat().st_size
+            if stream.read(len(LFS)) == LFS:
+                raise ValueError("it is a pointer of Git LFS, not the file itself (git lfs pull)")
+            stream.seek(0)
             start = 8 + struct.unpack("<Q", stream.read(8))[0]
             if start > min(size, LONGEST_HEADER):
                 raise ValueError(f"its header would end at byte {start:,}, the file at {size:,}")

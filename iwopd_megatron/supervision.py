@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoTokenizer
-
-from iwopd_megatron import device, gates, gates_start
+from iwopd_megatron import device, gates
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.config_models import Frozen
 from iwopd_megatron.metrics import bin_tokens
@@ -39,8 +37,6 @@ class Supervision:
     def _base(self, settings: Frozen | None) -> EmbeddedScorer | None:
         if settings is None:
             return None
-        student, tokenizer = self.recipe.student.hf, AutoTokenizer.from_pretrained(settings.hf)
-        gates_start.same_vocabulary(student, settings.hf, self.tokenizer, tokenizer)
         return EmbeddedScorer(settings, self.packer, self.recipe.rollout.temperature)
 
     @property

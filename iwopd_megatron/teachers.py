@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from transformers import AutoTokenizer
-
-from iwopd_megatron import gates_start
 from iwopd_megatron.background import Background
 from iwopd_megatron.config import Recipe
 from iwopd_megatron.packing import Packer
@@ -25,11 +22,6 @@ class Teachers:
         self.background: Background | None = None
         named = {role.partition(".")[2]: role for role in recipe.named_teachers}
         models = {source: recipe.named_teachers[role] for source, role in named.items()}
-        for teacher in models.values():
-            theirs = AutoTokenizer.from_pretrained(teacher.hf)
-            gates_start.same_vocabulary(recipe.student.hf, teacher.hf, tokenizer, theirs)
-            if recipe.gates.same_chat_template:
-                gates_start.same_chat_template(recipe.student.hf, teacher.hf, tokenizer, theirs)
         remote = {source: model for source, model in models.items() if model.is_remote}
         self.remote: RemoteScorer | None = None
         if remote:

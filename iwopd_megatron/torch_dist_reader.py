@@ -127,8 +127,10 @@ def _ends(tensors: dict, places: dict) -> Iterator[tuple[str, int]]:
 def _check_format(folder: Path) -> None:
     file = folder / "metadata.json"
     if not file.is_file() or not (folder / ".metadata").is_file():
+        inside = sorted([*folder.glob("round_??????"), *folder.glob("checkpoints/round_??????")])
+        hint = f"; name one of its checkpoints, e.g. {inside[-1]}" if inside else ""
         raise RecipeError(
-            f"{folder} has no metadata.json and .metadata; it is not a torch_dist checkpoint."
+            f"{folder} has no metadata.json and .metadata; it is not a torch_dist checkpoint{hint}."
         )
     try:
         kind = json.loads(file.read_text()).get("sharded_backend")

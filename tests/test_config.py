@@ -303,7 +303,7 @@ def test_teacher_must_end_answers_like_the_student(recipe):
     load_recipe(recipe, [f"teacher.hf={other}"])
     (other / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
     message = refusal(recipe, f"teacher.hf={other}")
-    assert "[1] for the student and [1, 2] for the teacher" in message
+    assert "the teacher ends answers with [1, 2], the student only with [1]" in message
 
 
 def test_resume_refuses_other_settings(recipe):

@@ -132,7 +132,7 @@ def identity(**changes) -> dict:
     ("changes", "words"),
     [
         ({"vocab_size": 32}, "U has a vocabulary of 32, the student of 16"),
-        ({"eos_token_ids": [1, 2]}, "U ends answers with [1, 2], the student with [1]"),
+        ({"eos_token_ids": [1, 2]}, "U ends answers with [1, 2], the student only with [1]"),
         ({"tokenizer": {"vocabulary": "x"}}, "not the student's: vocabulary differs"),
         ({"tokenizer": {"special_tokens": "x"}}, "not the student's: special_tokens differs"),
         ({"tokenizer": {"chat_template": "x"}}, "or write gates.same_chat_template=false"),

@@ -23,6 +23,7 @@ from iwopd_megatron.recipe import load_recipe
 from iwopd_megatron.run_data import asked, check_room, load_all, load_run_data
 
 RECIPE = "recipes/demo_tiny_moe.yaml"
+OTHER_TEMPLATE = "gates.same_chat_template=false"  # the teacher has none
 ROW = {"question": "hgfedcba=", "answer": "abcdefgh", "difficulty": 8, "source": "selection_sort"}
 CONVERSATION = [{"role": "system", "content": "ab"}, {"role": "user", "content": "hgfedcba="}]
 TEMPLATE = (
@@ -189,7 +190,7 @@ def texts(data, folder):
 )
 def test_thinking_in_every_prompt(templated, tmp_path, words, thinks):
     settings = [f"student.hf={templated}", "evaluate.benchmarks=[toy]", "evaluate.problems=1"]
-    recipe = load_recipe(Path(RECIPE), [*settings, *words])
+    recipe = load_recipe(Path(RECIPE), [*settings, OTHER_TEMPLATE, *words])
     closed = "<eos><pad><unused>"
     prompts = texts(load_run_data(recipe), templated)
     assert [not prompt.endswith(closed) for prompt in prompts] == [thinks[0], thinks[1], thinks[1]]
@@ -221,7 +222,40 @@ def test_room_on_servers():
 def test_answers_at_the_end_are_noted(tmp_path, templated):
     said = [*CONVERSATION, {"role": "assistant", "content": "ab"}]
     rows = write(tmp_path / "rows.jsonl", ROW, ROW | {"question": said})
-    words = [f"student.hf={templated}", f"data.train={rows}", "data.eval=null"]
+    words = [f"student.hf={templated}", f"data.train={rows}", "data.eval=null", OTHER_TEMPLATE]
     data = load_run_data(load_recipe(Path(RECIPE), words))
     (note,) = data.notes
     assert note.startswith(f"1 of 2 rows of {rows} end with an assistant's message")
+
+
+def spoiled(folder, tmp_path, name, change):
+    """A copy of a model folder with one tokenizer file changed."""
+    place = tmp_path / "spoiled"
+    shutil.copytree(folder, place)
+    content = json.loads((place / name).read_text())
+    change(content)
+    (place / name).write_text(json.dumps(content))
+    return place
+
+
+def exchange(tokenizer):
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+
+
+@pytest.mark.parametrize(
+    ("role", "name", "change", "words"),
+    [
+        ("teacher", "tokenizer.json", exchange, "differ: 'a' is 3 against 4"),
+        ("teacher", "tokenizer.json", lambda t: t.clear(), "cannot be loaded"),
+        ("base", "tokenizer.json", exchange, "differ: 'a' is 3 against 4"),
+        ("student", "tokenizer_config.json", lambda t: t.pop("eos_token"), "EOS is None for"),
+        ("teacher", "tokenizer_config.json", lambda t: t.update(chat_template="{{ 1 }}"),
+         "the chat templates of"),
+    ],
+)  # fmt: skip
+def test_tokenizers_are_compared_first(role, name, change, words, tmp_path):
+    folder = spoiled(Path("recipes/demo/student"), tmp_path, name, change)
+    settings = [f"{role}.hf={folder}", "loss.extrapolation=1.2"]
+    with pytest.raises(RecipeError, match=words):
+        load_run_data(load_recipe(Path(RECIPE), settings))

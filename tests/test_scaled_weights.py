@@ -155,7 +155,7 @@ def recast(name, dtype):
 
 def compressed(**weights):
     form = weights.pop("format", "float-quantized")
-    value = compressed_tensors_config(strategy="channel", **weights) | {"format": form}
+    value = compressed_tensors_config(**{"strategy": "channel"} | weights) | {"format": form}
     return lambda config, tensors: config.update(quantization_config=value)
 
 
@@ -174,6 +174,20 @@ REFUSED = {
         "q_proj.input_scale', which its config.json does not imply",
     ),
     "int4": (compressed(num_bits=4), "weights.num_bits 4 is not supported"),
+    "groups that are none": (
+        lambda c, t: c.update(
+            quantization_config=compressed_tensors_config() | {"config_groups": {"g": "x"}}
+        ),
+        "config_groups.g='x' must be an object",
+    ),
+    "weights that are none": (
+        lambda c, t: c.update(
+            quantization_config=compressed_tensors_config()
+            | {"config_groups": {"g": {"weights": [1], "format": "float-quantized"}}}
+        ),
+        "weights=[1] must be an object",
+    ),
+    "a list of strategies": (compressed(strategy=["channel"]), "weights.strategy ['channel']"),
     "packed": (compressed(format="pack-quantized"), "format 'pack-quantized' is not supported"),
 }
 
