@@ -18,7 +18,8 @@ from test_teacher_service import SAMPLES
 from transformers import AutoTokenizer
 from worlds import run_world
 
-from iwopd_megatron.grading import GRADERS
+from iwopd_megatron import grading
+from iwopd_megatron.grading import CHECKS, GRADERS
 from iwopd_megatron.hf_io import HfTensors
 from iwopd_megatron.local_world import local_context, start_local
 from iwopd_megatron.packing import Packer
@@ -124,8 +125,8 @@ def test_the_teacher_killed_while_it_scores_changes_no_bit(undisturbed, tmp_path
 def test_a_run_ends_with_one_sentence_when_its_teacher_does_not_start(tmp_path):
     folder = tmp_path / "teacher"
     shutil.copytree(TEACHER, folder)
-    (folder / "model.safetensors").write_bytes(b"\xff" * 100)
     recipe = small_recipe(tmp_path / "run", f"teacher.hf={folder}", "teacher.service={}")
+    (folder / "model.safetensors").write_bytes(b"\xff" * 100)  # after it was found good
     with pytest.raises(
         Exception, match=r"ServiceError: teacher ended with exit code \d+; the last"
     ):
@@ -257,6 +258,8 @@ def test_a_run_with_a_teacher_for_each_source(tmp_path, monkeypatch):
     """One embedded, one in a service of the run's own."""
     for source in ("math", "code"):
         monkeypatch.setitem(GRADERS, source, GRADERS["selection_sort"])
+        monkeypatch.setattr(grading, "IN_PROCESS", {"math", "code"})
+    monkeypatch.delitem(CHECKS, "code")
     service = f"{{hf: {STUDENT}, service: {{}}}}"
     recipe = by_source(tmp_path, f"{{hf: {TEACHER}}}", service)
     run_world(1, train_here, recipe)
@@ -264,7 +267,8 @@ def test_a_run_with_a_teacher_for_each_source(tmp_path, monkeypatch):
     assert (tmp_path / "run/logs/teachers.code.log").is_file()
 
 
-def test_problems_without_a_teacher_are_refused(tmp_path):
+def test_problems_without_a_teacher_are_refused(tmp_path, monkeypatch):
+    monkeypatch.delitem(CHECKS, "code")
     recipe = by_source(tmp_path, f"{{hf: {TEACHER}}}", f"{{hf: {TEACHER}}}")
     data = tmp_path / "train.jsonl"
     data.write_text(data.read_text() + data.read_text().replace("math", "law"))

@@ -150,11 +150,22 @@ def test_run_folder_holds_what_the_readme_says(runs):
     assert "".join(sample["tokens"]) == sample["response"]
 
 
+def as_after_round_3(run, out):
+    """A copy of a run of five rounds without its last checkpoint and its export."""
+    shutil.copytree(run, out, ignore=shutil.ignore_patterns("round_000005"))
+    shutil.rmtree(out / "hf")
+
+
+def resumed_after(run):
+    return [e["round"] for e in read_jsonl(run / "events.jsonl") if e["event"] == "resumed"]
+
+
 def test_resume_with_several_steps_a_round_is_identical(variants, tmp_path):
     original = variants / "several steps/tp2_ep2"
-    shutil.copytree(original, tmp_path / "run", ignore=shutil.ignore_patterns("hf", "round_000005"))
+    as_after_round_3(original, tmp_path / "run")
     recipe = small_recipe(tmp_path / "run", LAYOUTS["tp2_ep2"], *VARIANTS["several steps"])
     run_world(2, train_here, [recipe], True)
+    assert resumed_after(tmp_path / "run") == [3]
     assert records(tmp_path / "run") == records(original)
     assert same_weights(tmp_path / "run", original)
 
@@ -162,11 +173,10 @@ def test_resume_with_several_steps_a_round_is_identical(variants, tmp_path):
 @pytest.mark.parametrize("name", ["tp2_ep2", "pp2", "dp2"])
 def test_resume_goes_on_from_the_checkpoint(name, runs, tmp_path):
     """To the bit in the same layout, along the same curve in another one."""
-    shutil.copytree(
-        runs / "tp2_ep2", tmp_path / "run", ignore=shutil.ignore_patterns("hf", "round_000005")
-    )
+    as_after_round_3(runs / "tp2_ep2", tmp_path / "run")
     recipe = small_recipe(tmp_path / "run", LAYOUTS[name])
     run_world(2, train_here, [recipe], True)
+    assert resumed_after(tmp_path / "run") == [3]
     ours, theirs = records(tmp_path / "run"), records(runs / "tp2_ep2")
     assert len(ours) == len(theirs)
     if name == "tp2_ep2":
