@@ -81,11 +81,17 @@ def check_tests(answer: str) -> None:
     read_tests(answer)
 
 
+_KEYS = (
+    {"asserts"}, {"task_id", "canonical_solution", "base_input", "plus_input"},
+    {"inputs", "outputs"},
+)  # fmt: skip
+
+
 @long_numbers()
 def read_tests(answer: str) -> Tests:
     """The tests of an answer; RecipeError if it holds none."""
     try:
-        found = json.loads(answer)
+        found = json.loads(answer, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise RecipeError(
             f"answer is not JSON ({error}); a code problem needs an object with {SHAPES}."
@@ -95,14 +101,24 @@ def read_tests(answer: str) -> Tests:
             f"answer is JSON but {_kind(found)}; a code problem needs an object with {SHAPES}."
         )
     found = {key: value for key, value in found.items() if value is not None}
+    shapes = [sorted(found.keys() & keys) for keys in _KEYS]
+    if sum(map(bool, shapes)) > 1:
+        first, second = [keys[0] for keys in shapes if keys][:2]
+        raise RecipeError(
+            f"answer has '{first}' and '{second}', tests of two kinds; keep one of them."
+        )
     if "asserts" in found:
         return _asserts(found["asserts"])
-    if found.keys() & {"task_id", "canonical_solution", "base_input", "plus_input"}:
+    if shapes[1]:
         return _evalplus(found, answer)
-    if found.keys() & {"inputs", "outputs"}:
+    if shapes[2]:
         return _pairs(found)
-    names = ", ".join(sorted(found)) or "no key"
-    raise RecipeError(f"answer has no tests but {names}; a code problem needs {SHAPES}.")
+    names = f"only {', '.join(sorted(found))}" if found else "it is empty"
+    raise RecipeError(f"answer has no tests ({names}); a code problem needs {SHAPES}.")
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON, and no result equals it")
 
 
 def _kind(value: Any) -> str:

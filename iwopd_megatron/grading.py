@@ -20,7 +20,10 @@ GRADERS: dict[str, Callable[[str, str], bool]] = {
     "code": code_grader.is_right,
     toy_task.SOURCE: toy_task.is_right,
 }
-CHECKS: dict[str, Callable[[str], None]] = {"code": code_tests.check_tests}
+CHECKS: dict[str, Callable[[str], None]] = {
+    "code": code_tests.check_tests,
+    "math": math_grader.check_reference,
+}
 IN_PROCESS = {toy_task.SOURCE}  # neither hangs nor crashes; all others run in the pool
 PREPARE = {"math": math_grader.prepare}  # what a new process does before its first answer
 MATH_SECONDS = 2.0  # of processor time for one comparison

@@ -10,8 +10,12 @@ that is killed.
 
 from __future__ import annotations
 
+import re
+
 from iwopd_megatron import math_compare
+from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.math_boxes import last_boxed, last_boxes
+from iwopd_megatron.math_normalise import normalise
 from iwopd_megatron.math_readings import describe, read
 
 SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -32,6 +36,21 @@ def is_right(response: str, answer: str) -> bool:
         return True
     boxes = last_boxes(response)  # side by side at the end: the members of a list
     return len(boxes) > 1 and is_equal(", ".join(boxes), reference)
+
+
+def check_reference(answer: str) -> None:
+    """Refuse a reference answer that no answer equals; RecipeError says why."""
+    reference = last_boxed(answer) if last_boxed(answer) is not None else answer
+    braces = re.sub(r"\\.", "", reference)
+    depth = 0
+    for brace in re.findall(r"[{}]", braces):
+        depth += 1 if brace == "{" else -1
+        if depth < 0:
+            break
+    if depth:
+        raise RecipeError(f"answer {answer!r:.80} has a brace without its other one; mend it.")
+    if not normalise(reference):
+        raise RecipeError(f"answer {answer!r:.80} says nothing; no response could be right.")
 
 
 def explain(response: str, answer: str) -> str:

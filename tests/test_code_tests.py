@@ -39,9 +39,9 @@ REFUSED = {  # name: (answer, words of the sentence)
     "a number": ("42", "JSON but a number"),
     "a list": ([STDIN], "JSON but a list"),
     "JSON in JSON": (json.dumps(json.dumps(STDIN)), "JSON but a text"),
-    "nothing": ({}, "no tests but no key"),
-    "other keys": ({"tests": ["assert f(1)"], "id": 3}, "no tests but id, tests"),
-    "nulls": ({"inputs": None, "outputs": None}, "no tests but no key"),
+    "nothing": ({}, "no tests .it is empty."),
+    "other keys": ({"tests": ["assert f(1)"], "id": 3}, "no tests .only id, tests."),
+    "nulls": ({"inputs": None, "outputs": None}, "no tests .it is empty."),
     "empty": ({"inputs": [], "outputs": []}, "inputs is empty"),
     "empty calls": (CALLS | {"inputs": [], "outputs": []}, "inputs is empty"),
     "no inputs": ({"outputs": ["1"]}, "lacks 'inputs'"),
@@ -135,3 +135,17 @@ def test_calls_given_as_texts_are_graded():
 def test_lists_are_lines_on_standard_input():
     answer = {"inputs": [["1", "2"], 3], "outputs": [["3", "4"], "5"]}
     assert read_tests(json.dumps(answer)) == Prints(["1\n2", "3"], ["3\n4", "5"])
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ('{"fn_name": "f", "inputs": [[1]], "outputs": [NaN]}', "NaN is no number of JSON"),
+        ('{"fn_name": "f", "inputs": [[1]], "outputs": [2], "asserts": ["assert f(1) == 2"]}',
+         "'asserts' and 'inputs', tests of two kinds"),
+        ("{}", "answer has no tests .it is empty.; a code problem needs"),
+    ],
+)  # fmt: skip
+def test_tests_that_cannot_be_meant(answer, words):
+    with pytest.raises(RecipeError, match=words):
+        read_tests(answer)

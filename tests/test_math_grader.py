@@ -4,13 +4,14 @@ import json
 import os
 import selectors
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from iwopd_megatron import grading_pool, grading_worker
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.grading import GRADERS, grade
+from iwopd_megatron.grading import GRADERS, check_answer, grade
 from iwopd_megatron.grading_pool import Answer, Grade, Pool, count_trouble, describe
 from iwopd_megatron.math_grader import is_right, last_boxed
 
@@ -164,3 +165,21 @@ def test_workers_die_with_their_parent(tmp_path):
             return
         time.sleep(0.05)
     raise AssertionError(f"worker {worker} still runs")
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (r"\boxed{}", "says nothing"), (r"\frac{1}{2", "brace"), ("1}{2", "brace"), ("$ $", "says"),
+    ],
+)  # fmt: skip
+def test_references_that_no_answer_equals_are_refused(answer, words):
+    with pytest.raises(RecipeError, match=words):
+        check_answer("math", answer, "x.jsonl line 1")
+
+
+def test_references_are_refused_only_where_nothing_equals_them():
+    for name in ("development", "first", "second", "third", "fourth", "fifth", "sixth"):
+        file = Path(__file__).parent / "math_pairs" / f"{name}.tsv"
+        for line in file.read_text(encoding="utf-8").splitlines()[1:]:
+            check_answer("math", line.split("\t")[3], file.name)
