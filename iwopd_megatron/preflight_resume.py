@@ -109,6 +109,8 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"train.lr": 1e-5, ...}"""
     out: dict[str, Any] = {}
     for key, value in tree.items():
+        if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            value = {str(place): item for place, item in enumerate(value)}
         nested = isinstance(value, dict)
         out |= _flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
     return out

@@ -175,9 +175,13 @@ def check_free(out: Path, nbytes: int, force: bool, sources: tuple[Path, ...]) -
     free = shutil.disk_usage(out.parent).free + left
     if nbytes > free:
         raise RecipeError(
-            f"{out} needs {nbytes / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; "
+            f"{out} needs {_size(nbytes)} and its disk has {_size(free)} free; "
             "choose another disk or free some."
         )
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
 
 
 def is_own(folder: Path) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from iwopd_megatron.report_statistics import ENOUGH_SEEDS
+from iwopd_megatron.report_summary import EARLY
 from iwopd_megatron.report_words import (
     UNKNOWN,
     arm_name,
@@ -39,26 +40,29 @@ class Table:
 def arm_table(summary: dict[str, Any]) -> Table:
     """summary: of `report_summary.summarise`."""
     arms, paired = summary["arms"], summary["paired"]
-    headings = ["Arm", "Seeds", "Start (%)", "Round 10 (%)", "Final (%)"]
+    last = max((row["round"] or 0 for row in arms.values()), default=0)
+    has_early = last > EARLY
+    gains = {key: name for key, name in GAINS.items() if has_early or key != "step10"}
+    early = ["Round 10 (%)"] * has_early
+    headings = ["Arm", "Seeds", "Start (%)", *early, "Final (%)"]
     if paired:
         over = common_name(pair["reference"] for pair in paired.values())
-        headings += [f"Gain over {over}, {name} (points)" for name in GAINS.values()]
+        headings += [f"Gain over {over}, {name} (points)" for name in gains.values()]
     headings += ["Rounds", "Time (s)"]
-    last = max((row["round"] or 0 for row in arms.values()), default=0)
     rows = []
     for arm, row in arms.items():
         cells = [
             Cell(arm_name(arm)),
             Cell(str(len(row["seeds"]))),
             Cell(percent(row["accuracy_start"])),
-            Cell(plus_minus(row["accuracy_step10"], row["stderr_step10"])),
+            *[Cell(plus_minus(row["accuracy_step10"], row["stderr_step10"]))] * has_early,
             Cell(plus_minus(row["accuracy_final"], row["stderr"]), _of_what(row, last)),
         ]
         if paired:
-            cells += [_gain(paired.get(arm), key, last) for key in GAINS]
+            cells += [_gain(paired.get(arm), key, last) for key in gains]
         seconds = f"{row['seconds']:,.0f}" if row["seconds"] else UNKNOWN
         rows.append([*cells, Cell(_rounds(row)), Cell(seconds)])
-    return Table(headings, rows, _note(arms, paired))
+    return Table(headings, rows, _note(arms, paired, has_early))
 
 
 def _of_what(row: dict[str, Any], last: int) -> str:
@@ -92,7 +96,7 @@ def _rounds(row: dict[str, Any]) -> str:
     return f"{span} of {row['planned_rounds']}" if row["unfinished"] else span
 
 
-def _note(arms: dict[str, Any], paired: dict[str, Any]) -> str:
+def _note(arms: dict[str, Any], paired: dict[str, Any], has_early: bool) -> str:
     """Only of what the table holds."""
     has_error = any(row["stderr"] is not None for row in arms.values())
     counts = {
@@ -120,6 +124,7 @@ def _note(arms: dict[str, Any], paired: dict[str, Any]) -> str:
         )
     if 1 in counts:
         parts.append("One seed has no interval.")
-    parts.append("Round 10: the last evaluation after the start and up to round 10.")
+    if has_early:
+        parts.append("Round 10: the last evaluation after the start and up to round 10.")
     parts.append("Time is summed over seeds, evaluations included.")
     return " ".join(parts)

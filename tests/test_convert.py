@@ -365,7 +365,7 @@ def test_nothing_is_overwritten_without_force(checkpoint, moe_folder, tmp_path):
 def test_a_small_disk_is_refused_first(moe_folder, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(rawfile.shutil, "disk_usage", lambda path: usage)
-    refuse("its disk has 0.0 GB free", hf_to_megatron, moe_folder, tmp_path / "m")
+    refuse("its disk has 1.00 MB free", hf_to_megatron, moe_folder, tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
 
 
