@@ -33,7 +33,7 @@ def response_ids(response: str, end: int, tokenizer: Any) -> list[int]:
 
 
 def all_end_ids(folder: Path, tokenizer: Any) -> set[int]:
-    """Return every id that ends an answer by the configs, the tokenizer or the chat template."""
+    """Return every id of the model that ends an answer by configs, tokenizer or chat template."""
     said = {token for token in _said(tokenizer).values() if token < _vocabulary(folder)}
     return eos_ids(folder) | said
 

@@ -40,7 +40,8 @@ def is_right(response: str, answer: str) -> bool:
 
 def check_reference(answer: str) -> None:
     """Refuse a reference answer that no answer equals; RecipeError says why."""
-    reference = last_boxed(answer) if last_boxed(answer) is not None else answer
+    boxed = last_boxed(answer)
+    reference = answer if boxed is None else boxed
     braces = re.sub(r"\\.", "", reference)
     depth = 0
     for brace in re.findall(r"[{}]", braces):
