@@ -9,8 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-from iwopd_megatron.grading import grade
-from iwopd_megatron.grading_pool import Answer
+from iwopd_megatron.grading.graders import grade
+from iwopd_megatron.grading.pool import Answer
 
 # The solution has a scope of its own, so that one which calls itself calls the right one.
 MUTANT = """

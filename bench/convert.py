@@ -23,11 +23,11 @@ from pathlib import Path
 import numpy
 import torch
 
-from iwopd_megatron import safetensors_file
-from iwopd_megatron.convert import hf_to_megatron, megatron_to_hf
-from iwopd_megatron.hf_config import parse_hf_config
-from iwopd_megatron.hf_shapes import hf_names, hf_shape
-from iwopd_megatron.safetensors_file import SafetensorsWriter
+from iwopd_megatron.hf.config import parse_hf_config
+from iwopd_megatron.hf.shapes import hf_names, hf_shape
+from iwopd_megatron.weights import safetensors_file
+from iwopd_megatron.weights.convert import hf_to_megatron, megatron_to_hf
+from iwopd_megatron.weights.safetensors_file import SafetensorsWriter
 
 CONFIG = dict(
     model_type="qwen3_moe", vocab_size=32768, hidden_size=2048, intermediate_size=6144,

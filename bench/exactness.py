@@ -18,10 +18,10 @@ import damage  # noqa: E402
 import torch  # noqa: E402
 from conftest import EXPERTS, SHAPE  # noqa: E402
 
-from iwopd_megatron import rawfile  # noqa: E402
-from iwopd_megatron.check import compare, read_side  # noqa: E402
-from iwopd_megatron.convert import hf_to_megatron, megatron_to_hf  # noqa: E402
-from iwopd_megatron.rehearse import write_model  # noqa: E402
+from iwopd_megatron.files import rawfile  # noqa: E402
+from iwopd_megatron.parity.check import compare, read_side  # noqa: E402
+from iwopd_megatron.parity.rehearse import write_model  # noqa: E402
+from iwopd_megatron.weights.convert import hf_to_megatron, megatron_to_hf  # noqa: E402
 
 MODELS = {
     "MoE": EXPERTS | {"norm_topk_prob": True},

@@ -21,21 +21,26 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from iwopd_megatron import backend, device, hf_reference, parity  # noqa: E402
-from iwopd_megatron.actor import Schedule  # noqa: E402
-from iwopd_megatron.config import Train  # noqa: E402
-from iwopd_megatron.config_models import Layout  # noqa: E402
-from iwopd_megatron.hf_config import parse_hf_config, read_hf_config  # noqa: E402
-from iwopd_megatron.local_world import local_context, start_local  # noqa: E402
-from iwopd_megatron.model import build_model, wrap_precision  # noqa: E402
-from iwopd_megatron.objective import DistillationObjective  # noqa: E402
-from iwopd_megatron.optimizer import build_optimizer, wrap_data_parallel  # noqa: E402
-from iwopd_megatron.packing import Packer  # noqa: E402
-from iwopd_megatron.parallel import initialise, shutdown  # noqa: E402
-from iwopd_megatron.progress import Progress  # noqa: E402
-from iwopd_megatron.recipe import load_recipe  # noqa: E402
-from iwopd_megatron.runlog import read_metrics  # noqa: E402
-from iwopd_megatron.trainer import Trainer  # noqa: E402
+from iwopd_megatron.batch.objective import DistillationObjective  # noqa: E402
+from iwopd_megatron.batch.packing import Packer  # noqa: E402
+from iwopd_megatron.config.load import load_recipe  # noqa: E402
+from iwopd_megatron.config.models import Layout  # noqa: E402
+from iwopd_megatron.config.recipe import Train  # noqa: E402
+from iwopd_megatron.hf.config import parse_hf_config, read_hf_config  # noqa: E402
+from iwopd_megatron.models import layer_specs as backend  # noqa: E402
+from iwopd_megatron.models.actor import Schedule  # noqa: E402
+from iwopd_megatron.models.gpt import build_model, wrap_precision  # noqa: E402
+from iwopd_megatron.models.optimizer import build_optimizer, wrap_data_parallel  # noqa: E402
+from iwopd_megatron.parity import (  # noqa: E402
+    hf_reference,
+    parity,
+)
+from iwopd_megatron.records.progress import Progress  # noqa: E402
+from iwopd_megatron.records.runlog import read_metrics  # noqa: E402
+from iwopd_megatron.runtime import device  # noqa: E402
+from iwopd_megatron.runtime.local_world import local_context, start_local  # noqa: E402
+from iwopd_megatron.runtime.parallel import initialise, shutdown  # noqa: E402
+from iwopd_megatron.train.trainer import Trainer  # noqa: E402
 
 STEPS, WARM_UP = 8, 3
 QWEN = dict(

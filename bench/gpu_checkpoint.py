@@ -21,13 +21,14 @@ import torch  # noqa: E402
 from gpu_check import ROOT, in_world, print_heading, print_row  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from iwopd_megatron import backend, torch_dist  # noqa: E402
-from iwopd_megatron.config_models import Layout  # noqa: E402
-from iwopd_megatron.convert import hf_to_megatron, megatron_to_hf  # noqa: E402
-from iwopd_megatron.hf_config import read_hf_config  # noqa: E402
-from iwopd_megatron.hf_io import HfTensors, load_shards  # noqa: E402
-from iwopd_megatron.model import build_model, wrap_precision  # noqa: E402
-from iwopd_megatron.parallel import initialise, shutdown  # noqa: E402
+from iwopd_megatron.config.models import Layout  # noqa: E402
+from iwopd_megatron.hf.config import read_hf_config  # noqa: E402
+from iwopd_megatron.models import layer_specs as backend  # noqa: E402
+from iwopd_megatron.models.gpt import build_model, wrap_precision  # noqa: E402
+from iwopd_megatron.runtime.parallel import initialise, shutdown  # noqa: E402
+from iwopd_megatron.weights import torch_dist  # noqa: E402
+from iwopd_megatron.weights.convert import hf_to_megatron, megatron_to_hf  # noqa: E402
+from iwopd_megatron.weights.hf_io import HfTensors, load_shards  # noqa: E402
 
 from megatron.core import dist_checkpointing  # isort: skip  # noqa: E402
 

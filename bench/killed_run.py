@@ -10,8 +10,9 @@ import signal
 import sys
 import threading
 
-from iwopd_megatron import cli, trainer
-from iwopd_megatron.student import Student
+from iwopd_megatron.cli import main as cli
+from iwopd_megatron.train import trainer
+from iwopd_megatron.train.student import Student
 
 POINTS = ("generate", "score", "train", "step", "sync", "save")
 

@@ -15,8 +15,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch  # noqa: E402
 
-from iwopd_megatron.linear_loss import linear_loss  # noqa: E402
-from iwopd_megatron.logprobs import linear_logprobs  # noqa: E402
+from iwopd_megatron.loss.linear_loss import linear_loss  # noqa: E402
+from iwopd_megatron.loss.logprobs import linear_logprobs  # noqa: E402
 
 N, D, V, K = 2048, 256, 32768, 64
 REPEATS = 5

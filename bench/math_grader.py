@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from iwopd_megatron.math_grader import is_right
+from iwopd_megatron.grading.math.grader import is_right
 
 LIMIT = 10.0  # processor seconds a pair
 FOLDER = Path(__file__).parent.parent / "tests" / "math_pairs"

@@ -11,9 +11,9 @@ import time
 
 import numpy
 
-from iwopd_megatron.flops import attention_cost
-from iwopd_megatron.known_models import known_model
-from iwopd_megatron.packing import plan_microbatches
+from iwopd_megatron.batch.packing import plan_microbatches
+from iwopd_megatron.hf.flops import attention_cost
+from iwopd_megatron.hf.known_models import known_model
 
 BUDGET = 20480
 

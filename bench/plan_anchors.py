@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from iwopd_megatron.config_models import Layout
-from iwopd_megatron.known_models import known_model
-from iwopd_megatron.plan_memory import Precision
-from iwopd_megatron.plan_model import ModelSize
-from iwopd_megatron.plan_time import Software
+from iwopd_megatron.config.models import Layout
+from iwopd_megatron.hf.known_models import known_model
+from iwopd_megatron.plan.memory import Precision
+from iwopd_megatron.plan.model import ModelSize
+from iwopd_megatron.plan.time import Software
 
 GB, GIB = 1e9, 2**30
 OVERLAPPED = Software(hidden_dispatch=0.9, fused_gradients=True, head_as_layer=True)

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from iwopd_megatron.runlog import read_metrics
+from iwopd_megatron.records.runlog import read_metrics
 
 ROUNDS, WARM_UP = 15, 5
 

@@ -15,19 +15,19 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 
-from iwopd_megatron import hf_reference
-from iwopd_megatron.actor import Schedule
-from iwopd_megatron.config import Train
-from iwopd_megatron.config_models import Layout
-from iwopd_megatron.hf_config import read_hf_config
-from iwopd_megatron.hf_io import HfTensors, load_shards
-from iwopd_megatron.local_world import local_context, start_local
-from iwopd_megatron.model import build_model
-from iwopd_megatron.objective import DistillationObjective
-from iwopd_megatron.optimizer import build_optimizer, wrap_data_parallel
-from iwopd_megatron.packing import Packer
-from iwopd_megatron.parallel import initialise
-from iwopd_megatron.weighting import token_weights
+from iwopd_megatron.batch.objective import DistillationObjective
+from iwopd_megatron.batch.packing import Packer
+from iwopd_megatron.config.models import Layout
+from iwopd_megatron.config.recipe import Train
+from iwopd_megatron.hf.config import read_hf_config
+from iwopd_megatron.loss.weighting import token_weights
+from iwopd_megatron.models.actor import Schedule
+from iwopd_megatron.models.gpt import build_model
+from iwopd_megatron.models.optimizer import build_optimizer, wrap_data_parallel
+from iwopd_megatron.parity import hf_reference
+from iwopd_megatron.runtime.local_world import local_context, start_local
+from iwopd_megatron.runtime.parallel import initialise
+from iwopd_megatron.weights.hf_io import HfTensors, load_shards
 
 FOLDER = Path("recipes/demo/student")
 TRAIN = Train(rounds=1000, lr=1e-5)

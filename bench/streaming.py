@@ -17,12 +17,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from iwopd_megatron.keeper import Keeper
-from iwopd_megatron.recipe import load_recipe
+from iwopd_megatron.config.load import load_recipe
+from iwopd_megatron.records.runlog import read_metrics
 from iwopd_megatron.rollout.make import server_command
 from iwopd_megatron.rollout.sglang import SglangServer
-from iwopd_megatron.runlog import read_metrics
-from iwopd_megatron.services import Server, free_port, outer_environment
+from iwopd_megatron.runtime.keeper import Keeper
+from iwopd_megatron.runtime.services import Server, free_port, outer_environment
 
 RECIPE = "recipes/demo_sglang.yaml"
 ROUNDS, WARM = 14, 4  # the first WARM rounds of a run are left out

@@ -93,7 +93,7 @@ def write_model(folder, model_class, config_class, sizes, seed):
 
 def run_ours(folder, run):
     """The measured rounds of one run: `seconds`, and `time` by phase."""
-    from iwopd_megatron.runlog import read_metrics
+    from iwopd_megatron.records.runlog import read_metrics
 
     train = ["-m", "iwopd_megatron", "train", folder / "recipe.yaml", f"out={folder / run}"]
     subprocess.run([sys.executable, "-W", "ignore", *train], check=True)

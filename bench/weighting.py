@@ -16,9 +16,9 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from loss import forward_backward, inputs, ours  # noqa: E402
 
-from iwopd_megatron.local_world import local_context, start_local  # noqa: E402
-from iwopd_megatron.parallel import zigzag_index  # noqa: E402
-from iwopd_megatron.weighting import token_weights_packed  # noqa: E402
+from iwopd_megatron.loss.weighting import token_weights_packed  # noqa: E402
+from iwopd_megatron.runtime.local_world import local_context, start_local  # noqa: E402
+from iwopd_megatron.runtime.parallel import zigzag_index  # noqa: E402
 
 LENGTH, REPEATS = 4096, 9
 TOKENS, RANKS = (16384, 65536, 262144), (1, 2, 4)

@@ -2,7 +2,7 @@
 
 import sys
 
-from iwopd_megatron.cli import main
+from iwopd_megatron.cli.main import main
 
 sys.argv.insert(1, "check")
 main()

@@ -1,3 +1,3 @@
-from iwopd_megatron.cli import main
+from iwopd_megatron.cli.main import main
 
 main()

@@ -1,6 +1,6 @@
 """Mistakes a user can mend: the message is one sentence, shown without a traceback."""
 
-from iwopd_megatron.stop import EXIT_STOPPED
+from iwopd_megatron.runtime.stop import EXIT_STOPPED
 
 
 class UserError(Exception):

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from iwopd_megatron.board import Board
-from iwopd_megatron.roles import Job, Role
+from iwopd_megatron.launch.rendezvous import Board
+from iwopd_megatron.launch.roles import Job, Role
 
 SERVICE = """
 import http.server, os, sys, time
@@ -79,7 +79,7 @@ class Agents:
     def start(self, *arguments: str) -> subprocess.Popen:
         env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
         env["PYTHONPATH"] = str(Path(__file__).parent.parent)
-        command = [sys.executable, "-m", "iwopd_megatron.agent", str(self.folder / "launch")]
+        command = [sys.executable, "-m", "iwopd_megatron.launch.agent", str(self.folder / "launch")]
         log = (self.folder / "agents.log").open("a")
         process = subprocess.Popen([*command, *arguments], env=env, stdout=log, stderr=log)
         self.running.append(process)

@@ -14,7 +14,7 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 
-from iwopd_megatron.rehearse import write_model  # noqa: E402
+from iwopd_megatron.parity.rehearse import write_model  # noqa: E402
 
 SHAPE = dict(
     vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=4,

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from iwopd_megatron.hf_config import parse_hf_config
-from iwopd_megatron.hf_shapes import hf_names, hf_shape
+from iwopd_megatron.hf.config import parse_hf_config
+from iwopd_megatron.hf.shapes import hf_names, hf_shape
 
 
 def write_zeros(folder: Path, config: dict) -> Path:

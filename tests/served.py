@@ -11,10 +11,10 @@ from pathlib import Path
 
 import httpx
 
-from iwopd_megatron.config_models import Layout, Service, Teacher
-from iwopd_megatron.local_world import start_local
-from iwopd_megatron.services import free_port
-from iwopd_megatron.teacher_service import serve
+from iwopd_megatron.config.models import Layout, Service, Teacher
+from iwopd_megatron.runtime.local_world import start_local
+from iwopd_megatron.runtime.services import free_port
+from iwopd_megatron.teacher.service import serve
 
 ROOT = Path(__file__).parent.parent
 TEACHER = ROOT / "recipes/demo/teacher"  # vocabulary of 16, sequences of at most 128

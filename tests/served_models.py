@@ -11,18 +11,18 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from iwopd_megatron.config_models import Layout
-from iwopd_megatron.hf_config import read_hf_config
-from iwopd_megatron.hf_reference import hf_model
-from iwopd_megatron.model_folder import eos_ids
-from iwopd_megatron.parallel import initialise
-from iwopd_megatron.recipe import load_recipe
-from iwopd_megatron.rollout import Prompt
+from iwopd_megatron.config.load import load_recipe
+from iwopd_megatron.config.models import Layout
+from iwopd_megatron.hf.config import read_hf_config
+from iwopd_megatron.hf.folder import eos_ids
+from iwopd_megatron.parity.hf_reference import hf_model
+from iwopd_megatron.rollout.engine import Prompt
 from iwopd_megatron.rollout.make import server_command, server_environment
 from iwopd_megatron.rollout.pool import Place, Pool
 from iwopd_megatron.rollout.push import BroadcastPush, FolderPush, Push, RequestPush, Targets
 from iwopd_megatron.rollout.servers import Canary, ServerEngine
-from iwopd_megatron.services import Server, free_port
+from iwopd_megatron.runtime.parallel import initialise
+from iwopd_megatron.runtime.services import Server, free_port
 
 ROOT = Path(__file__).parents[1]
 STUDENT = ROOT / "recipes/demo/student"

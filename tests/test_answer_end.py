@@ -7,10 +7,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from iwopd_megatron.answer_end import all_end_ids, check_answer_end, end_id, response_ids
-from iwopd_megatron.cli import app
+from iwopd_megatron.cli.main import app
+from iwopd_megatron.data.prompts import load_tokenizer
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.prompts import load_tokenizer
+from iwopd_megatron.hf.answer_end import all_end_ids, check_answer_end, end_id, response_ids
 
 PAD, EOS, UNUSED = 0, 1, 15
 pytestmark = pytest.mark.usefixtures("in_the_repository")

@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from iwopd_megatron import cli
+from iwopd_megatron.cli import main as cli
 from iwopd_megatron.errors import RecipeError
 
 

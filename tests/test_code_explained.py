@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from iwopd_megatron import sandbox as sandbox_module
-from iwopd_megatron.code_grader import explain, is_right
 from iwopd_megatron.errors import UserError
-from iwopd_megatron.sandbox import SandboxError, sandbox
+from iwopd_megatron.grading.code import sandbox as sandbox_module
+from iwopd_megatron.grading.code.grader import explain, is_right
+from iwopd_megatron.grading.code.sandbox import SandboxError, sandbox
 
 CALLS = json.dumps({"fn_name": "f", "inputs": [[1], [5]], "outputs": [2, 10]})
 STDIN = json.dumps({"inputs": ["1\n", "5\n"], "outputs": ["2\n", "10\n"]})
@@ -73,7 +73,7 @@ def test_no_program(response):
 
 
 def test_time_limits(monkeypatch):
-    monkeypatch.setattr("iwopd_megatron.code_grader.SECONDS", 0.5)
+    monkeypatch.setattr("iwopd_megatron.grading.code.grader.SECONDS", 0.5)
     endless = "```python\ndef f(x):\n    while True: pass\n{}\n```"
     assert "a call takes longer than it may" in explain(endless.format(""), CALLS)[1]
     assert "limit of 0.5 processor seconds" in explain(endless.format("f(input())"), STDIN)[1]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from iwopd_megatron.code_grader import is_right, same_output
 from iwopd_megatron.errors import UserError
-from iwopd_megatron.sandbox import sandbox
+from iwopd_megatron.grading.code.grader import is_right, same_output
+from iwopd_megatron.grading.code.sandbox import sandbox
 
 # Problems of EvalPlus's schema; Mbpp/2 and Mbpp/124 have inputs that are tuples and complex.
 PROBLEMS = {

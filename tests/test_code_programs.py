@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from iwopd_megatron.code_grader import is_right
-from iwopd_megatron.sandbox_values import long_numbers
+from iwopd_megatron.grading.code.grader import is_right
+from iwopd_megatron.grading.code.sandbox_values import long_numbers
 
 EVALPLUS = json.dumps(
     {

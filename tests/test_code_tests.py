@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from iwopd_megatron.code_grader import is_right
-from iwopd_megatron.code_tests import Calls, Prints, check_tests, read_tests
-from iwopd_megatron.config_data import Source
-from iwopd_megatron.data_sources import read_source
+from iwopd_megatron.config.data import Source
+from iwopd_megatron.data.sources import read_source
 from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.grading.code.cases import Calls, Prints, check_tests, read_tests
+from iwopd_megatron.grading.code.grader import is_right
 
 EVALPLUS = {
     "task_id": "Mbpp/900", "entry_point": "f", "prompt": "'''Double.'''\n",

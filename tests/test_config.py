@@ -11,11 +11,11 @@ import yaml
 from model_folders import write_zeros
 
 import iwopd_megatron
-from iwopd_megatron.config_models import Layout
+from iwopd_megatron.config.load import load_recipe
+from iwopd_megatron.config.models import Layout
+from iwopd_megatron.config.preflight import describe
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.preflight import describe
-from iwopd_megatron.preflight_resume import check_resume
-from iwopd_megatron.recipe import load_recipe
+from iwopd_megatron.records.resume import check_resume
 
 HF = dict(
     model_type="qwen3_moe", vocab_size=512, num_attention_heads=4, num_key_value_heads=2,
@@ -242,7 +242,7 @@ def python(folder: Path, *args: str) -> subprocess.CompletedProcess:
 
 
 def test_config_imports_no_torch(tmp_path):
-    code = "import sys, iwopd_megatron.config, iwopd_megatron.cli; print('torch' in sys.modules)"
+    code = "import sys, iwopd_megatron.cli.main; print('torch' in sys.modules)"
     result = python(tmp_path, "-c", code)
     assert (result.returncode, result.stdout) == (0, "False\n"), result.stderr
 

@@ -7,10 +7,10 @@ import signal
 
 import pytest
 
-from iwopd_megatron import lock
-from iwopd_megatron.convert import hf_to_megatron, megatron_to_hf
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.rawfile import UNFINISHED, OutputFile
+from iwopd_megatron.files import lock
+from iwopd_megatron.files.rawfile import UNFINISHED, OutputFile
+from iwopd_megatron.weights.convert import hf_to_megatron, megatron_to_hf
 
 
 def files(folder):

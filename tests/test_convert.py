@@ -26,11 +26,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from iwopd_megatron import cli, pieces, rawfile, safetensors_file
-from iwopd_megatron.check import compare, read_side
-from iwopd_megatron.convert import hf_to_megatron, megatron_to_hf
+from iwopd_megatron.cli import main as cli
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.torch_dist_reader import Reader
+from iwopd_megatron.files import rawfile
+from iwopd_megatron.parity.check import compare, read_side
+from iwopd_megatron.weights import pieces, safetensors_file
+from iwopd_megatron.weights.convert import hf_to_megatron, megatron_to_hf
+from iwopd_megatron.weights.torch_dist_reader import Reader
 
 
 def assert_same_bytes(got: dict, want: dict) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iwopd_megatron.data import MixedOrder, Problem, PromptOrder
+from iwopd_megatron.data.problems import MixedOrder, Problem, PromptOrder
 
 
 @settings(max_examples=60, deadline=None)

@@ -6,11 +6,11 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from iwopd_megatron import math_grader
-from iwopd_megatron.config_data import Source
-from iwopd_megatron.data import Problem
-from iwopd_megatron.data_sources import read_source, resolve
+from iwopd_megatron.config.data import Source
+from iwopd_megatron.data.problems import Problem
+from iwopd_megatron.data.sources import read_source, resolve
 from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.grading.math import grader as math_grader
 
 ROW = {"question": "1+1?", "answer": 2, "difficulty": 3, "source": "toy"}
 DEEPMATH = {

@@ -10,10 +10,10 @@ from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
-from iwopd_megatron.disk import TORN, disk_reason, disk_told
+from iwopd_megatron.cli.worker import _explain
 from iwopd_megatron.errors import DiskError, GateError, RecipeError
-from iwopd_megatron.saver import _write_buckets
-from iwopd_megatron.worker import _explain
+from iwopd_megatron.records.disk import TORN, disk_reason, disk_told
+from iwopd_megatron.train.saver import _write_buckets
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/x/metrics.jsonl")
 

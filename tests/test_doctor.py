@@ -8,9 +8,9 @@ from typing import get_args
 
 import pytest
 
-from iwopd_megatron import doctor
-from iwopd_megatron.config_loss import Weighting
-from iwopd_megatron.recipe import load_recipe, read_recipe
+from iwopd_megatron.config import doctor
+from iwopd_megatron.config.load import load_recipe, read_recipe
+from iwopd_megatron.config.loss import Weighting
 
 ROOT = Path(__file__).parent.parent
 SEVERAL = ["train.minibatches=2"]  # the clip can bind
@@ -92,7 +92,7 @@ def test_a_rule_reads_just_the_settings_that_change_its_weights():
     """Change each setting of each rule; the weights move where `doctor` says it is read."""
     import torch
 
-    from iwopd_megatron.weighting import RULES, ratio_mean, token_weights_packed
+    from iwopd_megatron.loss.weighting import RULES, ratio_mean, token_weights_packed
 
     assert (
         set(doctor.READS) == set(RULES) == set(get_args(Weighting.model_fields["rule"].annotation))

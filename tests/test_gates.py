@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from iwopd_megatron.gates import (
+from iwopd_megatron.batch.gates import (
     GateError,
     canary,
     drift,
@@ -15,14 +15,14 @@ from iwopd_megatron.gates import (
     truncation,
     without_bad_scores,
 )
-from iwopd_megatron.gates_start import (
+from iwopd_megatron.batch.trajectory import Trajectory
+from iwopd_megatron.hf.agreement import (
     same_chat_template,
     same_vocabulary,
     served_student,
     served_teacher,
     server_fits,
 )
-from iwopd_megatron.trajectory import Trajectory
 
 
 class Tokenizer:

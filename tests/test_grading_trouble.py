@@ -4,15 +4,15 @@ import json
 from collections import Counter
 from types import SimpleNamespace
 
-from iwopd_megatron import bench_run, evaluate
-from iwopd_megatron.answers import Answers
-from iwopd_megatron.bench_progress import BenchProgress
-from iwopd_megatron.benchmarks import Benchmark
-from iwopd_megatron.data import Problem
-from iwopd_megatron.grading_pool import Grade
-from iwopd_megatron.recorder import Recorder
-from iwopd_megatron.trainer import Trainer
-from iwopd_megatron.trajectory import Trajectory
+from iwopd_megatron.batch.trajectory import Trajectory
+from iwopd_megatron.data.benchmarks import Benchmark
+from iwopd_megatron.data.problems import Problem
+from iwopd_megatron.evaluation import bench_run, evaluate
+from iwopd_megatron.evaluation.answers import Answers
+from iwopd_megatron.evaluation.bench_progress import BenchProgress
+from iwopd_megatron.grading.pool import Grade
+from iwopd_megatron.records.recorder import Recorder
+from iwopd_megatron.train.trainer import Trainer
 
 FOUND = [Grade(1.0), Grade(0.0, "cut at 2 s"), Grade(0.0, "crashed"), Grade(0.0, "cut at 2 s")]
 PROBLEMS = [Problem(f"{i}?", str(i), 0.0, "math") for i in range(4)]

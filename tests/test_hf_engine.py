@@ -10,13 +10,13 @@ import pytest
 import torch
 from worlds import run_world
 
-from iwopd_megatron.config_models import Layout
-from iwopd_megatron.hf_io import HfTensors
-from iwopd_megatron.hf_reference import hf_model
-from iwopd_megatron.local_world import local_context
-from iwopd_megatron.parallel import initialise, shutdown
-from iwopd_megatron.rollout import Prompt, Sampling
-from iwopd_megatron.rollout.hf import HfEngine, _causal_mask, _sample, _uniform
+from iwopd_megatron.config.models import Layout
+from iwopd_megatron.parity.hf_reference import hf_model
+from iwopd_megatron.rollout.embedded import HfEngine, _causal_mask, _sample, _uniform
+from iwopd_megatron.rollout.engine import Prompt, Sampling
+from iwopd_megatron.runtime.local_world import local_context
+from iwopd_megatron.runtime.parallel import initialise, shutdown
+from iwopd_megatron.weights.hf_io import HfTensors
 
 LENGTHS, MAX_TOKENS, VOCAB = [3, 17, 9, 25, 1, 6, 12], 20, 512
 TEMPERATURES = (0.0, 0.7, 1.0)

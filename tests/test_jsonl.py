@@ -7,9 +7,9 @@ import lzma
 
 import pytest
 
-from iwopd_megatron.benchmarks import load_benchmark, with_path
-from iwopd_megatron.config_data import Source
-from iwopd_megatron.data_sources import read_source
+from iwopd_megatron.config.data import Source
+from iwopd_megatron.data.benchmarks import load_benchmark, with_path
+from iwopd_megatron.data.sources import read_source
 from iwopd_megatron.errors import RecipeError
 
 ROWS = [

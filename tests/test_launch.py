@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from iwopd_megatron.cli_launch import verdict
-from iwopd_megatron.config_profile import SHIPPED, Profile, load_profile
+from iwopd_megatron.cli.launch import verdict
+from iwopd_megatron.config.load import load_recipe, read_recipe
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.launch import make_job, new_folder, newest_folder, write_job
-from iwopd_megatron.recipe import load_recipe, read_recipe
-from iwopd_megatron.roles import Job, read_job
+from iwopd_megatron.launch.launch import make_job, new_folder, newest_folder, write_job
+from iwopd_megatron.launch.profile import SHIPPED, Profile, load_profile
+from iwopd_megatron.launch.roles import Job, read_job
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "recipes" / "demo_tiny_moe.yaml"
@@ -196,7 +196,7 @@ def test_profile_overrides_tuning(tmp_path):
 
 def test_launching_needs_no_torch():
     code = (
-        "import sys; from iwopd_megatron import cli, agent, launch;"
+        "import sys, iwopd_megatron.cli.main; from iwopd_megatron.launch import agent, launch;"
         "print([m for m in ('torch', 'transformers', 'nemo_run') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

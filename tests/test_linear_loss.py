@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from iwopd_megatron.linear_loss import linear_loss
-from iwopd_megatron.logprobs import linear_logprobs
-from iwopd_megatron.loss import policy_loss
-from iwopd_megatron.topk import topk_kl
+from iwopd_megatron.loss.linear_loss import linear_loss
+from iwopd_megatron.loss.logprobs import linear_logprobs
+from iwopd_megatron.loss.policy import policy_loss
+from iwopd_megatron.loss.topk import topk_kl
 
 N, D, V, K = 29, 7, 37, 3
 G = torch.Generator().manual_seed(0)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from iwopd_megatron import lock
 from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.files import lock
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,7 +20,7 @@ def holder(tmp_path):
     """Another process that holds the folder."""
     script = (
         "import pathlib, signal, sys\n"
-        "from iwopd_megatron.lock import locked\n"
+        "from iwopd_megatron.files.lock import locked\n"
         "with locked(pathlib.Path(sys.argv[1])):\n"
         "    print('held', flush=True); signal.pause()"
     )

@@ -5,9 +5,9 @@ import torch
 import torch.distributed as dist
 from worlds import run_world
 
-from iwopd_megatron.config_models import Layout
-from iwopd_megatron.logprobs import linear_logprobs
-from iwopd_megatron.parallel import initialise
+from iwopd_megatron.config.models import Layout
+from iwopd_megatron.loss.logprobs import linear_logprobs
+from iwopd_megatron.runtime.parallel import initialise
 
 N, D, V = 13, 7, 37
 RTOL, ATOL = 1e-5, 2e-6

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from iwopd_megatron.loss import (
+from iwopd_megatron.loss.policy import (
     AGGREGATIONS,
     importance_weight,
     is_clipped,

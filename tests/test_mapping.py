@@ -10,15 +10,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from worlds import run_world
 
-from iwopd_megatron import hf_io, sync
-from iwopd_megatron.config_models import Layout
-from iwopd_megatron.hf_config import read_hf_config
-from iwopd_megatron.hf_io import HfTensors, load_shards, named_views, random_weights, save_folder
-from iwopd_megatron.mapping import GATED, QKV, entries
-from iwopd_megatron.model import build_model
-from iwopd_megatron.parallel import initialise
-from iwopd_megatron.stored_tensors import stored_tensors
-from iwopd_megatron.sync import WeightStream
+from iwopd_megatron.config.models import Layout
+from iwopd_megatron.hf.config import read_hf_config
+from iwopd_megatron.hf.headers import stored_tensors
+from iwopd_megatron.models.gpt import build_model
+from iwopd_megatron.runtime.parallel import initialise
+from iwopd_megatron.weights import hf_io, sync
+from iwopd_megatron.weights.hf_io import (
+    HfTensors,
+    load_shards,
+    named_views,
+    random_weights,
+    save_folder,
+)
+from iwopd_megatron.weights.sync import WeightStream
+from iwopd_megatron.weights.table import GATED, QKV, entries
 
 
 @pytest.fixture(scope="session")

@@ -9,11 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from iwopd_megatron import grading_pool, grading_worker
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.grading import GRADERS, check_answer, grade
-from iwopd_megatron.grading_pool import Answer, Grade, Pool, count_trouble, describe
-from iwopd_megatron.math_grader import is_right, last_boxed
+from iwopd_megatron.grading import pool as grading_pool
+from iwopd_megatron.grading import worker as grading_worker
+from iwopd_megatron.grading.graders import GRADERS, check_answer, grade
+from iwopd_megatron.grading.math.grader import is_right, last_boxed
+from iwopd_megatron.grading.pool import Answer, Grade, Pool, count_trouble, describe
 
 RIGHT = [  # (content of the box, reference answer)
     (r"\frac{1}{2}", "0.5"), (r"\dfrac12", r"\frac{1}{2}"), ("1/2", r"\frac{1}{2}"),
@@ -149,7 +150,7 @@ def test_workers_die_with_their_parent(tmp_path):
     import sys
 
     script = (
-        "from iwopd_megatron.grading_pool import Answer, Pool\n"
+        "from iwopd_megatron.grading.pool import Answer, Pool\n"
         "pool = Pool(1, 600)\n"
         f"pool.grade([Answer(*{tuple(FOUR)!r})])\n"
         "print(pool.workers[0].process.pid, flush=True)\n"

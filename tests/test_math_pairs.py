@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from iwopd_megatron.math_grader import is_right
+from iwopd_megatron.grading.math.grader import is_right
 
 FOLDER = Path(__file__).parent / "math_pairs"
 TABLES = sorted(file.stem for file in FOLDER.glob("*.tsv"))

@@ -4,14 +4,17 @@ import pytest
 import sympy
 from test_math_pairs import TABLES, read_table
 
-from iwopd_megatron import math_guards, math_normalise, math_units, math_words
-from iwopd_megatron.math_boxes import last_boxed, last_boxes
-from iwopd_megatron.math_characters import PLAIN, latex_of
-from iwopd_megatron.math_grader import explain, is_equal, is_right
-from iwopd_megatron.math_lists import both_signs, members, named_values
-from iwopd_megatron.math_normalise import normalise
-from iwopd_megatron.math_readings import read
-from iwopd_megatron.math_regions import region
+from iwopd_megatron.grading.math import guards as math_guards
+from iwopd_megatron.grading.math import normalise as math_normalise
+from iwopd_megatron.grading.math import units as math_units
+from iwopd_megatron.grading.math import words as math_words
+from iwopd_megatron.grading.math.boxes import last_boxed, last_boxes
+from iwopd_megatron.grading.math.characters import PLAIN, latex_of
+from iwopd_megatron.grading.math.grader import explain, is_equal, is_right
+from iwopd_megatron.grading.math.lists import both_signs, members, named_values
+from iwopd_megatron.grading.math.normalise import normalise
+from iwopd_megatron.grading.math.readings import read
+from iwopd_megatron.grading.math.regions import region
 
 NORMALISED = [
     # one alphabet

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from iwopd_megatron.native_ops import grouped_mm, rms_norm, rotate, swiglu
+from iwopd_megatron.models.native_ops import grouped_mm, rms_norm, rotate, swiglu
 
 
 def random(*shape, seed=0):

@@ -9,23 +9,23 @@ import pytest
 import torch
 from worlds import run_world
 
-from iwopd_megatron import linear_loss
-from iwopd_megatron.actor import Schedule
-from iwopd_megatron.config import Train
-from iwopd_megatron.config_loss import Loss
-from iwopd_megatron.config_models import Layout
-from iwopd_megatron.hf_config import read_hf_config
-from iwopd_megatron.hf_io import HfTensors, load_shards, named_views
-from iwopd_megatron.hf_reference import hf_model, make_samples, max_error
-from iwopd_megatron.local_world import local_context
-from iwopd_megatron.mapping import entries
-from iwopd_megatron.minibatch import Minibatch
-from iwopd_megatron.model import build_model
-from iwopd_megatron.objective import DistillationObjective
-from iwopd_megatron.optimizer import build_optimizer, wrap_data_parallel
-from iwopd_megatron.packing import Packer
-from iwopd_megatron.parallel import initialise, shutdown
-from iwopd_megatron.topk import MIN_TAIL
+from iwopd_megatron.batch.minibatch import Minibatch
+from iwopd_megatron.batch.objective import DistillationObjective
+from iwopd_megatron.batch.packing import Packer
+from iwopd_megatron.config.loss import Loss
+from iwopd_megatron.config.models import Layout
+from iwopd_megatron.config.recipe import Train
+from iwopd_megatron.hf.config import read_hf_config
+from iwopd_megatron.loss import linear_loss
+from iwopd_megatron.loss.topk import MIN_TAIL
+from iwopd_megatron.models.actor import Schedule
+from iwopd_megatron.models.gpt import build_model
+from iwopd_megatron.models.optimizer import build_optimizer, wrap_data_parallel
+from iwopd_megatron.parity.hf_reference import hf_model, make_samples, max_error
+from iwopd_megatron.runtime.local_world import local_context
+from iwopd_megatron.runtime.parallel import initialise, shutdown
+from iwopd_megatron.weights.hf_io import HfTensors, load_shards, named_views
+from iwopd_megatron.weights.table import entries
 
 LENGTHS = [24, 17, 32, 20, 28, 19, 24, 32]  # inputs; any two are more than the longest
 UNPACKED, PACKED = 32, 120  # token budgets of a micro-batch: one sample, or several

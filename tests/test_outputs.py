@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from iwopd_megatron import cli
+from iwopd_megatron.cli import main as cli
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.outputs import check_file, check_folder
+from iwopd_megatron.files.outputs import check_file, check_folder
 
 RECIPE = "recipes/demo_tiny_moe.yaml"
 LONG = "x" * 300
@@ -53,7 +53,7 @@ COMMANDS = {
 @pytest.mark.parametrize("bad", ["/proc/x", "/dev/null", "FILE", "FILE/below", "/proc/1/x", LONG])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_output_that_cannot_be(command, bad, places, monkeypatch, capsys):
-    monkeypatch.setattr("iwopd_megatron.cli._workers", lambda: pytest.fail("work has begun"))
+    monkeypatch.setattr("iwopd_megatron.cli.main._workers", lambda: pytest.fail("work has begun"))
     bad = bad.replace("FILE", str(places / "file"))
     words = [w.replace("{}", bad).replace("RUN", str(places / "run")) for w in COMMANDS[command]]
     before = sorted(places.rglob("*"))

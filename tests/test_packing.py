@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iwopd_megatron.config_models import Layout
-from iwopd_megatron.packing import Packer, deal, plan_microbatches, round_up
-from iwopd_megatron.parallel import Axis, Parallel, zigzag_index
-from iwopd_megatron.trajectory import Trajectory, mask_tokens
+from iwopd_megatron.batch.packing import Packer, deal, plan_microbatches, round_up
+from iwopd_megatron.batch.trajectory import Trajectory, mask_tokens
+from iwopd_megatron.config.models import Layout
+from iwopd_megatron.runtime.parallel import Axis, Parallel, zigzag_index
 
 
 def mesh(layout: Layout, dp: int = 1, dp_rank: int = 0, cp_rank: int = 0) -> Parallel:

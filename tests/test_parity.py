@@ -8,10 +8,10 @@ import os
 import pytest
 from worlds import run_world
 
-from iwopd_megatron import hf_reference, parity
-from iwopd_megatron.config_models import Layout
-from iwopd_megatron.local_world import local_context
-from iwopd_megatron.parallel import shutdown
+from iwopd_megatron.config.models import Layout
+from iwopd_megatron.parity import hf_reference, parity
+from iwopd_megatron.runtime.local_world import local_context
+from iwopd_megatron.runtime.parallel import shutdown
 
 UNEQUAL, EQUAL = [24, 16, 32, 20, 28, 12, 24, 32], [32] * 8
 # name: (processes, model, lengths, micro-batch tokens, axes larger than one, dtype, recompute)

@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy
 import pytest
 
-from iwopd_megatron.pass_at_k import interval, pass_at_k, summarise
+from iwopd_megatron.evaluation.pass_at_k import interval, pass_at_k, summarise
 
 
 @pytest.mark.parametrize("samples", [1, 2, 5, 7])

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from iwopd_megatron.cli import app
-from iwopd_megatron.config_cluster import Cluster
-from iwopd_megatron.config_models import Layout
+from iwopd_megatron.cli.main import app
+from iwopd_megatron.config.cluster import Cluster
+from iwopd_megatron.config.load import read_recipe
+from iwopd_megatron.config.models import Layout
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.known_models import known_model, known_models, planning_config
-from iwopd_megatron.plan import Plan, plan
-from iwopd_megatron.plan_hardware import GPUS, Gpu, Rates
-from iwopd_megatron.plan_memory import (
+from iwopd_megatron.hf.known_models import known_model, known_models, planning_config
+from iwopd_megatron.plan.hardware import GPUS, Gpu, Rates
+from iwopd_megatron.plan.memory import (
     Memory,
     Precision,
     engine,
@@ -28,12 +28,13 @@ from iwopd_megatron.plan_memory import (
     states,
     training,
 )
-from iwopd_megatron.plan_model import ModelSize
-from iwopd_megatron.plan_picture import write_picture
-from iwopd_megatron.plan_report import overrides
-from iwopd_megatron.plan_round import QUANTILES, Generation, Lengths, generate, scored_at
-from iwopd_megatron.plan_search import search, splits
-from iwopd_megatron.plan_time import (
+from iwopd_megatron.plan.model import ModelSize
+from iwopd_megatron.plan.picture import write_picture
+from iwopd_megatron.plan.plan import Plan, plan
+from iwopd_megatron.plan.round import QUANTILES, Generation, Lengths, generate, scored_at
+from iwopd_megatron.plan.search import search, splits
+from iwopd_megatron.plan.text import overrides
+from iwopd_megatron.plan.time import (
     Software,
     Workload,
     _dispatch,
@@ -41,7 +42,6 @@ from iwopd_megatron.plan_time import (
     forward_backward,
     pipeline,
 )
-from iwopd_megatron.recipe import read_recipe
 from iwopd_megatron.toy_task import MODELS, write_model
 
 RECIPE = Path("recipes/qwen3_235b_a22b_to_30b_a3b.yaml")
@@ -360,9 +360,11 @@ def test_planning_and_launching_need_no_numerical_packages():
     code = f"""
 import sys
 from pathlib import Path
-from iwopd_megatron import cli, launch, plan_search
-from iwopd_megatron.plan import plan
-from iwopd_megatron.recipe import read_recipe
+from iwopd_megatron.cli import main as cli
+from iwopd_megatron.launch import launch
+from iwopd_megatron.plan import search as plan_search
+from iwopd_megatron.plan.plan import plan
+from iwopd_megatron.config.load import read_recipe
 from iwopd_megatron.toy_task import MODELS, write_model
 plan_search.search(plan(read_recipe(Path({str(SMALL)!r}))))
 assert not {{"torch", "numpy", "transformers", "datasets", "matplotlib"}} & set(sys.modules)

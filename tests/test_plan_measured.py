@@ -10,14 +10,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from worlds import run_world
 
-from iwopd_megatron.config import Train
-from iwopd_megatron.config_models import Layout
-from iwopd_megatron.hf_config import parse_hf_config
-from iwopd_megatron.model import build_model, wrap_precision
-from iwopd_megatron.optimizer import build_optimizer, wrap_data_parallel
-from iwopd_megatron.parallel import initialise, packed_seq_params, shutdown
-from iwopd_megatron.plan_memory import Precision, head_bytes, layer_bytes, states
-from iwopd_megatron.plan_model import ModelSize
+from iwopd_megatron.config.models import Layout
+from iwopd_megatron.config.recipe import Train
+from iwopd_megatron.hf.config import parse_hf_config
+from iwopd_megatron.models.gpt import build_model, wrap_precision
+from iwopd_megatron.models.optimizer import build_optimizer, wrap_data_parallel
+from iwopd_megatron.plan.memory import Precision, head_bytes, layer_bytes, states
+from iwopd_megatron.plan.model import ModelSize
+from iwopd_megatron.runtime.parallel import initialise, packed_seq_params, shutdown
 
 SIZES = dict(
     model_type="qwen3", vocab_size=512, hidden_size=64, intermediate_size=192, num_hidden_layers=4,

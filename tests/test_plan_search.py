@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from iwopd_megatron import plan_search
-from iwopd_megatron.known_models import planning_config
-from iwopd_megatron.plan import plan
-from iwopd_megatron.plan_phases import scoring_seconds, training_phases
-from iwopd_megatron.plan_roles import teacher, trainer
-from iwopd_megatron.recipe import read_recipe
+from iwopd_megatron.config.load import read_recipe
+from iwopd_megatron.hf.known_models import planning_config
+from iwopd_megatron.plan import search as plan_search
+from iwopd_megatron.plan.phases import scoring_seconds, training_phases
+from iwopd_megatron.plan.plan import plan
+from iwopd_megatron.plan.roles import teacher, trainer
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
 RECIPE = Path("recipes/qwen3_235b_a22b_to_30b_a3b.yaml")

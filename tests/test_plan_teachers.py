@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from iwopd_megatron.cli import app
-from iwopd_megatron.cli_launch import print_roles
-from iwopd_megatron.config_profile import Profile
+from iwopd_megatron.cli.launch import print_roles
+from iwopd_megatron.cli.main import app
+from iwopd_megatron.config.load import read_recipe
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.launch import make_job
-from iwopd_megatron.plan import plan
-from iwopd_megatron.plan_report import notes, overrides
-from iwopd_megatron.plan_search import search
-from iwopd_megatron.recipe import read_recipe
+from iwopd_megatron.launch.launch import make_job
+from iwopd_megatron.launch.profile import Profile
+from iwopd_megatron.plan.plan import plan
+from iwopd_megatron.plan.search import search
+from iwopd_megatron.plan.text import notes, overrides
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
 SMALL = Path("recipes/qwen3_30b_a3b_to_4b.yaml")

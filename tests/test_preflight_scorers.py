@@ -4,11 +4,11 @@ import pytest
 import yaml
 from served import ROOT
 
-from iwopd_megatron.cli_serve import choose_teacher
-from iwopd_megatron.config_models import Layout
+from iwopd_megatron.cli.serve import choose_teacher
+from iwopd_megatron.config.load import load_recipe
+from iwopd_megatron.config.models import Layout
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.preflight_resume import check_resume
-from iwopd_megatron.recipe import load_recipe
+from iwopd_megatron.records.resume import check_resume
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
 RECIPE = ROOT / "recipes/demo_tiny_moe.yaml"

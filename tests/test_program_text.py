@@ -5,9 +5,9 @@ import textwrap
 
 import pytest
 
-from iwopd_megatron.code_grader import find_program, is_right
-from iwopd_megatron.code_tests import read_tests
-from iwopd_megatron.evalplus_text import longest_program, needed_part
+from iwopd_megatron.grading.code.cases import read_tests
+from iwopd_megatron.grading.code.evalplus_text import longest_program, needed_part
+from iwopd_megatron.grading.code.grader import find_program, is_right
 
 RIGHT = "def f(x):\n    return int(2 * x)\n"
 WRONG = "def f(x):\n    return 3 * x\n"

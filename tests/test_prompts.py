@@ -9,12 +9,12 @@ import pytest
 from pyarrow import parquet
 from transformers import AutoTokenizer
 
-from iwopd_megatron.config_data import Source
-from iwopd_megatron.contamination import contaminated, duplicates
-from iwopd_megatron.data import Problem
-from iwopd_megatron.data_sources import read_source
+from iwopd_megatron.config.data import Source
+from iwopd_megatron.data.contamination import contaminated, duplicates
+from iwopd_megatron.data.problems import Problem
+from iwopd_megatron.data.prompts import Prompts, load_tokenizer
+from iwopd_megatron.data.sources import read_source
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.prompts import Prompts, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 SYSTEM = {"role": "system", "content": "ab"}

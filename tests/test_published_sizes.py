@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from iwopd_megatron.hf_config import parse_hf_config
-from iwopd_megatron.hf_io import named_views
-from iwopd_megatron.hf_shapes import hf_names, hf_shape
-from iwopd_megatron.mapping import blocks, entries
-from iwopd_megatron.torch_dist import block_shape, expected_tensors
+from iwopd_megatron.hf.config import parse_hf_config
+from iwopd_megatron.hf.shapes import hf_names, hf_shape
+from iwopd_megatron.weights.hf_io import named_views
+from iwopd_megatron.weights.table import blocks, entries
+from iwopd_megatron.weights.torch_dist import block_shape, expected_tensors
 
 # config.json of the published models, what shapes depend on
 COMMON = dict(

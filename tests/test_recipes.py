@@ -7,14 +7,14 @@ import pytest
 import yaml
 from worlds import run_world
 
-from iwopd_megatron import hf_reference, parity
-from iwopd_megatron.config_models import Layout
+from iwopd_megatron.config.load import load_recipe, read_recipe
+from iwopd_megatron.config.models import Layout
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.local_world import local_context
-from iwopd_megatron.parallel import shutdown
-from iwopd_megatron.plan import plan
-from iwopd_megatron.recipe import load_recipe, read_recipe
-from iwopd_megatron.rehearse import BUDGET, rehearsals, scaled, write_model
+from iwopd_megatron.parity import hf_reference, parity
+from iwopd_megatron.parity.rehearse import BUDGET, rehearsals, scaled, write_model
+from iwopd_megatron.plan.plan import plan
+from iwopd_megatron.runtime.local_world import local_context
+from iwopd_megatron.runtime.parallel import shutdown
 
 RECIPES = sorted(p for p in Path("recipes").glob("*.yaml") if p.name.startswith("qwen3_"))
 PROCESSES = 4

@@ -9,22 +9,22 @@ import pytest
 import torch
 from worlds import run_world
 
-from iwopd_megatron.actor import Schedule
-from iwopd_megatron.config_models import Layout
-from iwopd_megatron.hf_config import read_hf_config
-from iwopd_megatron.hf_io import HfTensors, load_shards
-from iwopd_megatron.hf_reference import hf_model, make_samples
-from iwopd_megatron.local_world import local_context
-from iwopd_megatron.metrics import router_means
-from iwopd_megatron.model import build_model
-from iwopd_megatron.packing import Packer
-from iwopd_megatron.parallel import initialise, shutdown
-from iwopd_megatron.progress import Progress
-from iwopd_megatron.recipe import load_recipe
-from iwopd_megatron.router_load import RouterLoad
-from iwopd_megatron.runlog import read_jsonl
-from iwopd_megatron.trainer import Trainer
-from iwopd_megatron.weighting import token_weights
+from iwopd_megatron.batch.metrics import router_means
+from iwopd_megatron.batch.packing import Packer
+from iwopd_megatron.config.load import load_recipe
+from iwopd_megatron.config.models import Layout
+from iwopd_megatron.hf.config import read_hf_config
+from iwopd_megatron.loss.weighting import token_weights
+from iwopd_megatron.models.actor import Schedule
+from iwopd_megatron.models.gpt import build_model
+from iwopd_megatron.models.router_load import RouterLoad
+from iwopd_megatron.parity.hf_reference import hf_model, make_samples
+from iwopd_megatron.records.progress import Progress
+from iwopd_megatron.records.runlog import read_jsonl
+from iwopd_megatron.runtime.local_world import local_context
+from iwopd_megatron.runtime.parallel import initialise, shutdown
+from iwopd_megatron.train.trainer import Trainer
+from iwopd_megatron.weights.hf_io import HfTensors, load_shards
 
 ROOT = Path(__file__).parent.parent
 LENGTHS = [24, 17, 32, 20, 28, 19, 24]

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from iwopd_megatron.report import write_report
-from iwopd_megatron.report_data import find_runs, read_runs, series
-from iwopd_megatron.report_pairs import pair_gains
-from iwopd_megatron.report_positions import by_position, prefix_logp
-from iwopd_megatron.report_statistics import interval, welch_interval
-from iwopd_megatron.report_summary import gains, summarise
-from iwopd_megatron.report_tables import about, benchmark_table
-from iwopd_megatron.runlog import append_event, read_metrics
+from iwopd_megatron.records.runlog import append_event, read_metrics
+from iwopd_megatron.report.data import find_runs, read_runs, series
+from iwopd_megatron.report.page import write_report
+from iwopd_megatron.report.pairs import pair_gains
+from iwopd_megatron.report.positions import by_position, prefix_logp
+from iwopd_megatron.report.statistics import interval, welch_interval
+from iwopd_megatron.report.summary import gains, summarise
+from iwopd_megatron.report.tables import about, benchmark_table
 
 
 def evaluation(number: int, accuracy: float | None) -> dict:

@@ -5,11 +5,11 @@ import json
 import pytest
 from test_report import Elements, evaluation, training, write_comparison, write_run
 
-from iwopd_megatron.report import write_report
-from iwopd_megatron.report_data import find_runs, read_runs
-from iwopd_megatron.report_diagnostics import Early
-from iwopd_megatron.report_figures import sections
-from iwopd_megatron.report_pairs import PairGain
+from iwopd_megatron.report.data import find_runs, read_runs
+from iwopd_megatron.report.diagnostics import Early
+from iwopd_megatron.report.figures import sections
+from iwopd_megatron.report.page import write_report
+from iwopd_megatron.report.pairs import PairGain
 
 NONE = Early([], "")
 FULL = training(

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from iwopd_megatron.cli_report import report
-from iwopd_megatron.compare import plan_arms, print_table
+from iwopd_megatron.cli.report import report
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.progress import Progress
-from iwopd_megatron.report import write_report
-from iwopd_megatron.report_data import find_runs
-from iwopd_megatron.report_finding import findings
-from iwopd_megatron.report_summary import summarise
-from iwopd_megatron.report_words import arm_name, percent, points
-from iwopd_megatron.run_status import print_status
+from iwopd_megatron.launch.status import print_status
+from iwopd_megatron.records.progress import Progress
+from iwopd_megatron.records.words import arm_name, percent, points
+from iwopd_megatron.report.data import find_runs
+from iwopd_megatron.report.finding import findings
+from iwopd_megatron.report.page import write_report
+from iwopd_megatron.report.summary import summarise
+from iwopd_megatron.train.compare import plan_arms, print_table
 
 
 def write_curves(folder, curves, planned=None, done=None):

@@ -19,12 +19,12 @@ from test_report import (
     write_scores,
 )
 
-from iwopd_megatron.report import write_report
-from iwopd_megatron.report_data import find_runs, read_runs
-from iwopd_megatron.report_diagnostics import Early
-from iwopd_megatron.report_figures import sections
-from iwopd_megatron.report_pairs import PairGain
-from iwopd_megatron.runlog import append_event
+from iwopd_megatron.records.runlog import append_event
+from iwopd_megatron.report.data import find_runs, read_runs
+from iwopd_megatron.report.diagnostics import Early
+from iwopd_megatron.report.figures import sections
+from iwopd_megatron.report.page import write_report
+from iwopd_megatron.report.pairs import PairGain
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 needs_browser = pytest.mark.skipif(

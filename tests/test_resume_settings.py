@@ -6,22 +6,22 @@ import pytest
 import yaml
 from worlds import run_world
 
-from iwopd_megatron import checkpoint
-from iwopd_megatron.cli_compare import _check_start
-from iwopd_megatron.compare import Arm
-from iwopd_megatron.config import Recipe, Train
-from iwopd_megatron.config_models import Layout
-from iwopd_megatron.data import Problem
+from iwopd_megatron.cli.compare import _check_start
+from iwopd_megatron.config.models import Layout
+from iwopd_megatron.config.recipe import Recipe, Train
+from iwopd_megatron.data.problems import Problem
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.hf_config import read_hf_config
-from iwopd_megatron.hf_io import HfTensors, load_shards
-from iwopd_megatron.local_world import local_context
-from iwopd_megatron.model import build_model
-from iwopd_megatron.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
-from iwopd_megatron.parallel import initialise
-from iwopd_megatron.preflight_resume import MAY_CHANGE, check_resume, check_start
-from iwopd_megatron.saver import Saver
-from iwopd_megatron.weighting import scheduled_share
+from iwopd_megatron.hf.config import read_hf_config
+from iwopd_megatron.loss.weighting import scheduled_share
+from iwopd_megatron.models.gpt import build_model
+from iwopd_megatron.models.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+from iwopd_megatron.records.resume import MAY_CHANGE, check_resume, check_start
+from iwopd_megatron.runtime.local_world import local_context
+from iwopd_megatron.runtime.parallel import initialise
+from iwopd_megatron.train import checkpoint
+from iwopd_megatron.train.compare import Arm
+from iwopd_megatron.train.saver import Saver
+from iwopd_megatron.weights.hf_io import HfTensors, load_shards
 
 # A recipe with a value at every key, so that each can be changed.
 SERVICE = {"parallel": {}, "processes": 1}

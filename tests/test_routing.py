@@ -12,24 +12,24 @@ import torch
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 from worlds import run_world
 
-from iwopd_megatron import gates
-from iwopd_megatron.actor import Schedule
-from iwopd_megatron.config import Train
-from iwopd_megatron.config_models import Layout
+from iwopd_megatron.batch import gates
+from iwopd_megatron.batch.objective import LikelihoodObjective
+from iwopd_megatron.batch.packing import Packer
+from iwopd_megatron.batch.routing import RoutingReplay
+from iwopd_megatron.config.models import Layout
+from iwopd_megatron.config.recipe import Train
 from iwopd_megatron.errors import GateError
-from iwopd_megatron.hf_config import read_hf_config
-from iwopd_megatron.hf_io import HfTensors, load_shards, named_views
-from iwopd_megatron.hf_reference import hf_model, make_samples, max_error
-from iwopd_megatron.journal import Journal
-from iwopd_megatron.local_world import local_context
-from iwopd_megatron.mapping import entries
-from iwopd_megatron.model import build_model
-from iwopd_megatron.objective import LikelihoodObjective
-from iwopd_megatron.optimizer import build_optimizer, wrap_data_parallel
-from iwopd_megatron.packing import Packer
-from iwopd_megatron.parallel import initialise, shutdown
-from iwopd_megatron.rollout import Prompt
-from iwopd_megatron.routing import RoutingReplay
+from iwopd_megatron.hf.config import read_hf_config
+from iwopd_megatron.models.actor import Schedule
+from iwopd_megatron.models.gpt import build_model
+from iwopd_megatron.models.optimizer import build_optimizer, wrap_data_parallel
+from iwopd_megatron.parity.hf_reference import hf_model, make_samples, max_error
+from iwopd_megatron.rollout.engine import Prompt
+from iwopd_megatron.runtime.local_world import local_context
+from iwopd_megatron.runtime.parallel import initialise, shutdown
+from iwopd_megatron.train.journal import Journal
+from iwopd_megatron.weights.hf_io import HfTensors, load_shards, named_views
+from iwopd_megatron.weights.table import entries
 
 LENGTHS = [24, 17, 32, 20, 28, 19, 24]  # inputs; an odd number, so that a rank has fewer
 UNPACKED, PACKED = 32, 120  # token budgets of a micro-batch: one sample, or several

@@ -12,15 +12,15 @@ import pytest
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from iwopd_megatron import local_world
-from iwopd_megatron.answering import answering_recipe
-from iwopd_megatron.benchmarks import Benchmark
-from iwopd_megatron.cli import app
-from iwopd_megatron.data_sources import read_source
+from iwopd_megatron.cli.main import app
+from iwopd_megatron.config.load import load_recipe
+from iwopd_megatron.data.benchmarks import Benchmark
+from iwopd_megatron.data.preflight import check_before_launch
+from iwopd_megatron.data.run_data import asked, check_room, load_all, load_run_data
+from iwopd_megatron.data.sources import read_source
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.preflight_start import check_before_launch
-from iwopd_megatron.recipe import load_recipe
-from iwopd_megatron.run_data import asked, check_room, load_all, load_run_data
+from iwopd_megatron.evaluation.answering import answering_recipe
+from iwopd_megatron.runtime import local_world
 
 RECIPE = "recipes/demo_tiny_moe.yaml"
 OTHER_TEMPLATE = "gates.same_chat_template=false"  # the teacher has none
@@ -42,7 +42,7 @@ def no_world(monkeypatch):
         raise AssertionError("a world was started")
 
     monkeypatch.setattr(local_world, "start_local", start)
-    monkeypatch.setattr("iwopd_megatron.worker.start_local", start)
+    monkeypatch.setattr("iwopd_megatron.cli.worker.start_local", start)
 
 
 @pytest.fixture(scope="module")
@@ -149,8 +149,8 @@ def test_launching_looks_at_rows_without_a_tokenizer(tmp_path, damaged):
     """A login node may have none; what is on the hub is the job's to check."""
     code = (
         "import sys; from pathlib import Path;"
-        "from iwopd_megatron.recipe import load_recipe;"
-        "from iwopd_megatron.preflight_start import check_before_launch;"
+        "from iwopd_megatron.config.load import load_recipe;"
+        "from iwopd_megatron.data.preflight import check_before_launch;"
         f"assert check_before_launch(load_recipe(Path({RECIPE!r}))) == [];"
         "names = {'torch', 'numpy', 'transformers', 'datasets', 'pyarrow'};"
         "print(names & set(sys.modules))"

@@ -6,10 +6,11 @@ import os
 
 import pytest
 
-from iwopd_megatron import cli, run_files
+from iwopd_megatron.cli import main as cli
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.run_files import append_jsonl, read_jsonl
-from iwopd_megatron.runlog import append_event, read_events
+from iwopd_megatron.files import run_files
+from iwopd_megatron.files.run_files import append_jsonl, read_jsonl
+from iwopd_megatron.records.runlog import append_event, read_events
 
 LINES = [{"kind": "round", "round": n, "loss": 0.5, "lr": 1e-5} for n in (1, 2, 3)]
 DAMAGES = {

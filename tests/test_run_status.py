@@ -5,10 +5,10 @@ import time
 
 import pytest
 
-from iwopd_megatron.board import Board
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.roles import Job, Role
-from iwopd_megatron.run_status import run_status
+from iwopd_megatron.launch.rendezvous import Board
+from iwopd_megatron.launch.roles import Job, Role
+from iwopd_megatron.launch.status import run_status
 
 
 def test_status_of_a_launch(tmp_path):

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.runlog import MetricsLog, read_metrics
+from iwopd_megatron.records.runlog import MetricsLog, read_metrics
 
 
 def line(number: int, **values) -> dict:

@@ -11,20 +11,20 @@ from safetensors.torch import load_file, save_file
 from scaled_folders import FP8_CONFIG, compressed_tensors_config, write_scaled
 from worlds import run_world
 
-from iwopd_megatron.check import compare, read_side
-from iwopd_megatron.config_models import Layout
-from iwopd_megatron.convert import hf_to_megatron, megatron_to_hf
+from iwopd_megatron.config.load import read_recipe
+from iwopd_megatron.config.models import Layout
+from iwopd_megatron.config.preflight_rollout import check_rollout
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.hf_config import read_hf_config
-from iwopd_megatron.hf_io import HfTensors, load_shards, save_folder
-from iwopd_megatron.hf_reference import hf_model
-from iwopd_megatron.known_models import planning_config
-from iwopd_megatron.mapping import blocks
-from iwopd_megatron.model import build_model
-from iwopd_megatron.parallel import initialise, shutdown
-from iwopd_megatron.plan_model import ModelSize
-from iwopd_megatron.preflight_rollout import check_rollout
-from iwopd_megatron.recipe import read_recipe
+from iwopd_megatron.hf.config import read_hf_config
+from iwopd_megatron.hf.known_models import planning_config
+from iwopd_megatron.models.gpt import build_model
+from iwopd_megatron.parity.check import compare, read_side
+from iwopd_megatron.parity.hf_reference import hf_model
+from iwopd_megatron.plan.model import ModelSize
+from iwopd_megatron.runtime.parallel import initialise, shutdown
+from iwopd_megatron.weights.convert import hf_to_megatron, megatron_to_hf
+from iwopd_megatron.weights.hf_io import HfTensors, load_shards, save_folder
+from iwopd_megatron.weights.table import blocks
 
 BF16 = torch.bfloat16
 # how they are scaled: block, quantization_config, name of the scales, their dtype
@@ -209,7 +209,7 @@ def test_plain_weights_under_a_quantization_config_are_refused(moe_folder, tmp_p
 
 def test_released_sizes_fit_their_blocks():
     """Scales of Qwen3-30B-A3B-FP8 and 235B-A22B-FP8: 128 x 128."""
-    from iwopd_megatron.hf_quantization import read_quantization
+    from iwopd_megatron.hf.quantization import read_quantization
 
     content = {"quantization_config": FP8_CONFIG | {"weight_block_size": [128, 128]}}
     quantization = read_quantization(content, "config.json")

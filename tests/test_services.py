@@ -10,8 +10,8 @@ import pytest
 from served import ROOT, wait_until
 
 from iwopd_megatron.errors import ServiceError
-from iwopd_megatron.keeper import Keeper
-from iwopd_megatron.services import Server, free_port, outer_environment
+from iwopd_megatron.runtime.keeper import Keeper
+from iwopd_megatron.runtime.services import Server, free_port, outer_environment
 
 HEALTHY = """
 import http.server, subprocess, sys
@@ -107,7 +107,7 @@ def test_a_dead_server_is_restarted_a_bounded_number_of_times(kept):
 
 
 def test_a_hanging_server_is_restarted(kept, monkeypatch):
-    monkeypatch.setattr("iwopd_megatron.services.PROBE_SECONDS", 0.5)
+    monkeypatch.setattr("iwopd_megatron.runtime.services.PROBE_SECONDS", 0.5)
     server, keeper, said = kept
     pid = server.process.pid
     os.killpg(pid, signal.SIGSTOP)
@@ -127,8 +127,8 @@ def test_a_server_that_never_was_ready_is_not_restarted(tmp_path):
 PARENT = """
 import sys, time
 from pathlib import Path
-from iwopd_megatron.services import Server
-from iwopd_megatron.keeper import Keeper
+from iwopd_megatron.runtime.services import Server
+from iwopd_megatron.runtime.keeper import Keeper
 code, port, log = sys.argv[1:]
 server = Server("s", [sys.executable, "-c", code, port], None, Path(log), f"http://127.0.0.1:{port}")
 keeper = Keeper([server], 30)

@@ -11,12 +11,12 @@ import pytest
 from served import served, spoiled
 from test_teacher_service import SAMPLES, ask
 
-from iwopd_megatron.background import Background
+from iwopd_megatron.batch.trajectory import Trajectory
 from iwopd_megatron.errors import GateError, ServiceError
-from iwopd_megatron.scoring_protocol import BadAnswer, read_answer
-from iwopd_megatron.services import free_port
-from iwopd_megatron.teacher_client import ScoringClient
-from iwopd_megatron.trajectory import Trajectory
+from iwopd_megatron.runtime.background import Background
+from iwopd_megatron.runtime.services import free_port
+from iwopd_megatron.teacher.client import ScoringClient
+from iwopd_megatron.teacher.scoring_protocol import BadAnswer, read_answer
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ import pytest
 import torch
 from served import ROOT, TEACHER, served, wait_until
 
-from iwopd_megatron.hf_reference import hf_model
-from iwopd_megatron.scoring_queue import Job, QueueClosed, QueueFull, ScoringQueue
-from iwopd_megatron.services import Server, free_port
-from iwopd_megatron.teacher_client import ScoringClient
-from iwopd_megatron.trajectory import Trajectory
+from iwopd_megatron.batch.trajectory import Trajectory
+from iwopd_megatron.parity.hf_reference import hf_model
+from iwopd_megatron.runtime.services import Server, free_port
+from iwopd_megatron.teacher.client import ScoringClient
+from iwopd_megatron.teacher.scoring_queue import Job, QueueClosed, QueueFull, ScoringQueue
 
 LAYOUTS = [{}, {"tp": 2}, {"tp": 2, "ep": 2}, {"pp": 2}, {"ep": 2}, {"cp": 2}]
 LENGTHS = [(9, 43), (1, 1), (5, 2), (12, 30), (3, 17), (20, 40), (9, 43), (2, 60), (7, 7)]

@@ -5,9 +5,12 @@ import torch
 
 pytest.importorskip("triton", reason="pip install triton")
 
-from iwopd_megatron import tile_kernels, tile_ops  # noqa: E402
-from iwopd_megatron.linear_loss import linear_loss  # noqa: E402
-from iwopd_megatron.logprobs import linear_logprobs  # noqa: E402
+from iwopd_megatron.loss import (
+    tile_kernels,  # noqa: E402
+    tile_ops,  # noqa: E402
+)
+from iwopd_megatron.loss.linear_loss import linear_loss  # noqa: E402
+from iwopd_megatron.loss.logprobs import linear_logprobs  # noqa: E402
 
 ROWS, COLUMNS = 5, 300
 

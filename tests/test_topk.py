@@ -5,10 +5,10 @@ import torch
 import torch.distributed as dist
 from worlds import run_world
 
-from iwopd_megatron.config_models import Layout
-from iwopd_megatron.logprobs import linear_logprobs
-from iwopd_megatron.parallel import initialise
-from iwopd_megatron.topk import MIN_TAIL, topk_kl
+from iwopd_megatron.config.models import Layout
+from iwopd_megatron.loss.logprobs import linear_logprobs
+from iwopd_megatron.loss.topk import MIN_TAIL, topk_kl
+from iwopd_megatron.runtime.parallel import initialise
 
 N, D, V, K = 13, 7, 36, 5
 

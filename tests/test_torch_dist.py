@@ -9,19 +9,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from worlds import run_world
 
-from iwopd_megatron import checkpoint, pieces, torch_dist
-from iwopd_megatron.blob import data_start, envelope, serialise
-from iwopd_megatron.config import Train
-from iwopd_megatron.config_models import Layout
-from iwopd_megatron.convert import hf_to_megatron, megatron_to_hf
-from iwopd_megatron.hf_config import read_hf_config
-from iwopd_megatron.hf_io import HfTensors, load_shards
-from iwopd_megatron.hf_shapes import hf_shape
-from iwopd_megatron.mapping import blocks
-from iwopd_megatron.model import build_model, wrap_precision
-from iwopd_megatron.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
-from iwopd_megatron.parallel import initialise
-from iwopd_megatron.saver import Saver
+from iwopd_megatron.config.models import Layout
+from iwopd_megatron.config.recipe import Train
+from iwopd_megatron.hf.config import read_hf_config
+from iwopd_megatron.hf.shapes import hf_shape
+from iwopd_megatron.models.gpt import build_model, wrap_precision
+from iwopd_megatron.models.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+from iwopd_megatron.runtime.parallel import initialise
+from iwopd_megatron.train import checkpoint
+from iwopd_megatron.train.saver import Saver
+from iwopd_megatron.weights import pieces, torch_dist
+from iwopd_megatron.weights.blob import data_start, envelope, serialise
+from iwopd_megatron.weights.convert import hf_to_megatron, megatron_to_hf
+from iwopd_megatron.weights.hf_io import HfTensors, load_shards
+from iwopd_megatron.weights.table import blocks
 
 from megatron.core import dist_checkpointing  # isort: skip
 

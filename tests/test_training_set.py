@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from iwopd_megatron.benchmarks import load_benchmark
-from iwopd_megatron.contamination import contaminated, duplicates
-from iwopd_megatron.data import Problem
+from iwopd_megatron.config.load import load_recipe
+from iwopd_megatron.data.benchmarks import load_benchmark
+from iwopd_megatron.data.contamination import contaminated, duplicates
+from iwopd_megatron.data.problems import Problem
+from iwopd_megatron.data.training_set import load_training_set
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.recipe import load_recipe
-from iwopd_megatron.training_set import load_training_set
 
 RECIPE = Path("recipes/demo_tiny_moe.yaml")
 WORDS = "a b c d e f g h i j k l m n o p q r s t u v w x y z".split()

@@ -8,15 +8,17 @@ import os
 import pytest
 from worlds import run_world
 
-from iwopd_megatron import checkpoint, hf_reference, model, parity
-from iwopd_megatron.config import Train
-from iwopd_megatron.config_models import Layout
-from iwopd_megatron.hf_config import read_hf_config
-from iwopd_megatron.hf_io import HfTensors, load_shards
-from iwopd_megatron.local_world import local_context
-from iwopd_megatron.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
-from iwopd_megatron.parallel import initialise, shutdown
-from iwopd_megatron.saver import Saver
+from iwopd_megatron.config.models import Layout
+from iwopd_megatron.config.recipe import Train
+from iwopd_megatron.hf.config import read_hf_config
+from iwopd_megatron.models import gpt as model
+from iwopd_megatron.models.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+from iwopd_megatron.parity import hf_reference, parity
+from iwopd_megatron.runtime.local_world import local_context
+from iwopd_megatron.runtime.parallel import initialise, shutdown
+from iwopd_megatron.train import checkpoint
+from iwopd_megatron.train.saver import Saver
+from iwopd_megatron.weights.hf_io import HfTensors, load_shards
 
 LENGTHS = [24, 16, 32, 20, 28, 12, 24, 32]
 

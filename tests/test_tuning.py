@@ -2,8 +2,8 @@
 
 import pytest
 
-from iwopd_megatron import tuning
-from iwopd_megatron.config_models import Layout
+from iwopd_megatron.config.models import Layout
+from iwopd_megatron.launch import tuning
 
 
 @pytest.mark.parametrize("gpu", tuning.GENERATION)

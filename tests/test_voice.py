@@ -2,8 +2,8 @@
 
 import pytest
 
-from iwopd_megatron import cli
-from iwopd_megatron.cli import COMMANDS
+from iwopd_megatron.cli import main as cli
+from iwopd_megatron.cli.main import COMMANDS
 
 RECIPE = "recipes/demo_tiny_moe.yaml"
 

@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import run_world
 
-from iwopd_megatron.config_loss import Weighting
-from iwopd_megatron.parallel import zigzag_index
-from iwopd_megatron.weighting import (
+from iwopd_megatron.config.loss import Weighting
+from iwopd_megatron.loss.weighting import (
     ANNEALS,
     DENOMINATORS,
     RULES,
@@ -23,6 +22,7 @@ from iwopd_megatron.weighting import (
     token_weights,
     token_weights_packed,
 )
+from iwopd_megatron.runtime.parallel import zigzag_index
 
 TOLERANCE = 1e-6
 # rule, gamma, share, denominator: every setting that changes a weight

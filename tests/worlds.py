@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from iwopd_megatron.local_world import start_local
+from iwopd_megatron.runtime.local_world import start_local
 
 
 def run_world(world: int, function: Callable[..., Any], *args: Any, limit: float = 300) -> None:

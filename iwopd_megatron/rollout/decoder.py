@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from iwopd_megatron.hf_config import HfConfig
-from iwopd_megatron.native_ops import grouped_mm, rms_scale, rotate, swiglu
-from iwopd_megatron.rope import inverse_frequencies, turn
+from iwopd_megatron.hf.config import HfConfig
+from iwopd_megatron.hf.rotary import inverse_frequencies, turn
+from iwopd_megatron.models.native_ops import grouped_mm, rms_scale, rotate, swiglu
 
 
 class Layer(NamedTuple):

@@ -10,23 +10,23 @@ from typing import Any
 import httpx
 from transformers import AutoTokenizer
 
-from iwopd_megatron.background import Background
-from iwopd_megatron.config import Recipe
+from iwopd_megatron.config.recipe import Recipe
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.fingerprint import identity
-from iwopd_megatron.hf_config import read_hf_config
-from iwopd_megatron.keeper import Keeper
-from iwopd_megatron.model import DTYPES
-from iwopd_megatron.model_folder import eos_ids
-from iwopd_megatron.parallel import Parallel
-from iwopd_megatron.rollout import RolloutEngine
-from iwopd_megatron.rollout.hf import HfEngine
+from iwopd_megatron.hf.config import read_hf_config
+from iwopd_megatron.hf.fingerprint import identity
+from iwopd_megatron.hf.folder import eos_ids
+from iwopd_megatron.models.gpt import DTYPES
+from iwopd_megatron.rollout.embedded import HfEngine
+from iwopd_megatron.rollout.engine import RolloutEngine
 from iwopd_megatron.rollout.pool import Place, Pool
 from iwopd_megatron.rollout.push import BroadcastPush, FolderPush, Push, RequestPush, Targets
 from iwopd_megatron.rollout.servers import Canary, ServerEngine
 from iwopd_megatron.rollout.sglang import SglangServer
 from iwopd_megatron.rollout.vllm import VllmServer
-from iwopd_megatron.services import Server, free_port, outer_environment
+from iwopd_megatron.runtime.background import Background
+from iwopd_megatron.runtime.keeper import Keeper
+from iwopd_megatron.runtime.parallel import Parallel
+from iwopd_megatron.runtime.services import Server, free_port, outer_environment
 
 KINDS = {"sglang": SglangServer, "vllm": VllmServer}
 

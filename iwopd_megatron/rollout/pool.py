@@ -13,11 +13,11 @@ import subprocess
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
+from iwopd_megatron.batch.trajectory import Trajectory
 from iwopd_megatron.errors import UserError
-from iwopd_megatron.rollout import Prompt, Sampling
+from iwopd_megatron.rollout.engine import Prompt, Sampling
 from iwopd_megatron.rollout.server import Answer, RolloutServer, ServerLost, ServerRefused
-from iwopd_megatron.services import Server
-from iwopd_megatron.trajectory import Trajectory
+from iwopd_megatron.runtime.services import Server
 
 WATCH_SECONDS = 2.0  # between looks at servers that work
 MISSED_LOOKS = 2  # a server that does not answer so often in a row hangs

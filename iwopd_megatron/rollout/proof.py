@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from iwopd_megatron.errors import GateError
-from iwopd_megatron.hf_config import HfConfig
+from iwopd_megatron.hf.config import HfConfig
 
 VOCABULARY_MULTIPLE = 64  # SGLang pads the rows of embedding and head with zeros to this
 _FUSED = {

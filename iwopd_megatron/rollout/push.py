@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from iwopd_megatron import device
-from iwopd_megatron.background import Background
-from iwopd_megatron.convert import copy_companions
 from iwopd_megatron.rollout.pool import Place, Pool
 from iwopd_megatron.rollout.server import NamedTensors, ServerLost, ServerRefused
+from iwopd_megatron.runtime import device
+from iwopd_megatron.runtime.background import Background
+from iwopd_megatron.weights.convert import copy_companions
 
 
 class Push(Protocol):

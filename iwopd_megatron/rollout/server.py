@@ -16,8 +16,8 @@ import numpy
 import torch
 
 from iwopd_megatron.errors import UserError
-from iwopd_megatron.hf_config import HfConfig
-from iwopd_megatron.rollout import Sampling
+from iwopd_megatron.hf.config import HfConfig
+from iwopd_megatron.rollout.engine import Sampling
 from iwopd_megatron.rollout.proof import Fingerprints
 
 NamedTensors = Sequence[tuple[str, torch.Tensor]]

@@ -12,19 +12,20 @@ from typing import Any
 
 import torch
 
-from iwopd_megatron import gates, gates_start
-from iwopd_megatron.background import Background
+from iwopd_megatron.batch import gates
+from iwopd_megatron.batch.trajectory import Trajectory
 from iwopd_megatron.errors import GateError, ServiceError
-from iwopd_megatron.fingerprint import with_identity
-from iwopd_megatron.keeper import Keeper
-from iwopd_megatron.parallel import Parallel
-from iwopd_megatron.rollout import OnSample, Prompt, Sampling
+from iwopd_megatron.hf import agreement as gates_start
+from iwopd_megatron.hf.fingerprint import with_identity
+from iwopd_megatron.rollout.engine import OnSample, Prompt, Sampling
 from iwopd_megatron.rollout.pool import NoServer, Pool
 from iwopd_megatron.rollout.proof import Fingerprints, check_landed
 from iwopd_megatron.rollout.push import Push
 from iwopd_megatron.rollout.server import ServerLost, ServerRefused
-from iwopd_megatron.sync import buckets
-from iwopd_megatron.trajectory import Trajectory
+from iwopd_megatron.runtime.background import Background
+from iwopd_megatron.runtime.keeper import Keeper
+from iwopd_megatron.runtime.parallel import Parallel
+from iwopd_megatron.weights.sync import buckets
 
 ATTEMPTS = 3  # at one weight version, with the servers that are left or came back
 

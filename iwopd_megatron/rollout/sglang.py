@@ -18,10 +18,9 @@ from typing import Any
 
 import numpy
 
-from iwopd_megatron.config import Recipe
-from iwopd_megatron.device import has_gpu
+from iwopd_megatron.config.recipe import Recipe
 from iwopd_megatron.errors import UserError
-from iwopd_megatron.rollout import Sampling
+from iwopd_megatron.rollout.engine import Sampling
 from iwopd_megatron.rollout.proof import SglangFingerprints
 from iwopd_megatron.rollout.server import (
     ALIVE_SECONDS,
@@ -32,6 +31,7 @@ from iwopd_megatron.rollout.server import (
     ServerRefused,
     header,
 )
+from iwopd_megatron.runtime.device import has_gpu
 
 
 class SglangServer(HttpServer):

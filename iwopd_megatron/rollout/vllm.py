@@ -16,11 +16,10 @@ from typing import Any
 
 from safetensors.torch import save
 
-from iwopd_megatron.config import Recipe
-from iwopd_megatron.device import has_gpu
+from iwopd_megatron.config.recipe import Recipe
 from iwopd_megatron.errors import UserError
-from iwopd_megatron.hf_config import HfConfig, read_hf_config
-from iwopd_megatron.rollout import Sampling
+from iwopd_megatron.hf.config import HfConfig, read_hf_config
+from iwopd_megatron.rollout.engine import Sampling
 from iwopd_megatron.rollout.proof import NameFingerprints
 from iwopd_megatron.rollout.server import (
     Answer,
@@ -30,6 +29,7 @@ from iwopd_megatron.rollout.server import (
     ServerRefused,
     header,
 )
+from iwopd_megatron.runtime.device import has_gpu
 
 EXTENSION = "iwopd_megatron.rollout.vllm_worker.WeightUpdates"
 UPDATING = "updating"  # the version of what is neither the old weights nor the new

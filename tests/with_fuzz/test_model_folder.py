@@ -18,20 +18,20 @@ from mutations import CHANGES
 from scaled_folders import FP8_CONFIG, write_scaled
 from worlds import run_world
 
-from iwopd_megatron.config_models import Frozen, Layout
+from iwopd_megatron.batch.packing import Packer
+from iwopd_megatron.batch.trajectory import Trajectory
+from iwopd_megatron.config.load import load_recipe
+from iwopd_megatron.config.models import Frozen, Layout
+from iwopd_megatron.data.preflight import check_before_start
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.hf_config import read_hf_config
-from iwopd_megatron.hf_io import whole_tensors
-from iwopd_megatron.hf_reference import hf_model
-from iwopd_megatron.local_world import local_context
-from iwopd_megatron.packing import Packer
-from iwopd_megatron.parallel import initialise, shutdown
-from iwopd_megatron.preflight_start import check_before_start
-from iwopd_megatron.recipe import load_recipe
-from iwopd_megatron.rehearse import write_model
+from iwopd_megatron.hf.config import read_hf_config
+from iwopd_megatron.parity.hf_reference import hf_model
+from iwopd_megatron.parity.rehearse import write_model
 from iwopd_megatron.rollout.decoder import Decoder
-from iwopd_megatron.teacher import EmbeddedScorer
-from iwopd_megatron.trajectory import Trajectory
+from iwopd_megatron.runtime.local_world import local_context
+from iwopd_megatron.runtime.parallel import initialise, shutdown
+from iwopd_megatron.teacher.embedded import EmbeddedScorer
+from iwopd_megatron.weights.hf_io import whole_tensors
 
 ROOT = Path(__file__).parents[2]
 CASES = int(os.environ.get("FUZZ_CASES", "40"))

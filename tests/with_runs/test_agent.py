@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from agents import Agents, service, starts, told, trainer, until
 
-from iwopd_megatron.roles import Role
+from iwopd_megatron.launch.roles import Role
 
 
 @pytest.fixture

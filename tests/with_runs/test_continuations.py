@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from iwopd_megatron.continuations import cut, joined
-from iwopd_megatron.recipe import load_recipe
-from iwopd_megatron.report import write_report
-from iwopd_megatron.trajectory import Trajectory
+from iwopd_megatron.batch.trajectory import Trajectory
+from iwopd_megatron.config.load import load_recipe
+from iwopd_megatron.evaluation.continuations import cut, joined
+from iwopd_megatron.report.page import write_report
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from iwopd_megatron.answers import Answers
-from iwopd_megatron.benchmarks import load_benchmark, with_path
-from iwopd_megatron.cli import app
+from iwopd_megatron.batch.trajectory import Trajectory
+from iwopd_megatron.cli.main import app
+from iwopd_megatron.data.benchmarks import load_benchmark, with_path
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.trajectory import Trajectory
+from iwopd_megatron.evaluation.answers import Answers
 
 RECIPE = "recipes/demo_tiny_moe.yaml"
 STUDENT = "recipes/demo/student"
@@ -175,7 +175,7 @@ def test_any_text_survives_a_line(tmp_path):
 
 def test_megatron_checkpoint(whole, few, tmp_path):
     """A checkpoint is evaluated through an export: the same samples as of the folder it is of."""
-    from iwopd_megatron.convert import hf_to_megatron
+    from iwopd_megatron.weights.convert import hf_to_megatron
 
     hf_to_megatron(Path(STUDENT), tmp_path / "checkpoint", "native")
     result = run(tmp_path / "checkpoint", "--hf", STUDENT, "--bench", "few", "--bench-file",

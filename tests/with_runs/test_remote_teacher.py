@@ -18,19 +18,19 @@ from test_teacher_service import SAMPLES
 from transformers import AutoTokenizer
 from worlds import run_world
 
-from iwopd_megatron import grading
-from iwopd_megatron.grading import CHECKS, GRADERS
-from iwopd_megatron.hf_io import HfTensors
-from iwopd_megatron.local_world import local_context, start_local
-from iwopd_megatron.packing import Packer
-from iwopd_megatron.parallel import initialise, shutdown
-from iwopd_megatron.progress import Progress
-from iwopd_megatron.recipe import load_recipe
-from iwopd_megatron.runlog import read_jsonl
-from iwopd_megatron.supervision import Supervision
-from iwopd_megatron.teacher import EmbeddedScorer
-from iwopd_megatron.teachers import Teachers
-from iwopd_megatron.trainer import Trainer
+from iwopd_megatron.batch.packing import Packer
+from iwopd_megatron.config.load import load_recipe
+from iwopd_megatron.grading import graders as grading
+from iwopd_megatron.grading.graders import CHECKS, GRADERS
+from iwopd_megatron.records.progress import Progress
+from iwopd_megatron.records.runlog import read_jsonl
+from iwopd_megatron.runtime.local_world import local_context, start_local
+from iwopd_megatron.runtime.parallel import initialise, shutdown
+from iwopd_megatron.teacher.embedded import EmbeddedScorer
+from iwopd_megatron.teacher.teachers import Teachers
+from iwopd_megatron.train.supervision import Supervision
+from iwopd_megatron.train.trainer import Trainer
+from iwopd_megatron.weights.hf_io import HfTensors
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
 RECIPE = ROOT / "recipes/demo_tiny_moe.yaml"

@@ -13,23 +13,23 @@ import torch
 from same_figures import assert_same_figures
 from worlds import run_world
 
-from iwopd_megatron.config_models import Frozen, Layout
-from iwopd_megatron.convert import megatron_to_hf
-from iwopd_megatron.hf_config import read_hf_config
-from iwopd_megatron.hf_io import HfTensors
-from iwopd_megatron.hf_reference import hf_model, make_samples
-from iwopd_megatron.local_world import local_context
-from iwopd_megatron.model_folder import eos_ids
-from iwopd_megatron.packing import Packer
-from iwopd_megatron.parallel import initialise, shutdown
-from iwopd_megatron.progress import Progress
-from iwopd_megatron.recipe import load_recipe
-from iwopd_megatron.rollout import Prompt, Sampling
-from iwopd_megatron.rollout.hf import HfEngine
-from iwopd_megatron.runlog import read_jsonl, read_metrics
-from iwopd_megatron.teacher import EmbeddedScorer
+from iwopd_megatron.batch.packing import Packer
+from iwopd_megatron.config.load import load_recipe
+from iwopd_megatron.config.models import Frozen, Layout
+from iwopd_megatron.hf.config import read_hf_config
+from iwopd_megatron.hf.folder import eos_ids
+from iwopd_megatron.parity.hf_reference import hf_model, make_samples
+from iwopd_megatron.records.progress import Progress
+from iwopd_megatron.records.runlog import read_jsonl, read_metrics
+from iwopd_megatron.rollout.embedded import HfEngine
+from iwopd_megatron.rollout.engine import Prompt, Sampling
+from iwopd_megatron.runtime.local_world import local_context
+from iwopd_megatron.runtime.parallel import initialise, shutdown
+from iwopd_megatron.teacher.embedded import EmbeddedScorer
 from iwopd_megatron.toy_task import write_task
-from iwopd_megatron.trainer import Trainer
+from iwopd_megatron.train.trainer import Trainer
+from iwopd_megatron.weights.convert import megatron_to_hf
+from iwopd_megatron.weights.hf_io import HfTensors
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("in_the_repository")

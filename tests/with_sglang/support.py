@@ -5,11 +5,11 @@ from pathlib import Path
 import httpx
 from served_models import ROOT, ServedModel
 
-from iwopd_megatron.background import Background
-from iwopd_megatron.keeper import Keeper
 from iwopd_megatron.rollout.pool import Place
 from iwopd_megatron.rollout.servers import ServerEngine
 from iwopd_megatron.rollout.sglang import SglangServer
+from iwopd_megatron.runtime.background import Background
+from iwopd_megatron.runtime.keeper import Keeper
 
 RECIPE = ROOT / "recipes/demo_sglang.yaml"
 

@@ -4,8 +4,8 @@ import pytest
 from served_models import ROOT, hf_logp, largest, prompts
 from support import Rig
 
-from iwopd_megatron import safetensors_file
-from iwopd_megatron.convert import hf_to_megatron, megatron_to_hf
+from iwopd_megatron.weights import safetensors_file
+from iwopd_megatron.weights.convert import hf_to_megatron, megatron_to_hf
 
 
 @pytest.fixture(params=["moe", "dense"])

@@ -13,7 +13,7 @@ import pytest
 from served_models import hf_logp, largest, prompts
 from support import Rig
 
-from iwopd_megatron.rollout import Sampling
+from iwopd_megatron.rollout.engine import Sampling
 
 STUDENT = "recipes/demo/student"
 SAMPLING = Sampling(100)

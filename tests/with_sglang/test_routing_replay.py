@@ -16,18 +16,18 @@ from served_models import ROOT, copy_tokenizer, prompts
 from support import RECIPE, Rig
 from worlds import run_world
 
-from iwopd_megatron.actor import Schedule
-from iwopd_megatron.config_models import Layout
-from iwopd_megatron.hf_config import read_hf_config
-from iwopd_megatron.hf_io import HfTensors, load_shards
-from iwopd_megatron.local_world import local_context
-from iwopd_megatron.model import build_model, wrap_precision
-from iwopd_megatron.packing import Packer
-from iwopd_megatron.parallel import initialise, shutdown
-from iwopd_megatron.rollout import Sampling
+from iwopd_megatron.batch.packing import Packer
+from iwopd_megatron.batch.routing import RoutingReplay
+from iwopd_megatron.config.models import Layout
+from iwopd_megatron.hf.config import read_hf_config
+from iwopd_megatron.models.actor import Schedule
+from iwopd_megatron.models.gpt import build_model, wrap_precision
+from iwopd_megatron.records.runlog import read_metrics
+from iwopd_megatron.rollout.engine import Sampling
 from iwopd_megatron.rollout.pool import Place, Pool
-from iwopd_megatron.routing import RoutingReplay
-from iwopd_megatron.runlog import read_metrics
+from iwopd_megatron.runtime.local_world import local_context
+from iwopd_megatron.runtime.parallel import initialise, shutdown
+from iwopd_megatron.weights.hf_io import HfTensors, load_shards
 
 from megatron.core.transformer.moe.router import TopKRouter  # isort: skip
 

@@ -9,9 +9,9 @@ from served import ROOT, TEACHER, served
 from test_teacher_service import SAMPLES, ask, request
 
 from iwopd_megatron.errors import ServiceError
-from iwopd_megatron.fingerprint import identity, with_identity
-from iwopd_megatron.services import Server, free_port, outer_environment
-from iwopd_megatron.teacher_client import ScoringClient
+from iwopd_megatron.hf.fingerprint import identity, with_identity
+from iwopd_megatron.runtime.services import Server, free_port, outer_environment
+from iwopd_megatron.teacher.client import ScoringClient
 
 ENVIRONMENT = ROOT / "tests/with_sglang/environment"
 PYTHON = ROOT / "build/sglang-venv/bin/python"

@@ -14,7 +14,7 @@ from served_models import (
 )
 
 from iwopd_megatron.errors import GateError, UserError
-from iwopd_megatron.rollout import Sampling
+from iwopd_megatron.rollout.engine import Sampling
 
 MODELS = ["moe", "dense"]
 

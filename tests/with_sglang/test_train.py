@@ -11,8 +11,8 @@ import psutil
 import pytest
 from served_models import ROOT
 
-from iwopd_megatron.journal import Journal
-from iwopd_megatron.runlog import read_jsonl, read_metrics
+from iwopd_megatron.records.runlog import read_jsonl, read_metrics
+from iwopd_megatron.train.journal import Journal
 
 PROMPTS = 64
 

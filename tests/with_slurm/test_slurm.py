@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launches import LAUNCHER, ROOT, until
 
-from iwopd_megatron.launch import newest_folder
+from iwopd_megatron.launch.launch import newest_folder
 
 DEMO = "recipes/demo_tiny_moe.yaml"
 SECRETS = {"HF_TOKEN": "hf_do_not_write_this", "WANDB_API_KEY": "wandb_do_not_write_this"}
@@ -84,7 +84,7 @@ def test_a_comparison_is_a_job_for_each_run(cluster, tmp_path):
 def test_every_recipe_has_scripts(cluster, tmp_path):
     """One process for all of them: NeMo-Run takes seconds to import."""
     recipes = sorted((ROOT / "recipes").glob("qwen3_*.yaml"))
-    code = "import pathlib, sys; from iwopd_megatron.cli_launch import launch\n"
+    code = "import pathlib, sys; from iwopd_megatron.cli.launch import launch\n"
     code += "for i, recipe in enumerate(sys.argv[2:]):\n"
     code += (
         "  launch(pathlib.Path(recipe), [f'out={sys.argv[1]}/{i}'], 'slurm_h100', True, False)\n"

@@ -6,11 +6,11 @@ import httpx
 import torch
 from served_models import ROOT, ServedModel, hf_logp
 
-from iwopd_megatron.background import Background
-from iwopd_megatron.keeper import Keeper
 from iwopd_megatron.rollout.pool import Place
 from iwopd_megatron.rollout.servers import Canary, ServerEngine
 from iwopd_megatron.rollout.vllm import VllmServer
+from iwopd_megatron.runtime.background import Background
+from iwopd_megatron.runtime.keeper import Keeper
 
 RECIPE = ROOT / "recipes/demo_vllm.yaml"
 READY_SECONDS = 900

@@ -8,7 +8,7 @@ import sys
 from rig import RECIPE
 from served_models import ROOT
 
-from iwopd_megatron.services import outer_environment
+from iwopd_megatron.runtime.services import outer_environment
 
 
 def iwopd(*words) -> subprocess.CompletedProcess:

@@ -4,8 +4,8 @@ import pytest
 from rig import Rig
 from served_models import STUDENT, hf_logp, largest, prompts, write_dense
 
-from iwopd_megatron import safetensors_file
-from iwopd_megatron.convert import hf_to_megatron, megatron_to_hf
+from iwopd_megatron.weights import safetensors_file
+from iwopd_megatron.weights.convert import hf_to_megatron, megatron_to_hf
 
 
 @pytest.mark.parametrize("kind", ["moe", "dense"])

@@ -6,7 +6,7 @@ import time
 
 from served_models import hf_logp, largest, prompts
 
-from iwopd_megatron.rollout import Sampling
+from iwopd_megatron.rollout.engine import Sampling
 
 
 def test_a_killed_server_comes_back_and_every_prompt_is_answered_once(moe):

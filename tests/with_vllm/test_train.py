@@ -6,8 +6,8 @@ import sys
 from rig import RECIPE
 from served_models import ROOT
 
-from iwopd_megatron.runlog import read_metrics
-from iwopd_megatron.services import outer_environment
+from iwopd_megatron.records.runlog import read_metrics
+from iwopd_megatron.runtime.services import outer_environment
 
 
 def test_a_run_trains_on_what_vllm_writes(tmp_path):

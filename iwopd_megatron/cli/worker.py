@@ -1,0 +1,168 @@
+"""What each process of a world runs, and how the command line starts a world on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import re
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch.multiprocessing import ProcessContext, ProcessExitedException, ProcessRaisedException
+
+from iwopd_megatron.config import doctor
+from iwopd_megatron.config.models import Layout
+from iwopd_megatron.config.recipe import Recipe
+from iwopd_megatron.data.run_data import RunData
+from iwopd_megatron.errors import (
+    CheckpointError,
+    DiskError,
+    GateError,
+    RecipeError,
+    ServiceError,
+    UserError,
+)
+from iwopd_megatron.evaluation.bench_progress import BenchProgress
+from iwopd_megatron.evaluation.bench_run import BenchRun, run_benchmarks
+from iwopd_megatron.evaluation.continuations import PrefixStudy, study_prefixes
+from iwopd_megatron.parity import parity
+from iwopd_megatron.records.disk import disk_told
+from iwopd_megatron.records.progress import Progress
+from iwopd_megatron.records.wandb_log import check_installed
+from iwopd_megatron.runtime.local_world import start_local
+from iwopd_megatron.runtime.parallel import initialise, shutdown
+from iwopd_megatron.runtime.stop import EXIT_STOPPED, die_with_parent, watch_signals
+from iwopd_megatron.train.compare import Arm, is_finished
+from iwopd_megatron.train.trainer import Trainer
+
+EXIT_CODES = {
+    error.__name__: error.exit_code
+    for error in (RecipeError, GateError, ServiceError, DiskError, CheckpointError, UserError)
+}
+
+
+def train(recipe: Recipe, resume: bool, data: RunData) -> None:
+    """One run on every rank; exits with EXIT_STOPPED if stopped and saved."""
+    run_arms([Arm(recipe.out.name, recipe.train.seed, recipe, data)], resume)
+
+
+def run_arms(arms: list[Arm], resume: bool) -> None:
+    """Runs one after the other in this world. With `resume`, finished ones are skipped."""
+    watch_signals()
+    die_with_parent()
+    check_installed(arms[0].recipe)
+    parallel = initialise(arms[0].recipe.student.parallel, arms[0].recipe.train.seed)
+    with Progress(sum(arm.recipe.train.rounds for arm in arms), parallel.is_main) as progress:
+        for note in dict.fromkeys(note for arm in arms for note in doctor.findings(arm.recipe)):
+            progress.say(f"note: {note}")
+        for arm in arms:
+            name = f"{arm.name} seed {arm.seed}"
+            if resume and is_finished(arm):
+                progress.start(name, arm.recipe.train.rounds)
+                progress.say(f"{name} is already finished in {arm.recipe.out}")
+                continue
+            with disk_told(arm.recipe.out):
+                trainer = Trainer(arm.recipe, parallel, progress, resume, arm.data)
+                progress.start(name, trainer.round)
+                is_over = trainer.run()
+            if not is_over:
+                progress.say(
+                    f"stopped after round {trainer.round}; "
+                    f"saved in {arm.recipe.out}, go on with --resume"
+                )
+                shutdown()
+                sys.exit(EXIT_STOPPED)
+    shutdown()
+
+
+def evaluate(run: BenchRun) -> None:
+    """Answer and grade the benchmarks of `iwopd eval`."""
+    die_with_parent()
+    parallel = initialise(Layout(), run.seed)
+    with disk_told(run.out, is_run=False), BenchProgress() as progress:
+        results = run_benchmarks(run, parallel, progress)
+    progress.table(results)
+    shutdown()
+
+
+def continue_prefixes(study: PrefixStudy) -> None:
+    """Who gets the answer right from a student's prefix, on every rank."""
+    die_with_parent()
+    parallel = initialise(Layout())
+    with disk_told(study.out, is_run=False):
+        study_prefixes(study, parallel, Progress(0, parallel.is_main).say)
+    shutdown()
+
+
+def check_parity(
+    folder: Path,
+    reference: Any,
+    layout: Layout,
+    budget: int,
+    dtype: str,
+    queue: Any,
+    recompute: str = "none",
+) -> None:
+    """Compare one layout with the reference; rank 0 puts the figures into `queue`."""
+    result = parity.compare(folder, reference, layout, budget, dtype, recompute)
+    if os.environ["RANK"] == "0":
+        queue.put(result)
+    shutdown()
+
+
+def execute(world: int, function: Callable[..., Any], args: tuple) -> int:
+    """Run `function(*args)` on every process of the world and return the exit code of the command.
+
+    Under torchrun (RANK is set) this process is one rank; otherwise `world` local ones are started.
+    """
+    if "RANK" in os.environ:
+        given = int(os.environ["WORLD_SIZE"])
+        if given != world:
+            raise RecipeError(
+                f"torchrun started {given} processes, the recipe needs {world}; use that number."
+            )
+        function(*args)
+        return 0
+    context = start_local(world, function, args)
+    pids = context.pids()
+    handlers = {
+        n: signal.signal(n, lambda *_: _forward(pids)) for n in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        while not context.join():
+            pass
+    except ProcessRaisedException as error:
+        return _explain(str(error), _other_reports(context))
+    except ProcessExitedException as error:
+        return error.exit_code if error.exit_code > 0 else 128 - error.exit_code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return 0
+
+
+def _forward(pids: list[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+
+
+def _other_reports(context: ProcessContext) -> list[str]:
+    """Tracebacks of all processes that raised: the first to be heard may only have lost another."""
+    files = [Path(file) for file in context.error_files]
+    return [pickle.loads(file.read_bytes()) for file in files if file.is_file()]
+
+
+def _explain(report: str, others: list[str]) -> int:
+    """A user's mistake is one sentence; anything else keeps its traceback."""
+    for text in (report, *others):
+        match = re.match(r"(?:[\w.]*\.)?(\w+): (.*)", text.strip().splitlines()[-1])
+        if match and match[1] in EXIT_CODES:
+            print(f"error: {match[2]}", file=sys.stderr)
+            return EXIT_CODES[match[1]]
+    print(report, file=sys.stderr)
+    return 1

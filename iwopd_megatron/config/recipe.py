@@ -1,0 +1,166 @@
+"""The typed recipe: frozen pydantic models, one section each. `load.py` reads them from YAML.
+
+Imports no torch. Paths are relative to the current directory.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from iwopd_megatron.config.cluster import Cluster
+from iwopd_megatron.config.data import Data
+from iwopd_megatron.config.loss import Loss
+from iwopd_megatron.config.models import Frozen, PositiveInt, Section, Service, Student, Teacher
+from iwopd_megatron.config.rollout import Rollout
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Train(Section):
+    rounds: PositiveInt = Field(100, description="rounds of rollout and training")
+    prompts_per_round: PositiveInt = Field(1024, description="prompts, one response each")
+    minibatches: PositiveInt = Field(
+        1, description="parts a round's responses are dealt into, an optimiser step each"
+    )
+    epochs: PositiveInt = Field(1, description="times a round's responses are trained on")
+    microbatch_tokens: PositiveInt = Field(
+        20480, description="token budget of one packed micro-batch"
+    )
+    lr: float = Field(1e-5, gt=0, description="peak learning rate")
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_rounds: int = Field(0, ge=0, description="linear warm-up")
+    min_lr: float = Field(0.0, ge=0, description="end of the cosine")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW moments")
+    eps: float = Field(1e-8, gt=0, description="AdamW denominator")
+    weight_decay: float = Field(0.01, ge=0)
+    clip_grad: float = Field(1.0, gt=0, description="global gradient-norm clip")
+    seed: int = Field(1, ge=0, lt=2**63, description="data order and sampling")
+    distributed_optimizer: bool = Field(
+        True, description="shard optimiser states over data-parallel ranks"
+    )
+
+
+class Evaluate(Section):
+    every: PositiveInt = Field(
+        10, description="rounds between evaluations; also before the first and after the last"
+    )
+    problems: PositiveInt = Field(512, description="first problems of data.eval")
+    benchmarks: list[str] = Field(
+        [], description="besides data.eval, whole: aime25, ... of 'iwopd eval' and data.benchmarks"
+    )
+    samples: PositiveInt = Field(1, description="answers a problem; programs get one, greedy")
+    temperature: float = Field(1.0, ge=0, description="0 is greedy")
+    enable_thinking: bool | None = Field(
+        None, description="as data.enable_thinking, for evaluation; default: what that says"
+    )
+
+
+class Checkpoint(Section):
+    every: PositiveInt | None = Field(
+        50, description="rounds between checkpoints; null: only when stopped"
+    )
+    keep: PositiveInt = Field(2, description="newest complete checkpoints kept")
+    async_save: bool = Field(
+        True, description="train on while a process writes; false: wait for the disk"
+    )
+
+
+class Wandb(Section):
+    project: str = Field(description="W&B project")
+    entity: str | None = Field(None, description="team or user; default: the account's own")
+    group: str | None = Field(None, description="what the runs of a comparison share")
+    mode: Literal["online", "offline"] = Field(
+        "online", description="offline: RUN/wandb, to be sent later with 'wandb sync'"
+    )
+
+
+class Gates(Section):
+    max_drift: float = Field(
+        0.5, gt=0, description="stop when mean |trainer - engine| log-prob exceeds this (nats)"
+    )
+    same_chat_template: bool = Field(
+        True, description="stop when a teacher's chat template is not the student's"
+    )
+    max_canary: float = Field(
+        0.1, gt=0, description="the same for a fixed prompt, right after a weight update"
+    )
+    on_bad_sample: Literal["stop", "drop"] = Field(
+        "stop",
+        description="an answer whose teacher log-probs are impossible (NaN, -inf, positive): stop "
+        "the run, or train without it (counted as dropped)",
+    )
+    max_truncation_jump: float = Field(
+        0.5, gt=0, description="stop when the truncated share exceeds the last 10 rounds' by this"
+    )
+
+
+class Recipe(Section):
+    """Everything a run is, in one file."""
+
+    out: Path = Field(description="run folder")
+    student: Student
+    teacher: Teacher | None = Field(
+        None, description="absent, and teachers too: supervised fine-tuning only"
+    )
+    teachers: dict[str, Teacher] = Field(
+        {}, description="instead of teacher: one for each source of the problems, e.g. math, code"
+    )
+    base: Frozen | None = Field(
+        None, description="ExOPD: the base student; default: what student.hf holds"
+    )
+    data: Data
+    rollout: Rollout = Rollout()
+    loss: Loss = Loss()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    checkpoint: Checkpoint = Checkpoint()
+    gates: Gates = Gates()
+    wandb: Wandb | None = Field(
+        None, description="metrics to Weights & Biases too; pip install 'iwopd-megatron[wandb]'"
+    )
+    cluster: Cluster | None = Field(None, description="GPUs of each role, for plan and launch")
+    processes: PositiveInt | None = Field(
+        None, description="world size; default: cluster.trainer, or the fewest the layout fits on"
+    )
+
+    @property
+    def world(self) -> int:
+        gpus = self.cluster.trainer if self.cluster else None
+        return self.processes or gpus or self.student.parallel.unit
+
+    @property
+    def is_distilling(self) -> bool:
+        return self.teacher is not None or bool(self.teachers)
+
+    @property
+    def thinks_in_evaluation(self) -> bool:
+        own = self.evaluate.enable_thinking
+        return self.data.enable_thinking if own is None else own
+
+    @property
+    def named_teachers(self) -> dict[str, Teacher]:
+        """All teachers by their key in the recipe: 'teacher', or 'teachers.SOURCE' each."""
+        if self.teacher is not None:
+            return {"teacher": self.teacher}
+        return {f"teachers.{source}": teacher for source, teacher in self.teachers.items()}
+
+    @property
+    def services(self) -> dict[str, Service]:
+        """Teacher services that a launch starts, by the teacher's key."""
+        teachers = self.named_teachers.items()
+        return {key: one.service for key, one in teachers if one.service and not one.urls}
+
+    @property
+    def steps_per_round(self) -> int:
+        """Optimiser steps a round; with more than one, old log-probs are computed up front."""
+        return self.train.minibatches * self.train.epochs
+
+    @property
+    def base_model(self) -> Frozen | None:
+        """The model ExOPD extrapolates from; None where it does not."""
+        if self.loss.extrapolation == 1.0:
+            return None
+        return self.base or Frozen(hf=self.student.hf, dtype=self.student.dtype)

@@ -1,0 +1,44 @@
+"""Questions asked twice, and questions that a held-out set also has: 13 words in a row in common.
+
+Words are runs of letters and digits in lower case; a question of fewer words counts as a whole. Of
+a row of messages all must be the same to be asked twice; all that the user says is a question.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from iwopd_megatron.data.problems import Problem
+
+WORDS = 13
+_WORD = re.compile(r"[^\W_]+")
+
+
+def duplicates(problems: list[Problem]) -> list[bool]:
+    """Whether an earlier problem asks the same, blanks aside."""
+    seen: set[tuple[tuple[str, str], ...]] = set()
+    out = []
+    for problem in problems:
+        key = tuple((role, " ".join(text.split())) for role, text in problem.texts)
+        out.append(key in seen)
+        seen.add(key)
+    return out
+
+
+def contaminated(problems: list[Problem], held_out: Iterable[Problem]) -> list[bool]:
+    """Whether a problem shares an n-gram with a held-out one."""
+    known = {gram for problem in held_out for gram in _problem_grams(problem)}
+    return [not known.isdisjoint(_problem_grams(problem)) for problem in problems]
+
+
+def _problem_grams(problem: Problem) -> set[tuple[str, ...]]:
+    said = [text for role, text in problem.texts if role == "user"]
+    return set().union(*map(_grams, said))
+
+
+def _grams(text: str) -> set[tuple[str, ...]]:
+    words = _WORD.findall(text.lower())
+    if not words:
+        return {(text,)}  # nothing but symbols
+    return {tuple(words[i : i + WORDS]) for i in range(max(1, len(words) - WORDS + 1))}

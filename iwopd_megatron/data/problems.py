@@ -1,0 +1,133 @@
+"""Problems, and an order of them that is a function of seed and cursor."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from iwopd_megatron.data.conversation import Message
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One row of a data set; `response` only where it has one, to fine-tune a model on."""
+
+    question: str  # what the user says, of a row of messages what the user says last
+    answer: str
+    difficulty: float
+    source: str  # its kind: chooses the teacher, and the grader unless `own_grader` does
+    response: str | None = None
+    own_grader: str | None = None
+    prefix: str = ""
+    suffix: str = ""
+    before: tuple[Message, ...] = ()  # a system prompt, earlier turns
+    after: tuple[Message, ...] = ()  # a call of a tool and its result
+    place: str = field(default="", compare=False)  # its file and line
+    is_answered: bool = field(default=False, compare=False)  # its messages ended with the response
+
+    @property
+    def messages(self) -> list[Message]:
+        """What a model is asked; a last message of an assistant's is not among them."""
+        asked = {"role": "user", "content": self.prefix + self.question + self.suffix}
+        return [*self.before, asked, *self.after]
+
+    @property
+    def prompt(self) -> str:
+        """The same for a reader."""
+        messages = self.messages
+        if len(messages) == 1:
+            return messages[0]["content"]
+        return "\n\n".join(f"{m['role']}: {m['content']}" for m in messages)
+
+    @property
+    def texts(self) -> list[tuple[str, str]]:
+        """Role and text of every message, without prefix and suffix."""
+        asked = {"role": "user", "content": self.question}
+        return [(m["role"], m["content"]) for m in (*self.before, asked, *self.after)]
+
+    @property
+    def grader(self) -> str:
+        return self.own_grader or self.source
+
+
+class Order(Protocol):
+    """An endless order of problem indices; `cursor` is all its state."""
+
+    cursor: int
+
+    def take(self, number: int) -> list[int]:
+        """The next `number` problem indices."""
+        ...
+
+
+class PromptOrder:
+    """One source: every epoch permuted anew (or in file order)."""
+
+    def __init__(self, count: int, seed: int | str, shuffle: bool = True):
+        self.count, self.seed, self.shuffle = count, seed, shuffle
+        self.cursor = 0
+        self._epoch: tuple[int, list[int]] = (-1, [])
+
+    def take(self, number: int) -> list[int]:
+        taken = [self.at(self.cursor + i) for i in range(number)]
+        self.cursor += number
+        return taken
+
+    def at(self, position: int) -> int:
+        """The index at a place of the endless order."""
+        epoch, place = divmod(position, self.count)
+        if self._epoch[0] != epoch:
+            order = list(range(self.count))
+            if self.shuffle:
+                random.Random(f"{self.seed}-{epoch}").shuffle(order)
+            self._epoch = (epoch, order)
+        return self._epoch[1][place]
+
+
+class MixedOrder:
+    """Several sources by share: every BLOCK prompts hold exactly each one's share, shuffled.
+
+    Sources lie behind one another in the list of problems. Each goes through epochs of its own.
+    """
+
+    BLOCK = 100
+
+    def __init__(self, counts: list[int], shares: list[float], seed: int, shuffle: bool = True):
+        self.orders = [
+            PromptOrder(count, f"{seed}-source-{i}", shuffle) for i, count in enumerate(counts)
+        ]
+        self.firsts = [sum(counts[:i]) for i in range(len(counts))]
+        self.quotas = _round_to(self.BLOCK, shares)
+        self.seed = seed
+        self.cursor = 0
+        self._block: tuple[int, list[tuple[int, int]]] = (-1, [])
+
+    def take(self, number: int) -> list[int]:
+        taken = [self._at(self.cursor + i) for i in range(number)]
+        self.cursor += number
+        return taken
+
+    def _at(self, position: int) -> int:
+        block, place = divmod(position, self.BLOCK)
+        if self._block[0] != block:
+            sources = [source for source, quota in enumerate(self.quotas) for _ in range(quota)]
+            random.Random(f"{self.seed}-block-{block}").shuffle(sources)
+            seen = [block * quota for quota in self.quotas]
+            pairs = []
+            for source in sources:
+                pairs.append((source, seen[source]))
+                seen[source] += 1
+            self._block = (block, pairs)
+        source, nth = self._block[1][place]
+        return self.firsts[source] + self.orders[source].at(nth)
+
+
+def _round_to(total: int, shares: list[float]) -> list[int]:
+    """Whole numbers in proportion to the shares that sum to `total`, by largest remainders."""
+    exact = [total * share / sum(shares) for share in shares]
+    out = [int(x) for x in exact]
+    by_remainder = sorted(range(len(shares)), key=lambda i: out[i] - exact[i])
+    for i in by_remainder[: total - sum(out)]:
+        out[i] += 1
+    return out

@@ -1,0 +1,209 @@
+"""The typed description of a model, made once from its config.json; every module reads this one.
+
+Where config.json says a thing twice, transformers' choice holds (configuration_utils.py,
+modeling_rope_utils.py and the models' configuration files, 5.23.0). Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.files.typed_json import TypedJson
+from iwopd_megatron.hf.quantization import Quantization, read_quantization
+from iwopd_megatron.hf.rope import Rope, read_rope
+
+MODEL_TYPES = ("qwen3", "qwen3_moe")
+# Settings of which one value is implemented, and what transformers takes where they are missing.
+FIXED: dict[str, Any] = {
+    "attention_bias": False, "use_sliding_window": False, "hidden_act": "silu",
+    "mlp_only_layers": [], "decoder_sparse_step": 1,
+    "transformers_weights": None,  # names another weight file than the folder's usual one
+}  # fmt: skip
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+NULL_MEANS_DEFAULT = ("mlp_only_layers",)
+
+
+@dataclass(frozen=True)
+class HfConfig:
+    """What of config.json enters the mathematics, under Hugging Face's names.
+
+    A dense model has `num_experts` 0, and 0 in the other fields of experts.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope: Rope
+    tie_word_embeddings: bool = False
+    num_experts: int = 0
+    moe_intermediate_size: int = 0
+    num_experts_per_tok: int = 0
+    norm_topk_prob: bool = False
+    pad_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()  # of config.json; `model_folder.eos_ids` has the last word
+    dtype: str = "float32"  # as torch names it
+    quantization: Quantization | None = None  # how the folder's weights are stored, if not plainly
+
+    @property
+    def ffn_size(self) -> int:
+        """Width of a dense MLP, or of one expert."""
+        return self.moe_intermediate_size if self.num_experts else self.intermediate_size
+
+    @property
+    def context_length(self) -> int:
+        """Longest sequence in tokens: YaRN stretches the original context by its factor."""
+        if self.rope.kind != "yarn":
+            return self.max_position_embeddings
+        stretched = int(self.rope.original_positions * self.rope.factor)
+        return max(self.max_position_embeddings, stretched)
+
+
+def read_hf_config(folder: Path) -> HfConfig:
+    """Read config.json of a Hugging Face folder; RecipeError says what is missing or unfit."""
+    return parse_hf_config(read_json(folder, "config.json"), folder / "config.json")
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """Read a JSON object of a model folder; RecipeError where there is none."""
+    if not folder.is_dir():
+        raise RecipeError(
+            f"folder {folder} does not exist; point it at a Hugging Face model folder."
+        )
+    file = folder / name
+    if not file.is_file():
+        raise RecipeError(f"{folder} has no {name}; it is not a Hugging Face model folder.")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{file} is not valid JSON: {error}.") from None
+    except OSError as error:
+        raise RecipeError(f"{file} cannot be read: {error.strerror}.") from None
+    if not isinstance(content, dict):
+        raise RecipeError(f"{file} holds a {type(content).__name__}, not an object.")
+    return content
+
+
+def parse_hf_config(content: dict[str, Any], file: Path | str) -> HfConfig:
+    """Describe the model of a config.json's content; `file` names it in the errors."""
+    config = TypedJson(content, file)
+    model_type = content.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise RecipeError(
+            f"{file}: model_type {model_type!r} is not supported; use {' or '.join(MODEL_TYPES)}."
+        )
+    for key, supported in FIXED.items():
+        value = content.get(key, supported)
+        if value != supported and not (value is None and key in NULL_MEANS_DEFAULT):
+            raise RecipeError(
+                f"{file}: {key}={value!r} is not supported; only {supported!r} is, "
+                "which every published Qwen3 model has."
+            )
+    _check_layer_types(config)
+    heads, positions = config.count("num_attention_heads"), config.count("max_position_embeddings")
+    found = HfConfig(
+        model_type=model_type,
+        vocab_size=config.count("vocab_size"),
+        hidden_size=config.count("hidden_size"),
+        intermediate_size=config.count("intermediate_size"),
+        num_hidden_layers=config.count("num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=_key_value_heads(config, model_type, heads),
+        head_dim=_head_dim(config, model_type, heads),
+        rms_norm_eps=config.number("rms_norm_eps"),
+        max_position_embeddings=positions,
+        rope=read_rope(content, positions, file),
+        tie_word_embeddings=config.flag("tie_word_embeddings", False),
+        pad_token_id=_pad_id(config),
+        eos_token_ids=config.ids("eos_token_id"),
+        dtype=_dtype(content, file),
+        quantization=read_quantization(content, file),
+        **(_experts(config) if model_type == "qwen3_moe" else {}),
+    )
+    _check_sizes(found, file)
+    return found
+
+
+def _check_layer_types(config: TypedJson) -> None:
+    """Every layer attends to all earlier positions."""
+    types = config.content.get("layer_types")
+    layers = config.count("num_hidden_layers")
+    if types is not None and types != ["full_attention"] * layers:
+        raise RecipeError(
+            f"{config.file}: layer_types must be 'full_attention' for each of its {layers} layers; "
+            "sliding windows are not supported."
+        )
+
+
+def _experts(config: TypedJson) -> dict[str, Any]:
+    """transformers 5 writes num_local_experts, 4 wrote num_experts; the newer name wins."""
+    newer = config.content.get("num_local_experts") is not None
+    return {
+        "num_experts": config.count("num_local_experts" if newer else "num_experts"),
+        "moe_intermediate_size": config.count("moe_intermediate_size"),
+        "num_experts_per_tok": config.count("num_experts_per_tok"),
+        "norm_topk_prob": config.flag("norm_topk_prob"),
+    }
+
+
+def _key_value_heads(config: TypedJson, model_type: str, heads: int) -> int:
+    """Qwen3's null means as many as there are query heads; Qwen3-MoE has none."""
+    if model_type == "qwen3" and config.content.get("num_key_value_heads", heads) is None:
+        return heads
+    return config.count("num_key_value_heads")
+
+
+def _head_dim(config: TypedJson, model_type: str, heads: int) -> int:
+    """Qwen3-MoE derives it from the hidden size where it is missing; null is no size for either."""
+    if model_type == "qwen3_moe" and "head_dim" not in config.content:
+        return config.count("hidden_size") // heads
+    return config.count("head_dim")
+
+
+def _dtype(content: dict[str, Any], file: Path | str) -> str:
+    """transformers 5 writes dtype, 4 wrote torch_dtype."""
+    found = content.get("dtype") or content.get("torch_dtype") or "float32"
+    if found not in DTYPES:
+        raise RecipeError(f"{file}: dtype={found!r} must be one of {', '.join(DTYPES)}.")
+    return found
+
+
+def _pad_id(config: TypedJson) -> int | None:
+    """None where config.json names no pad token."""
+    found = config.ids("pad_token_id")
+    if len(found) > 1:
+        raise RecipeError(f"{config.file}: pad_token_id={list(found)} must be one id.")
+    return found[0] if found else None
+
+
+def _check_sizes(hf: HfConfig, file: Path | str) -> None:
+    """Refuse sizes that contradict each other, and special ids outside the vocabulary."""
+    if hf.num_attention_heads % hf.num_key_value_heads:
+        raise RecipeError(
+            f"{file}: num_key_value_heads={hf.num_key_value_heads} does not divide "
+            f"num_attention_heads={hf.num_attention_heads}; copy the model's original config.json."
+        )
+    if hf.head_dim % 2:
+        raise RecipeError(f"{file}: head_dim={hf.head_dim} must be even, for rotary positions.")
+    if hf.num_experts_per_tok > hf.num_experts:
+        raise RecipeError(
+            f"{file}: num_experts_per_tok={hf.num_experts_per_tok} exceeds the "
+            f"{hf.num_experts} experts; copy the model's original config.json."
+        )
+    pad = () if hf.pad_token_id is None else (hf.pad_token_id,)
+    for key, ids in (("pad_token_id", pad), ("eos_token_id", hf.eos_token_ids)):
+        if any(token >= hf.vocab_size for token in ids):
+            raise RecipeError(
+                f"{file}: {key} {max(ids)} is not below vocab_size={hf.vocab_size}; "
+                "copy the model's original config.json."
+            )

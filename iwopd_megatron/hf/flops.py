@@ -1,0 +1,32 @@
+"""Arithmetic of a forward pass, from config.json alone. Multiply-adds; a backward pass is twice it.
+
+Per token the matrix products with the active weights; per sequence of L tokens the causal
+attention, 2 products of L^2 / 2 pairs x heads x head size a layer. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from iwopd_megatron.hf.config import HfConfig
+
+
+def token_products(hf: HfConfig) -> int:
+    """Multiply-adds of one token with the layers' active weights; without embedding and head."""
+    hidden, head = hf.hidden_size, hf.head_dim
+    queries, groups = hf.num_attention_heads, hf.num_key_value_heads
+    attention = hidden * head * (2 * queries + 2 * groups)
+    if hf.num_experts:
+        ffn = 3 * hidden * hf.moe_intermediate_size * hf.num_experts_per_tok
+        ffn += hidden * hf.num_experts  # router
+    else:
+        ffn = 3 * hidden * hf.intermediate_size
+    return hf.num_hidden_layers * (attention + ffn)
+
+
+def attention_products(hf: HfConfig, length: int) -> int:
+    """Multiply-adds of causal attention over one sequence of `length` tokens."""
+    return hf.num_hidden_layers * hf.num_attention_heads * hf.head_dim * length**2
+
+
+def attention_cost(hf: HfConfig) -> float:
+    """a of a sequence's cost L + a * L^2, in tokens: at L = 1 / a attention is half of the work."""
+    return attention_products(hf, 1) / token_products(hf)

@@ -1,0 +1,43 @@
+"""Published Qwen3 configurations by folder name, so that planning needs no model on disk.
+
+known_models.json has what their config.json files say about architecture, nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.hf.config import HfConfig, parse_hf_config, read_hf_config
+from iwopd_megatron.toy_task import MODELS, toy_config
+
+
+@cache
+def known_models() -> dict[str, dict[str, Any]]:
+    """{folder name: configuration}"""
+    return json.loads(Path(__file__).with_suffix(".json").read_text())
+
+
+@cache
+def known_model(name: str) -> HfConfig:
+    """The published configuration of a model; KeyError for an unknown name."""
+    return parse_hf_config(known_models()[name], f"known_models.json: {name}")
+
+
+def planning_config(folder: Path) -> HfConfig:
+    """The folder's config.json, or where there is no folder the published one of its name."""
+    if folder.exists():
+        return read_hf_config(folder)
+    if folder.parent.name == "toy_task" and folder.name in MODELS:  # what 'iwopd toy-task' writes
+        config = {"model_type": "qwen3_moe"} | toy_config(folder.name)
+        return parse_hf_config(config, f"the toy task's {folder.name}")
+    name = folder.name.removesuffix("-FP8")  # its weights are held as plain ones
+    if name not in known_models():
+        raise RecipeError(
+            f"folder {folder} does not exist, and '{folder.name}' is no model known here; point it "
+            f"at a Hugging Face folder, or name it like one of {', '.join(known_models())}."
+        )
+    return known_model(name)

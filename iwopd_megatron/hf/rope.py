@@ -1,0 +1,130 @@
+"""Rotary settings of a config.json, by transformers' precedence (modeling_rope_utils.py, 5.23.0).
+
+A non-empty `rope_scaling` replaces `rope_parameters`; `rope_theta` inside either wins over the
+one at the top level; `rope_type` wins over `type`. Imports no torch: `rotary.py` computes with it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.files.typed_json import TypedJson
+
+KINDS = ("default", "linear", "llama3", "yarn")
+DEFAULT_THETA = 10_000.0
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions: base, kind of scaling, and what the kind reads.
+
+    `original_positions` is the context length before scaling, in tokens; `attention_factor`
+    multiplies cosine and sine (1 for all kinds but yarn).
+    """
+
+    theta: float
+    kind: str = "default"
+    factor: float = 1.0
+    original_positions: int = 0
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    truncate: bool = True
+
+    def essentials(self) -> dict[str, Any]:
+        """What differs from the defaults, for manifests: {"rope_theta": ..., "rope": {...}}."""
+        default = Rope(self.theta)
+        changed = {k: v for k, v in vars(self).items() if v != getattr(default, k)}
+        return {"rope_theta": self.theta} | ({"rope": changed} if changed else {})
+
+
+def read_rope(content: dict[str, Any], positions: int, file: Path | str) -> Rope:
+    """Return the rotary settings of a config.json's content; `positions` is its longest context."""
+    found = content.get("rope_scaling") or content.get("rope_parameters") or {}
+    if not isinstance(found, dict):
+        raise RecipeError(f"{file}: rope_parameters={found!r} must be an object.")
+    name = "rope_scaling" if content.get("rope_scaling") else "rope_parameters"
+    nested = [key for key, value in found.items() if isinstance(value, dict)]
+    if nested:
+        raise RecipeError(
+            f"{file}: {name} has settings of its own for '{nested[0]}'; only one set for all "
+            "layers is supported, which every published Qwen3 model has."
+        )
+    top = {k: content[k] for k in ("rope_theta", "partial_rotary_factor") if k in content}
+    rope = TypedJson({"rope_theta": DEFAULT_THETA} | top | found, f"{file}: {name}")
+    kind = rope.content.get("rope_type", rope.content.get("type", "default"))
+    if kind not in KINDS:
+        raise RecipeError(
+            f"{file}: rope_type {kind!r} is not supported; only {', '.join(KINDS)} are."
+        )
+    if rope.content.get("partial_rotary_factor", 1) not in (1, None):
+        raise RecipeError(f"{file}: partial_rotary_factor is not supported; only 1 is.")
+    if kind in ("llama3", "yarn"):
+        outer = content.get("original_max_position_embeddings")
+        inner = rope.content.get("original_max_position_embeddings", positions)
+        rope.content["original_max_position_embeddings"] = inner if outer is None else outer
+    return _READERS[kind](rope, positions)
+
+
+def _read_default(rope: TypedJson, positions: int) -> Rope:
+    return Rope(rope.number("rope_theta"))
+
+
+def _read_linear(rope: TypedJson, positions: int) -> Rope:
+    return Rope(rope.number("rope_theta"), "linear", rope.number("factor"))
+
+
+def _read_llama3(rope: TypedJson, positions: int) -> Rope:
+    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+    if low >= high:
+        raise RecipeError(
+            f"{rope.file}: low_freq_factor={low:g} must be below high_freq_factor={high:g}."
+        )
+    return Rope(
+        rope.number("rope_theta"), "llama3", rope.number("factor"),
+        rope.count("original_max_position_embeddings"), low, high,
+    )  # fmt: skip
+
+
+def _read_yarn(rope: TypedJson, positions: int) -> Rope:
+    original = rope.count("original_max_position_embeddings")
+    if rope.content.get("factor", 0) is None:
+        rope.content["factor"] = positions / original
+    factor = rope.number("factor")
+    if rope.number("rope_theta") <= 1:
+        raise RecipeError(f"{rope.file}: rope_theta={rope.number('rope_theta'):g} must exceed 1.")
+    optional = {
+        key: rope.number(key) if rope.content.get(key) else default
+        for key, default in (("beta_fast", 32.0), ("beta_slow", 1.0))
+    }
+    return Rope(
+        rope.number("rope_theta"), "yarn", factor, original,
+        attention_factor=_attention_factor(rope, factor),
+        truncate=rope.flag("truncate", True),
+        **optional,
+    )  # fmt: skip
+
+
+def _attention_factor(rope: TypedJson, factor: float) -> float:
+    """YaRN's factor on cosine and sine, arXiv 2309.00071 Eq. 22, or as the settings give it."""
+    if rope.content.get("attention_factor") is not None:
+        return rope.number("attention_factor")
+    if rope.content.get("mscale") and rope.content.get("mscale_all_dim"):
+        above, below = rope.number("mscale"), rope.number("mscale_all_dim")
+        return _mscale(factor, above) / _mscale(factor, below)
+    return _mscale(factor, 1.0)
+
+
+def _mscale(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+_READERS = {
+    "default": _read_default, "linear": _read_linear, "llama3": _read_llama3, "yarn": _read_yarn,
+}  # fmt: skip

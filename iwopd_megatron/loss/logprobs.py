@@ -1,0 +1,251 @@
+"""LM head: hidden states -> token log-probs and entropy, vocab-parallel, without full logits.
+
+logp_t = z_t[y_t] - logsumexp(z_t), z_t = W h_t / temperature. Logits live one tile at a time, with
+a running maximum and sum over the tiles of a row, and are recomputed in the backward pass.
+Shapes: N tokens, D hidden, V vocabulary shard, K scored ids, C tokens and U entries of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from iwopd_megatron.loss import tile_ops
+from iwopd_megatron.loss.tile_ops import EntropyGradient
+from iwopd_megatron.loss.topk import RunningTopK
+from iwopd_megatron.runtime import device
+
+device.install()
+
+from megatron.core.tensor_parallel import (  # noqa: E402
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+
+# A CPU tile stays in the cache, though top-K selection prefers width; on a GPU few large kernels
+# are faster.
+CPU_TILE, CPU_TOPK_TILE, GPU_TILE = (128, 2048), (128, 16384), (2048, 2**20)
+
+
+_HAS_OUT_DTYPE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
+
+
+class LogProbs(NamedTuple):
+    """Per-token results, fp32, in nats, all differentiable."""
+
+    logp: torch.Tensor  # [N]
+    entropy: torch.Tensor | None  # [N]
+    topk_logp: torch.Tensor | None = None  # [N, K]
+    topk_ids: torch.Tensor | None = None  # [N, K] int64, of topk_logp; likeliest first if found
+
+
+def linear_logprobs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    tp_group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+    rows: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    with_entropy: bool = True,
+    topk_ids: torch.Tensor | None = None,
+    topk: int = 0,
+    chunk_tokens: int | None = None,
+    chunk_vocab: int | None = None,
+) -> LogProbs:
+    """Log-probs of `targets`, and entropies, under the head `weight`.
+
+    hidden: `[N, D]`, or this rank's `[N / tp, D]` when `sequence_parallel`; weight: `[V, D]`, this
+    rank's rows of the vocabulary; targets: int64, one per kept row; rows: int64 indices of the
+    tokens some loss reads (default all); topk_ids: int64 `[N, K]`, more ids to score (a teacher's
+    top K); topk: find the K likeliest ids of the whole vocabulary and their log-probs (those
+    without gradient). Matrix products run in the weight's dtype, everything else in fp32. Over tp:
+    two all-reduces forward ([N] max, [3 + K, N] sum), for topk an all-gather of [N, 2 topk], and
+    one collective backward, however many tiles of `chunk_tokens` x `chunk_vocab` logits there are.
+    """
+    if topk and topk_ids is not None:
+        raise ValueError("score given topk_ids or topk, not both.")
+    if sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden, group=tp_group)
+    elif tp_group is not None and tp_group.size() > 1:
+        hidden = copy_to_tensor_model_parallel_region(hidden, group=tp_group)
+    if rows is not None:
+        hidden = hidden.index_select(0, rows)
+    default = default_tile(topk)
+    tile = chunk_tokens or default[0], chunk_vocab or default[1]
+    best = RunningTopK(len(targets), topk, targets.device) if topk else None
+    logp, entropy, topk_logp = _LinearLogProbs.apply(
+        hidden.to(weight.dtype),
+        weight,
+        scored_ids(targets, topk_ids),
+        1 / temperature,
+        tp_group,
+        tile,
+        with_entropy,
+        best,
+    )
+    if best is not None:
+        return LogProbs(logp, entropy, topk_logp, best.id_NK)
+    return LogProbs(logp, entropy, None if topk_ids is None else topk_logp, topk_ids)
+
+
+def default_tile(topk: int = 0) -> tuple[int, int]:
+    """Tokens and vocabulary entries of a tile of logits on this device."""
+    if device.has_gpu():
+        return GPU_TILE
+    return CPU_TOPK_TILE if topk else CPU_TILE
+
+
+# (tokens, vocabulary, product) of a tile
+Product = tuple[slice, slice, torch.Tensor]
+
+
+class Head(NamedTuple):
+    """Hidden states and this rank's vocabulary, whose logits exist one tile at a time."""
+
+    hidden_ND: torch.Tensor
+    weight_VD: torch.Tensor
+    inv_temperature: float
+    tile: tuple[int, int]
+
+    def tiles(self) -> Iterator[tuple[slice, slice]]:
+        """(tokens, vocabulary) of all tiles; vocabulary outermost, so that weights stay cached."""
+        (tokens, vocab), (rows, columns) = self.tile, (len(self.hidden_ND), len(self.weight_VD))
+        for v in range(0, columns, vocab):
+            for c in range(0, rows, tokens):
+                yield slice(c, min(c + tokens, rows)), slice(v, min(v + vocab, columns))
+
+    def product(self, s: slice, v: slice) -> torch.Tensor:
+        """`[C, U]`, in the weight's dtype; times 1 / temperature these are the logits."""
+        return self.hidden_ND[s] @ self.weight_VD[v].t()
+
+    def products(self) -> Iterator[Product]:
+        for s, v in self.tiles():
+            yield s, v, self.product(s, v)
+
+    def statistics(
+        self,
+        ids_NK: torch.Tensor,
+        with_entropy: bool,
+        best: RunningTopK | None = None,
+        start: int = 0,
+        kept: list[Product] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Maxima `[N]`, and `[2 + K, N]`: sums of exp, of exp * logit, both relative to the maxima,
+        and the logits of `ids_NK`, 0 where another rank has them.
+
+        start: id of the first column; kept: takes all products, for `add_gradients`.
+        """
+        stats = ids_NK.new_zeros(2 + ids_NK.shape[1], len(ids_NK), dtype=torch.float32)
+        max_N = torch.full_like(stats[0], -torch.inf)
+        for s, v, tile_CU in self.products():
+            stats[2:, s] += tile_ops.found(tile_CU, self.inv_temperature, ids_NK[s] - v.start).t()
+            if best is not None:
+                logits_CU = tile_ops.scaled(tile_CU, self.inv_temperature)
+                best.add(logits_CU, s, start + v.start)
+            part = tile_ops.statistics(tile_CU, self.inv_temperature, with_entropy)
+            merge(part, max_N[s], stats[0, s], stats[1, s])
+            if kept is not None:
+                kept.append((s, v, tile_CU))
+        return max_N, stats
+
+    def add_gradients(
+        self,
+        ids_NK: torch.Tensor,
+        logz_N: torch.Tensor,
+        dids_NK: torch.Tensor,
+        entropy: EntropyGradient | None,
+        dhidden_ND: torch.Tensor,
+        dweight_VD: torch.Tensor,
+        kept: list[Product] | None = None,
+    ) -> None:
+        """Add to both gradients, fp32, those of sum(dids * log-prob of ids).
+
+        kept: all products, which become their gradient in place on GPUs; else computed anew.
+        """
+        for s, v, tile_CU in self.products() if kept is None else kept:
+            part = None if entropy is None else EntropyGradient(*(x[s] for x in entropy))
+            dtile_CU = tile_ops.gradient(
+                tile_CU, self.inv_temperature, ids_NK[s] - v.start, logz_N[s], dids_NK[s], part
+            )
+            add_product(dhidden_ND[s], dtile_CU, self.weight_VD[v])
+            add_product(dweight_VD[v], dtile_CU.t(), self.hidden_ND[s])
+
+
+def merge(
+    part: tile_ops.Statistics, max_C: torch.Tensor, sum_C: torch.Tensor, weighted_C: torch.Tensor
+) -> None:
+    """Add a tile's statistics to those of the row's earlier tiles, in place."""
+    new_max_C = torch.maximum(max_C, part.max)
+    older_C, newer_C = (max_C - new_max_C).exp_(), (part.max - new_max_C).exp_()
+    max_C.copy_(new_max_C)
+    sum_C.mul_(older_C).addcmul_(part.sum, newer_C)
+    if part.weighted is not None:
+        weighted_C.mul_(older_C).addcmul_(part.weighted, newer_C)
+
+
+def scored_ids(target_N: torch.Tensor, topk_NK: torch.Tensor | None) -> torch.Tensor:
+    """Ids whose log-probs are wanted, `[N, 1 + K]`, the target first."""
+    return target_N[:, None] if topk_NK is None else torch.cat([target_N[:, None], topk_NK], 1)
+
+
+class _LinearLogProbs(torch.autograd.Function):
+    """Its hidden gradient covers this rank's vocabulary only; the caller's region op sums it."""
+
+    @staticmethod
+    def forward(
+        ctx, hidden_ND, weight_VD, ids_NK, inv_temperature, group, tile, with_entropy, best
+    ):
+        parallel = group is not None and group.size() > 1
+        start = group.rank() * weight_VD.shape[0] if parallel else 0
+        ids_NK = ids_NK - start  # outside [0, V) where another rank owns them
+        head = Head(hidden_ND, weight_VD, inv_temperature, tile)
+        max_N, stats = head.statistics(ids_NK, with_entropy, best, start)
+        if parallel:
+            own_max_N = max_N.clone()
+            dist.all_reduce(max_N, dist.ReduceOp.MAX, group=group)
+            stats[:2] *= (own_max_N - max_N).exp_()
+            dist.all_reduce(stats, group=group)
+            if best is not None:
+                best.merge(group)
+        logz_N = max_N + stats[0].log()
+        mean_logit_N = stats[1] / stats[0]
+        ctx.save_for_backward(hidden_ND, weight_VD, ids_NK, logz_N, mean_logit_N)
+        ctx.inv_temperature, ctx.tile = inv_temperature, tile
+        ctx.set_materialize_grads(False)
+        logp_KN = stats[2:] - logz_N
+        entropy_N = logz_N - mean_logit_N if with_entropy else None
+        topk_logp_NK = logp_KN[1:].t().clone()
+        if best is not None:
+            topk_logp_NK = best.value_NK - logz_N[:, None]
+            ctx.mark_non_differentiable(topk_logp_NK)
+        return logp_KN[0].clone(), entropy_N, topk_logp_NK
+
+    @staticmethod
+    def backward(ctx, dlogp_N, dentropy_N, dtopk_NK):
+        hidden_ND, weight_VD, ids_NK, logz_N, mean_logit_N = ctx.saved_tensors
+        dids_NK = torch.zeros_like(ids_NK, dtype=torch.float32)
+        if dlogp_N is not None:
+            dids_NK[:, 0] = dlogp_N
+        if dtopk_NK is not None:
+            dids_NK[:, 1:] = dtopk_NK
+        dhidden_ND = torch.zeros_like(hidden_ND, dtype=torch.float32)
+        dweight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        entropy = None if dentropy_N is None else EntropyGradient(dentropy_N, mean_logit_N)
+        head = Head(hidden_ND, weight_VD, ctx.inv_temperature, ctx.tile)
+        head.add_gradients(ids_NK, logz_N, dids_NK, entropy, dhidden_ND, dweight_VD)
+        return dhidden_ND.to(hidden_ND.dtype), dweight_VD.to(weight_VD.dtype), *[None] * 6
+
+
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a @ b, with an fp32 total whatever the product's dtype."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda and _HAS_OUT_DTYPE:  # summed in fp32 by the product itself
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b

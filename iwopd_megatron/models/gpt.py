@@ -1,0 +1,189 @@
+"""Hugging Face config -> Megatron TransformerConfig -> GPTModel chunks of this rank.
+
+The model returns hidden states, never logits: `logprobs.linear_logprobs` turns them into log-probs
+without a `[tokens, vocab]` tensor. Qwen3 and Qwen3-MoE, tied or untied.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from iwopd_megatron.config.models import Layout
+from iwopd_megatron.hf.config import HfConfig
+from iwopd_megatron.hf.rotary import inverse_frequencies
+from iwopd_megatron.models import layer_specs as backend
+from iwopd_megatron.runtime import device
+from iwopd_megatron.runtime.parallel import Parallel, mpu
+
+from megatron.core.models.gpt import GPTModel  # isort: skip
+from megatron.core.transformer import TransformerConfig  # isort: skip
+from megatron.core.transformer.module import Float16Module  # isort: skip
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class HiddenStateModel(GPTModel):
+    """GPTModel whose last stage returns final hidden states `[s / tp, b, D]` instead of logits."""
+
+    def _postprocess(self, hidden_states, *args, **kwargs):
+        return hidden_states
+
+    def head_weight(self) -> torch.Tensor:
+        """This rank's `[V / tp, D]` rows of the LM head: the embedding's where the two are tied."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def transformer_config(
+    hf: HfConfig, layout: Layout, dtype: str = "fp32", recompute: str = "none"
+) -> TransformerConfig:
+    """Translate config.json by modeling_qwen3(_moe).py and Megatron's transformer_config.py."""
+    torch_dtype = DTYPES[dtype]
+    settings = dict(
+        num_layers=hf.num_hidden_layers,
+        hidden_size=hf.hidden_size,
+        num_attention_heads=hf.num_attention_heads,
+        num_query_groups=hf.num_key_value_heads,
+        kv_channels=hf.head_dim,
+        ffn_hidden_size=hf.intermediate_size,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        normalization="RMSNorm",
+        qk_layernorm=True,
+        layernorm_epsilon=hf.rms_norm_eps,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=layout.tp,
+        sequence_parallel=layout.tp > 1,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        # A dense teacher in a world that cuts the student's experts is not cut along those axes.
+        expert_model_parallel_size=layout.ep if hf.num_experts else 1,
+        expert_tensor_parallel_size=layout.etp if hf.num_experts else 1,
+        bf16=dtype == "bf16",
+        params_dtype=torch_dtype,
+        pipeline_dtype=torch_dtype,
+        autocast_dtype=torch_dtype,
+        # Loading overwrites every weight, but only initialisation sets the tensor-parallel
+        # attribute that the gradient norm needs to count a shard once.
+        perform_initialization=True,
+        use_cpu_initialization=not device.has_gpu(),
+        calculate_per_token_loss=True,  # gradients are summed; the loss brings its own denominator
+        # Over gloo two neighbours that are one process swap their messages when sent as one batch.
+        batch_p2p_comm=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=backend.has_transformer_engine(torch_dtype),
+        gradient_accumulation_fusion=False,
+    )
+    if backend.has_transformer_engine(torch_dtype):  # YaRN's factor on both queries and keys
+        settings["softmax_scale"] = hf.rope.attention_factor**2 * hf.head_dim**-0.5
+    settings |= _expert_settings(hf, torch_dtype) | _recompute_settings(hf, recompute)
+    config = TransformerConfig(**settings)
+    config.rope = hf.rope  # native attention turns queries and keys by it
+    return config
+
+
+def _expert_settings(hf: HfConfig, dtype: torch.dtype) -> dict[str, Any]:
+    if not hf.num_experts:
+        return {}
+    return dict(
+        num_moe_experts=hf.num_experts,
+        moe_ffn_hidden_size=hf.moe_intermediate_size,
+        moe_router_topk=hf.num_experts_per_tok,
+        moe_router_pre_softmax=not hf.norm_topk_prob,
+        moe_router_score_function="softmax",
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=backend.has_transformer_engine(dtype),
+    )
+
+
+def _recompute_settings(hf: HfConfig, recompute: str) -> dict[str, Any]:
+    if recompute == "full":
+        return dict(
+            recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
+        )
+    if recompute == "selective":
+        modules = ["core_attn", "moe" if hf.num_experts else "mlp"]
+        return dict(recompute_granularity="selective", recompute_modules=modules)
+    return {}
+
+
+def build_model(
+    hf: HfConfig, parallel: Parallel, dtype: str = "fp32", recompute: str = "none"
+) -> list[HiddenStateModel]:
+    """This rank's chunks (vpp of them), initial weights, cast if bf16. Load weights afterwards."""
+    layout = parallel.layout
+    config = transformer_config(hf, layout, dtype, recompute)
+    fused = backend.has_transformer_engine(config.params_dtype)
+    chunks = []
+    for stage in range(layout.vpp):
+        vp_stage = stage if layout.vpp > 1 else None
+        chunk = HiddenStateModel(
+            config,
+            backend.block_spec(config, vp_stage),
+            vocab_size=hf.vocab_size,  # never padded: padding columns would enter the normaliser
+            max_sequence_length=hf.max_position_embeddings,
+            pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            # native attention turns queries and keys itself, once per micro-batch computed
+            position_embedding_type="rope" if fused else "none",
+            rotary_base=hf.rope.theta,
+            share_embeddings_and_output_weights=hf.tie_word_embeddings,
+            vp_stage=vp_stage,
+        ).to(device.current_device())
+        if fused:
+            chunk.rotary_pos_emb.inv_freq.copy_(
+                inverse_frequencies(hf.rope, hf.head_dim, device.current_device())
+            )
+        mark_expert_parameters(chunk)
+        if chunk.pre_process and hf.pad_token_id is not None:
+            withhold_pad_gradient(chunk.embedding.word_embeddings, hf.pad_token_id, parallel)
+        chunks.append(chunk)
+    return chunks
+
+
+def mark_expert_parameters(chunk: torch.nn.Module) -> None:
+    """Reduce expert gradients over the expert-data group in every layout.
+
+    Megatron marks them only when ep > 1; with ep = 1 and etp != tp it would reduce them over the
+    wrong ranks, and optimiser states would not load across a change of ep.
+    """
+    for name, parameter in chunk.named_parameters():
+        if ".experts." in name:
+            parameter.allreduce = False
+
+
+def withhold_pad_gradient(embedding: torch.nn.Module, pad_id: int, parallel: Parallel) -> None:
+    """Looking up the pad token trains nothing, as in transformers (`nn.Embedding.padding_idx`).
+
+    transformers starts that row at zero, where RMSNorm's gradient is 1 / sqrt(eps) = 1000 times
+    what it is elsewhere: one pad token that a student samples would fill the whole gradient norm,
+    and clipping would spend the step on it. A tied row still learns as a row of the LM head.
+    """
+
+    def withhold(module, arguments, output):
+        is_pad = arguments[0] == pad_id  # [b, s]
+        if parallel.layout.tp > 1:  # the output is this rank's part of the sequence, [s / tp, b, D]
+            is_pad = is_pad.t().chunk(parallel.tp.size)[parallel.tp.rank]
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradient.masked_fill(is_pad[..., None], 0))
+
+    embedding.register_forward_hook(withhold)
+
+
+def wrap_precision(chunks: list[HiddenStateModel]) -> list[torch.nn.Module]:
+    """Cast bf16 chunks and their pipeline inputs as Megatron does; fp32 chunks pass through."""
+    config = chunks[0].config
+    return [Float16Module(config, chunk) for chunk in chunks] if config.bf16 else chunks

@@ -1,0 +1,113 @@
+"""Megatron layer specs: TransformerEngine for bf16 on a GPU if installed, else torch-native."""
+
+import contextlib
+import importlib.util
+
+import torch
+
+from iwopd_megatron.runtime import device
+
+device.install()
+
+import megatron.core.tensor_parallel.random as megatron_random  # noqa: E402
+import megatron.core.transformer.moe.experts as megatron_experts  # noqa: E402
+import megatron.core.transformer.moe.moe_utils as megatron_moe_utils  # noqa: E402
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add  # noqa: E402
+from megatron.core.models.backends import LocalSpecProvider  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
+    get_gpt_decoder_block_spec,
+    get_mlp_module_spec_for_backend,
+)
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules  # noqa: E402
+from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
+from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
+from megatron.core.transformer.transformer_block import (  # noqa: E402
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_layer import (  # noqa: E402
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+
+from iwopd_megatron.models.native import (  # noqa: E402
+    GroupedExperts,
+    RMSNorm,
+    SdpaAttention,
+    SwiGluMLP,
+)
+
+
+def has_transformer_engine(dtype: torch.dtype) -> bool:
+    """TransformerEngine is used when it is installed, a GPU is present and parameters are bf16.
+
+    In fp32 its matrix products would be TF32, and its attention has no kernel.
+    """
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    return installed and device.has_gpu() and dtype == torch.bfloat16
+
+
+def _fill_gaps_without_transformer_engine() -> None:
+    """Names Megatron-Core 0.16.1 reads, undefined without TransformerEngine or grouped_gemm."""
+    if not hasattr(megatron_moe_utils, "te_general_gemm"):
+        megatron_moe_utils.te_general_gemm = None
+    if not hasattr(megatron_random, "FP8GlobalStateManager"):
+
+        class NoFp8:
+            is_fp8_enabled = staticmethod(lambda: False)
+            get_fp8_recipe = staticmethod(lambda: None)
+
+        megatron_random.FP8GlobalStateManager = NoFp8
+        megatron_random.fp8_autocast = lambda *args, **kwargs: contextlib.nullcontext()
+        megatron_random.activation_recompute_forward = lambda *args, **kwargs: (
+            contextlib.nullcontext()
+        )
+    if not megatron_experts.gg.grouped_gemm_is_available():
+        megatron_experts.gg.assert_grouped_gemm_is_available = lambda: None
+
+
+class NativeSpecProvider(LocalSpecProvider):
+    """Megatron's local linears with the modules of native.py."""
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
+        return RMSNorm
+
+    def core_attention(self) -> type:
+        return SdpaAttention
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm, moe_use_legacy_grouped_gemm):
+        return GroupedExperts, None
+
+
+def block_spec(config, vp_stage: int | None = None):
+    """This pipeline stage's layers for a Qwen3-like model (QK-norm, RMSNorm, SwiGLU or MoE)."""
+    if has_transformer_engine(config.params_dtype):
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+    _fill_gaps_without_transformer_engine()
+    backend = NativeSpecProvider()
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=backend.column_parallel_linear(),
+            core_attention=backend.core_attention(),
+            linear_proj=backend.row_parallel_linear(),
+            q_layernorm=RMSNorm,
+            k_layernorm=RMSNorm,
+        ),
+    )
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=get_mlp_module_spec_for_backend(backend, num_experts=config.num_moe_experts),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    if not config.num_moe_experts:
+        layer.submodules.mlp.module = SwiGluMLP
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)

@@ -1,0 +1,163 @@
+"""Torch-native modules for Megatron's layer specs, where TransformerEngine is not used.
+
+Megatron's local modules lack RMSNorm under sequence parallelism, attention with context parallelism
+or packed sequences, and a grouped GEMM without extra libraries; only these are added, and a SwiGLU
+MLP in fewer passes. Shapes: s tokens of this rank, b batch, h heads, d head size, E local experts.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
+
+from iwopd_megatron.models.native_ops import grouped_mm, rms_norm, rotate, swiglu
+from iwopd_megatron.runtime import device
+from iwopd_megatron.runtime.parallel import Packing
+
+import megatron.core.transformer.moe.experts as megatron_experts  # isort: skip
+from megatron.core.transformer.mlp import MLP  # isort: skip
+from megatron.core.transformer.module import MegatronModule  # isort: skip
+
+
+class RMSNorm(torch.nn.Module):
+    """RMS norm; marks its weight so that Megatron sums its gradient over sequence shards."""
+
+    def __init__(self, config, hidden_size: int, eps: float = 1e-6, **kwargs):
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=device.current_device())
+        )
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class _GatherTokens(torch.autograd.Function):
+    """All-gather along dim 0 forward, reduce-scatter backward."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        out = x.new_empty((group.size() * x.shape[0], *x.shape[1:]))
+        dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        out = grad.new_empty((grad.shape[0] // ctx.group.size(), *grad.shape[1:]))
+        dist.reduce_scatter_tensor(out, grad.contiguous(), group=ctx.group)
+        return out, None
+
+
+class SdpaAttention(MegatronModule):
+    """Causal attention with rotary positions and grouped queries over packed `[s, h, d]` inputs.
+
+    Context parallelism follows Megatron's zigzag: of every sequence's 2R chunks, rank r holds
+    chunks r and 2R-1-r. Keys and values are gathered once (one all-gather forward, one
+    reduce-scatter backward); each local chunk then sees a prefix of them.
+    """
+
+    def __init__(
+        self,
+        config,
+        layer_number,
+        attn_mask_type,
+        attention_type,
+        attention_dropout=None,
+        softmax_scale=None,
+        cp_comm_type=None,
+        pg_collection=None,
+    ):
+        super().__init__(config=config)
+        self.scale = softmax_scale
+        self.cp_group = pg_collection.cp
+        self.rope = config.rope
+
+    def forward(
+        self,
+        query,
+        key,
+        value,
+        attention_mask=None,
+        attn_mask_type=None,
+        attention_bias=None,
+        packed_seq_params=None,
+    ):
+        packing = packed_seq_params.packing
+        turn = packing.rotation(self.rope, query.shape[-1], query.dtype, self.cp_group)
+        query, key = rotate(query, *turn), rotate(key, *turn)
+        query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+        if self.cp_group.size() > 1:
+            out = self._context_parallel(query, key, value, packing)
+        elif len(packing.lengths) == 1:
+            out = self._attend(query, key, value)
+        else:
+            out = self._batched(query, key, value, packing)
+        return out.flatten(2)
+
+    def _attend(self, query, key, value):
+        """`[s, b, h, d]` x 3 -> `[s, b, h, d]`; a shorter query is the end of the key sequence."""
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        bias = {"is_causal": True}
+        if q.shape[2] != k.shape[2]:
+            bias = {"attn_mask": causal_lower_right(q.shape[2], k.shape[2])}
+            groups = q.shape[1] // k.shape[1]  # CausalBias kernels do not broadcast grouped queries
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        else:
+            bias["enable_gqa"] = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, scale=self.scale, **bias).permute(2, 0, 1, 3)
+
+    def _batched(self, query, key, value, packing: Packing):
+        """Packed sequences as a batch, padded on the right if lengths differ.
+
+        Causal masks keep padding from real tokens.
+        """
+        lengths, longest = packing.lengths, max(packing.lengths)
+        if min(lengths) == longest:
+            batch = (x.squeeze(1).unflatten(0, (-1, longest)) for x in (query, key, value))
+            out = self._attend(*(x.transpose(0, 1) for x in batch))
+            return out.transpose(0, 1).flatten(0, 1).unsqueeze(1)
+        if longest * len(lengths) > 2 * query.shape[0]:  # padding would cost more than the calls
+            parts = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
+            return torch.cat([self._attend(*part) for part in parts])
+        token_SL, place_T = packing.padded
+        batch = [
+            x.squeeze(1).index_select(0, token_SL).unflatten(0, (-1, longest)).transpose(0, 1)
+            for x in (query, key, value)
+        ]
+        out = self._attend(*batch).transpose(0, 1).flatten(0, 1)
+        return out.index_select(0, place_T).unsqueeze(1)
+
+    def _context_parallel(self, query, key, value, packing: Packing):
+        size, rank = self.cp_group.size(), self.cp_group.rank()
+        gathered = _GatherTokens.apply(torch.stack((key, value), 1), self.cp_group)
+        key, value = gathered.index_select(0, packing.context_order(size)).unbind(1)
+        out, start, offset = [], 0, 0
+        for length in packing.lengths:
+            chunk = length // (2 * size)
+            for position in (rank, 2 * size - 1 - rank):
+                seen = slice(offset, offset + (position + 1) * chunk)
+                out.append(self._attend(query[start : start + chunk], key[seen], value[seen]))
+                start += chunk
+            offset += length
+        return torch.cat(out)
+
+
+class GroupedExperts(megatron_experts.GroupedMLP):
+    """Megatron's experts (parameters, sharding, checkpoints) on torch's grouped GEMM, any dtype."""
+
+    def forward(self, hidden, tokens_per_expert, probs):
+        weight1 = self.weight1.view(self.num_local_experts, self.config.hidden_size, -1)
+        weight2 = self.weight2.view(self.num_local_experts, -1, self.config.hidden_size)
+        act = swiglu(grouped_mm(hidden, weight1, tokens_per_expert), probs.unsqueeze(-1))
+        return grouped_mm(act, weight2, tokens_per_expert), None
+
+
+class SwiGluMLP(MLP):
+    """Megatron's dense MLP (parameters, sharding, checkpoints) with one activation pass."""
+
+    def forward(self, hidden, **kwargs):  # routing settings of other MLPs
+        gate_up, _ = self.linear_fc1(hidden)
+        return self.linear_fc2(swiglu(gate_up))

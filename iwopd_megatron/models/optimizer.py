@@ -1,0 +1,138 @@
+"""Megatron's (distributed) AdamW and learning-rate schedule, with or without TE or Apex."""
+
+from __future__ import annotations
+
+import torch
+from torch.optim.adam import adam
+from torch.optim.adamw import adamw
+
+from iwopd_megatron.config.recipe import Train
+from iwopd_megatron.runtime import device
+
+device.install()
+
+import megatron.core.optimizer as megatron_optimizer  # noqa: E402
+import megatron.core.optimizer.distrib_optimizer as megatron_distributed  # noqa: E402
+from megatron.core.distributed import (  # noqa: E402
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """AdamW with its step count in the parameter group, as Megatron expects of Apex and TE."""
+
+    def __init__(
+        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True
+    ):
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=0)
+        super().__init__(params, defaults)
+        self.update = adamw if adam_w_mode else adam
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            done = group["step"]
+            group["step"] = done + 1
+            on_gpu = device.has_gpu()
+            self.update(
+                params,
+                [p.grad for p in params],
+                [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params],
+                [],
+                list(torch.full((len(params),), float(done), device=params[0].device).unbind()),
+                foreach=not on_gpu,
+                fused=on_gpu or None,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+
+def _use_fused_adam() -> None:
+    if not megatron_distributed.HAVE_APEX_OR_TE:
+        megatron_optimizer.Adam = megatron_distributed.Adam = FusedAdam
+        megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
+        megatron_distributed.HAVE_APEX_OR_TE = megatron_distributed.USING_APEX_OPTIMIZER = True
+
+
+def wrap_data_parallel(
+    chunks: list[torch.nn.Module], train: Train
+) -> list[DistributedDataParallel]:
+    """Megatron DDP around each chunk; gradients are summed over ranks in fp32 and left unscaled."""
+    config = chunks[0].config
+    ddp_config = DistributedDataParallelConfig(
+        use_distributed_optimizer=train.distributed_optimizer, grad_reduce_in_fp32=True
+    )
+    wrapped = [DistributedDataParallel(config, ddp_config, chunk) for chunk in chunks]
+    config.finalize_model_grads_func = _finalize
+    return wrapped
+
+
+def _finalize(model, num_tokens=None, **kwargs) -> None:
+    """The loss already carries its global denominator: nothing is divided by a token count."""
+    finalize_model_grads(model, None, **kwargs)
+
+
+def build_optimizer(wrapped: list[DistributedDataParallel], train: Train):
+    """AdamW over the wrapped chunks, sharded over data-parallel ranks if so configured."""
+    _use_fused_adam()
+    config = wrapped[0].config
+    optimizer = megatron_optimizer.get_megatron_optimizer(
+        megatron_optimizer.OptimizerConfig(
+            optimizer="adam",
+            lr=train.lr,
+            min_lr=train.min_lr,
+            weight_decay=train.weight_decay,
+            adam_beta1=train.betas[0],
+            adam_beta2=train.betas[1],
+            adam_eps=train.eps,
+            clip_grad=train.clip_grad,
+            use_distributed_optimizer=train.distributed_optimizer,
+            bf16=config.bf16,
+            params_dtype=config.params_dtype,
+        ),
+        wrapped,
+    )
+    config.grad_scale_func = optimizer.scale_loss
+    for part in optimizer.chained_optimizers:
+        part.init_state_fn(part.optimizer, part.config)  # a checkpoint may come before any step
+    return optimizer
+
+
+def build_scheduler(optimizer, train: Train) -> OptimizerParamScheduler:
+    """Linear warm-up, then constant or cosine; one step a round, the first already counted."""
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=train.lr,
+        min_lr=train.min_lr,
+        lr_warmup_steps=train.warmup_rounds,
+        lr_decay_steps=max(train.rounds, train.warmup_rounds + 1),
+        lr_decay_style=train.schedule,
+        start_wd=train.weight_decay,
+        end_wd=train.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+    scheduler.step(1)
+    return scheduler
+
+
+def go_on(scheduler: OptimizerParamScheduler, steps: int) -> None:
+    """Go to the place after `steps` of the schedule that the scheduler was built with.
+
+    Its own `load_state_dict` would bring back the saved run's schedule, horizon included.
+    """
+    scheduler.num_steps = steps
+    scheduler.step(0)

@@ -1,0 +1,51 @@
+"""How many tokens every expert of a model gets while it trains.
+
+A forward hook on each of Megatron's routers adds up the routing map that the router returns anyway:
+the experts of real tokens, wherever pipeline, tensor, context and data parallelism have put them.
+Padding is left out, and so are the second runs of recomputation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from iwopd_megatron.runtime import device
+
+from megatron.core.tensor_parallel.random import is_checkpointing  # isort: skip
+from megatron.core.transformer.moe.router import TopKRouter  # isort: skip
+
+
+class RouterLoad:
+    """Counts of one model's chunks on this rank."""
+
+    def __init__(self, chunks: list[torch.nn.Module], layers: int, experts: int):
+        self.tokens = torch.zeros(layers, experts, device=device.current_device())
+        self._is_real: torch.Tensor | None = None
+        self._is_counting = False
+        for chunk in chunks:
+            for module in chunk.modules():
+                if isinstance(module, TopKRouter):
+                    module.register_forward_hook(self._count)
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count anew what runs inside; `tokens` `[layers, experts]` has it afterwards."""
+        self.tokens.zero_()
+        self._is_counting = True
+        try:
+            yield
+        finally:
+            self._is_counting = False
+
+    def follow(self, is_real_T: torch.Tensor) -> None:
+        """Which tokens of a chunk's next forward pass are no padding, as its routers see them."""
+        self._is_real = is_real_T
+
+    def _count(self, router: TopKRouter, _inputs: tuple, output: tuple) -> None:
+        is_second_run = is_checkpointing() and torch.is_grad_enabled()
+        if self._is_counting and not is_second_run:
+            map_TE = output[1] & self._is_real[:, None]
+            self.tokens[router.layer_number - 1] += map_TE.sum(0)

@@ -1,0 +1,115 @@
+"""A recipe's layouts at toy size: what cannot run is found on a laptop.
+
+Student's and teacher's layouts, the same degrees where `limit` processes allow it and halved where
+not, on a tiny random model of the same kind, against Hugging Face on every rank (see parity.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from iwopd_megatron.config.models import Layout
+from iwopd_megatron.config.preflight import check_layout
+from iwopd_megatron.config.recipe import Recipe
+from iwopd_megatron.hf.known_models import planning_config
+
+if TYPE_CHECKING:
+    from iwopd_megatron.batch.trajectory import Trajectory
+
+LENGTHS, BUDGET = [24, 16, 32, 20, 28, 12, 24, 32], 96  # packed, unequal
+# Which axis gives way first among equally large ones.
+GIVES_WAY = ("etp", "cp", "tp", "pp", "ep")
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """One model's layout, scaled down; equal ones need to run only once."""
+
+    is_moe: bool
+    is_tied: bool
+    layout: Layout
+    recompute: str
+    processes: int
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json of the smallest model that this layout divides."""
+        axes = self.layout
+        config = dict(
+            vocab_size=512, hidden_size=64, intermediate_size=128,
+            num_hidden_layers=max(2, axes.pp * axes.vpp),
+            num_attention_heads=2 * max(2, axes.tp), num_key_value_heads=max(2, axes.tp),
+            head_dim=16, max_position_embeddings=256, rms_norm_eps=1e-6,
+            tie_word_embeddings=self.is_tied, pad_token_id=0,
+        )  # fmt: skip
+        if self.is_moe:
+            config |= dict(
+                num_experts=max(8, axes.ep), num_experts_per_tok=2, norm_topk_prob=True,
+                moe_intermediate_size=32 * axes.etp,
+            )  # fmt: skip
+        return config
+
+    def samples(self) -> list[Trajectory]:
+        """What its layouts are compared on; the pad token is among the ids."""
+        from iwopd_megatron.parity.hf_reference import make_samples
+
+        return make_samples(self.config["vocab_size"], LENGTHS, self.config["pad_token_id"])
+
+
+def rehearsals(recipe: Recipe, limit: int) -> dict[str, Rehearsal]:
+    """The recipe's layouts by role, each scaled down to `limit` processes. Refuses illegal ones."""
+    student = recipe.student
+    models = {"student": (student.hf, student.parallel, student.recompute)}
+    for role, teacher in recipe.named_teachers.items():
+        if teacher.service is not None:
+            models[role] = teacher.hf, teacher.service.parallel, "none"
+        elif not teacher.is_remote:
+            models[role] = teacher.hf, student.parallel, "none"
+    found = {}
+    for role, (folder, layout, recompute) in models.items():
+        hf = planning_config(folder)
+        check_layout(layout, hf, role)
+        is_moe = hf.num_experts > 0
+        if not is_moe:
+            layout = layout.model_copy(update={"ep": 1, "etp": 1})
+        layout = scaled(layout, limit)
+        copies = 2 if 2 * layout.unit <= limit else 1  # data parallelism, where there is room
+        tied = hf.tie_word_embeddings
+        found[role] = Rehearsal(is_moe, tied, layout, recompute, copies * layout.unit)
+    return found
+
+
+def scaled(layout: Layout, limit: int) -> Layout:
+    """The largest axis halved until the layout fits on `limit` processes; vpp at most 2."""
+    axes = dict(layout) | {"vpp": min(2, layout.vpp)}
+    while (found := Layout(**axes)).unit > limit:
+        axis = max(GIVES_WAY, key=lambda name: axes[name])
+        axes[axis] = axes[axis] // 2 if axes[axis] % 2 == 0 else 1
+        if axes["pp"] == 1:
+            axes["vpp"] = 1
+    return found
+
+
+def write_model(folder: Path, config: dict[str, Any]) -> None:
+    """A random Hugging Face model in which every kind of weight matters."""
+    import torch
+    import transformers
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    kind = "Qwen3Moe" if "num_experts" in config else "Qwen3"
+    settings = getattr(transformers, f"{kind}Config")(**config)
+    model = getattr(transformers, f"{kind}ForCausalLM")(settings).float()
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name:
+                parameter.copy_(1 + 0.2 * noise)
+            else:
+                parameter.copy_((0.5 if "mlp.gate.weight" in name else 0.08) * noise)
+        if settings.pad_token_id is not None:
+            model.model.embed_tokens.weight[settings.pad_token_id] = 0  # as transformers starts it
+    model.save_pretrained(folder)

@@ -1,0 +1,113 @@
+"""Sizes of a model and of one rank's share of it, from config.json alone.
+
+Counts are parameters, as Megatron builds them here: vocabulary never padded, no biases, query and
+key norms, SwiGLU. Per rank: attention, dense MLP and vocabulary over tp, experts over ep x etp,
+layers over pp; norms and routers whole on every tp rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from iwopd_megatron.config.models import Layout
+from iwopd_megatron.hf.config import HfConfig
+
+
+@dataclass(frozen=True)
+class Share:
+    """Parameters of one rank; experts' gradients are summed over another group than the rest's."""
+
+    dense: float
+    expert: float
+
+    @property
+    def total(self) -> float:
+        return self.dense + self.expert
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Dimensions of a Qwen3-like model."""
+
+    hidden: int
+    ffn: int  # of a dense MLP, or of one expert
+    layers: int
+    queries: int  # heads x head size
+    keys: int  # key-value heads x head size
+    heads: int
+    head: int
+    kv_heads: int
+    vocab: int
+    tied: bool
+    experts: int
+    topk: int  # experts a token visits; 1 MLP if dense
+
+    @classmethod
+    def of(cls, hf: HfConfig) -> ModelSize:
+        experts = hf.num_experts
+        return cls(
+            hidden=hf.hidden_size,
+            ffn=hf.ffn_size,
+            layers=hf.num_hidden_layers,
+            queries=hf.num_attention_heads * hf.head_dim,
+            keys=hf.num_key_value_heads * hf.head_dim,
+            heads=hf.num_attention_heads,
+            head=hf.head_dim,
+            kv_heads=hf.num_key_value_heads,
+            vocab=hf.vocab_size,
+            tied=hf.tie_word_embeddings,
+            experts=experts,
+            topk=hf.num_experts_per_tok if experts else 1,
+        )
+
+    @property
+    def attention(self) -> int:
+        """Weights of one layer's four projections."""
+        return self.hidden * (2 * self.queries + 2 * self.keys)
+
+    @property
+    def norms(self) -> int:
+        return 2 * self.hidden + 2 * self.head
+
+    @property
+    def router(self) -> int:
+        return self.hidden * self.experts
+
+    @property
+    def mlp(self) -> int:
+        """Weights of one dense MLP or one expert."""
+        return 3 * self.hidden * self.ffn
+
+    @property
+    def vocabulary(self) -> int:
+        """Weights of an embedding, or of a head."""
+        return self.vocab * self.hidden
+
+    @cached_property
+    def parameters(self) -> int:
+        """All parameters; a tied head is not counted twice."""
+        layer = self.attention + self.norms + self.router + max(1, self.experts) * self.mlp
+        return self.layers * layer + self.hidden + self.vocabulary * (1 if self.tied else 2)
+
+    @cached_property
+    def active(self) -> int:
+        """Parameters in a token's matrix products, the head's included and the embedding's not."""
+        layer = self.attention + self.router + self.topk * self.mlp
+        return self.layers * layer + self.vocabulary
+
+    def share(self, layout: Layout, stage: int) -> Share:
+        """One rank's parameters on pipeline stage `stage` (0 first, pp - 1 last).
+
+        A tied head on another stage than the embedding is a copy of it.
+        """
+        tp, layers = layout.tp, self.layers / layout.pp
+        layer = self.attention / tp + self.norms + self.router
+        expert = 0.0
+        if self.experts:
+            expert = layers * self.experts * self.mlp / (layout.ep * layout.etp)
+        else:
+            layer += self.mlp / tp
+        dense, is_last = layers * layer, stage == layout.pp - 1
+        tables = (stage == 0) + (is_last and not (self.tied and layout.pp == 1))
+        return Share(dense + tables * self.vocabulary / tp + is_last * self.hidden, expert)

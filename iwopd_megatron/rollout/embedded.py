@@ -1,0 +1,157 @@
+"""The embedded engine: the whole student in every rank's process, prompts split over the ranks.
+
+It reads a Hugging Face folder's configuration; weights come under Hugging Face names. A token is
+drawn by inverting the cumulative distribution at one uniform number per (seed, stream, prompt,
+position), so the answer to a prompt depends neither on the number of ranks nor on its neighbours in
+the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy
+import torch
+import torch.distributed as dist
+
+from iwopd_megatron.batch.trajectory import Trajectory
+from iwopd_megatron.hf.config import read_hf_config
+from iwopd_megatron.rollout.decoder import Decoder
+from iwopd_megatron.rollout.engine import OnSample, Prompt, Sampling
+from iwopd_megatron.runtime import device
+from iwopd_megatron.runtime.parallel import gather
+
+
+class HfEngine:
+    """`RolloutEngine` on `Decoder`; weights come only through `update`."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype, eos_ids: set[int], batch_size: int):
+        self.model = Decoder(read_hf_config(folder), dtype, device.current_device())
+        self.weights = self.model.weights
+        self.eos_ids = torch.tensor(sorted(eos_ids), device=device.current_device())
+        self.batch_size = batch_size
+        self.version = -1
+
+    @torch.no_grad()
+    def update(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        missing = set(self.weights)
+        for name, tensor in weights:
+            self.weights[name].copy_(tensor)
+            missing.discard(name)
+        if missing:
+            raise RuntimeError(
+                f"weight version {version} lacks {len(missing)} tensors, e.g. {min(missing)}."
+            )
+        self.version = version
+
+    def close(self) -> None:
+        pass
+
+    def generate(
+        self, prompts: list[Prompt], sampling: Sampling, on_sample: OnSample | None = None
+    ) -> list[Trajectory]:
+        mine = prompts[dist.get_rank() :: dist.get_world_size()]
+        own: list[Trajectory] = []
+        with device.plain_torch():
+            for start in range(0, len(mine), self.batch_size):
+                own += self._generate_batch(mine[start : start + self.batch_size], sampling)
+        by_index = {sample.index: sample for part in gather(own) for sample in part}
+        if on_sample is not None and dist.get_rank() == 0:
+            for sample in by_index.values():
+                on_sample(sample)
+        return [by_index[prompt.index] for prompt in prompts]
+
+    @torch.inference_mode()
+    def _generate_batch(self, prompts: list[Prompt], sampling: Sampling) -> list[Trajectory]:
+        on, limit = device.current_device(), sampling.max_tokens
+        sampling = replace(sampling, max_tokens=limit - min(prompt.given for prompt in prompts))
+        width = max(len(prompt.ids) for prompt in prompts)
+        total = width + sampling.max_tokens
+        ids = torch.zeros(len(prompts), width, dtype=torch.long)
+        visible = torch.ones(
+            len(prompts), total, dtype=torch.bool
+        )  # left padding is never attended to
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt.ids) :] = torch.tensor(prompt.ids)
+            visible[row, : width - len(prompt.ids)] = False
+        uniform = torch.from_numpy(
+            numpy.stack([_uniform(sampling, prompt.index) for prompt in prompts])
+        ).to(on)
+        tokens, logps = self._decode(ids.to(on), visible.to(on), uniform, sampling)
+        return [
+            self._trajectory(prompt, *(row[: limit - prompt.given] for row in rows))
+            for prompt, *rows in zip(prompts, tokens.tolist(), logps.tolist(), strict=True)
+        ]
+
+    def _decode(self, ids, visible, uniform, sampling) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and log-probs `[B, max_tokens]`; columns after the last row's EOS stay zero."""
+        rows, width = ids.shape
+        cache = self.model.new_cache(rows, visible.shape[1])
+        tokens = ids.new_zeros(rows, sampling.max_tokens)
+        logps = torch.zeros(rows, sampling.max_tokens, device=ids.device)
+        done = torch.zeros(rows, dtype=torch.bool, device=ids.device)
+        positions = (visible[:, :width].cumsum(1) - 1).clamp(min=0)
+        is_padded = not bool(visible.all())
+        start, mask = 0, _causal_mask(visible[:, :width]) if is_padded else None
+        for step in range(sampling.max_tokens):
+            logits = self.model(ids, positions, cache, start, mask)
+            token, logp = _sample(logits.float(), uniform[:, step], sampling)
+            tokens[:, step], logps[:, step] = token, logp
+            done |= torch.isin(token, self.eos_ids)
+            if done.all():
+                break
+            ids, positions, start = token[:, None], positions[:, -1:] + 1, width + step
+            mask = visible[:, None, None, : start + 1] if is_padded else None
+        return tokens, logps
+
+    def _trajectory(self, prompt: Prompt, tokens: list[int], logps: list[float]) -> Trajectory:
+        eos = set(self.eos_ids.tolist())
+        length = next((i + 1 for i, token in enumerate(tokens) if token in eos), len(tokens))
+        return Trajectory(
+            index=prompt.index,
+            prompt_ids=prompt.ids,
+            response_ids=tokens[:length],
+            rollout_logp=logps[:length],
+            truncated=tokens[length - 1] not in eos,
+            weight_version=self.version,
+            source=prompt.source,
+        )
+
+
+def _uniform(sampling: Sampling, index: int) -> numpy.ndarray:
+    """`[max_tokens]` uniform numbers in [0, 1), a function of (seed, stream, index) alone."""
+    key = numpy.random.SeedSequence([sampling.seed, sampling.stream, index])
+    return numpy.random.Generator(numpy.random.Philox(key)).random(sampling.max_tokens)
+
+
+def _causal_mask(visible: torch.Tensor) -> torch.Tensor:
+    """`[B, 1, S, S]` of a left-padded prompt `[B, S]`; padding sees itself, or it would be NaN."""
+    width = visible.shape[1]
+    causal = torch.ones(width, width, dtype=torch.bool, device=visible.device).tril()
+    itself = torch.eye(width, dtype=torch.bool, device=visible.device)
+    return (causal & (visible[:, None, :] | itself))[:, None]
+
+
+def _sample(
+    logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token a row of `[B, V]` and its log-prob at the temperature (at 1 when greedy)."""
+    logp = (logits / (sampling.temperature or 1.0)).log_softmax(-1)
+    if sampling.temperature == 0:
+        token = logp.argmax(-1)
+    else:
+        cdf = _nucleus(logp.double().exp(), sampling.top_p).cumsum(-1)
+        token = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True).squeeze(1)
+        token = token.clamp(max=logp.shape[-1] - 1)
+    return token, logp.gather(-1, token[:, None]).squeeze(1)
+
+
+def _nucleus(prob: torch.Tensor, top_p: float) -> torch.Tensor:
+    """`[B, V]` with zeros but at the fewest likeliest tokens whose probabilities reach top_p."""
+    if top_p == 1:
+        return prob
+    ordered, order = prob.sort(-1, descending=True)
+    is_kept = ordered.cumsum(-1) - ordered < top_p
+    return torch.zeros_like(prob).scatter(-1, order, ordered * is_kept)

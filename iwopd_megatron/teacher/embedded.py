@@ -1,0 +1,53 @@
+"""Embedded scorers: forward-only Megatron models in the trainer's processes, own sizes.
+
+The teacher is one; ExOPD's base student is another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from iwopd_megatron.batch.packing import Packer
+from iwopd_megatron.batch.scores import Support
+from iwopd_megatron.batch.trajectory import Trajectory
+from iwopd_megatron.config.models import Frozen
+from iwopd_megatron.hf.config import read_hf_config
+from iwopd_megatron.models.actor import Schedule
+from iwopd_megatron.models.gpt import build_model, wrap_precision
+from iwopd_megatron.runtime import device
+from iwopd_megatron.weights.hf_io import HfTensors, load_shards
+
+
+class EmbeddedScorer:
+    """Scores every response token at the rollout temperature. Collective over the world."""
+
+    def __init__(self, settings: Frozen, packer: Packer, temperature: float):
+        self.offload = settings.offload
+        self.packer = replace(packer, budget=settings.microbatch_tokens or packer.budget)
+        hf = read_hf_config(settings.hf)
+        chunks = build_model(hf, packer.parallel, settings.dtype)
+        self.loaded = load_shards(chunks, HfTensors(settings.hf), hf, packer.parallel)
+        self.chunks = wrap_precision(chunks)
+        for chunk in self.chunks:
+            chunk.eval().requires_grad_(False)
+        self.schedule = Schedule(self.chunks, packer.parallel, temperature)
+        if self.offload:
+            self._move("cpu")
+
+    def score(
+        self, samples: list[Trajectory], topk: int = 0
+    ) -> tuple[list[list[float]], list[Support]]:
+        """`Schedule.score` with this model."""
+        if self.offload:
+            self._move(device.current_device())
+        scores = self.schedule.score(samples, self.packer, topk)
+        if self.offload:
+            self._move("cpu")
+        return scores
+
+    def _move(self, where: torch.device | str) -> None:
+        for chunk in self.chunks:
+            chunk.to(where)
+        device.empty_cache()

@@ -1,0 +1,107 @@
+"""The model that learns: its shards, optimiser and schedule, and its weights for others to read."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from iwopd_megatron.batch.packing import MicroBatch, Packer
+from iwopd_megatron.batch.routing import RoutingReplay
+from iwopd_megatron.batch.trajectory import Trajectory
+from iwopd_megatron.config.recipe import Recipe
+from iwopd_megatron.hf.config import read_hf_config
+from iwopd_megatron.models.actor import Schedule
+from iwopd_megatron.models.gpt import build_model, wrap_precision
+from iwopd_megatron.models.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+from iwopd_megatron.models.router_load import RouterLoad
+from iwopd_megatron.runtime.parallel import Parallel
+from iwopd_megatron.train import checkpoint
+from iwopd_megatron.train.saver import Saver
+from iwopd_megatron.weights.hf_io import HfTensors, load_shards, random_weights
+from iwopd_megatron.weights.sync import WeightStream
+
+
+class Student:
+    """A Megatron model under training in one layout."""
+
+    def __init__(self, recipe: Recipe, parallel: Parallel):
+        settings = recipe.student
+        self.parallel = parallel
+        self.hf = read_hf_config(settings.hf)
+        chunks = build_model(self.hf, parallel, settings.dtype, settings.recompute)
+        self.loaded = load_shards(chunks, self.sources(recipe), self.hf, parallel)
+        self.stream = WeightStream(chunks, self.hf, parallel)
+        self.chunks = wrap_data_parallel(wrap_precision(chunks), recipe.train)
+        self.optimizer = build_optimizer(self.chunks, recipe.train)
+        self.scheduler = build_scheduler(self.optimizer, recipe.train)
+        temperature = recipe.rollout.temperature if recipe.is_distilling else 1.0
+        replay = RoutingReplay(self.chunks) if recipe.rollout.routing_replay else None
+        experts = self.hf.num_experts
+        self.load = None
+        if experts:
+            self.load = RouterLoad(self.chunks, self.hf.num_hidden_layers, experts)
+        self.schedule = Schedule(self.chunks, parallel, temperature, replay, self.load)
+
+    @staticmethod
+    def sources(recipe: Recipe) -> Mapping[str, Any]:
+        """The whole tensors training starts from, by Hugging Face name."""
+        settings = recipe.student
+        if settings.random_init is None:
+            return HfTensors(settings.hf)
+        return random_weights(settings.hf, settings.random_init)
+
+    def accumulate(self, batches: list[MicroBatch], length: int, objective: Any) -> list[Any]:
+        """Gradients of `objective` over the micro-batches; what it kept of each."""
+        with self.load.counting() if self.load is not None else contextlib.nullcontext():
+            return self.schedule.accumulate(self.optimizer, batches, length, objective)
+
+    @property
+    def expert_tokens(self) -> torch.Tensor | None:
+        """`[layers, experts]`: tokens this rank's routers sent there in the last `accumulate`."""
+        return self.load.tokens if self.load is not None else None
+
+    def score(self, samples: list[Trajectory], packer: Packer) -> list[list[float]]:
+        """Log-probs of every loss token under the present weights, as training computes them."""
+        return self.schedule.score(samples, packer)[0]
+
+    def probe(self, ids: list[int], packer: Packer) -> list[float]:
+        """Log-probs (nats, temperature 1) of ids[1:] under the present weights. Collective."""
+        plain = replace(self.schedule, temperature=1.0)
+        return plain.score([Trajectory(0, ids[:1], ids[1:])], packer)[0][0]
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of this round's steps."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def step(self) -> float:
+        """Clip and AdamW; the gradient norm.
+
+        A step whose gradient norm is not finite is left out, as in the authors' code.
+        """
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        if math.isfinite(norm):
+            self.optimizer.step()
+        return norm
+
+    def end_round(self) -> None:
+        """Go on to the next round's learning rate."""
+        self.scheduler.step(1)
+
+    def save(self, saver: Saver, round_number: int, more: dict[str, Any]) -> None:
+        """Begin a resume point after this round, which keeps `more` too."""
+        extra = {"round": round_number, "world": self.parallel.world} | more
+        parts = self.chunks, self.optimizer, self.scheduler
+        checkpoint.save(saver, *parts, extra, self.parallel)
+
+    def restore(self, folder: Path) -> dict[str, Any]:
+        """Go back to a resume point; its round, and what else was kept with it."""
+        parts = self.chunks, self.optimizer, self.scheduler
+        return checkpoint.load(folder, *parts, self.parallel)

@@ -1,0 +1,95 @@
+"""manifest.json: every tensor's shape, dtype and hash, so that a conversion can prove itself.
+
+{"config": what of config.json enters the mathematics,
+ "tensors": {Hugging Face name: {"shape", "dtype" as safetensors names it, "xxh3_64"}}}
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.files.rawfile import raw
+from iwopd_megatron.hf.config import HfConfig
+
+NAME = "manifest.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# Fields of HfConfig that change what a model computes, beside its rotary settings.
+ESSENTIALS = (
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps",
+    "max_position_embeddings", "num_experts", "tie_word_embeddings",
+)  # fmt: skip
+EXPERT_ESSENTIALS = ("moe_intermediate_size", "num_experts_per_tok", "norm_topk_prob")
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Digest:
+    """xxh3_64 of a tensor's bytes, fed row block by row block in order."""
+
+    def __init__(self) -> None:
+        self._hash = xxhash.xxh3_64()
+
+    def update(self, tensor: torch.Tensor) -> None:
+        self._hash.update(raw(tensor.contiguous()))
+
+    def hex(self) -> str:
+        return self._hash.hexdigest()
+
+
+def entry(shape: tuple[int, ...] | list[int], dtype: str, digest: str) -> dict[str, Any]:
+    return {"shape": list(shape), "dtype": dtype, "xxh3_64": digest}
+
+
+def essentials(hf: HfConfig) -> dict[str, Any]:
+    """What of a config changes the model's output, the same from transformers 4 and 5 files."""
+    keys = ESSENTIALS + EXPERT_ESSENTIALS * (hf.num_experts > 0)
+    return {key: getattr(hf, key) for key in keys} | hf.rope.essentials()
+
+
+def write(folder: Path, hf: HfConfig, tensors: dict[str, dict[str, Any]]) -> None:
+    content = {"config": essentials(hf), "tensors": tensors}
+    (folder / NAME).write_text(json.dumps(content, indent=1))
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """The manifest of a folder, or such a file itself; None where a folder has none."""
+    file = path / NAME if path.is_dir() else path
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise RecipeError(f"{file} is not valid JSON: {error}.") from None
+    if not isinstance(content, dict) or not {"config", "tensors"} <= content.keys():
+        raise RecipeError(f"{file} is not a manifest of this converter; move it away.")
+    return content
+
+
+def verify_config(manifest: dict[str, Any] | None, hf: HfConfig, folder: Path) -> None:
+    """Refuse a config that is not the one the manifest was made with."""
+    for key, value in essentials(hf).items():
+        before = value if manifest is None else manifest["config"].get(key)
+        if before != value:
+            raise RecipeError(
+                f"{folder}/config.json: {key} is {value}, but {before} in the input's {NAME}; "
+                "use the config.json that belongs to these weights."
+            )
+
+
+def verify_tensors(
+    manifest: dict[str, Any] | None, tensors: dict[str, dict[str, Any]], folder: Path
+) -> None:
+    """Refuse tensors that differ from what the manifest says was there."""
+    for name, found in tensors.items():
+        before = found if manifest is None else manifest["tensors"].get(name)
+        if before != found:
+            raise RecipeError(
+                f"{name} is not what {folder / NAME} says ({found} instead of {before}); "
+                f"the files are damaged, or were changed and {NAME} has to go."
+            )
