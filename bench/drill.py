@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-from killed_run import POINTS  # noqa: E402
+from killed_run import POINTS
 
 ROUNDS, EVERY = 8, 2
 # Longest delay after a point is reached: about what the phase takes.

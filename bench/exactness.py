@@ -14,14 +14,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-import damage  # noqa: E402
-import torch  # noqa: E402
-from conftest import EXPERTS, SHAPE  # noqa: E402
+import damage
+import torch
+from conftest import EXPERTS, SHAPE
 
-from iwopd_megatron.files import rawfile  # noqa: E402
-from iwopd_megatron.parity.check import compare, read_side  # noqa: E402
-from iwopd_megatron.parity.rehearse import write_model  # noqa: E402
-from iwopd_megatron.weights.convert import hf_to_megatron, megatron_to_hf  # noqa: E402
+from iwopd_megatron.files import rawfile
+from iwopd_megatron.parity.check import compare, read_side
+from iwopd_megatron.parity.rehearse import write_model
+from iwopd_megatron.weights.convert import hf_to_megatron, megatron_to_hf
 
 MODELS = {
     "MoE": EXPERTS | {"norm_topk_prob": True},

@@ -19,28 +19,28 @@ warnings.filterwarnings("ignore")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
+import torch
 
-from iwopd_megatron.batch.objective import DistillationObjective  # noqa: E402
-from iwopd_megatron.batch.packing import Packer  # noqa: E402
-from iwopd_megatron.config.load import load_recipe  # noqa: E402
-from iwopd_megatron.config.models import Layout  # noqa: E402
-from iwopd_megatron.config.recipe import Train  # noqa: E402
-from iwopd_megatron.hf.config import parse_hf_config, read_hf_config  # noqa: E402
-from iwopd_megatron.models import layer_specs as backend  # noqa: E402
-from iwopd_megatron.models.actor import Schedule  # noqa: E402
-from iwopd_megatron.models.gpt import build_model, wrap_precision  # noqa: E402
-from iwopd_megatron.models.optimizer import build_optimizer, wrap_data_parallel  # noqa: E402
-from iwopd_megatron.parity import (  # noqa: E402
+from iwopd_megatron.batch.objective import DistillationObjective
+from iwopd_megatron.batch.packing import Packer
+from iwopd_megatron.config.load import load_recipe
+from iwopd_megatron.config.models import Layout
+from iwopd_megatron.config.recipe import Train
+from iwopd_megatron.hf.config import parse_hf_config, read_hf_config
+from iwopd_megatron.models import layer_specs as backend
+from iwopd_megatron.models.actor import Schedule
+from iwopd_megatron.models.gpt import build_model, wrap_precision
+from iwopd_megatron.models.optimizer import build_optimizer, wrap_data_parallel
+from iwopd_megatron.parity import (
     hf_reference,
     parity,
 )
-from iwopd_megatron.records.progress import Progress  # noqa: E402
-from iwopd_megatron.records.runlog import read_metrics  # noqa: E402
-from iwopd_megatron.runtime import device  # noqa: E402
-from iwopd_megatron.runtime.local_world import local_context, start_local  # noqa: E402
-from iwopd_megatron.runtime.parallel import initialise, shutdown  # noqa: E402
-from iwopd_megatron.train.trainer import Trainer  # noqa: E402
+from iwopd_megatron.records.progress import Progress
+from iwopd_megatron.records.runlog import read_metrics
+from iwopd_megatron.runtime import device
+from iwopd_megatron.runtime.local_world import local_context, start_local
+from iwopd_megatron.runtime.parallel import initialise, shutdown
+from iwopd_megatron.train.trainer import Trainer
 
 STEPS, WARM_UP = 8, 3
 QWEN = dict(

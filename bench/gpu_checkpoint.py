@@ -17,20 +17,19 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "4"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
-from gpu_check import ROOT, in_world, print_heading, print_row  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+import torch
+from gpu_check import ROOT, in_world, print_heading, print_row
+from safetensors.torch import load_file, save_file
 
-from iwopd_megatron.config.models import Layout  # noqa: E402
-from iwopd_megatron.hf.config import read_hf_config  # noqa: E402
-from iwopd_megatron.models import layer_specs as backend  # noqa: E402
-from iwopd_megatron.models.gpt import build_model, wrap_precision  # noqa: E402
-from iwopd_megatron.runtime.parallel import initialise, shutdown  # noqa: E402
-from iwopd_megatron.weights import torch_dist  # noqa: E402
-from iwopd_megatron.weights.convert import hf_to_megatron, megatron_to_hf  # noqa: E402
-from iwopd_megatron.weights.hf_io import HfTensors, load_shards  # noqa: E402
-
-from megatron.core import dist_checkpointing  # isort: skip  # noqa: E402
+from iwopd_megatron.config.models import Layout
+from iwopd_megatron.hf.config import read_hf_config
+from iwopd_megatron.models import layer_specs as backend
+from iwopd_megatron.models.gpt import build_model, wrap_precision
+from iwopd_megatron.runtime.megatron import dist_checkpointing
+from iwopd_megatron.runtime.parallel import initialise, shutdown
+from iwopd_megatron.weights import torch_dist
+from iwopd_megatron.weights.convert import hf_to_megatron, megatron_to_hf
+from iwopd_megatron.weights.hf_io import HfTensors, load_shards
 
 
 def write_models(folder: Path) -> list[Path]:

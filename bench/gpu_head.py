@@ -13,12 +13,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
+import torch
 
-from iwopd_megatron.loss.linear_loss import linear_loss  # noqa: E402
-from iwopd_megatron.loss.logprobs import linear_logprobs  # noqa: E402
-from iwopd_megatron.loss.weighting import token_weights_packed  # noqa: E402
-from iwopd_megatron.runtime import device  # noqa: E402
+from iwopd_megatron.loss.linear_loss import linear_loss
+from iwopd_megatron.loss.logprobs import linear_logprobs
+from iwopd_megatron.loss.weighting import token_weights_packed
+from iwopd_megatron.runtime import device
 
 N, D, V, K = 8192, 2048, 151936, 64  # Qwen3-30B-A3B's head
 CHUNKS = (1024, 2048, 4096, 8192)

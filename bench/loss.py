@@ -13,10 +13,10 @@ from multiprocessing import get_context
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import torch  # noqa: E402
+import torch
 
-from iwopd_megatron.loss.linear_loss import linear_loss  # noqa: E402
-from iwopd_megatron.loss.logprobs import linear_logprobs  # noqa: E402
+from iwopd_megatron.loss.linear_loss import linear_loss
+from iwopd_megatron.loss.logprobs import linear_logprobs
 
 N, D, V, K = 2048, 256, 32768, 64
 REPEATS = 5

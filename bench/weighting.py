@@ -12,13 +12,13 @@ import time
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from loss import forward_backward, inputs, ours  # noqa: E402
+import torch
+import torch.distributed as dist
+from loss import forward_backward, inputs, ours
 
-from iwopd_megatron.loss.weighting import token_weights_packed  # noqa: E402
-from iwopd_megatron.runtime.local_world import local_context, start_local  # noqa: E402
-from iwopd_megatron.runtime.parallel import zigzag_index  # noqa: E402
+from iwopd_megatron.loss.weighting import token_weights_packed
+from iwopd_megatron.runtime.local_world import local_context, start_local
+from iwopd_megatron.runtime.parallel import zigzag_index
 
 LENGTH, REPEATS = 4096, 9
 TOKENS, RANKS = (16384, 65536, 262144), (1, 2, 4)

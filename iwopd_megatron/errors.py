@@ -1,6 +1,6 @@
 """Mistakes a user can mend: the message is one sentence, shown without a traceback."""
 
-from iwopd_megatron.runtime.stop import EXIT_STOPPED
+EXIT_STOPPED = 75  # EX_TEMPFAIL: what was done is saved, run again with --resume
 
 
 class UserError(Exception):

@@ -6,15 +6,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the tests fork, and expect gloo and fp32
 os.environ["TRITON_INTERPRET"] = "1"  # kernels on CPUs; read when triton is first imported
 
-import torch  # noqa: E402
+import torch
 
 torch.set_num_threads(1)
 
-from pathlib import Path  # noqa: E402
+from pathlib import Path
 
-import pytest  # noqa: E402
+import pytest
 
-from iwopd_megatron.parity.rehearse import write_model  # noqa: E402
+from iwopd_megatron.parity.rehearse import write_model
 
 SHAPE = dict(
     vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=4,

@@ -15,6 +15,7 @@ from iwopd_megatron.hf.config import read_hf_config
 from iwopd_megatron.hf.shapes import hf_shape
 from iwopd_megatron.models.gpt import build_model, wrap_precision
 from iwopd_megatron.models.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+from iwopd_megatron.runtime.megatron import dist_checkpointing
 from iwopd_megatron.runtime.parallel import initialise
 from iwopd_megatron.train import checkpoint
 from iwopd_megatron.train.saver import Saver
@@ -23,8 +24,6 @@ from iwopd_megatron.weights.blob import data_start, envelope, serialise
 from iwopd_megatron.weights.convert import hf_to_megatron, megatron_to_hf
 from iwopd_megatron.weights.hf_io import HfTensors, load_shards
 from iwopd_megatron.weights.table import blocks
-
-from megatron.core import dist_checkpointing  # isort: skip
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from iwopd_megatron.batch.trajectory import Trajectory
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.loss.policy import token_denominator
 from iwopd_megatron.runtime import device
+from iwopd_megatron.runtime.megatron import PackedSeqParams
 from iwopd_megatron.runtime.parallel import (
-    PackedSeqParams,
     Parallel,
     packed_seq_params,
     zigzag_index,

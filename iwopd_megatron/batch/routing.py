@@ -16,11 +16,13 @@ import torch
 
 from iwopd_megatron.batch.trajectory import Trajectory
 from iwopd_megatron.runtime import device
+from iwopd_megatron.runtime.megatron import (
+    RouterReplay,
+    RouterReplayAction,
+    TopKRouter,
+    is_checkpointing,
+)
 from iwopd_megatron.runtime.parallel import Axis
-
-from megatron.core.tensor_parallel.random import is_checkpointing  # isort: skip
-from megatron.core.transformer.moe.router import TopKRouter  # isort: skip
-from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction  # isort: skip
 
 Waiting = deque[torch.Tensor | None]
 

@@ -19,6 +19,7 @@ from iwopd_megatron.config.models import Layout
 from iwopd_megatron.config.recipe import Recipe
 from iwopd_megatron.data.run_data import RunData
 from iwopd_megatron.errors import (
+    EXIT_STOPPED,
     CheckpointError,
     DiskError,
     GateError,
@@ -35,7 +36,7 @@ from iwopd_megatron.records.progress import Progress
 from iwopd_megatron.records.wandb_log import check_installed
 from iwopd_megatron.runtime.local_world import start_local
 from iwopd_megatron.runtime.parallel import initialise, shutdown
-from iwopd_megatron.runtime.stop import EXIT_STOPPED, die_with_parent, watch_signals
+from iwopd_megatron.runtime.stop import die_with_parent, watch_signals
 from iwopd_megatron.train.compare import Arm, is_finished
 from iwopd_megatron.train.trainer import Trainer
 

@@ -14,14 +14,14 @@ import sys
 import time
 from pathlib import Path
 
-from iwopd_megatron.errors import GateError, RecipeError, ServiceError
+from iwopd_megatron.errors import EXIT_STOPPED, GateError, RecipeError, ServiceError
 from iwopd_megatron.launch.agent_node import Node
 from iwopd_megatron.launch.agent_world import World
 from iwopd_megatron.launch.rendezvous import FINAL, POLL_SECONDS, Board, hostname
 from iwopd_megatron.launch.roles import TRAINER, Job, Role, read_job
 from iwopd_megatron.runtime.keeper import Keeper
 from iwopd_megatron.runtime.services import Server, free_port
-from iwopd_megatron.runtime.stop import EXIT_STOPPED, die_with_parent
+from iwopd_megatron.runtime.stop import die_with_parent
 
 # A person must mend these; starting again would end the same way.
 FINAL_CODES = {error.exit_code: error.__name__ for error in (RecipeError, GateError)}

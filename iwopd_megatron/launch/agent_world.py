@@ -13,12 +13,11 @@ import subprocess
 import time
 from typing import Any
 
-from iwopd_megatron.errors import ServiceError
+from iwopd_megatron.errors import EXIT_STOPPED, ServiceError
 from iwopd_megatron.launch.agent_node import Node
 from iwopd_megatron.launch.rendezvous import POLL_SECONDS, hostname
 from iwopd_megatron.launch.roles import Role
 from iwopd_megatron.runtime.services import free_port, health, is_answering
-from iwopd_megatron.runtime.stop import EXIT_STOPPED
 
 GRACE_SECONDS = 10  # for the other ranks of a node to end after one did
 

@@ -17,10 +17,7 @@ from iwopd_megatron.loss import tile_ops
 from iwopd_megatron.loss.tile_ops import EntropyGradient
 from iwopd_megatron.loss.topk import RunningTopK
 from iwopd_megatron.runtime import device
-
-device.install()
-
-from megatron.core.tensor_parallel import (  # noqa: E402
+from iwopd_megatron.runtime.megatron import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )

@@ -6,14 +6,9 @@ Gimelshein, arXiv 1805.02867) with one more sum for the entropy.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
-
-if TYPE_CHECKING:
-    from iwopd_megatron.loss.tile_ops import EntropyGradient
 
 BLOCK, WARPS = 4096, 8
 
@@ -91,16 +86,19 @@ def gradient_(
     ids_CK: torch.Tensor,
     logz_C: torch.Tensor,
     dids_CK: torch.Tensor,
-    entropy: EntropyGradient | None,
+    dentropy_C: torch.Tensor | None,
+    mean_logit_C: torch.Tensor | None,
 ) -> torch.Tensor:
-    """`tile_ops.gradient`, written over the tile."""
+    """Write `tile_ops.gradient` over the tile and return it; entropy's two tensors, or neither."""
     (rows, columns), count = tile_CU.shape, ids_CK.shape[1]
     assert tile_CU.is_contiguous()
-    upstream, mean_logit = (logz_C, logz_C) if entropy is None else entropy
+    has_entropy = dentropy_C is not None
+    upstream = logz_C if dentropy_C is None else dentropy_C
+    mean_logit = logz_C if mean_logit_C is None else mean_logit_C
     _gradient[(rows,)](
         tile_CU, ids_CK.contiguous(), dids_CK.contiguous(), logz_C.contiguous(),
         upstream.contiguous(), mean_logit.contiguous(), columns, count, inv_temperature,
-        HAS_ENTROPY=entropy is not None, IDS=max(2, triton.next_power_of_2(count)), BLOCK=BLOCK,
+        HAS_ENTROPY=has_entropy, IDS=max(2, triton.next_power_of_2(count)), BLOCK=BLOCK,
         num_warps=WARPS,
     )  # fmt: skip
     return tile_CU

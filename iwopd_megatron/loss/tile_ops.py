@@ -68,7 +68,9 @@ def gradient(
     if is_fused(tile_CU):
         from iwopd_megatron.loss import tile_kernels
 
-        return tile_kernels.gradient_(tile_CU, inv_temperature, ids_CK, logz_C, dids_CK, entropy)
+        return tile_kernels.gradient_(
+            tile_CU, inv_temperature, ids_CK, logz_C, dids_CK, *(entropy or (None, None))
+        )
     logits_CU = scaled(tile_CU, inv_temperature)
     dlogz_C1 = dids_CK.sum(1, keepdim=True)  # every scored log-prob subtracts the normaliser once
     if entropy is None:

@@ -19,12 +19,8 @@ from iwopd_megatron.loss.logprobs import LogProbs, linear_logprobs
 from iwopd_megatron.models.gpt import HiddenStateModel
 from iwopd_megatron.models.router_load import RouterLoad
 from iwopd_megatron.runtime import device
+from iwopd_megatron.runtime.megatron import get_forward_backward_func, unwrap_model
 from iwopd_megatron.runtime.parallel import Parallel
-
-device.install()
-
-from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
-from megatron.core.utils import unwrap_model  # noqa: E402
 
 # (last stage's hidden states, its model chunk, batch) -> (loss, whatever the caller wants kept)
 OnOutput = Callable[[torch.Tensor, HiddenStateModel, MicroBatch], tuple[torch.Tensor, Any]]

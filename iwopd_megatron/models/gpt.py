@@ -16,11 +16,8 @@ from iwopd_megatron.hf.config import HfConfig
 from iwopd_megatron.hf.rotary import inverse_frequencies
 from iwopd_megatron.models import layer_specs as backend
 from iwopd_megatron.runtime import device
-from iwopd_megatron.runtime.parallel import Parallel, mpu
-
-from megatron.core.models.gpt import GPTModel  # isort: skip
-from megatron.core.transformer import TransformerConfig  # isort: skip
-from megatron.core.transformer.module import Float16Module  # isort: skip
+from iwopd_megatron.runtime.megatron import Float16Module, GPTModel, TransformerConfig, mpu
+from iwopd_megatron.runtime.parallel import Parallel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

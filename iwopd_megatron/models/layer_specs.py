@@ -5,36 +5,29 @@ import importlib.util
 
 import torch
 
-from iwopd_megatron.runtime import device
-
-device.install()
-
-import megatron.core.tensor_parallel.random as megatron_random  # noqa: E402
-import megatron.core.transformer.moe.experts as megatron_experts  # noqa: E402
-import megatron.core.transformer.moe.moe_utils as megatron_moe_utils  # noqa: E402
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add  # noqa: E402
-from megatron.core.models.backends import LocalSpecProvider  # noqa: E402
-from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
-    get_gpt_decoder_block_spec,
-    get_mlp_module_spec_for_backend,
-)
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules  # noqa: E402
-from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
-from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
-from megatron.core.transformer.transformer_block import (  # noqa: E402
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
-from megatron.core.transformer.transformer_layer import (  # noqa: E402
-    TransformerLayer,
-    TransformerLayerSubmodules,
-)
-
-from iwopd_megatron.models.native import (  # noqa: E402
+from iwopd_megatron.models.native import (
     GroupedExperts,
     RMSNorm,
     SdpaAttention,
     SwiGluMLP,
+)
+from iwopd_megatron.runtime import device
+from iwopd_megatron.runtime.megatron import (
+    AttnMaskType,
+    LocalSpecProvider,
+    ModuleSpec,
+    SelfAttention,
+    SelfAttentionSubmodules,
+    TransformerBlockSubmodules,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_bias_dropout_add,
+    get_gpt_decoder_block_spec,
+    get_mlp_module_spec_for_backend,
+    get_num_layers_to_build,
+    megatron_experts,
+    megatron_moe_utils,
+    megatron_random,
 )
 
 

@@ -12,11 +12,8 @@ from torch.nn.attention.bias import causal_lower_right
 
 from iwopd_megatron.models.native_ops import grouped_mm, rms_norm, rotate, swiglu
 from iwopd_megatron.runtime import device
+from iwopd_megatron.runtime.megatron import MLP, MegatronModule, megatron_experts
 from iwopd_megatron.runtime.parallel import Packing
-
-import megatron.core.transformer.moe.experts as megatron_experts  # isort: skip
-from megatron.core.transformer.mlp import MLP  # isort: skip
-from megatron.core.transformer.module import MegatronModule  # isort: skip
 
 
 class RMSNorm(torch.nn.Module):

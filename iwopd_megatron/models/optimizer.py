@@ -8,17 +8,14 @@ from torch.optim.adamw import adamw
 
 from iwopd_megatron.config.recipe import Train
 from iwopd_megatron.runtime import device
-
-device.install()
-
-import megatron.core.optimizer as megatron_optimizer  # noqa: E402
-import megatron.core.optimizer.distrib_optimizer as megatron_distributed  # noqa: E402
-from megatron.core.distributed import (  # noqa: E402
+from iwopd_megatron.runtime.megatron import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
+    OptimizerParamScheduler,
     finalize_model_grads,
+    megatron_distributed,
+    megatron_optimizer,
 )
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
 
 
 class FusedAdam(torch.optim.Optimizer):

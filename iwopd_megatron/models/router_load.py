@@ -13,9 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from iwopd_megatron.runtime import device
-
-from megatron.core.tensor_parallel.random import is_checkpointing  # isort: skip
-from megatron.core.transformer.moe.router import TopKRouter  # isort: skip
+from iwopd_megatron.runtime.megatron import TopKRouter, is_checkpointing
 
 
 class RouterLoad:

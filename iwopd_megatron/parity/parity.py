@@ -22,11 +22,10 @@ from iwopd_megatron.models.actor import Schedule
 from iwopd_megatron.models.gpt import HiddenStateModel, build_model, wrap_precision
 from iwopd_megatron.models.optimizer import build_optimizer, wrap_data_parallel
 from iwopd_megatron.parity.hf_reference import LOSS, TRAIN, Reference, max_error, mean_error
+from iwopd_megatron.runtime.megatron import gather_from_sequence_parallel_region
 from iwopd_megatron.runtime.parallel import Parallel, gather, initialise
 from iwopd_megatron.weights.hf_io import HfTensors, load_shards
 from iwopd_megatron.weights.table import entries
-
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  # isort: skip
 
 # fp32, absolute; the gradient norm relative
 TOLERANCE = {"logits": 5e-6, "grads": 1e-6, "loss": 1e-6, "grad_norm_error": 1e-5, "weights": 1e-5}

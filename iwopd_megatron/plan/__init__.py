@@ -1,1 +1,7 @@
-"""plan."""
+"""What a recipe needs and costs, from the recipe and config.json alone.
+
+In come a recipe, sizes of its models and a GPU's figures; out goes a `Plan`: memory of every
+role, a round's timeline, cost, and other layouts, best first. Nothing here imports torch.
+"""
+
+__all__ = ["hardware", "model", "picture", "plan", "search", "setup", "text"]

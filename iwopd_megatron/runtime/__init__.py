@@ -1,1 +1,18 @@
-"""runtime."""
+"""Processes and devices: the GPU or its stand-ins, process groups, servers beside a run, signals.
+
+In come a layout and commands; out go initialised process groups, worlds on this machine, and
+servers that are started again when they die. `device` is the only file that knows CUDA from CPU,
+`megatron` the only one that imports Megatron-Core.
+"""
+
+__all__ = [
+    "background",
+    "device",
+    "keeper",
+    "local_world",
+    "megatron",
+    "parallel",
+    "quiet",
+    "services",
+    "stop",
+]

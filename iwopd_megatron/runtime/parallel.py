@@ -21,12 +21,7 @@ from iwopd_megatron.config.models import Layout
 from iwopd_megatron.hf.rope import Rope
 from iwopd_megatron.hf.rotary import inverse_frequencies, turn
 from iwopd_megatron.runtime import device
-
-device.install()
-
-from megatron.core import parallel_state as mpu  # noqa: E402
-from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
+from iwopd_megatron.runtime.megatron import PackedSeqParams, model_parallel_cuda_manual_seed, mpu
 
 Group = dist.ProcessGroup
 

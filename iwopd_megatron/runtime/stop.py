@@ -1,10 +1,9 @@
-"""Ctrl-C and SIGTERM ask a run to stop: it saves after its round and exits with `EXIT_STOPPED`."""
+"""Ctrl-C and SIGTERM ask a run to stop: it saves after its round, then exits with EXIT_STOPPED."""
 
 import ctypes
 import signal
 import sys
 
-EXIT_STOPPED = 75  # EX_TEMPFAIL: saved, run again with --resume
 _requested = False
 
 

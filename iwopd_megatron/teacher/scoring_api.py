@@ -98,7 +98,7 @@ class Front:
             await asyncio.wait_for(asyncio.wrap_future(job.future), PROBE_SECONDS)
         except QueueFull:
             return Response(status_code=200)
-        except (QueueClosed, asyncio.TimeoutError):
+        except (TimeoutError, QueueClosed):
             return Response(status_code=503)
         return Response(status_code=200)
 

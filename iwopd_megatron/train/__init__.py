@@ -1,1 +1,7 @@
-"""train."""
+"""The loop: collect answers, have them scored, check, step, publish weights, checkpoint.
+
+In comes a recipe with its data; out goes a run folder from which the run can go on after any
+kill.
+"""
+
+__all__ = ["compare", "trainer"]

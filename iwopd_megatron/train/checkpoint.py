@@ -20,13 +20,10 @@ from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.files.run_files import read_object
 from iwopd_megatron.models.optimizer import go_on
 from iwopd_megatron.records.resume import checkpoints
+from iwopd_megatron.runtime.megatron import ShardedObject, dist_checkpointing, unwrap_model
 from iwopd_megatron.runtime.parallel import Parallel, gather
 from iwopd_megatron.train.saver import LISTING, Saver, digest
 from iwopd_megatron.weights.torch_dist import METADATA
-
-from megatron.core import dist_checkpointing  # isort: skip
-from megatron.core.dist_checkpointing.mapping import ShardedObject  # isort: skip
-from megatron.core.utils import unwrap_model  # isort: skip
 
 
 def newest(run: Path, parallel: Parallel, say: Callable[[str], None]) -> Path | None:

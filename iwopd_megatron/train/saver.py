@@ -25,12 +25,10 @@ from iwopd_megatron.errors import CheckpointError, UserError
 from iwopd_megatron.files.rawfile import flush
 from iwopd_megatron.hf.companions import FOLDER as COMPANIONS
 from iwopd_megatron.records.disk import disk_error, disk_reason, disk_told
+from iwopd_megatron.runtime.megatron import dist_checkpointing, filesystem_async
 from iwopd_megatron.runtime.parallel import Parallel, any_rank, gather
 from iwopd_megatron.runtime.stop import die_with_parent
 from iwopd_megatron.weights.torch_dist import METADATA
-
-from megatron.core import dist_checkpointing  # isort: skip
-from megatron.core.dist_checkpointing.strategies import filesystem_async  # isort: skip
 
 # Where Megatron looks for what was written. Its own would be a manager process, which imports
 # everything again and takes seconds.

@@ -8,9 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # served_models.py
 
-import pytest  # noqa: E402
-from served_models import STUDENT, write_dense  # noqa: E402
-from support import Rig  # noqa: E402
+import pytest
+from served_models import STUDENT, write_dense
+from support import Rig
 
 
 @pytest.fixture(scope="session")

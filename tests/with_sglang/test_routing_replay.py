@@ -26,10 +26,9 @@ from iwopd_megatron.records.runlog import read_metrics
 from iwopd_megatron.rollout.engine import Sampling
 from iwopd_megatron.rollout.pool import Place, Pool
 from iwopd_megatron.runtime.local_world import local_context
+from iwopd_megatron.runtime.megatron import TopKRouter
 from iwopd_megatron.runtime.parallel import initialise, shutdown
 from iwopd_megatron.weights.hf_io import HfTensors, load_shards
-
-from megatron.core.transformer.moe.router import TopKRouter  # isort: skip
 
 LAYERS, EXPERTS, TOPK, TOKENS = 4, 32, 4, 100
 

@@ -12,7 +12,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "cluster" / "testbed"))
 
-from slurm import Testbed  # noqa: E402
+from slurm import Testbed
 
 LAUNCHER = ROOT / "build" / "cluster-venv" / "bin" / "python"
 PROFILE = f"""

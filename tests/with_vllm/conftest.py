@@ -12,10 +12,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # served_models.py
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from rig import Rig  # noqa: E402
-from served_models import STUDENT, write_dense  # noqa: E402
+import pytest
+import torch
+from rig import Rig
+from served_models import STUDENT, write_dense
 
 torch.set_num_threads(1)
 
