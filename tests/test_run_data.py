@@ -41,8 +41,9 @@ def no_world(monkeypatch):
     def start(*_):
         raise AssertionError("a world was started")
 
-    monkeypatch.setattr(local_world, "start_local", start)
+    # first in the file that imports it: whoever imports the original later must not get the stub
     monkeypatch.setattr("iwopd_megatron.cli.worker.start_local", start)
+    monkeypatch.setattr(local_world, "start_local", start)
 
 
 @pytest.fixture(scope="module")
