@@ -51,7 +51,7 @@ LAYOUTS = {
 
 
 def naive_loss(loss, sample, logits, responses, tokens, support):
-    """One response's share of the loss from its `[T, V]` logits: method.md, token by token."""
+    """One response's share of the loss from its `[T, V]` logits, token by token: Eq. 6, 17, 67."""
     T = len(sample.response_ids)
     logp = logits.log_softmax(-1)
     own = logp[torch.arange(T), torch.tensor(sample.response_ids)]

@@ -41,7 +41,7 @@ CASES = [
 
 
 def naive_segment(gap, rule, gamma, share, denominator):
-    """Weights of one response's loss tokens, fp64, straight from method.md."""
+    """Weights of one response's loss tokens, fp64, by Eq. 4-17 and Table 4 of arXiv 2606.22600."""
     d, t, kept = (
         np.abs(gap),
         np.arange(len(gap)),
@@ -276,7 +276,7 @@ def test_context_parallel_equals_one_rank(cp):
 
 
 def formula(gaps, rule, gamma, alpha, share, denominator, progress, start, end, anneal):
-    """Weights of a whole batch of responses' loss tokens, fp64, straight from method.md."""
+    """Weights of a whole batch of responses' loss tokens, fp64, by Eq. 4-17, 44-46 and Table 4."""
     prior = [np.array([g[:t].sum() for t in range(len(g))]) for g in gaps]
     ratio = [np.exp(np.clip(alpha * s, -80, 80)) for s in prior]
     longest = max(map(len, gaps), default=0)
