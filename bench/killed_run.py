@@ -12,7 +12,7 @@ import threading
 
 from iwopd_megatron.cli import main as cli
 from iwopd_megatron.train import trainer
-from iwopd_megatron.train.student import Student
+from iwopd_megatron.train.student import StudentModel
 
 POINTS = ("generate", "score", "train", "step", "sync", "save")
 
@@ -32,7 +32,7 @@ def main(at_round, point, seconds):
             arm(seconds)
 
     run_round, phase = trainer.Trainer._round, trainer.Trainer._phase
-    step, save = Student.step, Student.save
+    step, save = StudentModel.step, StudentModel.save
 
     def counted_round(self):
         current["round"] = self.round
@@ -51,7 +51,7 @@ def main(at_round, point, seconds):
         return save(self, *args)
 
     trainer.Trainer._round, trainer.Trainer._phase = counted_round, counted_phase
-    Student.step, Student.save = counted_step, counted_save
+    StudentModel.step, StudentModel.save = counted_step, counted_save
     cli.main()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from iwopd_megatron.config.recipe import Recipe
-from iwopd_megatron.files.run_files import append_jsonl, read_jsonl, write_whole
+from iwopd_megatron.files.run_files import append_record, read_records, write_whole
 from iwopd_megatron.records.wandb_log import WandbLog
 
 LINE = {"kind": str, "round": int}  # what every line of metrics.jsonl and timing.jsonl has
@@ -20,9 +20,9 @@ EVENT = {"round": int, "event": str, "text": str}
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The records of `run/metrics.jsonl`, each with its clock times from timing.jsonl."""
-    records = read_jsonl(run / "metrics.jsonl", LINE)
+    records = read_records(run / "metrics.jsonl", LINE)
     timing = run / "timing.jsonl"
-    clock = {_key(line): line for line in read_jsonl(timing, LINE)} if timing.is_file() else {}
+    clock = {_key(line): line for line in read_records(timing, LINE)} if timing.is_file() else {}
     return [record | clock.get(_key(record), {}) for record in records]
 
 
@@ -37,13 +37,13 @@ def append_event(run: Path, round_number: int, kind: str, text: str) -> None:
     """
     run.mkdir(parents=True, exist_ok=True)
     line = {"time": time.time(), "round": round_number, "event": kind, "text": text}
-    append_jsonl(run / "events.jsonl", line)
+    append_record(run / "events.jsonl", line)
 
 
 def read_events(run: Path) -> list[dict[str, Any]]:
     """What gates, steps left out, restarts and resumptions wrote."""
     file = run / "events.jsonl"
-    return read_jsonl(file, EVENT) if file.exists() else []
+    return read_records(file, EVENT) if file.exists() else []
 
 
 class MetricsLog:
@@ -61,7 +61,7 @@ class MetricsLog:
         for name in ("metrics.jsonl", "timing.jsonl"):
             path, kept = run / name, []
             if resumed_round is not None and path.is_file():
-                kept = [line for line in read_jsonl(path, LINE) if line["round"] <= resumed_round]
+                kept = [line for line in read_records(path, LINE) if line["round"] <= resumed_round]
             write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._wandb = wandb
         self._board = SummaryWriter(run / "tensorboard", purge_step=(resumed_round or 0) + 1)
@@ -70,7 +70,7 @@ class MetricsLog:
         """Append one line; numbers that are not finite become null."""
         own = {"kind": line["kind"], "round": line["round"]}
         for name, record in (("metrics.jsonl", line), ("timing.jsonl", own | (clock or {}))):
-            append_jsonl(self.run / name, _finite(record))
+            append_record(self.run / name, _finite(record))
         figures = (line | (clock or {})).items()
         figures = {k: v for k, v in figures if isinstance(v, int | float) and k != "round"}
         for key, value in figures.items():

@@ -14,7 +14,7 @@ from typing import Any
 import numpy
 
 from iwopd_megatron.batch.trajectory import Trajectory
-from iwopd_megatron.files.run_files import append_jsonl, read_jsonl
+from iwopd_megatron.files.run_files import append_record, read_records
 from iwopd_megatron.rollout.engine import Prompt
 
 KEYS = {"index": int, "prompt_ids": list, "response_ids": list}
@@ -34,7 +34,7 @@ class Journal:
         """Keep one finished answer."""
         with self._lock:
             self.folder.mkdir(parents=True, exist_ok=True)
-            append_jsonl(self._file(round_number), _encoded(asdict(sample)))
+            append_record(self._file(round_number), _encoded(asdict(sample)))
 
     def read(self, round_number: int, prompts: list[Prompt]) -> dict[int, Trajectory]:
         """The answers to these prompts of this round, by index; what does not fit is left out."""
@@ -42,7 +42,7 @@ class Journal:
         if not file.is_file():
             return {}
         asked = {prompt.index: prompt.ids for prompt in prompts}
-        kept = [Trajectory(**_decoded(line)) for line in read_jsonl(file, KEYS)]
+        kept = [Trajectory(**_decoded(line)) for line in read_records(file, KEYS)]
         return {s.index: s for s in kept if asked.get(s.index) == s.prompt_ids}
 
     def forget(self, round_number: int) -> None:

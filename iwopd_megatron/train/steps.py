@@ -13,12 +13,12 @@ from iwopd_megatron.batch.metrics import reduce_sums, router_means, sums_of, tok
 from iwopd_megatron.batch.minibatch import Minibatch
 from iwopd_megatron.batch.packing import Packer
 from iwopd_megatron.config.recipe import Recipe
-from iwopd_megatron.train.student import Student
+from iwopd_megatron.train.student import StudentModel
 
 
 def train_round(
     recipe: Recipe,
-    student: Student,
+    student: StudentModel,
     packer: Packer,
     minibatches: list[Minibatch],
     on_skip: Callable[[str], None],

@@ -27,7 +27,7 @@ from iwopd_megatron.weights.hf_io import HfTensors, load_shards, random_weights
 from iwopd_megatron.weights.sync import WeightStream
 
 
-class Student:
+class StudentModel:
     """A Megatron model under training in one layout."""
 
     def __init__(self, recipe: Recipe, parallel: Parallel):

@@ -21,13 +21,13 @@ from iwopd_megatron.loss.weighting import RATIO_RULES, ratio_mean
 from iwopd_megatron.runtime import device
 from iwopd_megatron.teacher.embedded import EmbeddedScorer
 from iwopd_megatron.teacher.teachers import Teachers
-from iwopd_megatron.train.student import Student
+from iwopd_megatron.train.student import StudentModel
 
 
 class Supervision:
     """Teacher and base student of a recipe, and how they make minibatches of samples."""
 
-    def __init__(self, recipe: Recipe, student: Student, packer: Packer, tokenizer: Any):
+    def __init__(self, recipe: Recipe, student: StudentModel, packer: Packer, tokenizer: Any):
         self.recipe, self.student, self.packer, self.tokenizer = recipe, student, packer, tokenizer
         self.teachers = Teachers(recipe, packer, tokenizer) if recipe.is_distilling else None
         self.base = self._base(recipe.base_model)
@@ -41,7 +41,7 @@ class Supervision:
         return EmbeddedScorer(settings, self.packer, self.recipe.rollout.temperature)
 
     @property
-    def models(self) -> dict[str, Student | EmbeddedScorer]:
+    def models(self) -> dict[str, StudentModel | EmbeddedScorer]:
         """All models of the trainer's processes, by role."""
         teachers = self.teachers.embedded if self.teachers is not None else {}
         named = {f"teacher {source}".strip(): model for source, model in teachers.items()}

@@ -38,7 +38,7 @@ from iwopd_megatron.train import checkpoint
 from iwopd_megatron.train.collect import Collector
 from iwopd_megatron.train.saver import Saver
 from iwopd_megatron.train.steps import train_round
-from iwopd_megatron.train.student import Student
+from iwopd_megatron.train.student import StudentModel
 from iwopd_megatron.train.supervision import Supervision
 
 
@@ -56,7 +56,7 @@ class Trainer:
         self.tokenizer = AutoTokenizer.from_pretrained(recipe.student.hf)
         self.end_ids = all_end_ids(recipe.student.hf, self.tokenizer)
         self._take(data or load_run_data(recipe, self.tokenizer))
-        self.student = Student(recipe, parallel)
+        self.student = StudentModel(recipe, parallel)
         cost = attention_cost(self.student.hf)
         self.packer = Packer(parallel, recipe.train.microbatch_tokens, cost)
         longest = max((ids for _, ids in self.problems), key=len)
@@ -124,7 +124,7 @@ class Trainer:
         rounds, every = self.recipe.train.rounds, self.recipe.checkpoint.every
         self.engine.update(self.student.stream, self.round)
         if self.round == 0:
-            gates.first_weights(self.student.stream, Student.sources(self.recipe))
+            gates.first_weights(self.student.stream, StudentModel.sources(self.recipe))
             self._evaluate({})
         while self.round < rounds:
             self.round += 1

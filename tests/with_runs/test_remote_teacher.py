@@ -20,10 +20,10 @@ from worlds import run_world
 
 from iwopd_megatron.batch.packing import Packer
 from iwopd_megatron.config.load import load_recipe
+from iwopd_megatron.files.run_files import read_records
 from iwopd_megatron.grading import graders as grading
 from iwopd_megatron.grading.graders import CHECKS, GRADERS
 from iwopd_megatron.records.progress import Progress
-from iwopd_megatron.records.runlog import read_jsonl
 from iwopd_megatron.runtime.local_world import local_context, start_local
 from iwopd_megatron.runtime.parallel import initialise, shutdown
 from iwopd_megatron.teacher.embedded import EmbeddedScorer
@@ -69,7 +69,7 @@ def undisturbed(tmp_path_factory):
 
 
 def lines(run):
-    return read_jsonl(run / "metrics.jsonl")
+    return read_records(run / "metrics.jsonl")
 
 
 def is_near(ours, theirs):
