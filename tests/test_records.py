@@ -20,9 +20,9 @@ from iwopd_megatron.models.actor import Schedule
 from iwopd_megatron.models.gpt import build_model
 from iwopd_megatron.models.router_load import RouterLoad
 from iwopd_megatron.parity.hf_reference import hf_model, make_samples
-from iwopd_megatron.records.progress import Progress
 from iwopd_megatron.runtime.local_world import local_context
 from iwopd_megatron.runtime.parallel import initialise, shutdown
+from iwopd_megatron.train.progress import Progress
 from iwopd_megatron.train.trainer import Trainer
 from iwopd_megatron.weights.hf_io import HfTensors, load_shards
 

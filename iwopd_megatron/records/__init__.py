@@ -4,4 +4,4 @@ In come a round's metrics, events and samples; out go lines, TensorBoard and W&B
 whether a run folder may be started in or gone on with.
 """
 
-__all__ = ["disk", "progress", "recorder", "resume", "runlog", "samples", "wandb_log", "words"]
+__all__ = ["disk", "recorder", "resume", "runlog", "samples", "wandb_log", "words"]

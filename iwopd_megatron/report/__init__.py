@@ -3,4 +3,4 @@
 In come run folders; out go report.html, its figures as PNG files and summary.json.
 """
 
-__all__ = ["arms", "data", "finding", "page", "summary"]
+__all__ = ["data", "page", "summary", "terminal"]

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
-
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from iwopd_megatron.config.load import load_recipe
 from iwopd_megatron.config.recipe import Recipe
 from iwopd_megatron.data.run_data import RunData
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.files.run_files import write_whole
 from iwopd_megatron.records.runlog import read_metrics
 from iwopd_megatron.records.words import ARM_IDS
-from iwopd_megatron.report.arms import arm_table
-from iwopd_megatron.report.finding import findings
 
 
 @dataclass(frozen=True)
@@ -68,32 +58,6 @@ def _arm_ids(values: list[str], vary: str) -> dict[str, str]:
             )
         names[name] = value
     return names
-
-
-def write_summary(out: Path, summary: dict[str, Any]) -> Path:
-    """out/summary.json, atomically."""
-    path = out / "summary.json"
-    write_whole(path, json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    return path
-
-
-def print_table(summary: dict[str, Any], file: TextIO | None = None) -> None:
-    """Print what was found, and the arms of `report_summary.summarise`, as the page has them.
-
-    file: default stdout.
-    """
-    shown = arm_table(summary)
-    stream = file or sys.stdout
-    console = Console(file=stream, width=None if stream.isatty() else 140, highlight=False)
-    table = Table()
-    for number, heading in enumerate(shown.headings):
-        table.add_column(Text(heading), justify="right" if number else "left", overflow="fold")
-    for row in shown.rows:
-        table.add_row(*(Text("\n".join(filter(None, cell))) for cell in row))
-    for sentence in findings(summary):
-        console.print(Text(sentence))
-    console.print(table)
-    console.print(Text(shown.note))
 
 
 def is_finished(arm: Arm) -> bool:

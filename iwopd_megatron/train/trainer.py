@@ -27,7 +27,6 @@ from iwopd_megatron.grading.pool import count_trouble, describe
 from iwopd_megatron.hf.answer_end import all_end_ids, end_id, response_ids
 from iwopd_megatron.hf.companions import write_companions
 from iwopd_megatron.hf.flops import attention_cost
-from iwopd_megatron.records.progress import Progress
 from iwopd_megatron.records.recorder import Recorder
 from iwopd_megatron.rollout.make import make_engine
 from iwopd_megatron.rollout.servers import Canary
@@ -36,6 +35,7 @@ from iwopd_megatron.runtime.parallel import Parallel, any_rank, gather
 from iwopd_megatron.runtime.stop import stop_requested
 from iwopd_megatron.train import checkpoint
 from iwopd_megatron.train.collect import Collector
+from iwopd_megatron.train.progress import Progress
 from iwopd_megatron.train.saver import Saver
 from iwopd_megatron.train.steps import train_round
 from iwopd_megatron.train.student import StudentModel

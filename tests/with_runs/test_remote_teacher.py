@@ -23,11 +23,11 @@ from iwopd_megatron.config.load import load_recipe
 from iwopd_megatron.files.run_files import read_records
 from iwopd_megatron.grading import graders as grading
 from iwopd_megatron.grading.graders import CHECKS, GRADERS
-from iwopd_megatron.records.progress import Progress
 from iwopd_megatron.runtime.local_world import local_context, start_local
 from iwopd_megatron.runtime.parallel import initialise, shutdown
 from iwopd_megatron.teacher.embedded import EmbeddedScorer
 from iwopd_megatron.teacher.teachers import Teachers
+from iwopd_megatron.train.progress import Progress
 from iwopd_megatron.train.supervision import Supervision
 from iwopd_megatron.train.trainer import Trainer
 from iwopd_megatron.weights.hf_io import HfTensors

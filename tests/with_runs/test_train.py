@@ -20,7 +20,6 @@ from iwopd_megatron.files.run_files import read_records
 from iwopd_megatron.hf.config import read_hf_config
 from iwopd_megatron.hf.folder import eos_ids
 from iwopd_megatron.parity.hf_reference import hf_model, make_samples
-from iwopd_megatron.records.progress import Progress
 from iwopd_megatron.records.runlog import read_metrics
 from iwopd_megatron.rollout.embedded import HfEngine
 from iwopd_megatron.rollout.engine import Prompt, Sampling
@@ -28,6 +27,7 @@ from iwopd_megatron.runtime.local_world import local_context
 from iwopd_megatron.runtime.parallel import initialise, shutdown
 from iwopd_megatron.teacher.embedded import EmbeddedScorer
 from iwopd_megatron.toy_task import write_task
+from iwopd_megatron.train.progress import Progress
 from iwopd_megatron.train.trainer import Trainer
 from iwopd_megatron.weights.convert import megatron_to_hf
 from iwopd_megatron.weights.hf_io import HfTensors
