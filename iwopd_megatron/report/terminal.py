@@ -1,4 +1,4 @@
-"""What is printed of runs, by `iwopd compare` and `iwopd report`: the finding, the table of arms."""
+"""What `iwopd compare` and `iwopd report` print of runs: findings, and the table of arms."""
 
 from __future__ import annotations
 
