@@ -7,10 +7,12 @@ before (`rollout.max_staleness: 1`), or from the engine now.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from iwopd_megatron.batch.trajectory import Trajectory
 from iwopd_megatron.config.recipe import Recipe
 from iwopd_megatron.data.problems import Order, Problem
+from iwopd_megatron.hf.answer_end import end_id, response_ids
 from iwopd_megatron.rollout.engine import OnSample, Prompt, RolloutEngine, Sampling
 from iwopd_megatron.runtime.parallel import Parallel
 from iwopd_megatron.train.journal import Journal
@@ -54,6 +56,15 @@ class Collector:
         """The next problems of a round, each with its prompt's ids."""
         chosen = self.order.take(self.recipe.train.prompts_per_round)
         return [self.problems[i] for i in chosen]
+
+    def given(self, tokenizer: Any) -> tuple[list[Problem], list[Trajectory]]:
+        """Return the round's problems and the data file's responses to them."""
+        taken, end = self.take(), end_id(self.recipe.student.hf, tokenizer)
+        samples = [
+            Trajectory(place, ids, response_ids(_response(problem), end, tokenizer))
+            for place, (problem, ids) in enumerate(taken)
+        ]
+        return [problem for problem, _ in taken], samples
 
     def answers(self, round_number: int) -> tuple[list[Problem], list[Trajectory]]:
         """The round's problems and one answer to each. Collective."""
@@ -102,3 +113,10 @@ class Collector:
             self.on_sample(sample)
 
         return keep
+
+
+def _response(problem: Problem) -> str:
+    """The response of a row; the rows of a run that fine-tunes all have one."""
+    if problem.response is None:
+        raise ValueError(f"{problem.place} has no response")
+    return problem.response
