@@ -1,4 +1,4 @@
-"""Arms x seeds of one recipe in one world: same start, data order, random numbers; one report."""
+"""Arms x seeds of one recipe, for one world: same start, data order and random numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from iwopd_megatron.records.words import ARM_IDS
 
 @dataclass(frozen=True)
 class Arm:
-    """One run of a comparison; `data` once it is loaded."""
+    """One run of a comparison. data: the recipe's, once it is loaded."""
 
     name: str
     seed: int
@@ -26,7 +26,11 @@ class Arm:
 
 
 def plan_arms(recipe: Path, overrides: list[str], vary: str, seeds: int, out: Path) -> list[Arm]:
-    """An arm per value of `vary` (KEY=VALUE,...), runs for train.seed 1..`seeds`, outermost."""
+    """Return a run for each seed 1..`seeds` and, within it, each value of `vary`.
+
+    vary: KEY=VALUE,VALUE,... of the recipe; out: every run has a folder in it. RecipeError where
+    that cannot be compared in one world.
+    """
     key, equals, values = vary.partition("=")
     if not equals or not values:
         raise RecipeError(
@@ -46,7 +50,7 @@ def plan_arms(recipe: Path, overrides: list[str], vary: str, seeds: int, out: Pa
 
 
 def _arm_ids(values: list[str], vary: str) -> dict[str, str]:
-    """Folder name of each arm -> its value; one level deep, whatever the value is."""
+    """Return each arm's value by the name of its folder, which is one level deep."""
     names: dict[str, str] = {}
     for value in values:
         name = re.sub(r"[^\w.+-]+", "_", ARM_IDS.get(value, value)).strip("_.") or "empty"
@@ -61,7 +65,7 @@ def _arm_ids(values: list[str], vary: str) -> dict[str, str]:
 
 
 def is_finished(arm: Arm) -> bool:
-    """Whether the run reached its last round and wrote its final weights, which is its last act."""
+    """Return whether the run reached its last round and wrote its weights, which it does last."""
     run = arm.recipe.out
     if not (run / "hf" / "config.json").is_file():
         return False

@@ -24,9 +24,10 @@ from iwopd_megatron.train.student import StudentModel
 
 
 class Supervision(ABC):
-    """How a recipe makes minibatches of samples; models that score are its own."""
+    """Makes minibatches of a round's samples, and owns the models that score them."""
 
     def __init__(self, recipe: Recipe, student: StudentModel, packer: Packer, tokenizer: Any):
+        """Load the models that score, or wait until they answer. Collective."""
         self.recipe, self.student, self.packer = recipe, student, packer
         mode = recipe.loss.mask_special_tokens
         special = set() if mode == "none" else set(tokenizer.all_special_ids)
