@@ -76,6 +76,7 @@ class FineTuning(Supervision):
     """Maximum likelihood of given responses; no model scores."""
 
     def minibatches(self, samples: list[Trajectory], round_number: int) -> list[Minibatch]:
+        """Return the samples as they are, dealt into minibatches."""
         parts = deal(samples, self.recipe.train.minibatches)
         return [Minibatch(part, LikelihoodObjective()) for part in parts]
 
@@ -95,6 +96,7 @@ class Distillation(Supervision):
 
     @property
     def models(self) -> dict[str, StudentModel | EmbeddedScorer]:
+        """The student, embedded teachers as "teacher" or "teacher SOURCE", and the base student."""
         embedded = self.teachers.embedded.items()
         named = {f"teacher {source}".strip(): model for source, model in embedded}
         base = {} if self.base is None else {"base": self.base}
@@ -106,20 +108,25 @@ class Distillation(Supervision):
         return self.recipe.loss.topk.k if self.recipe.loss.objective == "topk_kl" else 0
 
     def check(self, minibatches: list[Minibatch]) -> None:
+        """GateError where a teacher's log-probs are missing, impossible or all the same."""
         for minibatch in minibatches:
             gates.teacher_scores(minibatch.samples, self.student.hf.vocab_size)
 
     def begin(self, sample: Trajectory) -> None:
+        """Start scoring an answer that has ended, unless `rollout.stream_scoring` is off."""
         if self.recipe.rollout.stream_scoring:
             self.teachers.begin(self.masked(sample), self.topk)
 
     def scored_early(self, samples: list[Trajectory]) -> float | None:
+        """Return the remote teachers' share; None where all teachers are embedded."""
         return self.teachers.scored_early(samples, self.topk)
 
     def close(self) -> None:
+        """Stop the teacher services that the run started."""
         self.teachers.close()
 
     def minibatches(self, samples: list[Trajectory], round_number: int) -> list[Minibatch]:
+        """Return the minibatches, scored one after the other. Collective."""
         parts = deal(samples, self.recipe.train.minibatches)
         return [self._scored(part, round_number) for part in parts]
 
