@@ -35,11 +35,11 @@ from iwopd_megatron.parity import (
     hf_reference,
     parity,
 )
-from iwopd_megatron.records.progress import Progress
 from iwopd_megatron.records.runlog import read_metrics
 from iwopd_megatron.runtime import device
 from iwopd_megatron.runtime.local_world import local_context, start_local
 from iwopd_megatron.runtime.parallel import initialise, shutdown
+from iwopd_megatron.train.progress import Progress
 from iwopd_megatron.train.trainer import Trainer
 
 STEPS, WARM_UP = 8, 3

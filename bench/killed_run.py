@@ -11,8 +11,9 @@ import sys
 import threading
 
 from iwopd_megatron.cli import main as cli
-from iwopd_megatron.train import trainer
-from iwopd_megatron.train.student import Student
+from iwopd_megatron.train.round import Clock
+from iwopd_megatron.train.student import StudentModel
+from iwopd_megatron.train.trainer import Trainer
 
 POINTS = ("generate", "score", "train", "step", "sync", "save")
 
@@ -31,12 +32,12 @@ def main(at_round, point, seconds):
         if name == point and current["round"] == at_round and os.environ["RANK"] == "0":
             arm(seconds)
 
-    run_round, phase = trainer.Trainer._round, trainer.Trainer._phase
-    step, save = Student.step, Student.save
+    run_round, phase = Trainer._round, Clock.phase
+    step, save = StudentModel.step, StudentModel.save
 
-    def counted_round(self):
-        current["round"] = self.round
-        return run_round(self)
+    def counted_round(self, number):
+        current["round"] = number
+        return run_round(self, number)
 
     def counted_phase(self, name):
         reached(name)
@@ -50,8 +51,8 @@ def main(at_round, point, seconds):
         reached("save")
         return save(self, *args)
 
-    trainer.Trainer._round, trainer.Trainer._phase = counted_round, counted_phase
-    Student.step, Student.save = counted_step, counted_save
+    Trainer._round, Clock.phase = counted_round, counted_phase
+    StudentModel.step, StudentModel.save = counted_step, counted_save
     cli.main()
 
 

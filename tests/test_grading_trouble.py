@@ -12,7 +12,8 @@ from iwopd_megatron.evaluation.answers import Answers
 from iwopd_megatron.evaluation.bench_progress import BenchProgress
 from iwopd_megatron.grading.pool import Grade
 from iwopd_megatron.records.recorder import Recorder
-from iwopd_megatron.train.trainer import Trainer
+from iwopd_megatron.train.progress import Progress
+from iwopd_megatron.train.round_log import RoundLog
 
 FOUND = [Grade(1.0), Grade(0.0, "cut at 2 s"), Grade(0.0, "crashed"), Grade(0.0, "cut at 2 s")]
 PROBLEMS = [Problem(f"{i}?", str(i), 0.0, "math") for i in range(4)]
@@ -40,11 +41,10 @@ def test_an_evaluation_counts_it(monkeypatch):
 
 def test_a_run_says_it_and_keeps_it(tmp_path):
     said = []
-    trainer = Trainer.__new__(Trainer)
     parallel, recipe = SimpleNamespace(is_main=True), SimpleNamespace(out=tmp_path)
-    trainer.recorder, trainer.round = Recorder(recipe, parallel, said.append), 7
-    trainer._say_trouble(Counter())
-    trainer._say_trouble(Counter({"crashed": 1, "cut at 2 s": 3}))
+    log = RoundLog(Recorder(recipe, parallel, said.append), Progress(0, visible=False))
+    log.grading_trouble(7, Counter())
+    log.grading_trouble(7, Counter({"crashed": 1, "cut at 2 s": 3}))
     assert said == ["round 7: grading trouble: 3 cut at 2 s, 1 crashed."]
     (event,) = map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines())
     assert event["event"] == "grading" and event["text"] == said[0]

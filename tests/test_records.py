@@ -13,16 +13,16 @@ from iwopd_megatron.batch.metrics import router_means
 from iwopd_megatron.batch.packing import Packer
 from iwopd_megatron.config.load import load_recipe
 from iwopd_megatron.config.models import Layout
+from iwopd_megatron.files.run_files import read_records
 from iwopd_megatron.hf.config import read_hf_config
 from iwopd_megatron.loss.weighting import token_weights
 from iwopd_megatron.models.actor import Schedule
 from iwopd_megatron.models.gpt import build_model
 from iwopd_megatron.models.router_load import RouterLoad
 from iwopd_megatron.parity.hf_reference import hf_model, make_samples
-from iwopd_megatron.records.progress import Progress
-from iwopd_megatron.records.runlog import read_jsonl
 from iwopd_megatron.runtime.local_world import local_context
 from iwopd_megatron.runtime.parallel import initialise, shutdown
+from iwopd_megatron.train.progress import Progress
 from iwopd_megatron.train.trainer import Trainer
 from iwopd_megatron.weights.hf_io import HfTensors, load_shards
 
@@ -56,9 +56,11 @@ def run(tmp_path_factory):
 
 def rounds(run):
     """(metrics line, kept samples) of both rounds."""
-    lines = [line for line in read_jsonl(run / "metrics.jsonl") if line["kind"] == "round"]
+    lines = [line for line in read_records(run / "metrics.jsonl") if line["kind"] == "round"]
     assert [line["round"] for line in lines] == [1, 2]
-    return [(line, read_jsonl(run / f"samples/round_{line['round']:06d}.jsonl")) for line in lines]
+    return [
+        (line, read_records(run / f"samples/round_{line['round']:06d}.jsonl")) for line in lines
+    ]
 
 
 def means(samples, key, places, place_of):

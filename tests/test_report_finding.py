@@ -11,13 +11,14 @@ import pytest
 from iwopd_megatron.cli.report import report
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.launch.status import print_status
-from iwopd_megatron.records.progress import Progress
 from iwopd_megatron.records.words import arm_name, percent, points
 from iwopd_megatron.report.data import find_runs
 from iwopd_megatron.report.finding import findings
 from iwopd_megatron.report.page import write_report
 from iwopd_megatron.report.summary import summarise
-from iwopd_megatron.train.compare import plan_arms, print_table
+from iwopd_megatron.report.terminal import print_table
+from iwopd_megatron.train.compare import plan_arms
+from iwopd_megatron.train.progress import Progress
 
 
 def write_curves(folder, curves, planned=None, done=None):

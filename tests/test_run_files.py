@@ -9,7 +9,7 @@ import pytest
 from iwopd_megatron.cli import main as cli
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.files import run_files
-from iwopd_megatron.files.run_files import append_jsonl, read_jsonl
+from iwopd_megatron.files.run_files import append_record, read_records
 from iwopd_megatron.records.runlog import append_event, read_events
 
 LINES = [{"kind": "round", "round": n, "loss": 0.5, "lr": 1e-5} for n in (1, 2, 3)]
@@ -89,13 +89,13 @@ def test_what_a_crash_left_is_gone_before_the_next_line(tmp_path):
 def test_a_last_line_that_only_lacks_its_end_is_kept(tmp_path):
     file = tmp_path / "x.jsonl"
     file.write_text('{"a": 1}')
-    append_jsonl(file, {"a": 2})
-    assert read_jsonl(file) == [{"a": 1}, {"a": 2}]
+    append_record(file, {"a": 2})
+    assert read_records(file) == [{"a": 1}, {"a": 2}]
 
 
 def test_a_line_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     file, write = tmp_path / "x.jsonl", os.write
-    append_jsonl(file, {"a": 1})
+    append_record(file, {"a": 1})
     before = file.read_bytes()
 
     def full(descriptor, data):
@@ -106,10 +106,10 @@ def test_a_line_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", full)
         with pytest.raises(OSError, match="No space"):
-            append_jsonl(file, {"b": 2})
+            append_record(file, {"b": 2})
     assert file.read_bytes() == before
-    append_jsonl(file, {"b": 3})
-    assert read_jsonl(file) == [{"a": 1}, {"b": 3}]
+    append_record(file, {"b": 3})
+    assert read_records(file) == [{"a": 1}, {"b": 3}]
 
 
 def test_an_object_that_is_no_json_is_named(tmp_path):

@@ -96,8 +96,8 @@ def _run(arms: list, out: Path, resume: bool) -> int:
     if code == 0 and is_main:
         from iwopd_megatron.report.data import find_runs
         from iwopd_megatron.report.page import write_report
-        from iwopd_megatron.report.summary import summarise
-        from iwopd_megatron.train.compare import print_table, write_summary
+        from iwopd_megatron.report.summary import summarise, write_summary
+        from iwopd_megatron.report.terminal import print_table
 
         summary = summarise(find_runs([out]))
         write_summary(out, summary)

@@ -38,7 +38,7 @@ def report(
     from iwopd_megatron.report.data import find_runs
     from iwopd_megatron.report.page import write_report
     from iwopd_megatron.report.summary import summarise
-    from iwopd_megatron.train.compare import print_table
+    from iwopd_megatron.report.terminal import print_table
 
     for folder in folders:
         if not folder.is_dir():

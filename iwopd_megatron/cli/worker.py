@@ -32,12 +32,12 @@ from iwopd_megatron.evaluation.bench_run import BenchRun, run_benchmarks
 from iwopd_megatron.evaluation.continuations import PrefixStudy, study_prefixes
 from iwopd_megatron.parity import parity
 from iwopd_megatron.records.disk import disk_told
-from iwopd_megatron.records.progress import Progress
 from iwopd_megatron.records.wandb_log import check_installed
 from iwopd_megatron.runtime.local_world import start_local
 from iwopd_megatron.runtime.parallel import initialise, shutdown
 from iwopd_megatron.runtime.stop import die_with_parent, watch_signals
 from iwopd_megatron.train.compare import Arm, is_finished
+from iwopd_megatron.train.progress import Progress
 from iwopd_megatron.train.trainer import Trainer
 
 EXIT_CODES = {

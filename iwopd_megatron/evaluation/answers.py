@@ -13,7 +13,7 @@ from typing import Any
 
 from iwopd_megatron.batch.trajectory import Trajectory
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.files.run_files import append_jsonl, read_jsonl, write_whole
+from iwopd_megatron.files.run_files import append_record, read_records, write_whole
 
 ANSWER = {"problem": int, "sample": int, "response": str, "tokens": int, "truncated": bool}
 GRADED = {"problem": int, "sample": int, "correct": (int, float)}
@@ -49,7 +49,7 @@ class Answers:
         """Read what is there; a line torn by a kill is left out."""
         if not self.file.is_file():
             return
-        for answer in read_jsonl(self.file, ANSWER):
+        for answer in read_records(self.file, ANSWER):
             self.found[answer["problem"], answer["sample"]] = answer
 
     def add(self, place: Place, sample: Trajectory, text: str) -> None:
@@ -61,7 +61,7 @@ class Answers:
         with self._lock:
             if place in self.found:
                 return
-            append_jsonl(self.file, answer)
+            append_record(self.file, answer)
             self.found[place] = answer
 
     def finish(self, lines: list[dict[str, Any]]) -> None:
@@ -73,4 +73,4 @@ class Answers:
         """What `finish` was given, if it was reached."""
         if not self.final.is_file():
             return None
-        return read_jsonl(self.final, GRADED)
+        return read_records(self.final, GRADED)

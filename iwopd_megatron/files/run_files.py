@@ -19,7 +19,7 @@ from iwopd_megatron.errors import RecipeError
 Keys = Mapping[str, type | tuple[type, ...]]
 
 
-def read_jsonl(path: Path, keys: Keys | None = None) -> list[dict[str, Any]]:
+def read_records(path: Path, keys: Keys | None = None) -> list[dict[str, Any]]:
     """The records of a file, NaN as None; a damaged last line is left out with a note.
 
     keys: what every record has, and its type. RecipeError names a damaged line before the last.
@@ -61,7 +61,7 @@ def _note(text: str) -> None:
         print(f"note: {text}", file=sys.stderr)
 
 
-def append_jsonl(path: Path, record: dict[str, Any]) -> None:
+def append_record(path: Path, record: dict[str, Any]) -> None:
     """Add one line, whole: after an OSError (a full disk) the file is what it was."""
     left = json.dumps(record, ensure_ascii=False).encode("utf-8", errors="backslashreplace") + b"\n"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)

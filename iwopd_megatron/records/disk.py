@@ -23,7 +23,7 @@ TORCH = ("PytorchStreamWriter failed", "unexpected pos")  # all that torch says 
 
 
 def disk_reason(error: BaseException) -> str | None:
-    """The system's words if an error, or what it was raised from, is the disk's; else None."""
+    """Return the system's words if an error or its cause is the disk's; None otherwise."""
     if isinstance(error, OSError) and error.errno in NUMBERS:
         return os.strerror(error.errno)
     found = next((words for words in WORDS if words in str(error)), None)
@@ -37,7 +37,7 @@ def disk_reason(error: BaseException) -> str | None:
 
 
 def disk_error(what: Path, reason: str, run: Path | None = None) -> DiskError:
-    """`what` was not written. run: the run folder, where it can go on from a checkpoint."""
+    """Return the error that `what` was not written. run: the folder of a run, which can resume."""
     remedy = "make room" if reason in ROOM else "mend that"
     if run is None:
         return DiskError(
@@ -52,7 +52,7 @@ def disk_error(what: Path, reason: str, run: Path | None = None) -> DiskError:
 
 @contextlib.contextmanager
 def disk_told(out: Path, is_run: bool = True) -> Iterator[None]:
-    """What the disk does to the work inside becomes a DiskError. is_run: `out` is a run folder."""
+    """Turn errors of the disk inside into a DiskError. is_run: `out` is a run folder."""
     try:
         yield
     except UserError:

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from iwopd_megatron.batch.trajectory import Trajectory
 from iwopd_megatron.config.recipe import Recipe
+from iwopd_megatron.data.problems import Problem
 from iwopd_megatron.errors import DiskError
 from iwopd_megatron.records.disk import disk_told
 from iwopd_megatron.records.runlog import MetricsLog, append_event, open_log, truncated_shares
@@ -21,47 +23,54 @@ from iwopd_megatron.weights.hf_io import save_folder
 
 
 class Recorder:
-    """Of one run. `say` tells who watches. All but `event` and `keep_event` are collective."""
+    """Writes the records of one run. All methods but `event` and `keep_event` are collective."""
 
     def __init__(self, recipe: Recipe, parallel: Parallel, say: Callable[[str], None]):
+        """say: shows a sentence to who watches."""
         self.recipe, self.parallel, self.say = recipe, parallel, say
-        self._log: MetricsLog | None = None
+        self._open_log: MetricsLog | None = None  # rank 0's, from `open` on
         self._failure: OSError | DiskError | None = None
 
     def open(self, resumed_round: int | None) -> list[float]:
-        """Begin, or go on after a round; the truncated shares of the rounds that are done."""
+        """Begin, or go on after a round; return the truncated shares of the rounds so far."""
 
         def begin() -> list[float]:
             self._raise_failure()
-            self._log = open_log(self.recipe, resumed_round)
+            self._open_log = open_log(self.recipe, resumed_round)
             return truncated_shares(self.recipe.out)
 
         return self.parallel.on_main(begin)
 
     def write(self, line: dict[str, Any], clock: dict[str, Any]) -> None:
-        """One line of the metrics."""
-
-        def append() -> None:
-            self._raise_failure()
-            self._log.write(line, clock)
-
-        self.parallel.on_main(append)
+        """Write one line of the metrics, and what the clock said of it."""
+        self.parallel.on_main(lambda: self._log().write(line, clock))
 
     def event(self, round_number: int, kind: str, text: str) -> None:
-        """Tell who watches, and keep it in events.jsonl."""
+        """Show a sentence to who watches, and keep it in events.jsonl."""
         self.say(text)
         self.keep_event(round_number, kind, text)
 
     def keep_event(self, round_number: int, kind: str, text: str) -> None:
-        """Any thread: where it cannot be written, every rank hears with the next line."""
+        """Add to events.jsonl, on rank 0 and from any thread.
+
+        Where that fails, every rank gets the error with the next line.
+        """
         if self.parallel.is_main:
             try:
                 append_event(self.recipe.out, round_number, kind, text)
             except OSError as error:
                 self._failure = error
 
-    def samples(self, round_number: int, *kept: Any) -> None:
-        """The first of a round's samples, see `keep_samples`."""
+    def samples(
+        self,
+        round_number: int,
+        samples: list[Trajectory],
+        problems: list[Problem],
+        tokenizer: Any,
+        weighting: dict[str, Any],
+    ) -> None:
+        """Write the first of a round's samples, see `keep_samples`."""
+        kept = samples, problems, tokenizer, weighting
         self.parallel.on_main(lambda: keep_samples(self.recipe.out, round_number, *kept))
 
     def export(self, stream: Iterable[tuple[str, torch.Tensor]], eos_ids: Collection[int]) -> None:
@@ -76,11 +85,14 @@ class Recorder:
                 shutil.rmtree(folder.with_name("hf.partial"), ignore_errors=True)
         for _ in tensors:  # every rank takes part in gathering
             pass
-        self.parallel.on_main(self._close)
+        self.parallel.on_main(lambda: self._log().close())
 
-    def _close(self) -> None:
+    def _log(self) -> MetricsLog:
+        """Return rank 0's open log, or raise what an earlier event or export ran into."""
         self._raise_failure()
-        self._log.close()
+        if self._open_log is None:
+            raise RuntimeError("Recorder.open comes first")
+        return self._open_log
 
     def _raise_failure(self) -> None:
         if self._failure is not None:

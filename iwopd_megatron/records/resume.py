@@ -21,24 +21,46 @@ if TYPE_CHECKING:
 
 # What a resumed run may change without becoming another run.
 MAY_CHANGE = (
-    "out", "processes", "student.parallel", "student.recompute", "teacher.offload",
-    "teacher.microbatch_tokens", "teacher.urls", "teacher.service", "teacher.timeout_s",
-    "teacher.patience_s", "teacher.max_in_flight", "base.offload", "base.microbatch_tokens",
-    "data.benchmarks", "rollout.batch_size", "rollout.servers", "rollout.sync",
-    "rollout.sync_folder", "rollout.sync_address", "rollout.pause", "rollout.verify_every",
-    "rollout.stream_scoring", "train.rounds", "train.microbatch_tokens", "evaluate", "checkpoint",
-    "gates", "cluster", "wandb",
-)  # fmt: skip
+    "out",
+    "processes",
+    "student.parallel",
+    "student.recompute",
+    "teacher.offload",
+    "teacher.microbatch_tokens",
+    "teacher.urls",
+    "teacher.service",
+    "teacher.timeout_s",
+    "teacher.patience_s",
+    "teacher.max_in_flight",
+    "base.offload",
+    "base.microbatch_tokens",
+    "data.benchmarks",
+    "rollout.batch_size",
+    "rollout.servers",
+    "rollout.sync",
+    "rollout.sync_folder",
+    "rollout.sync_address",
+    "rollout.pause",
+    "rollout.verify_every",
+    "rollout.stream_scoring",
+    "train.rounds",
+    "train.microbatch_tokens",
+    "evaluate",
+    "checkpoint",
+    "gates",
+    "cluster",
+    "wandb",
+)
 TRACES = ("lock", "recipe.yaml", "metrics.jsonl", "checkpoints", "launch")
 
 
 def has_begun(run: Path) -> bool:
-    """Whether a run was ever started in this folder."""
+    """Return whether a run was ever started in this folder."""
     return any((run / name).exists() for name in TRACES)
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The run's complete checkpoints, oldest first."""
+    """Return the folders of the run's complete checkpoints, oldest first."""
     found = (run / "checkpoints").glob("round_*")
     return sorted(path for path in found if re.fullmatch(r"round_\d{6}", path.name))
 
@@ -106,7 +128,7 @@ def _check_rounds(recipe: Recipe) -> None:
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"train.lr": 1e-5, ...}"""
+    """Return the tree as one level: {"train.lr": 1e-5, ...}; lists of sections by their place."""
     out: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, list) and any(isinstance(item, dict) for item in value):

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from iwopd_megatron.config.recipe import Recipe
-from iwopd_megatron.files.run_files import append_jsonl, read_jsonl, write_whole
+from iwopd_megatron.files.run_files import append_record, read_records, write_whole
 from iwopd_megatron.records.wandb_log import WandbLog
 
 LINE = {"kind": str, "round": int}  # what every line of metrics.jsonl and timing.jsonl has
@@ -19,10 +19,10 @@ EVENT = {"round": int, "event": str, "text": str}
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The records of `run/metrics.jsonl`, each with its clock times from timing.jsonl."""
-    records = read_jsonl(run / "metrics.jsonl", LINE)
+    """Return the records of `run/metrics.jsonl`, each with its clock times from timing.jsonl."""
+    records = read_records(run / "metrics.jsonl", LINE)
     timing = run / "timing.jsonl"
-    clock = {_key(line): line for line in read_jsonl(timing, LINE)} if timing.is_file() else {}
+    clock = {_key(line): line for line in read_records(timing, LINE)} if timing.is_file() else {}
     return [record | clock.get(_key(record), {}) for record in records]
 
 
@@ -37,23 +37,23 @@ def append_event(run: Path, round_number: int, kind: str, text: str) -> None:
     """
     run.mkdir(parents=True, exist_ok=True)
     line = {"time": time.time(), "round": round_number, "event": kind, "text": text}
-    append_jsonl(run / "events.jsonl", line)
+    append_record(run / "events.jsonl", line)
 
 
 def read_events(run: Path) -> list[dict[str, Any]]:
-    """What gates, steps left out, restarts and resumptions wrote."""
+    """Return what gates, steps left out, restarts and resumptions wrote, oldest first."""
     file = run / "events.jsonl"
-    return read_jsonl(file, EVENT) if file.exists() else []
+    return read_records(file, EVENT) if file.exists() else []
 
 
 class MetricsLog:
-    """One object a line, and TensorBoard scalars, of one run folder.
+    """Writes a run's metrics: an object a line, TensorBoard scalars, W&B where it is asked for.
 
     metrics.jsonl holds what the seed and the layout determine, timing.jsonl what the clock said.
     """
 
     def __init__(self, run: Path, resumed_round: int | None = None, wandb: WandbLog | None = None):
-        """Empty, or the lines up to `resumed_round`: a resumed run writes later ones again."""
+        """Begin empty, or after the lines up to `resumed_round`: later ones are written again."""
         from torch.utils.tensorboard import SummaryWriter
 
         run.mkdir(parents=True, exist_ok=True)
@@ -61,33 +61,37 @@ class MetricsLog:
         for name in ("metrics.jsonl", "timing.jsonl"):
             path, kept = run / name, []
             if resumed_round is not None and path.is_file():
-                kept = [line for line in read_jsonl(path, LINE) if line["round"] <= resumed_round]
+                kept = [line for line in read_records(path, LINE) if line["round"] <= resumed_round]
             write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._wandb = wandb
         self._board = SummaryWriter(run / "tensorboard", purge_step=(resumed_round or 0) + 1)
 
     def write(self, line: dict[str, Any], clock: dict[str, Any] | None = None) -> None:
-        """Append one line; numbers that are not finite become null."""
+        """Append one line to each file; numbers that are not finite become null.
+
+        line: "kind", "round" and what seed and layout determine; clock: what the clock said.
+        """
         own = {"kind": line["kind"], "round": line["round"]}
         for name, record in (("metrics.jsonl", line), ("timing.jsonl", own | (clock or {}))):
-            append_jsonl(self.run / name, _finite(record))
-        figures = (line | (clock or {})).items()
-        figures = {k: v for k, v in figures if isinstance(v, int | float) and k != "round"}
+            append_record(self.run / name, _finite(record))
+        values = (line | (clock or {})).items()
+        figures = {k: v for k, v in values if isinstance(v, int | float) and k != "round"}
         for key, value in figures.items():
             self._board.add_scalar(f"{line['kind']}/{key}", value, line["round"])
         if self._wandb is not None:
             self._wandb.write(line["kind"], line["round"], figures)
 
     def close(self) -> None:
+        """Flush TensorBoard and end the W&B run."""
         self._board.close()
         if self._wandb is not None:
             self._wandb.close()
 
 
 def open_log(recipe: Recipe, resumed_round: int | None) -> MetricsLog:
-    """The log of a run that begins or goes on, with the resolved recipe beside it."""
+    """Open the log of a run that begins or goes on, and write the resolved recipe beside it."""
     recipe.out.mkdir(parents=True, exist_ok=True)
-    wandb = WandbLog(recipe) if recipe.wandb is not None else None
+    wandb = WandbLog(recipe, recipe.wandb) if recipe.wandb is not None else None
     log = MetricsLog(recipe.out, resumed_round, wandb)
     resolved = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
     write_whole(recipe.out / "recipe.yaml", resolved)
@@ -95,7 +99,7 @@ def open_log(recipe: Recipe, resumed_round: int | None) -> MetricsLog:
 
 
 def truncated_shares(run: Path) -> list[float]:
-    """Share of truncated answers of every round so far."""
+    """Return the share of truncated answers of every round so far."""
     return [line["truncated"] for line in read_metrics(run) if "truncated" in line]
 
 

@@ -26,7 +26,7 @@ def keep_samples(
     tokenizer: Any,
     weighting: dict[str, Any],
 ) -> None:
-    """Write the round's first samples to samples/round_<n>.jsonl.
+    """Write the round's first KEPT samples to samples/round_<n>.jsonl.
 
     Gaps are `Trajectory.gaps`, 0 where no loss reads the token. `weight` is by the run's own rule,
     weight_iw and weight_iw_signed by these. weighting: the settings of `token_weights_packed`,
@@ -46,16 +46,18 @@ def keep_samples(
             ).tolist()
             for rule in ("iw", "iw_signed")
         }
-        lines.append({
-            "prompt": problem.prompt,
-            "response": tokenizer.decode(sample.response_ids),
-            "answer": problem.answer,
-            "correct": bool(sample.correct),
-            "tokens": [tokenizer.decode([token]) for token in sample.response_ids],
-            "gap": gap.tolist(),
-            "weight": weight.tolist(),
-            **both,
-        })  # fmt: skip
+        lines.append(
+            {
+                "prompt": problem.prompt,
+                "response": tokenizer.decode(sample.response_ids),
+                "answer": problem.answer,
+                "correct": bool(sample.correct),
+                "tokens": [tokenizer.decode([token]) for token in sample.response_ids],
+                "gap": gap.tolist(),
+                "weight": weight.tolist(),
+                **both,
+            }
+        )
     folder = run / "samples"
     folder.mkdir(exist_ok=True)
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

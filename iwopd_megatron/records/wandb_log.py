@@ -1,4 +1,4 @@
-"""A run's metrics in Weights & Biases, where the recipe asks for it. The only file that imports it.
+"""A run's metrics in Weights & Biases, where the recipe asks for it. Only this file imports it.
 
 One W&B run a run folder: its id lies in RUN/wandb_id, so that a resumed run goes on in it. Key and
 host come from W&B's own settings (`wandb login`, WANDB_API_KEY), never from a recipe.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import secrets
 
-from iwopd_megatron.config.recipe import Recipe
+from iwopd_megatron.config.recipe import Recipe, Wandb
 from iwopd_megatron.errors import RecipeError
 
 
@@ -25,10 +25,11 @@ def check_installed(recipe: Recipe) -> None:
 class WandbLog:
     """Scalars of every line against its round; later values of a round replace earlier ones."""
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, settings: Wandb):
+        """Begin the run folder's W&B run, or go on with it. settings: the recipe's section."""
         import wandb
 
-        settings, file = recipe.wandb, recipe.out / "wandb_id"
+        file = recipe.out / "wandb_id"
         if not file.is_file():
             file.write_text(secrets.token_hex(4))
         self._run = wandb.init(
@@ -46,8 +47,10 @@ class WandbLog:
         self._run.define_metric("*", step_metric="round_number")
 
     def write(self, kind: str, round_number: int, values: dict[str, int | float]) -> None:
+        """Send the values of a line ("round", "eval") under KIND/NAME."""
         named = {f"{kind}/{key}": value for key, value in values.items()}
         self._run.log({"round_number": round_number} | named)
 
     def close(self) -> None:
+        """End the W&B run; returns when all is sent."""
         self._run.finish()

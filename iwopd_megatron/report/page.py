@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib
 from jinja2 import Environment
 
-from iwopd_megatron.files.run_files import read_jsonl, read_object
+from iwopd_megatron.files.run_files import read_object, read_records
 from iwopd_megatron.records.runlog import read_events
 from iwopd_megatron.records.samples import SAMPLE
 from iwopd_megatron.records.words import arm_name
@@ -84,7 +84,7 @@ def _kept_samples(paths: Paths) -> dict[str, dict[int, list[dict]]]:
     for arm, (first, *_) in paths.items():
         files = {int(file.stem.rpartition("_")[2]): file for file in first.glob("samples/*.jsonl")}
         chosen = sorted({min(files), max(files)}) if files else []
-        kept[arm] = {number: read_jsonl(files[number], SAMPLE) for number in chosen}
+        kept[arm] = {number: read_records(files[number], SAMPLE) for number in chosen}
     return kept
 
 

@@ -7,9 +7,12 @@ arms without a common seed are compared by Welch's test.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+from iwopd_megatron.files.run_files import write_whole
 from iwopd_megatron.report.data import (
     REFERENCE,
     Curve,
@@ -49,6 +52,13 @@ def summarise(paths: Paths) -> dict[str, Any]:
         if other is not None
     }
     return {"arms": arms, "paired": paired}
+
+
+def write_summary(out: Path, summary: dict[str, Any]) -> Path:
+    """Write out/summary.json whole, and return its path."""
+    path = out / "summary.json"
+    write_whole(path, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    return path
 
 
 def reference_of(arm: str, arms: Iterable[str]) -> str | None:

@@ -1,16 +1,18 @@
-"""A round's answers: the next prompts in the data order, and who has answered them already.
+"""A round's problems, next in the data order, and the answers to them.
 
 Answers come from the round's journal (after a crash), from generation started during the round
-before (`rollout.max_staleness: 1`), or from the engine now.
+before (`rollout.max_staleness: 1`), or from the engine now; or from the data file.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from iwopd_megatron.batch.trajectory import Trajectory
 from iwopd_megatron.config.recipe import Recipe
 from iwopd_megatron.data.problems import Order, Problem
+from iwopd_megatron.hf.answer_end import end_id, response_ids
 from iwopd_megatron.rollout.engine import OnSample, Prompt, RolloutEngine, Sampling
 from iwopd_megatron.runtime.parallel import Parallel
 from iwopd_megatron.train.journal import Journal
@@ -18,7 +20,7 @@ from iwopd_megatron.train.journal import Journal
 
 @dataclass(frozen=True)
 class Draw:
-    """What a round asks, in the order of the prompts' indices."""
+    """What a round asks for: problems, a prompt of each in that order, and how to sample."""
 
     round: int
     problems: list[Problem]
@@ -27,7 +29,10 @@ class Draw:
 
 
 class Collector:
-    """Every rank calls it; the journal and `on_sample` are rank 0's."""
+    """Draws each round's problems and collects its answers.
+
+    Every rank calls it; the journal and `on_sample` are rank 0's.
+    """
 
     def __init__(
         self,
@@ -38,7 +43,7 @@ class Collector:
         engine: RolloutEngine,
         on_sample: OnSample,
     ):
-        """problems: each with its prompt's ids; on_sample: called as each answer ends."""
+        """problems: each with its prompt's ids; on_sample: called with each answer when it ends."""
         self.recipe, self.parallel, self.problems = recipe, parallel, problems
         self.engine, self.on_sample = engine, on_sample
         self.order = order
@@ -47,16 +52,25 @@ class Collector:
 
     @property
     def cursor(self) -> int:
-        """Where the data order stands after the last round that was answered."""
+        """The data order's cursor after the last round that was answered."""
         return self.order.cursor - (0 if self.ahead is None else len(self.ahead.prompts))
 
     def take(self) -> list[tuple[Problem, list[int]]]:
-        """The next problems of a round, each with its prompt's ids."""
+        """Return the next round's problems, each with its prompt's ids."""
         chosen = self.order.take(self.recipe.train.prompts_per_round)
         return [self.problems[i] for i in chosen]
 
+    def given(self, tokenizer: Any) -> tuple[list[Problem], list[Trajectory]]:
+        """Return the round's problems and the data file's responses to them."""
+        taken, end = self.take(), end_id(self.recipe.student.hf, tokenizer)
+        samples = [
+            Trajectory(place, ids, response_ids(_response(problem), end, tokenizer))
+            for place, (problem, ids) in enumerate(taken)
+        ]
+        return [problem for problem, _ in taken], samples
+
     def answers(self, round_number: int) -> tuple[list[Problem], list[Trajectory]]:
-        """The round's problems and one answer to each. Collective."""
+        """Return the round's problems and one answer to each, in order. Collective."""
         draw, self.ahead = self.ahead or self._draw(round_number), None
         known = self.parallel.on_main(lambda: self._known(draw))
         missing = [prompt for prompt in draw.prompts if prompt.index not in known]
@@ -70,7 +84,7 @@ class Collector:
         self.engine.prefetch(self.ahead.prompts, self.ahead.sampling, self._keeper(self.ahead))
 
     def end_round(self, round_number: int) -> None:
-        """Its answers are trained on, and saved if they are to be."""
+        """Forget the journal of a round that is trained on and recorded."""
         if self.journal is not None and self.parallel.is_main:
             self.journal.forget(round_number)
 
@@ -88,6 +102,7 @@ class Collector:
         return Draw(round_number, [problem for problem, _ in taken], prompts, sampling)
 
     def _known(self, draw: Draw) -> dict[int, Trajectory]:
+        """Return the journal's answers by index, each passed to `on_sample`."""
         if self.journal is None:
             return {}
         known = self.journal.read(draw.round, draw.prompts)
@@ -96,9 +111,18 @@ class Collector:
         return known
 
     def _keeper(self, draw: Draw) -> OnSample:
+        """Return what is called with each answer that ends: keep it, then tell `on_sample`."""
+
         def keep(sample: Trajectory) -> None:
             if self.journal is not None:
                 self.journal.add(draw.round, sample)
             self.on_sample(sample)
 
         return keep
+
+
+def _response(problem: Problem) -> str:
+    """Return the response of a row to fine-tune on; the reader refuses rows without one."""
+    if problem.response is None:
+        raise ValueError(f"{problem.place} has no response")
+    return problem.response

@@ -14,14 +14,14 @@ from typing import Any
 import numpy
 
 from iwopd_megatron.batch.trajectory import Trajectory
-from iwopd_megatron.files.run_files import append_jsonl, read_jsonl
+from iwopd_megatron.files.run_files import append_record, read_records
 from iwopd_megatron.rollout.engine import Prompt
 
 KEYS = {"index": int, "prompt_ids": list, "response_ids": list}
 
 
 class Journal:
-    """RUN/collected/round-N.jsonl, one answer a line. Written from any thread of rank 0."""
+    """Files RUN/collected/round-N.jsonl, one answer a line. Written from any thread of rank 0."""
 
     def __init__(self, run: Path):
         self.folder = run / "collected"
@@ -31,18 +31,18 @@ class Journal:
         return self.folder / f"round-{round_number:06d}.jsonl"
 
     def add(self, round_number: int, sample: Trajectory) -> None:
-        """Keep one finished answer."""
+        """Append one finished answer to the round's file."""
         with self._lock:
             self.folder.mkdir(parents=True, exist_ok=True)
-            append_jsonl(self._file(round_number), _encoded(asdict(sample)))
+            append_record(self._file(round_number), _encoded(asdict(sample)))
 
     def read(self, round_number: int, prompts: list[Prompt]) -> dict[int, Trajectory]:
-        """The answers to these prompts of this round, by index; what does not fit is left out."""
+        """Return the round's answers by index, without those to other prompts than these."""
         file = self._file(round_number)
         if not file.is_file():
             return {}
         asked = {prompt.index: prompt.ids for prompt in prompts}
-        kept = [Trajectory(**_decoded(line)) for line in read_jsonl(file, KEYS)]
+        kept = [Trajectory(**_decoded(line)) for line in read_records(file, KEYS)]
         return {s.index: s for s in kept if asked.get(s.index) == s.prompt_ids}
 
     def forget(self, round_number: int) -> None:
@@ -54,6 +54,7 @@ class Journal:
 
 
 def _encoded(sample: dict[str, Any]) -> dict[str, Any]:
+    """Return a trajectory's fields as JSON takes them, `experts` in base64."""
     if (experts := sample["experts"]) is None:
         return sample
     values = base64.b64encode(experts.tobytes()).decode()
@@ -63,6 +64,7 @@ def _encoded(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def _decoded(line: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields that `_encoded` was given."""
     if (experts := line.get("experts")) is None:
         return line
     flat = numpy.frombuffer(base64.b64decode(experts["values"]), experts["dtype"])

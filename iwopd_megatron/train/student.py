@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from iwopd_megatron.batch.objective import Objective
 from iwopd_megatron.batch.packing import MicroBatch, Packer
 from iwopd_megatron.batch.routing import RoutingReplay
 from iwopd_megatron.batch.trajectory import Trajectory
@@ -27,10 +28,11 @@ from iwopd_megatron.weights.hf_io import HfTensors, load_shards, random_weights
 from iwopd_megatron.weights.sync import WeightStream
 
 
-class Student:
-    """A Megatron model under training in one layout."""
+class StudentModel:
+    """This rank's shards of a Megatron model under training, with optimiser and schedule."""
 
     def __init__(self, recipe: Recipe, parallel: Parallel):
+        """Build the model and read its weights. Collective."""
         settings = recipe.student
         self.parallel = parallel
         self.hf = read_hf_config(settings.hf)
@@ -50,14 +52,18 @@ class Student:
 
     @staticmethod
     def sources(recipe: Recipe) -> Mapping[str, Any]:
-        """The whole tensors training starts from, by Hugging Face name."""
+        """Return the whole tensors that training starts from, by Hugging Face name."""
         settings = recipe.student
         if settings.random_init is None:
             return HfTensors(settings.hf)
         return random_weights(settings.hf, settings.random_init)
 
-    def accumulate(self, batches: list[MicroBatch], length: int, objective: Any) -> list[Any]:
-        """Gradients of `objective` over the micro-batches; what it kept of each."""
+    def accumulate(self, batches: list[MicroBatch], length: int, objective: Objective) -> list[Any]:
+        """Compute gradients over the micro-batches of one optimiser step. Collective.
+
+        length: as `Packer` returns it. Returns the objective's sums of each micro-batch, [] but on
+        last-stage ranks.
+        """
         with self.load.counting() if self.load is not None else contextlib.nullcontext():
             return self.schedule.accumulate(self.optimizer, batches, length, objective)
 
@@ -67,21 +73,24 @@ class Student:
         return self.load.tokens if self.load is not None else None
 
     def score(self, samples: list[Trajectory], packer: Packer) -> list[list[float]]:
-        """Log-probs of every loss token under the present weights, as training computes them."""
+        """Return log-probs (nats) of each sample's response tokens by the present weights.
+
+        0 where no loss reads a token; at the temperature of training. Collective.
+        """
         return self.schedule.score(samples, packer)[0]
 
     def probe(self, ids: list[int], packer: Packer) -> list[float]:
-        """Log-probs (nats, temperature 1) of ids[1:] under the present weights. Collective."""
+        """Return log-probs (nats, temperature 1) of ids[1:] by the present weights. Collective."""
         plain = replace(self.schedule, temperature=1.0)
         return plain.score([Trajectory(0, ids[:1], ids[1:])], packer)[0][0]
 
     @property
     def lr(self) -> float:
-        """Learning rate of this round's steps."""
+        """The learning rate of this round's steps."""
         return self.optimizer.param_groups[0]["lr"]
 
     def step(self) -> float:
-        """Clip and AdamW; the gradient norm.
+        """Clip the gradients, take an AdamW step and return the norm before clipping. Collective.
 
         A step whose gradient norm is not finite is left out, as in the authors' code.
         """
@@ -96,12 +105,12 @@ class Student:
         self.scheduler.step(1)
 
     def save(self, saver: Saver, round_number: int, more: dict[str, Any]) -> None:
-        """Begin a resume point after this round, which keeps `more` too."""
+        """Begin a checkpoint after this round, which keeps `more` too. Collective."""
         extra = {"round": round_number, "world": self.parallel.world} | more
         parts = self.chunks, self.optimizer, self.scheduler
         checkpoint.save(saver, *parts, extra, self.parallel)
 
     def restore(self, folder: Path) -> dict[str, Any]:
-        """Go back to a resume point; its round, and what else was kept with it."""
+        """Restore a checkpoint; return its "round" and what else `save` kept. Collective."""
         parts = self.chunks, self.optimizer, self.scheduler
         return checkpoint.load(folder, *parts, self.parallel)

@@ -1,11 +1,11 @@
 """What a round's samples are trained on: masks, the scores of every model, minibatches.
 
-The student's own answers are scored by the teacher, by ExOPD's base student where the loss reads
-it, and, before a round of several optimiser steps, by the student itself.
+`Distillation` is of the student's own answers, `FineTuning` of given responses.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 from iwopd_megatron.batch import gates
@@ -14,74 +14,121 @@ from iwopd_megatron.batch.minibatch import Minibatch
 from iwopd_megatron.batch.objective import DistillationObjective, LikelihoodObjective
 from iwopd_megatron.batch.packing import Packer, deal
 from iwopd_megatron.batch.trajectory import Trajectory, mask_tokens
-from iwopd_megatron.config.models import Frozen
 from iwopd_megatron.config.recipe import Recipe
 from iwopd_megatron.hf.folder import eos_ids
 from iwopd_megatron.loss.weighting import RATIO_RULES, ratio_mean
 from iwopd_megatron.runtime import device
 from iwopd_megatron.teacher.embedded import EmbeddedScorer
 from iwopd_megatron.teacher.teachers import Teachers
-from iwopd_megatron.train.student import Student
+from iwopd_megatron.train.student import StudentModel
 
 
-class Supervision:
-    """Teacher and base student of a recipe, and how they make minibatches of samples."""
+class Supervision(ABC):
+    """Makes minibatches of a round's samples, and owns the models that score them."""
 
-    def __init__(self, recipe: Recipe, student: Student, packer: Packer, tokenizer: Any):
-        self.recipe, self.student, self.packer, self.tokenizer = recipe, student, packer, tokenizer
-        self.teachers = Teachers(recipe, packer, tokenizer) if recipe.is_distilling else None
-        self.base = self._base(recipe.base_model)
+    def __init__(self, recipe: Recipe, student: StudentModel, packer: Packer, tokenizer: Any):
+        """Load the models that score, or wait until they answer. Collective."""
+        self.recipe, self.student, self.packer = recipe, student, packer
         mode = recipe.loss.mask_special_tokens
         special = set() if mode == "none" else set(tokenizer.all_special_ids)
         self.unread = special - eos_ids(recipe.student.hf) if mode == "all_but_eos" else special
 
-    def _base(self, settings: Frozen | None) -> EmbeddedScorer | None:
-        if settings is None:
-            return None
-        return EmbeddedScorer(settings, self.packer, self.recipe.rollout.temperature)
-
     @property
-    def models(self) -> dict[str, Student | EmbeddedScorer]:
+    def models(self) -> dict[str, StudentModel | EmbeddedScorer]:
         """All models of the trainer's processes, by role."""
-        teachers = self.teachers.embedded if self.teachers is not None else {}
-        named = {f"teacher {source}".strip(): model for source, model in teachers.items()}
-        base = {"base": self.base} if self.base is not None else {}
-        return {"student": self.student} | named | base
+        return {"student": self.student}
 
     def masked(self, sample: Trajectory) -> Trajectory:
-        """Without what the recipe keeps from every loss; before any scoring."""
+        """Return the sample with the recipe's loss mask; this comes before any scoring."""
         return mask_tokens(sample, self.unread, self.recipe.loss.mask_truncated)
 
-    @property
-    def topk(self) -> int:
-        """Likeliest tokens that the loss wants of a teacher."""
-        return self.recipe.loss.topk.k if self.recipe.loss.objective == "topk_kl" else 0
+    @abstractmethod
+    def minibatches(self, samples: list[Trajectory], round_number: int) -> list[Minibatch]:
+        """Return the round's masked samples with all their scores, in order. Collective.
+
+        One part for each optimiser step of an epoch.
+        """
+
+    def check(self, minibatches: list[Minibatch]) -> None:
+        """GateError unless the scores are possible ones."""
+        return None
 
     def begin(self, sample: Trajectory) -> None:
-        """Start scoring a sample, masked and with its source, as soon as it is there.
+        """Start scoring an answer that has ended, where a remote teacher can.
 
-        Rank 0 only; `minibatches` awaits it. Does nothing where the teacher is embedded.
+        `minibatches` awaits it. On rank 0 only, maybe in another thread.
         """
-        self.teachers.begin(sample, self.topk)
+        return None
 
     def scored_early(self, samples: list[Trajectory]) -> float | None:
-        """Share of a round's samples whose scoring generation hid; None where nothing could."""
-        return self.teachers and self.teachers.scored_early(samples, self.topk)
+        """Return the share of the samples that is scored already; None where none can be.
+
+        Rank 0 only, once all samples are there.
+        """
+        return None
 
     def close(self) -> None:
         """Stop what was started beside the trainer's processes; no-op when nothing was."""
-        if self.teachers is not None:
-            self.teachers.close()
+        return None
+
+
+class FineTuning(Supervision):
+    """Maximum likelihood of given responses; no model scores."""
 
     def minibatches(self, samples: list[Trajectory], round_number: int) -> list[Minibatch]:
-        """The round's samples with all their scores, one part an optimiser step. Collective."""
+        """Return the samples as they are, dealt into minibatches."""
         parts = deal(samples, self.recipe.train.minibatches)
-        if self.teachers is None:
-            return [Minibatch(part, LikelihoodObjective()) for part in parts]
-        minibatches = [self._scored(part, round_number) for part in parts]
+        return [Minibatch(part, LikelihoodObjective()) for part in parts]
+
+
+class Distillation(Supervision):
+    """The student's own answers, scored by the teacher.
+
+    Also by ExOPD's base student where the loss reads it, and by the student itself before a round
+    of several optimiser steps.
+    """
+
+    def __init__(self, recipe: Recipe, student: StudentModel, packer: Packer, tokenizer: Any):
+        super().__init__(recipe, student, packer, tokenizer)
+        self.teachers = Teachers(recipe, packer, tokenizer)
+        base, temperature = recipe.base_model, recipe.rollout.temperature
+        self.base = None if base is None else EmbeddedScorer(base, packer, temperature)
+
+    @property
+    def models(self) -> dict[str, StudentModel | EmbeddedScorer]:
+        """The student, embedded teachers as "teacher" or "teacher SOURCE", and the base student."""
+        embedded = self.teachers.embedded.items()
+        named = {f"teacher {source}".strip(): model for source, model in embedded}
+        base = {} if self.base is None else {"base": self.base}
+        return super().models | named | base
+
+    @property
+    def topk(self) -> int:
+        """How many of a teacher's likeliest tokens the loss reads; 0 for the policy loss."""
+        return self.recipe.loss.topk.k if self.recipe.loss.objective == "topk_kl" else 0
+
+    def check(self, minibatches: list[Minibatch]) -> None:
+        """GateError where a teacher's log-probs are missing, impossible or all the same."""
         for minibatch in minibatches:
             gates.teacher_scores(minibatch.samples, self.student.hf.vocab_size)
-        return minibatches
+
+    def begin(self, sample: Trajectory) -> None:
+        """Start scoring an answer that has ended, unless `rollout.stream_scoring` is off."""
+        if self.recipe.rollout.stream_scoring:
+            self.teachers.begin(self.masked(sample), self.topk)
+
+    def scored_early(self, samples: list[Trajectory]) -> float | None:
+        """Return the remote teachers' share; None where all teachers are embedded."""
+        return self.teachers.scored_early(samples, self.topk)
+
+    def close(self) -> None:
+        """Stop the teacher services that the run started."""
+        self.teachers.close()
+
+    def minibatches(self, samples: list[Trajectory], round_number: int) -> list[Minibatch]:
+        """Return the minibatches, scored one after the other. Collective."""
+        parts = deal(samples, self.recipe.train.minibatches)
+        return [self._scored(part, round_number) for part in parts]
 
     def _scored(self, samples: list[Trajectory], round_number: int) -> Minibatch:
         loss, weighting = self.recipe.loss, self.recipe.loss.weighting
@@ -106,3 +153,11 @@ class Supervision:
         cp_group = self.packer.parallel.cp.group
         objective = DistillationObjective(loss, cp_group, mean, *progress, width)
         return Minibatch(samples, objective, support)
+
+
+def make_supervision(
+    recipe: Recipe, student: StudentModel, packer: Packer, tokenizer: Any
+) -> Supervision:
+    """Return the supervision a recipe asks for, its teachers loaded or answering. Collective."""
+    kind = Distillation if recipe.is_distilling else FineTuning
+    return kind(recipe, student, packer, tokenizer)

@@ -1,16 +1,14 @@
 """The loop: generate, score, check, pack, train, publish; or fine-tune on given responses.
 
-Every rank runs this same straight-line code; samples are known to all ranks, so packing,
-denominators and gates need no messages.
+`Trainer._round` is the story of a round. Every rank runs this same straight-line code; samples are
+known to all ranks, so packing, denominators and gates need no messages.
 """
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -18,80 +16,76 @@ from transformers import AutoTokenizer
 from iwopd_megatron.batch import gates
 from iwopd_megatron.batch.metrics import response_means
 from iwopd_megatron.batch.packing import Packer
-from iwopd_megatron.batch.trajectory import Trajectory
 from iwopd_megatron.config.recipe import Recipe
 from iwopd_megatron.data.run_data import RunData, load_run_data
 from iwopd_megatron.errors import GateError, RecipeError
 from iwopd_megatron.evaluation.evaluate import Evaluation, grade_samples
-from iwopd_megatron.grading.pool import count_trouble, describe
-from iwopd_megatron.hf.answer_end import all_end_ids, end_id, response_ids
+from iwopd_megatron.grading.pool import count_trouble
+from iwopd_megatron.hf.answer_end import all_end_ids
 from iwopd_megatron.hf.companions import write_companions
 from iwopd_megatron.hf.flops import attention_cost
-from iwopd_megatron.records.progress import Progress
 from iwopd_megatron.records.recorder import Recorder
 from iwopd_megatron.rollout.make import make_engine
 from iwopd_megatron.rollout.servers import Canary
-from iwopd_megatron.runtime import device
 from iwopd_megatron.runtime.parallel import Parallel, any_rank, gather
 from iwopd_megatron.runtime.stop import stop_requested
 from iwopd_megatron.train import checkpoint
 from iwopd_megatron.train.collect import Collector
+from iwopd_megatron.train.progress import Progress
+from iwopd_megatron.train.round import Clock, Round
+from iwopd_megatron.train.round_log import RoundLog
 from iwopd_megatron.train.saver import Saver
-from iwopd_megatron.train.steps import train_round
-from iwopd_megatron.train.student import Student
-from iwopd_megatron.train.supervision import Supervision
+from iwopd_megatron.train.steps import PackedMinibatch, train_round
+from iwopd_megatron.train.student import StudentModel
+from iwopd_megatron.train.supervision import make_supervision
 
 
 class Trainer:
     """One run: its models, its data order, its folder."""
 
     def __init__(
-        self, recipe: Recipe, parallel: Parallel, progress: Progress, resume: bool = False,
+        self,
+        recipe: Recipe,
+        parallel: Parallel,
+        progress: Progress,
+        resume: bool = False,
         data: RunData | None = None,
-    ):  # fmt: skip
-        """`data` is what whoever started the run has loaded of the recipe already."""
+    ):
+        """Load the models and connect the servers of a recipe, in a world that has its layout.
+
+        resume: go on after the newest checkpoint; data: the recipe's, where it is loaded already.
+        Collective.
+        """
         self.recipe, self.parallel, self.progress = recipe, parallel, progress
-        self.is_distilling, self.round, self.seconds = recipe.is_distilling, 0, {}
+        self.round = 0  # the one that runs, or the last one
         self.recorder = Recorder(recipe, parallel, progress.say)
+        self.log = RoundLog(self.recorder, progress)
         self.tokenizer = AutoTokenizer.from_pretrained(recipe.student.hf)
         self.end_ids = all_end_ids(recipe.student.hf, self.tokenizer)
-        self._take(data or load_run_data(recipe, self.tokenizer))
-        self.student = Student(recipe, parallel)
-        cost = attention_cost(self.student.hf)
-        self.packer = Packer(parallel, recipe.train.microbatch_tokens, cost)
-        longest = max((ids for _, ids in self.problems), key=len)
+        data = data or load_run_data(recipe, self.tokenizer)
+        self.log.loaded_data(data, recipe.rollout.max_prompt_tokens)
+        problems = data.training.problems
+        self.prompts = checkpoint.digest_of(problems)
+        self.evaluation = Evaluation(recipe, data, self.tokenizer)
+        self.student = StudentModel(recipe, parallel)
+        hf, budget = self.student.hf, recipe.train.microbatch_tokens
+        self.packer = Packer(parallel, budget, attention_cost(hf))
+        longest = max((ids for _, ids in problems), key=len)
         probe = partial(self.student.probe, longest, self.packer)
         canary = Canary(longest, probe, recipe.gates.max_canary)
         self.engine = make_engine(recipe, parallel, self._service_event, canary)
-        self.supervision = Supervision(recipe, self.student, self.packer, self.tokenizer)
-        self.collector = Collector(
-            recipe, parallel, self.problems, self.order, self.engine, self._begin
-        )
+        self.supervision = make_supervision(recipe, self.student, self.packer, self.tokenizer)
+        order = data.training.order(recipe.train.seed, recipe.data.shuffle)
+        on_answer = self.supervision.begin
+        self.collector = Collector(recipe, parallel, problems, order, self.engine, on_answer)
         for role, model in self.supervision.models.items():
             progress.loaded(role, gather(model.loaded))
         settings = recipe.checkpoint
-        self.saver = Saver(
-            recipe.out, settings.keep, settings.async_save, parallel, self._write_companions
-        )
+        companions = partial(write_companions, recipe.student.hf, eos_ids=self.end_ids)
+        self.saver = Saver(recipe.out, settings.keep, settings.async_save, parallel, companions)
         if resume:
             self._go_on()
-        self.truncated = self.recorder.open(self.round or None)
-
-    def _take(self, data: RunData) -> None:
-        recipe, limit = self.recipe, self.recipe.rollout.max_prompt_tokens
-        self.problems = data.training.problems
-        if data.training.too_long:
-            self.progress.say(
-                f"{data.training.too_long} prompts longer than {limit} tokens are left out."
-            )
-        for note in data.notes:
-            self.progress.say(f"note: {note}")
-        self.order = data.training.order(recipe.train.seed, recipe.data.shuffle)
-        self.prompts = checkpoint.digest_of(self.problems)
-        self.evaluation = Evaluation(recipe, data, self.tokenizer)
-
-    def _write_companions(self, folder: Path) -> None:
-        write_companions(self.recipe.student.hf, folder, self.end_ids)
+        self.truncated = self.recorder.open(self.round or None)  # shares, of every round so far
 
     def _go_on(self) -> None:
         """Restore the newest sound checkpoint, if there is one."""
@@ -110,7 +104,7 @@ class Trainer:
         self.recorder.event(self.round, "resumed", f"resumed after round {self.round} from {found}")
 
     def run(self) -> bool:
-        """Train to the last round; False if a stop was asked for and the state saved instead."""
+        """Train to the last round; return False if a stop came before and the state is saved."""
         try:
             return self._run()
         except GateError as error:
@@ -121,130 +115,136 @@ class Trainer:
             self.supervision.close()
 
     def _run(self) -> bool:
-        rounds, every = self.recipe.train.rounds, self.recipe.checkpoint.every
+        rounds = self.recipe.train.rounds
         self.engine.update(self.student.stream, self.round)
         if self.round == 0:
-            gates.first_weights(self.student.stream, Student.sources(self.recipe))
-            self._evaluate({})
+            gates.first_weights(self.student.stream, StudentModel.sources(self.recipe))
+            self._evaluate(Round(0))
         while self.round < rounds:
             self.round += 1
-            line = self._round()
-            is_last = self.round == rounds
-            if is_last or self.round % self.recipe.evaluate.every == 0:
-                self._evaluate(line)
-            stop = any_rank(stop_requested())
-            if stop or (every and (is_last or self.round % every == 0)):
-                kept = {"cursor": self.collector.cursor, "prompts": self.prompts}
-                self.student.save(self.saver, self.round, kept)
-            self.saver.poll()
-            if stop and not is_last:
+            is_stopped = self._advance(is_last=self.round == rounds)
+            if is_stopped and self.round < rounds:
                 self.saver.finish()
                 return False
         self.saver.finish()
         self.recorder.export(self.student.stream, self.end_ids)
         return True
 
-    def _round(self) -> dict[str, Any]:
-        """One round; returns its metrics line, clock figures included."""
-        start = time.perf_counter()
-        self.seconds = {}
-        samples = self._own_responses() if self.is_distilling else self._given_responses()
-        early = self.supervision.scored_early(samples) if self.parallel.is_main else None
-        with self._phase("score"):
-            minibatches = self.supervision.minibatches(samples, self.round)
-        self.samples = [sample for minibatch in minibatches for sample in minibatch.samples]
-        self.objective = minibatches[0].objective
-        if self.recipe.rollout.max_staleness and self.round < self.recipe.train.rounds:
-            self.collector.prefetch(self.round + 1)
-        line = {"kind": "round", "round": self.round}
-        with self._phase("train"):
-            line |= train_round(
-                self.recipe, self.student, self.packer, minibatches, self._say_skipped
-            )
-        if self.is_distilling:
-            line |= response_means(self.samples)
-            line |= {"grading_trouble": self.trouble.total()}
+    def _advance(self, is_last: bool) -> bool:
+        """Run a round, evaluate and save where that is due; return whether a stop was asked for."""
+        this = self._round(self.round)
+        if is_last or self.round % self.recipe.evaluate.every == 0:
+            self._evaluate(this)
+        stop, every = any_rank(stop_requested()), self.recipe.checkpoint.every
+        if stop or (every and (is_last or self.round % every == 0)):
+            kept = {"cursor": self.collector.cursor, "prompts": self.prompts}
+            self.student.save(self.saver, self.round, kept)
+        self.saver.poll()
+        return stop
+
+    def _round(self, number: int) -> Round:
+        """Take one round through all its steps, and return it with its metrics."""
+        this = Round(number)
+        if self.recipe.is_distilling:
+            this = self._generate(this)
+            self._check_answers(this)
+            this = self._grade(this)
+        else:
+            this = self._read_responses(this)
+        this = self._mask(this)
+        this = self._score(this)
+        self.supervision.check(this.minibatches)
+        self._generate_ahead(this)
+        this = self._train(this, self._pack(this))
+        self._publish(this)
+        return self._record(this)
+
+    def _generate(self, this: Round) -> Round:
+        """Add the next problems, and the student's answers to them."""
+        with this.clock.phase("generate"):
+            problems, samples = self.collector.answers(this.number)
+        return replace(this, problems=problems, samples=samples)
+
+    def _check_answers(self, this: Round) -> None:
+        """GateError unless these are whole answers of the weights that were published last."""
+        rollout, hf = self.recipe.rollout, self.student.hf
+        gates.rollouts(this.samples, this.number - 1, hf.vocab_size, rollout.max_staleness)
+        gates.truncation(self.truncated, this.samples, self.recipe.gates.max_truncation_jump)
+        if rollout.routing_replay:
+            gates.routes(this.samples, hf)
+
+    def _grade(self, this: Round) -> Round:
+        """Add to each answer whether it is right."""
+        with this.clock.phase("grade"):
+            grades = grade_samples(this.samples, this.problems, self.tokenizer)
+        trouble = count_trouble(grades)
+        self.log.grading_trouble(this.number, trouble)
+        pairs = zip(this.samples, grades, strict=True)
+        graded = [sample.with_scores(correct=grade.right) for sample, grade in pairs]
+        return replace(this, samples=graded, trouble=trouble)
+
+    def _read_responses(self, this: Round) -> Round:
+        """Add the next problems, and the data file's responses to them."""
+        problems, samples = self.collector.given(self.tokenizer)
+        return replace(this, problems=problems, samples=samples)
+
+    def _mask(self, this: Round) -> Round:
+        """Mark in each sample the tokens that the recipe keeps from the loss."""
+        return replace(this, samples=[self.supervision.masked(sample) for sample in this.samples])
+
+    def _score(self, this: Round) -> Round:
+        """Add minibatches, whose samples have the log-probs of all models that score."""
+        early = self.supervision.scored_early(this.samples) if self.parallel.is_main else None
+        with this.clock.phase("score"):
+            minibatches = self.supervision.minibatches(this.samples, this.number)
+        return replace(this, minibatches=minibatches, scored_early=early)
+
+    def _generate_ahead(self, this: Round) -> None:
+        """Start the next round's answers under the present weights, where staleness allows it."""
+        if self.recipe.rollout.max_staleness and this.number < self.recipe.train.rounds:
+            self.collector.prefetch(this.number + 1)
+
+    def _pack(self, this: Round) -> Iterator[PackedMinibatch]:
+        """Yield the micro-batches of each optimiser step when it is due; every epoch packs anew."""
+        for minibatch in this.minibatches * self.recipe.train.epochs:
+            if any(sample.loss_tokens for sample in minibatch.samples):
+                packed = minibatch.pack(self.packer, self.recipe.loss.aggregation)
+                yield PackedMinibatch(*packed, minibatch.objective)
+            else:
+                self.log.skipped_step(this.number, "every response token is masked")
+
+    def _train(self, this: Round, packed: Iterable[PackedMinibatch]) -> Round:
+        """Take the round's optimiser steps; adds its metrics."""
+        line: dict[str, Any] = {"kind": "round", "round": this.number}
+        with this.clock.phase("train"):
+            on_skip = partial(self.log.skipped_step, this.number)
+            line |= train_round(self.recipe, self.student, this.scored, packed, on_skip)
+        if self.recipe.is_distilling:
+            line |= response_means(this.scored) | {"grading_trouble": this.trouble.total()}
             if self.recipe.gates.on_bad_sample == "drop":
-                line["dropped"] = _unread(self.samples) - _unread(samples)
-                if line["dropped"]:
-                    text = f"round {self.round}: {line['dropped']} answers are left out."
-                    self.recorder.event(self.round, "dropped", text)
+                line["dropped"] = this.dropped
+                self.log.dropped(this)
             self.truncated.append(line["truncated"])
-        with self._phase("sync"):
-            self.engine.update(self.student.stream, self.round)
-        seconds = time.perf_counter() - start
-        tokens_per_second = line["response_tokens"] / seconds
-        clock = {"tokens_per_second": tokens_per_second, "seconds": seconds, "time": self.seconds}
-        if early is not None:
-            clock["scored_early"] = early
-        self.recorder.write(line, clock)
-        self.collector.end_round(self.round)
-        self.progress.round(line | clock)
-        return line | clock
+        return replace(this, metrics=line)
 
-    def _say_skipped(self, reason: str) -> None:
-        text = f"round {self.round}: {reason}; this optimiser step is left out."
-        self.recorder.event(self.round, "skipped step", text)
+    def _publish(self, this: Round) -> None:
+        """Give the new weights to the rollout engine."""
+        with this.clock.phase("sync"):
+            self.engine.update(self.student.stream, this.number)
 
-    def _say_trouble(self, trouble: Counter[str]) -> None:
-        if trouble:
-            text = f"round {self.round}: {describe(trouble)}."
-            self.recorder.event(self.round, "grading", text)
+    def _record(self, this: Round) -> Round:
+        """Write the round down and show it, and forget its journal; adds its timing."""
+        this = self.log.recorded(this)
+        self.collector.end_round(this.number)
+        return this
+
+    def _evaluate(self, this: Round) -> None:
+        """Evaluate the weights after this round, if the recipe evaluates."""
+        if self.evaluation:
+            clock = Clock()
+            scores = self.evaluation.scores(self.engine)
+            trouble = self.evaluation.trouble
+            self.log.evaluated(this, scores, trouble, clock.elapsed(), self.tokenizer)
 
     def _service_event(self, text: str) -> None:
         self.recorder.event(self.round, "service", text)
-
-    def _own_responses(self) -> list[Trajectory]:
-        """The student's answers to the next prompts, graded and masked."""
-        rollout, vocab = self.recipe.rollout, self.student.hf.vocab_size
-        with self._phase("generate"):
-            self.round_problems, samples = self.collector.answers(self.round)
-        gates.rollouts(samples, self.round - 1, vocab, rollout.max_staleness)
-        gates.truncation(self.truncated, samples, self.recipe.gates.max_truncation_jump)
-        if rollout.routing_replay:
-            gates.routes(samples, self.student.hf)
-        with self._phase("grade"):
-            grades = grade_samples(samples, self.round_problems, self.tokenizer)
-        self.trouble = count_trouble(grades)
-        self._say_trouble(self.trouble)
-        graded = [s.with_scores(correct=g.right) for s, g in zip(samples, grades, strict=True)]
-        return [self.supervision.masked(sample) for sample in graded]
-
-    def _begin(self, sample: Trajectory) -> None:
-        """An answer has ended, on rank 0: its scoring may start."""
-        if self.recipe.rollout.stream_scoring:
-            self.supervision.begin(self.supervision.masked(sample))
-
-    def _given_responses(self) -> list[Trajectory]:
-        """The next problems with the responses of the data file."""
-        samples, end = [], end_id(self.recipe.student.hf, self.tokenizer)
-        for place, (problem, ids) in enumerate(self.collector.take()):
-            response = response_ids(problem.response, end, self.tokenizer)
-            samples.append(self.supervision.masked(Trajectory(place, ids, response)))
-        return samples
-
-    def _evaluate(self, last_round: dict[str, Any]) -> None:
-        if not self.evaluation:
-            return
-        start = time.perf_counter()
-        scores = self.evaluation.scores(self.engine)
-        trouble = self.evaluation.trouble
-        line = {"kind": "eval", "round": self.round} | scores
-        line |= {"grading_trouble": trouble.total()}
-        self._say_trouble(trouble)
-        self.recorder.write(line, {"seconds": time.perf_counter() - start})
-        self.progress.evaluation(line, last_round)
-        if self.is_distilling and self.round > 0:
-            kept = self.samples, self.round_problems, self.tokenizer, self.objective.weighting
-            self.recorder.samples(self.round, *kept)
-
-    @contextlib.contextmanager
-    def _phase(self, name: str):
-        start = time.perf_counter()
-        yield
-        device.synchronize()
-        self.seconds[name] = time.perf_counter() - start
-
-
-def _unread(samples: list[Trajectory]) -> int:
-    return sum(sample.loss_tokens == 0 for sample in samples)

@@ -9,10 +9,10 @@ from worlds import run_world
 from iwopd_megatron.config.load import load_recipe
 from iwopd_megatron.data.run_data import load_run_data
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.records.progress import Progress
 from iwopd_megatron.records.runlog import read_metrics
 from iwopd_megatron.report.page import write_report
 from iwopd_megatron.runtime.parallel import initialise, shutdown
+from iwopd_megatron.train.progress import Progress
 from iwopd_megatron.train.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]

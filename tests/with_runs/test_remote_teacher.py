@@ -20,15 +20,15 @@ from worlds import run_world
 
 from iwopd_megatron.batch.packing import Packer
 from iwopd_megatron.config.load import load_recipe
+from iwopd_megatron.files.run_files import read_records
 from iwopd_megatron.grading import graders as grading
 from iwopd_megatron.grading.graders import CHECKS, GRADERS
-from iwopd_megatron.records.progress import Progress
-from iwopd_megatron.records.runlog import read_jsonl
 from iwopd_megatron.runtime.local_world import local_context, start_local
 from iwopd_megatron.runtime.parallel import initialise, shutdown
 from iwopd_megatron.teacher.embedded import EmbeddedScorer
 from iwopd_megatron.teacher.teachers import Teachers
-from iwopd_megatron.train.supervision import Supervision
+from iwopd_megatron.train.progress import Progress
+from iwopd_megatron.train.supervision import Distillation
 from iwopd_megatron.train.trainer import Trainer
 from iwopd_megatron.weights.hf_io import HfTensors
 
@@ -69,7 +69,7 @@ def undisturbed(tmp_path_factory):
 
 
 def lines(run):
-    return read_jsonl(run / "metrics.jsonl")
+    return read_records(run / "metrics.jsonl")
 
 
 def is_near(ours, theirs):
@@ -279,14 +279,14 @@ def test_problems_without_a_teacher_are_refused(tmp_path, monkeypatch):
 
 def test_supervision_begins_what_minibatches_await(undisturbed, tmp_path, monkeypatch):
     """A sample begun as soon as it is there is not scored twice, and the run stays the same."""
-    minibatches = Supervision.minibatches
+    minibatches = Distillation.minibatches
 
     def begin_first(self, samples, round_number):
         for sample in samples:
             self.begin(sample)
         return minibatches(self, samples, round_number)
 
-    monkeypatch.setattr(Supervision, "minibatches", begin_first)
+    monkeypatch.setattr(Distillation, "minibatches", begin_first)
     with served(deterministic=True) as service:
         run_world(1, train_here, small_recipe(tmp_path / "run", f"teacher.urls=[{service.url}]"))
         assert service.get("/server_info").json()["answered"] == 24

@@ -16,17 +16,18 @@ from worlds import run_world
 from iwopd_megatron.batch.packing import Packer
 from iwopd_megatron.config.load import load_recipe
 from iwopd_megatron.config.models import Frozen, Layout
+from iwopd_megatron.files.run_files import read_records
 from iwopd_megatron.hf.config import read_hf_config
 from iwopd_megatron.hf.folder import eos_ids
 from iwopd_megatron.parity.hf_reference import hf_model, make_samples
-from iwopd_megatron.records.progress import Progress
-from iwopd_megatron.records.runlog import read_jsonl, read_metrics
+from iwopd_megatron.records.runlog import read_metrics
 from iwopd_megatron.rollout.embedded import HfEngine
 from iwopd_megatron.rollout.engine import Prompt, Sampling
 from iwopd_megatron.runtime.local_world import local_context
 from iwopd_megatron.runtime.parallel import initialise, shutdown
 from iwopd_megatron.teacher.embedded import EmbeddedScorer
 from iwopd_megatron.toy_task import write_task
+from iwopd_megatron.train.progress import Progress
 from iwopd_megatron.train.trainer import Trainer
 from iwopd_megatron.weights.convert import megatron_to_hf
 from iwopd_megatron.weights.hf_io import HfTensors
@@ -72,7 +73,7 @@ def runs(tmp_path_factory):
 
 def records(run):
     """Metrics without clock times."""
-    return read_jsonl(run / "metrics.jsonl")
+    return read_records(run / "metrics.jsonl")
 
 
 def weights(run):
@@ -157,7 +158,7 @@ def as_after_round_3(run, out):
 
 
 def resumed_after(run):
-    return [e["round"] for e in read_jsonl(run / "events.jsonl") if e["event"] == "resumed"]
+    return [e["round"] for e in read_records(run / "events.jsonl") if e["event"] == "resumed"]
 
 
 def test_resume_with_several_steps_a_round_is_identical(variants, tmp_path):

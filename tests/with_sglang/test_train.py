@@ -11,7 +11,8 @@ import psutil
 import pytest
 from served_models import ROOT
 
-from iwopd_megatron.records.runlog import read_jsonl, read_metrics
+from iwopd_megatron.files.run_files import read_records
+from iwopd_megatron.records.runlog import read_metrics
 from iwopd_megatron.train.journal import Journal
 
 PROMPTS = 64
@@ -46,7 +47,7 @@ def wait_for(condition, process: subprocess.Popen, limit=300):
 
 def rounds_done(out: Path) -> int:
     file = out / "metrics.jsonl"
-    return len(read_jsonl(file)) if file.is_file() else 0
+    return len(read_records(file)) if file.is_file() else 0
 
 
 def servers_of(process: subprocess.Popen, words: str) -> list[psutil.Process]:
@@ -94,10 +95,10 @@ def test_trainer_killed_halfway_through_a_round_keeps_its_answers(tmp_path):
     wait_for(lambda: file.is_file() and len(file.read_text().split("\n")) > 8, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    kept = {line["index"]: line["response_ids"] for line in read_jsonl(file)}
+    kept = {line["index"]: line["response_ids"] for line in read_records(file)}
     assert 7 <= len(kept) < PROMPTS
     process = start(out, slow, "--resume")
-    wait_for(lambda: len(read_jsonl(file)) > len(kept) or rounds_done(out) > 2, process)
+    wait_for(lambda: len(read_records(file)) > len(kept) or rounds_done(out) > 2, process)
     rounds = finish(process, out)
     assert rounds[2]["response_tokens"] >= sum(map(len, kept.values()))
 

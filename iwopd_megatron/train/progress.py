@@ -1,4 +1,4 @@
-"""What a person watching sees: a live line in a terminal, one line an evaluation elsewhere."""
+"""What a person who watches a run sees: a live line in a terminal, else a line an evaluation."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ class Progress:
     """Console output of rank 0; other ranks construct it with `visible=False` and print nothing."""
 
     def __init__(self, total_rounds: int, visible: bool):
+        """total_rounds: of all runs that it will show, one after the other."""
         self.console = Console(quiet=not visible, highlight=False)
         self.live = self.console.is_terminal and visible
         self._bar = RichProgress(
@@ -42,16 +43,16 @@ class Progress:
         self._bar.stop()
 
     def start(self, name: str, skipped_rounds: int = 0) -> None:
-        """A run begins; rounds finished earlier count as done."""
+        """Show that a run begins; rounds finished earlier count as done."""
         self._name, self._accuracy = name, float("nan")
         self._bar.update(self._task, description=name, advance=skipped_rounds)
 
     def round(self, line: dict[str, Any]) -> None:
-        """A round ended; `line` is its metrics line."""
+        """Show that a round ended. line: its metrics and timing."""
         self._bar.update(self._task, advance=1, figures=self._figures(line))
 
     def evaluation(self, line: dict[str, Any], last_round: dict[str, Any]) -> None:
-        """An evaluation ended."""
+        """Show that an evaluation ended. last_round: the line of the round before it, or {}."""
         self._accuracy = line["accuracy"]
         if not self.live:
             self.console.print(
@@ -60,10 +61,11 @@ class Progress:
             )
 
     def say(self, text: str) -> None:
+        """Print a sentence above the live line."""
         self.console.print(text, soft_wrap=True)
 
     def loaded(self, role: str, ranks: list[Loaded]) -> None:
-        """What the ranks read of a model; said once a world, for runs of a comparison repeat it."""
+        """Print how much each rank read of a model; once a role, for further runs repeat it."""
         if role in self._roles:
             return
         self._roles.add(role)
