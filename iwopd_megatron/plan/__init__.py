@@ -4,4 +4,4 @@ In come a recipe, sizes of its models and a GPU's figures; out goes a `Plan`: me
 role, a round's timeline, cost, and other layouts, best first. Nothing here imports torch.
 """
 
-__all__ = ["hardware", "model", "picture", "plan", "search", "setup", "text"]
+__all__ = ["hardware", "model_size", "picture", "plan", "search", "setup", "text"]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from iwopd_megatron.config.models import Layout
 from iwopd_megatron.plan.hardware import CONTEXT, FRAGMENTATION, Gpu
-from iwopd_megatron.plan.model import ModelSize
+from iwopd_megatron.plan.model_size import ModelSize
 
 HEAD_ROWS = 2048  # logprobs.GPU_TILE and linear_loss.GPU_CHUNK, whose modules import torch
 

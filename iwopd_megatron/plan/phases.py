@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from iwopd_megatron.config.models import Layout
+from iwopd_megatron.plan.generation import Generation, Lengths, generate, scored_at
 from iwopd_megatron.plan.roles import concurrency
-from iwopd_megatron.plan.round import Generation, Lengths, generate, scored_at
 from iwopd_megatron.plan.setup import Setup, copies
 from iwopd_megatron.plan.teachers import Scorer
 from iwopd_megatron.plan.time import (

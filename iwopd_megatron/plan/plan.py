@@ -12,10 +12,10 @@ from functools import cached_property
 
 from iwopd_megatron.config.recipe import Recipe
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.plan.defaults import with_cluster
+from iwopd_megatron.plan.default_gpus import with_cluster
+from iwopd_megatron.plan.generation import Generation
 from iwopd_megatron.plan.phases import DISK, Phase, generation, phases, round_seconds
 from iwopd_megatron.plan.roles import Role, concurrency, roles
-from iwopd_megatron.plan.round import Generation
 from iwopd_megatron.plan.setup import Assumptions, Setup
 
 

@@ -14,7 +14,7 @@ from iwopd_megatron.plan.memory import (
     scoring,
     training,
 )
-from iwopd_megatron.plan.model import ModelSize
+from iwopd_megatron.plan.model_size import ModelSize
 from iwopd_megatron.plan.setup import Setup, copies
 from iwopd_megatron.plan.teachers import Scorer
 

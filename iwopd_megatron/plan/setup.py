@@ -13,9 +13,9 @@ from iwopd_megatron.config.preflight_scorers import check_service_sizes, service
 from iwopd_megatron.config.recipe import Recipe
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.hf.known_models import planning_config
+from iwopd_megatron.plan.generation import Lengths
 from iwopd_megatron.plan.hardware import GPUS, RATES, Gpu, Rates
-from iwopd_megatron.plan.model import ModelSize
-from iwopd_megatron.plan.round import Lengths
+from iwopd_megatron.plan.model_size import ModelSize
 from iwopd_megatron.plan.teachers import Scorer, sample_shares
 from iwopd_megatron.plan.time import Workload
 

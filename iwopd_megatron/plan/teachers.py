@@ -13,7 +13,7 @@ from iwopd_megatron.config.models import Layout, Teacher
 from iwopd_megatron.config.preflight_scorers import check_sources
 from iwopd_megatron.config.recipe import Recipe
 from iwopd_megatron.data.sources import resolve
-from iwopd_megatron.plan.model import ModelSize
+from iwopd_megatron.plan.model_size import ModelSize
 
 
 @dataclass(frozen=True)

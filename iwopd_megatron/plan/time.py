@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from iwopd_megatron.config.models import Layout
 from iwopd_megatron.plan.hardware import RATES, Gpu, Rates
 from iwopd_megatron.plan.memory import data_parallel, layer_bytes
-from iwopd_megatron.plan.model import ModelSize
+from iwopd_megatron.plan.model_size import ModelSize
 
 
 @dataclass(frozen=True)

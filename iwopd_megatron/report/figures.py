@@ -1,4 +1,4 @@
-"""The charts of a report, section by section; diagnostics.py has those by position."""
+"""The charts of a report, section by section; figures_by_position.py has those by position."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from iwopd_megatron.records.words import common_name
 from iwopd_megatron.report.captions import Chart, Charts, cited
 from iwopd_megatron.report.charts import ROUND, band_chart, curves_of, phase_chart, ratio_chart
 from iwopd_megatron.report.data import Runs, keys_of, series
-from iwopd_megatron.report.diagnostics import (
+from iwopd_megatron.report.figures_by_position import (
     Early,
     by_decile,
     likelihood,

@@ -20,8 +20,8 @@ from iwopd_megatron.report.arms import arm_table
 from iwopd_megatron.report.captions import reading
 from iwopd_megatron.report.charts import STYLE
 from iwopd_megatron.report.data import Paths, find_runs, read_runs
-from iwopd_megatron.report.diagnostics import Early
 from iwopd_megatron.report.figures import Section, sections
+from iwopd_megatron.report.figures_by_position import Early
 from iwopd_megatron.report.finding import findings
 from iwopd_megatron.report.pairs import pair_gains
 from iwopd_megatron.report.summary import summarise

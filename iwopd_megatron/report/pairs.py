@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from iwopd_megatron.errors import UserError
 from iwopd_megatron.hf.known_models import planning_config
-from iwopd_megatron.plan.model import ModelSize
+from iwopd_megatron.plan.model_size import ModelSize
 from iwopd_megatron.report.data import REFERENCE, find_runs, read_recipe_of
 from iwopd_megatron.report.statistics import ENOUGH_SEEDS
 from iwopd_megatron.report.summary import summarise
