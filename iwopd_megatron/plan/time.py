@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from iwopd_megatron.config.models import Layout
+from iwopd_megatron.plan.activations import layer_bytes
 from iwopd_megatron.plan.hardware import RATES, Gpu, Rates
-from iwopd_megatron.plan.memory import data_parallel, layer_bytes
+from iwopd_megatron.plan.memory import data_parallel
 from iwopd_megatron.plan.model_size import ModelSize
 
 
