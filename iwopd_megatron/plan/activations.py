@@ -2,7 +2,8 @@
 
 Counted as Korthikanti et al., arXiv 2205.05198, equations 1 to 6, but for what these layers keep:
 grouped queries with query and key norms, flash attention (no score matrix), SwiGLU, experts, no
-dropout. Tensor with sequence parallelism cuts all of it by tp (section 4.2.2 there). In the formulas
+dropout. Tensor and sequence parallelism together cut all of it by tp (section 4.2.2 there). In the
+formulas
 
     h = hidden size             q = query heads x head size     k = key-value heads x head size
     f = width of the MLP        n = query heads                 E, K = experts, experts a token
@@ -36,7 +37,7 @@ def mlp_bytes(size: ModelSize, layout: Layout, width: int = 2) -> float:
     which every rank of an etp group holds, with its part of gate, up and product; the router's fp32
     logits and probabilities.
     """
-    kept = 2 * size.hidden
+    kept: float = 2 * size.hidden
     if not size.experts:
         return width * (kept + 3 * size.ffn) / layout.tp
     copies = size.topk * layout.etp
@@ -48,7 +49,8 @@ def layer_bytes(size: ModelSize, layout: Layout, recompute: str, width: int = 2)
     """Bytes that one layer keeps from forward to backward, per token, by `recompute`.
 
     none = attention + MLP. selective = attention + 2 w h / tp: the MLP is computed again from its
-    norm (recomputing a flash attention frees nothing). full = w h / tp: the layer's input.
+    norm's input and output (recomputing a flash attention frees nothing). full = w h / tp: the
+    layer's input.
     """
     if recompute == "full":
         return width * size.hidden / layout.tp
