@@ -9,9 +9,9 @@ import statistics
 from plan_anchors import DECODINGS, ROUNDS, TRAININGS, Decoding, Round, Training
 
 from iwopd_megatron.config.models import Layout
+from iwopd_megatron.plan.generation import Lengths, generate
 from iwopd_megatron.plan.hardware import GPUS, RATES
 from iwopd_megatron.plan.memory import head_bytes, training
-from iwopd_megatron.plan.round import Lengths, generate
 from iwopd_megatron.plan.time import (
     Workload,
     decode_step,

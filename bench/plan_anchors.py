@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from iwopd_megatron.config.models import Layout
 from iwopd_megatron.hf.known_models import known_model
 from iwopd_megatron.plan.memory import Precision
-from iwopd_megatron.plan.model import ModelSize
+from iwopd_megatron.plan.model_size import ModelSize
 from iwopd_megatron.plan.time import Software
 
 GB, GIB = 1e9, 2**30

@@ -16,22 +16,21 @@ from iwopd_megatron.config.load import read_recipe
 from iwopd_megatron.config.models import Layout
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.hf.known_models import known_model, known_models, planning_config
+from iwopd_megatron.plan.activations import in_flight, layer_bytes
+from iwopd_megatron.plan.generation import QUANTILES, Generation, Lengths, generate, scored_at
 from iwopd_megatron.plan.hardware import GPUS, Gpu, Rates
 from iwopd_megatron.plan.memory import (
     Memory,
     Precision,
     engine,
-    in_flight,
     kv_bytes,
-    layer_bytes,
     scoring,
     states,
     training,
 )
-from iwopd_megatron.plan.model import ModelSize
+from iwopd_megatron.plan.model_size import ModelSize
 from iwopd_megatron.plan.picture import write_picture
 from iwopd_megatron.plan.plan import Plan, plan
-from iwopd_megatron.plan.round import QUANTILES, Generation, Lengths, generate, scored_at
 from iwopd_megatron.plan.search import search, splits
 from iwopd_megatron.plan.text import overrides
 from iwopd_megatron.plan.time import (

@@ -15,8 +15,9 @@ from iwopd_megatron.config.recipe import Train
 from iwopd_megatron.hf.config import parse_hf_config
 from iwopd_megatron.models.gpt import build_model, wrap_precision
 from iwopd_megatron.models.optimizer import build_optimizer, wrap_data_parallel
-from iwopd_megatron.plan.memory import Precision, head_bytes, layer_bytes, states
-from iwopd_megatron.plan.model import ModelSize
+from iwopd_megatron.plan.activations import layer_bytes
+from iwopd_megatron.plan.memory import Precision, head_bytes, states
+from iwopd_megatron.plan.model_size import ModelSize
 from iwopd_megatron.runtime.parallel import initialise, packed_seq_params, shutdown
 
 SIZES = dict(

@@ -9,7 +9,7 @@ from iwopd_megatron.hf.known_models import planning_config
 from iwopd_megatron.plan import search as plan_search
 from iwopd_megatron.plan.phases import scoring_seconds, training_phases
 from iwopd_megatron.plan.plan import plan
-from iwopd_megatron.plan.roles import teacher, trainer
+from iwopd_megatron.plan.roles import teacher_role, trainer_role
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
 RECIPE = Path("recipes/qwen3_235b_a22b_to_30b_a3b.yaml")
@@ -55,7 +55,7 @@ def test_the_trainers_best_layout_is_that_of_an_exhaustive_search(words):
             for recompute in RECOMPUTE
         ]
         expected = best_of(
-            base, options, trainer, lambda s: sum(seconds for _, seconds in training_phases(s))
+            base, options, trainer_role, lambda s: sum(seconds for _, seconds in training_phases(s))
         )
         assert found[gpus] == expected
 
@@ -70,8 +70,8 @@ def test_a_services_best_layout_is_that_of_an_exhaustive_search():
             for layout in layouts(base, gpus, base.recipe.teacher, (1,))
         ]
         expected = best_of(
-            base, options, lambda s: teacher(s, s.scorers[0]),
-            lambda s: scoring_seconds(s, s.scorers[0]),
+            base, options, lambda s: teacher_role(s, s.teachers[0]),
+            lambda s: scoring_seconds(s, s.teachers[0]),
         )  # fmt: skip
         assert found[gpus] == expected
 

@@ -144,7 +144,7 @@ def test_a_teacher_at_urls_costs_nothing(service):
 )  # fmt: skip
 def test_shares_are_those_of_the_mix_or_assumed_equal(train, shares):
     found = planned(*EMBEDDED, *two(), f"data.train={train}")
-    assert [s.share for s in found.setup.scorers] == pytest.approx(shares or (0.5, 0.5))
+    assert [s.share for s in found.setup.teachers] == pytest.approx(shares or (0.5, 0.5))
     (line,) = [line for line in notes(found) if line.startswith("scored responses")]
     assert f"teachers.math {(shares or (0.5,))[0]:.0%}, teachers.code" in line
     assert ("assumed: data.train does not say" in line) == (shares is None)

@@ -6,8 +6,8 @@ import pytest
 from test_report import Elements, evaluation, training, write_comparison, write_run
 
 from iwopd_megatron.report.data import find_runs, read_runs
-from iwopd_megatron.report.diagnostics import Early
 from iwopd_megatron.report.figures import sections
+from iwopd_megatron.report.figures_by_position import Early
 from iwopd_megatron.report.page import write_report
 from iwopd_megatron.report.pairs import PairGain
 

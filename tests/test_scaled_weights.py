@@ -20,7 +20,7 @@ from iwopd_megatron.hf.known_models import planning_config
 from iwopd_megatron.models.gpt import build_model
 from iwopd_megatron.parity.check import compare, read_side
 from iwopd_megatron.parity.hf_reference import hf_model
-from iwopd_megatron.plan.model import ModelSize
+from iwopd_megatron.plan.model_size import ModelSize
 from iwopd_megatron.runtime.parallel import initialise, shutdown
 from iwopd_megatron.weights.convert import hf_to_megatron, megatron_to_hf
 from iwopd_megatron.weights.hf_io import HfTensors, load_shards, save_folder

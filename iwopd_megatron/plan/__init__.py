@@ -2,6 +2,9 @@
 
 In come a recipe, sizes of its models and a GPU's figures; out goes a `Plan`: memory of every
 role, a round's timeline, cost, and other layouts, best first. Nothing here imports torch.
+
+Formulas: activations.py and memory.py (bytes), time.py (seconds of a step), generation.py and
+phases.py (seconds of a round), hardware.py (what GPUs and software reach).
 """
 
-__all__ = ["hardware", "model", "picture", "plan", "search", "setup", "text"]
+__all__ = ["hardware", "model_size", "picture", "plan", "search", "setup", "text"]

@@ -1,4 +1,4 @@
-"""GPUs the planner knows, and what software makes of them.
+"""GPUs that the planner knows, and the share of their peaks that software reaches.
 
 Peaks are dense (no sparsity) and per direction, from the makers' data sheets: H100 and H200 SXM,
 HGX B200, H20 and A100 SXM 80 GB. Network: what DGX and HGX machines of that generation carry, one
@@ -15,8 +15,10 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Gpu:
+    """Peaks of one GPU."""
+
     memory: float  # bytes a process can allocate
-    tflops: float  # bf16, dense
+    tflops: float  # FLOP/s, bf16, dense
     hbm: float  # bytes/s
     nvlink: float  # bytes/s, one direction
     network: float  # bytes/s, one direction, one GPU's adapter
@@ -34,7 +36,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Rates:
-    """Share of a peak that is reached, and times a peak does not explain."""
+    """Shares of a peak that are reached (no unit), and seconds that no peak explains."""
 
     # Bare LM-head products forward and backward, N 8192, D 4096, V 151936: 728 of 989 TFLOP/s on an
     # H100 (TRL issue 7244).
@@ -51,13 +53,13 @@ class Rates:
     passes: float = 8.0
     # Calibrated: permutation, host waits and launches of an MoE layer, forward and backward;
     # Qwen3-30B-A3B, 16 H100, overlapped dispatch (Megatron-LM pull request 5728, 240.5 TFLOP/s).
-    moe_layer: float = 2.0e-3
-    dense_layer: float = 0.2e-3
+    moe_layer: float = 2.0e-3  # seconds
+    dense_layer: float = 0.2e-3  # seconds
     # Calibrated on single requests: launches of one layer of a decode step under CUDA graphs;
     # Qwen3-1.7B and Qwen3-30B-A3B, vLLM on an A100 (tt-inference-server issue 340).
-    decode_layer: float = 75e-6
-    decode_moe_layer: float = 110e-6
-    decode_all_reduce: float = 15e-6  # latency of a small all-reduce in a node
+    decode_layer: float = 75e-6  # seconds
+    decode_moe_layer: float = 110e-6  # seconds
+    decode_all_reduce: float = 15e-6  # seconds: latency of a small all-reduce in a node
     decode_hbm: float = 0.8
     # Calibrated: a whole round over its parts run alone, which host work, uneven batches and
     # waiting add; GRPO on Qwen3-30B-A3B, 32 H100, 192 s a step (NeMo-RL performance summary).
@@ -66,7 +68,7 @@ class Rates:
 
 RATES = Rates()
 
-# Memory that no formula of tensors covers: CUDA context and libraries, NCCL's channels.
+# Bytes that no formula of tensors covers: CUDA context and libraries, NCCL's channels.
 CONTEXT = 1.6e9
 # Reserved over allocated memory of PyTorch's allocator. Published pairs: 1.03, 1.07, 1.08, 1.11 and
 # 1.13 (Megatron-Bridge's model cards of two models, NeMo issue 14850, Megatron-LM issue 756).

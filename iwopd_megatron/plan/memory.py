@@ -1,11 +1,9 @@
-"""Bytes of one GPU: weights, gradients, optimiser, activations, head, and an engine's KV cache.
+"""Bytes of one GPU by purpose: weights, gradients, optimiser, LM head, and an engine's KV cache.
 
-Weights and optimiser: as Megatron's distributed optimizer allocates them (its documentation,
-"Distributed Optimizer": 6 + 12 / dp bytes a parameter in bf16, 18 without). Activations:
-Korthikanti et al., arXiv 2205.05198, Eq. 1-6, counted anew for what these layers keep: grouped
-queries with query and key norms, flash attention (no score matrix), SwiGLU, experts, no dropout.
-Pipeline: the same, section 4.2.3, and Narayanan et al., arXiv 2104.04473, section 2.2. All at the
-busiest rank.
+All at the busiest rank of a role. `training`, `scoring` and `engine` put the parts together;
+activations.py has the formulas of activations. Weights and optimiser are as Megatron's distributed
+optimizer allocates them (its documentation, "Distributed Optimizer": 6 + 12 / dp bytes a parameter
+in bf16, 18 without). tests/test_plan_measured.py holds them against Megatron's tensors.
 """
 
 from __future__ import annotations
@@ -14,15 +12,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from iwopd_megatron.config.models import Layout
+from iwopd_megatron.plan.activations import (
+    activation_bytes,
+    attention_bytes,
+    buffer_bytes,
+    mlp_bytes,
+)
 from iwopd_megatron.plan.hardware import CONTEXT, FRAGMENTATION, Gpu
-from iwopd_megatron.plan.model import ModelSize
+from iwopd_megatron.plan.model_size import ModelSize
 
 HEAD_ROWS = 2048  # logprobs.GPU_TILE and linear_loss.GPU_CHUNK, whose modules import torch
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by purpose; `total` is what the allocator reserves, with the context."""
+    """Bytes of one GPU by purpose; `total` is what the allocator reserves, with the context."""
 
     weights: float = 0
     gradients: float = 0
@@ -35,22 +39,30 @@ class Memory:
     context: float = CONTEXT
 
     def items(self) -> Iterator[tuple[str, float]]:
+        """Yield (purpose, bytes) of all parts that are not 0."""
         return ((name, value) for name, value in vars(self).items() if value)
 
     @property
     def allocated(self) -> float:
+        """Bytes of tensors = all parts but the context."""
         return sum(value for _, value in self.items()) - self.context
 
     @property
     def total(self) -> float:
-        """An engine takes its cache in one piece, which does not fragment."""
+        """Bytes reserved = (allocated - KV cache) x FRAGMENTATION + KV cache + context.
+
+        An engine takes its cache in one piece, which does not fragment.
+        """
         pool = self.kv_cache
         return (self.allocated - pool) * FRAGMENTATION + pool + self.context
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Bytes a parameter. Published runs also keep bf16 gradients or half of the main weights."""
+    """Bytes per parameter of each state; the default is bf16 training.
+
+    Published runs that bench/plan.py compares also keep bf16 gradients or half of the main weights.
+    """
 
     weight: int = 2
     gradient: int = 4  # DDP sums gradients in fp32
@@ -59,13 +71,15 @@ class Precision:
 
     @classmethod
     def of(cls, dtype: str) -> Precision:
+        """Return those of a recipe's dtype, "bf16" or "fp32"."""
         return cls() if dtype == "bf16" else cls(weight=4, main=0)
 
 
 def data_parallel(layout: Layout, world: int) -> tuple[int, int]:
-    """Ranks over which optimiser states of dense and of expert parameters are sharded, cp included.
+    """Ranks over which optimiser states are sharded, (of dense, of expert parameters).
 
-    Megatron: dense over dp x cp, experts over the expert-data group.
+    As in Megatron: dense = world / (tp pp), which is dp x cp; expert = world / (ep etp pp), the
+    expert-data-parallel group.
     """
     return world // (layout.tp * layout.pp), world // (layout.ep * layout.etp * layout.pp)
 
@@ -78,7 +92,12 @@ def states(
     stage: int,
     distributed: bool = True,
 ) -> Memory:
-    """Weights, gradients and optimiser states of one rank."""
+    """Weights, gradients and optimiser states of one rank of stage `stage`.
+
+    Bytes of weights = parameters x weight; of gradients = parameters x gradient; of the optimiser
+    = (dense / dense ranks + expert / expert ranks) x (main + moments), ranks as `data_parallel` has
+    them, or 1 where the optimizer is not distributed.
+    """
     share = size.share(layout, stage)
     dense, expert = data_parallel(layout, world) if distributed else (1, 1)
     sharded = share.dense / dense + share.expert / expert
@@ -89,97 +108,21 @@ def states(
     )
 
 
-def attention_bytes(size: ModelSize, layout: Layout, width: int = 2) -> float:
-    """Kept per token by a layer's attention: norm's input and output, projected queries, keys and
-    values, turned queries and keys, the attention's output and its fp32 log-sum a head.
-
-    With TransformerEngine's modules; the native attention copies its output once more.
-    """
-    kept = 2 * size.hidden + 3 * size.queries + 3 * size.keys
-    return (width * kept + 4 * size.heads) / layout.tp
-
-
-def mlp_bytes(size: ModelSize, layout: Layout, width: int = 2) -> float:
-    """Kept per token by a layer's MLP or experts.
-
-    Norm's input and output, gate and up, their product; for experts each of the top-k copies of a
-    token's input besides, with etp all copies of the group and a part of the width.
-    """
-    kept = 2 * size.hidden
-    if not size.experts:
-        return width * (kept + 3 * size.ffn) / layout.tp
-    copies = size.topk * layout.etp
-    kept += copies * (size.hidden + 3 * size.ffn / layout.etp)
-    return (width * kept + 8 * size.experts) / layout.tp  # router: fp32 logits and probabilities
-
-
-def layer_bytes(size: ModelSize, layout: Layout, recompute: str, width: int = 2) -> float:
-    """Kept per token by one layer between forward and backward.
-
-    full: the layer's input. selective: the attention's tensors (recomputing a flash attention
-    frees nothing) and the MLP's input.
-    """
-    if recompute == "full":
-        return width * size.hidden / layout.tp
-    if recompute == "selective":
-        return attention_bytes(size, layout, width) + 2 * width * size.hidden / layout.tp
-    return attention_bytes(size, layout, width) + mlp_bytes(size, layout, width)
-
-
-def in_flight(layout: Layout, stage: int) -> float:
-    """Micro-batches whose activations a stage holds at once, 1F1B, in whole stages.
-
-    Interleaved (vpp > 1): Megatron's warm-up of 2 (pp - 1 - stage) + (vpp - 1) pp chunks, and one;
-    on the first stage that is pp times 1 + (pp - 1) / (pp vpp).
-    """
-    behind = layout.pp - 1 - stage
-    if layout.vpp == 1:
-        return behind + 1
-    return (2 * behind + (layout.vpp - 1) * layout.pp + 1) / layout.vpp
-
-
-def activations(
-    size: ModelSize, layout: Layout, tokens: int, recompute: str, stage: int, width: int = 2
-) -> float:
-    """Bytes a rank keeps, `tokens` of a micro-batch before the context-parallel cut.
-
-    One layer is held whole besides when it is computed again.
-    """
-    local = tokens / layout.cp
-    kept = layer_bytes(size, layout, recompute, width) * size.layers / layout.pp
-    total = kept * in_flight(layout, stage)
-    total += width * size.hidden / layout.tp * (1 + (stage == 0))  # final norm; embedding
-    if recompute != "none":
-        total += mlp_bytes(size, layout, width)
-        total += attention_bytes(size, layout, width) if recompute == "full" else 0
-    # Backward: the gradient of the widest tensors beside them.
-    widest = (2 * size.ffn / layout.etp if size.experts else 2 * size.ffn) * width
-    total += widest * size.topk * layout.etp / layout.tp
-    return total * local
-
-
 def head_bytes(
     size: ModelSize, layout: Layout, tokens: int, training: bool = True, rows: int = HEAD_ROWS
 ) -> float:
-    """LM head: a tile of logits, and in training both gradients (loss/logprobs.py, linear_loss.py).
+    """Bytes of the LM head on the last stage: a tile of logits, and in training both gradients.
 
-    A tile: the bf16 product, over which its gradient goes; where the top K are looked for, fp32
-    logits and what sorts them. Training: fp32 gradients of the head and of the hidden states, and
-    both in bf16.
+    Training = 2 rows V / tp + 6 h (V / tp + tokens / cp): the bf16 product, over which its gradient
+    is written; fp32 gradients of the head and of the hidden states, and both in bf16 (V: size of
+    the vocabulary). Scoring = 10 rows V / tp: the bf16 product, and where the top K are looked for
+    fp32 logits and 4 bytes that sort them. See loss/logprobs.py and loss/linear_loss.py.
     """
     vocab, local = size.vocab / layout.tp, tokens / layout.cp
     tile = min(rows, local) * vocab
     if not training:
         return tile * 10
     return tile * 2 + (vocab + local) * size.hidden * 6
-
-
-def communication(size: ModelSize, layout: Layout, tokens: int, width: int = 2) -> float:
-    """Receive buffers that live beside the tensors kept: gathered sequence, dispatched tokens."""
-    local = tokens / layout.cp
-    gathered = 2 * width * size.hidden * local if layout.tp > 1 else 0
-    rows = local / layout.tp * size.topk * layout.etp if layout.ep * layout.etp > 1 else 0
-    return gathered + 2 * width * size.hidden * rows
 
 
 def training(
@@ -191,7 +134,11 @@ def training(
     precision: Precision | None = None,
     distributed: bool = True,
 ) -> Memory:
-    """The busiest rank of a trainer: its first or its last pipeline stage."""
+    """Memory of a trainer's busiest rank: of its first or its last pipeline stage.
+
+    Bytes = states + activations + head (last stage only) + receive buffers. world: all ranks;
+    tokens: of a micro-batch, before cp cuts it; precision: default bf16.
+    """
     precision = precision or Precision()
 
     def at(stage: int) -> Memory:
@@ -199,35 +146,44 @@ def training(
         is_last = stage == layout.pp - 1
         return replace(
             base,
-            activations=activations(size, layout, tokens, recompute, stage),
+            activations=activation_bytes(size, layout, tokens, recompute, stage),
             head=head_bytes(size, layout, tokens) if is_last else 0,
-            communication=communication(size, layout, tokens),
+            communication=buffer_bytes(size, layout, tokens),
         )
 
     return max((at(stage) for stage in {0, layout.pp - 1}), key=lambda memory: memory.total)
 
 
 def scoring(size: ModelSize, layout: Layout, tokens: int, width: int = 2) -> Memory:
-    """A rank that only scores: weights, one layer's tensors, a tile of logits."""
+    """Memory of a rank that only scores (forward passes).
+
+    Bytes = width x parameters of its larger end stage + one layer's attention and MLP x tokens / cp
+    + a tile of logits + receive buffers. tokens: of a micro-batch, before cp cuts it.
+    """
     weights = max(size.share(layout, stage).total for stage in {0, layout.pp - 1}) * width
     layer = attention_bytes(size, layout, width) + mlp_bytes(size, layout, width)
     return Memory(
         weights=weights,
         activations=layer * tokens / layout.cp,
         head=head_bytes(size, layout, tokens, training=False),
-        communication=communication(size, layout, tokens, width),
+        communication=buffer_bytes(size, layout, tokens, width),
     )
 
 
 def kv_bytes(size: ModelSize, tp: int, width: int = 2) -> float:
-    """KV cache of one token on one GPU; tp beyond the key-value heads copies them."""
+    """Bytes of the KV cache per token, on one GPU of an engine.
+
+    = 2 (key and value) x width x layers x head size x key-value heads / tp; tp beyond the number of
+    heads copies them, so at least one head.
+    """
     return 2 * width * size.layers * size.head * max(1, size.kv_heads / tp)
 
 
 def engine(size: ModelSize, tp: int, gpu: Gpu, fraction: float, width: int = 2) -> Memory:
-    """A rank of an engine server: weights, and the rest of `fraction` of the GPU as KV cache.
+    """Memory of a rank of an engine's server, which takes `fraction` of its GPU.
 
-    kv_cache is negative where the weights alone exceed it.
+    Bytes of weights = parameters x width / tp; of the KV cache = the GPU's memory x fraction -
+    weights, negative where the weights alone are more.
     """
     weights = size.parameters * width / tp
     return Memory(weights=weights, kv_cache=gpu.memory * fraction - weights)

@@ -1,4 +1,8 @@
-"""A round of a plan by phase: what runs when, on which role, and what is hidden behind it."""
+"""Seconds of a round by phase: what runs when, on which role, and what is hidden behind it.
+
+Seconds of a phase = seconds of a micro-batch or a decode step (time.py) x how many of them a round
+has x `Rates.system`, which host work, uneven batches and waiting add.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from iwopd_megatron.config.models import Layout
+from iwopd_megatron.plan.generation import Generation, Lengths, generate, scored_at
 from iwopd_megatron.plan.roles import concurrency
-from iwopd_megatron.plan.round import Generation, Lengths, generate, scored_at
 from iwopd_megatron.plan.setup import Setup, copies
-from iwopd_megatron.plan.teachers import Scorer
+from iwopd_megatron.plan.teachers import PlannedTeacher
 from iwopd_megatron.plan.time import (
     Workload,
     decode_step,
@@ -25,7 +29,10 @@ EAGER_LAYER = 1e-3  # seconds: launches of a layer of the embedded engine, witho
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a round; hidden where another phase runs meanwhile and ends later."""
+    """A part of a round, in seconds; hidden where it ends no later than generation, or just after.
+
+    role: who works on it, 'rollout', 'trainer' or the key of a teacher's service.
+    """
 
     name: str
     role: str
@@ -35,7 +42,10 @@ class Phase:
 
 
 def generation(setup: Setup) -> Generation:
-    """One server's part; all servers have the same."""
+    """Return when the responses of one server end; all servers have prompts / servers of them.
+
+    The embedded engine, which has no CUDA graphs, takes EAGER_LAYER a layer more.
+    """
     load = setup.load(setup.student, Layout(), 1)
     eager = 0 if setup.cluster.rollout else setup.student.layers * EAGER_LAYER
     requests, prompt = setup.prompts / setup.servers, setup.assumed.mean_prompt
@@ -59,19 +69,24 @@ def _written(
     return generate(step, lengths, prompt, requests, room)
 
 
-def scoring_seconds(setup: Setup, scorer: Scorer) -> float:
-    """A teacher's time for its share of a round's tokens, without waiting for them.
+def scoring_seconds(setup: Setup, teacher: PlannedTeacher) -> float:
+    """Return a teacher's seconds for its share of a round's tokens, without waiting for them.
 
-    0 at servers given by their urls, which are not planned.
+    = `passes` of forward micro-batches. 0 for servers given by their urls, which are not planned.
     """
-    if scorer.model.urls or not scorer.share:
+    if teacher.model.urls or not teacher.share:
         return 0.0
-    load = setup.load(scorer.size, scorer.layout, setup.filled(scorer.tokens))
-    return passes(setup, load, scorer.gpus, forward(load), scorer.share)
+    load = setup.load(teacher.size, teacher.layout, setup.filled(teacher.tokens))
+    return passes(setup, load, teacher.gpus, forward(load), teacher.share)
 
 
 def passes(setup: Setup, load: Workload, gpus: int, seconds: float, share: float = 1.0) -> float:
-    """The micro-batches of a share of a round through a model, `seconds` each."""
+    """Return seconds of a share of a round's tokens through a model on so many GPUs.
+
+    Micro-batches of a copy = share x prompts x mean sequence / (copies x tokens of one), at least
+    longest sequence / tokens of one; rounded up to whole ones (interleaved: to multiples of pp),
+    which take `seconds` on a stage if full. Then `pipeline` x `Rates.system`.
+    """
     layout = load.layout
     count = share * setup.prompts * setup.sequence / (copies(layout, gpus) * load.tokens)
     longest = setup.assumed.mean_prompt + setup.lengths.values[-1]
@@ -82,7 +97,7 @@ def passes(setup: Setup, load: Workload, gpus: int, seconds: float, share: float
 
 
 def phases(setup: Setup, written: Generation) -> list[Phase]:
-    """Of generation, of scoring, then the trainer's others, which follow one another.
+    """Return the phases: generation, scoring, then the trainer's others, which follow one another.
 
     Services score their samples side by side as these end, embedded teachers theirs one after the
     other once all are written. Fine-tuning has the trainer's only.
@@ -92,13 +107,13 @@ def phases(setup: Setup, written: Generation) -> list[Phase]:
         found.append(Phase("generation", "rollout", 0.0, written.seconds))
         end = written.seconds
     served = end
-    for scorer in setup.scorers:
-        name = "scoring" if len(setup.scorers) == 1 else f"scoring {scorer.key}"
-        scored = scoring_seconds(setup, scorer)
-        if scorer.model.is_remote:
+    for teacher in setup.teachers:
+        name = "scoring" if len(setup.teachers) == 1 else f"scoring {teacher.key}"
+        scored = scoring_seconds(setup, teacher)
+        if teacher.model.is_remote:
             done = scored_at(written, setup.assumed.mean_prompt, scored)
             is_hidden = done <= 1.02 * written.seconds
-            found.append(Phase(name, scorer.key, done - scored, scored, is_hidden))
+            found.append(Phase(name, teacher.key, done - scored, scored, is_hidden))
             served = max(served, done)
         else:
             found.append(Phase(name, "trainer", end, scored))
@@ -111,7 +126,7 @@ def phases(setup: Setup, written: Generation) -> list[Phase]:
 
 
 def training_phases(setup: Setup) -> list[tuple[str, float]]:
-    """What the trainer does once all responses are scored."""
+    """Return (phase, seconds) of what the trainer does once all responses are scored."""
     load = setup.load(
         setup.student, setup.layout, setup.filled(setup.recipe.train.microbatch_tokens)
     )
@@ -119,7 +134,12 @@ def training_phases(setup: Setup) -> list[tuple[str, float]]:
 
 
 def trained(setup: Setup, load: Workload, stage: float) -> list[tuple[str, float]]:
-    """The same of another layout. stage: seconds of a micro-batch forward and backward."""
+    """Return the same for a given workload; stage: seconds of a micro-batch forward and backward.
+
+    base scores (ExOPD) and old log-probs (more than one optimiser step a round) = `passes` of
+    forward micro-batches; forward/backward = epochs x `passes` of `stage`; optimiser = steps a
+    round x `optimizer_step`; weight sync = `sync_seconds`.
+    """
     recipe, gpus = setup.recipe, setup.cluster.trainer
     names = ["base scores"] * bool(recipe.base_model)
     names += ["old log-probs"] * (recipe.is_distilling and recipe.steps_per_round > 1)
@@ -134,7 +154,11 @@ def trained(setup: Setup, load: Workload, stage: float) -> list[tuple[str, float
 
 
 def sync_seconds(setup: Setup) -> float:
-    """All weights once. disk: written, then read; else gathered, and broadcast over one adapter."""
+    """Return seconds of giving the engine new weights, B = 2 bytes x parameters.
+
+    Embedded engine = B / NVLink. Servers by disk = B / (DISK x the trainer's nodes) + B / DISK:
+    written by all nodes, then read; else 2 B / network: gathered, and broadcast over one adapter.
+    """
     size, gpu = 2 * setup.student.parameters, setup.gpu
     if not setup.cluster.rollout:
         return size / (gpu.nvlink * setup.rates.link)
@@ -144,7 +168,11 @@ def sync_seconds(setup: Setup) -> float:
 
 
 def round_seconds(setup: Setup, found: list[Phase]) -> float:
-    """With max_staleness 1 the next round is generated and scored while this one is trained on."""
+    """Return seconds from one round to the next = the end of its last phase, the weight sync.
+
+    With max_staleness 1 the next round is generated and scored while this one is trained on: the
+    longer of both + weight sync.
+    """
     last = found[-1]
     end = last.start + last.seconds
     if not setup.recipe.rollout.max_staleness:

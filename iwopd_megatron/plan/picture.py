@@ -1,4 +1,4 @@
-"""A plan as a picture: memory bars of the roles, and the round's timeline."""
+"""A plan as a picture: memory bars of the roles (x axis in GiB), and the round's timeline (s)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROLE_COLOURS = {"rollout": "#9c6b4e", "teacher": "#97bbf5", "trainer": "#4269d0"
 
 
 def write_picture(plan: Plan, file: Path) -> None:
-    """Memory bars and the round's timeline: .png, or .html with the picture inside."""
+    """Write memory bars and the round's timeline as .png, or as .html with the picture inside."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -50,7 +50,7 @@ def write_picture(plan: Plan, file: Path) -> None:
 
 def _memory_bars(axes: Any, plan: Plan) -> None:
     seen: set[str] = set()
-    models = [name for role in plan.roles for name in role.scorers]
+    models = [name for role in plan.roles for name in role.embedded]
     colours = COLOURS | dict(zip(models, cycle(MODEL_COLOURS), strict=False))
     for row, role in enumerate(plan.roles):
         parts = {name: size for name, size in role.parts.items() if size}

@@ -12,45 +12,52 @@ from functools import cached_property
 
 from iwopd_megatron.config.recipe import Recipe
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.plan.defaults import with_cluster
+from iwopd_megatron.plan.default_gpus import planned_cluster
+from iwopd_megatron.plan.generation import Generation
 from iwopd_megatron.plan.phases import DISK, Phase, generation, phases, round_seconds
-from iwopd_megatron.plan.roles import Role, concurrency, roles
-from iwopd_megatron.plan.round import Generation
+from iwopd_megatron.plan.roles import PlannedRole, concurrency, roles
 from iwopd_megatron.plan.setup import Assumptions, Setup
 
 
 @dataclass(frozen=True)
 class Plan:
+    """A setup with what follows from it, computed when first asked for."""
+
     setup: Setup
 
     @cached_property
-    def roles(self) -> list[Role]:
+    def roles(self) -> list[PlannedRole]:
+        """The trainer, teacher services and rollout servers."""
         return roles(self.setup)
 
     @cached_property
     def generation(self) -> Generation:
+        """When the responses of one server end."""
         return generation(self.setup)
 
     @property
     def concurrency(self) -> float:
-        """Requests a server has room for at once."""
+        """Requests that a server has room for at once."""
         return concurrency(self.setup)
 
     @cached_property
     def phases(self) -> list[Phase]:
+        """The phases of a round, in order."""
         return phases(self.setup, self.generation)
 
     @cached_property
     def seconds(self) -> float:
-        """Of a round."""
+        """Seconds of a round."""
         return round_seconds(self.setup, self.phases)
 
     @property
     def fits(self) -> bool:
+        """Whether every role fits on its GPUs."""
         return all(role.fits for role in self.roles)
 
     @property
     def gpus(self) -> int:
+        """GPUs of all roles."""
         return self.setup.cluster.gpus
 
     @property
@@ -60,7 +67,13 @@ class Plan:
 
     @property
     def gpu_hours(self) -> float:
-        """Of the recipe's rounds with evaluations and checkpoints."""
+        """GPU-hours of the recipe's rounds with evaluations and checkpoints.
+
+        = gpus x (rounds x seconds + evaluations x generation x answers / prompts + checkpoints x
+        14 bytes x parameters / (DISK x the trainer's nodes)) / 3600. Evaluations: before the first
+        round, after the last and every `evaluate.every`; 14 bytes: bf16 weights, fp32 main weights
+        and moments.
+        """
         recipe, rounds = self.setup.recipe, self.setup.recipe.train.rounds
         total = rounds * self.seconds
         if recipe.data.eval is not None:
@@ -75,7 +88,7 @@ class Plan:
         return total * self.gpus / 3600
 
     def another_node(self) -> dict[str, float]:
-        """Seconds of a round if a role had one more node (or one, where it has a part of one).
+        """Return role -> seconds of a round if it had one more node, or one instead of a part.
 
         Roles whose layout that does not suit are absent.
         """
@@ -89,8 +102,9 @@ class Plan:
         return seconds
 
     def limits(self) -> list[str]:
-        """What breaks first as GPUs are added, the worst first."""
-        setup, found = self.setup, []
+        """Return sentences on what breaks first as GPUs are added, the worst first."""
+        setup = self.setup
+        found: list[tuple[float, str]] = []  # how bad, in what words
         batches = (
             setup.prompts * setup.sequence / setup.filled(setup.recipe.train.microbatch_tokens)
         )
@@ -105,32 +119,44 @@ class Plan:
             found.append((needed / per_copy, sentence))
         requests = setup.prompts / setup.servers
         if setup.cluster.rollout and requests < 8:
-            found.append((8 / requests, (
+            sentence = (
                 f"{setup.servers} servers share {setup.prompts} prompts, {requests:.1f} each: "
                 "decoding is bound by weights, and more servers only wait for the longest response"
-            )))  # fmt: skip
+            )
+            found.append((8 / requests, sentence))
         by_name = {"generation": 0.0} | {phase.name: phase.seconds for phase in self.phases}
-        for share, sentence in (
-            (by_name["generation"] * self.generation.tail / self.seconds,
-             "of a round a quarter of the responses is still being written (the long tail): "
-             "rollout.max_staleness=1 trains meanwhile, a lower max_response_tokens ends it"),
-            (by_name["weight sync"] / self.seconds,
-             "of a round goes to the weight sync: rollout.sync=distributed"),
-            (by_name["optimiser"] / self.seconds,
-             "of a round goes to the optimiser step's communication: more prompts a round"),
-        ):  # fmt: skip
+        parts = [
+            (
+                by_name["generation"] * self.generation.tail,
+                "a quarter of the responses is still being written (the long tail): "
+                "rollout.max_staleness=1 trains meanwhile, a lower max_response_tokens ends it",
+            ),
+            (by_name["weight sync"], "goes to the weight sync: rollout.sync=distributed"),
+            (
+                by_name["optimiser"],
+                "goes to the optimiser step's communication: more prompts a round",
+            ),
+        ]
+        for seconds, sentence in parts:
+            share = seconds / self.seconds
             if share > 0.2:
-                found.append((1 + share, f"{share:.0%} {sentence}"))
+                found.append((1 + share, f"{share:.0%} of a round {sentence}"))
         waiting = requests / self.concurrency
         if waiting > 1 and setup.recipe.is_distilling:
-            found.append((waiting, f"{requests:.0f} requests a server where its KV cache holds "
-                          f"{self.concurrency:.0f}: more rollout GPUs"))  # fmt: skip
+            sentence = (
+                f"{requests:.0f} requests a server where its KV cache holds "
+                f"{self.concurrency:.0f}: more rollout GPUs"
+            )
+            found.append((waiting, sentence))
         return [sentence for _, sentence in sorted(found, key=lambda pair: -pair[0])]
 
 
 def plan(recipe: Recipe, assumed: Assumptions | None = None) -> Plan:
-    """A checked plan of a recipe on its `cluster`, and what `with_cluster` adds to it."""
-    recipe, said = with_cluster(recipe)
-    setup = Setup(recipe, assumed or Assumptions(), said=tuple(said))
+    """Return a checked plan of a recipe on its `cluster`, and what `planned_cluster` adds to it.
+
+    Raises RecipeError where layouts or GPUs do not suit the models or one another.
+    """
+    cluster, said = planned_cluster(recipe)
+    setup = Setup.of(recipe, cluster, assumed or Assumptions(), tuple(said))
     setup.check()
     return Plan(setup)

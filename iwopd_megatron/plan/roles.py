@@ -1,4 +1,7 @@
-"""Roles of a plan: the memory of one of their GPUs, whether it fits, and the first knob to turn."""
+"""Roles of a plan: the memory of one of their GPUs, whether it fits, and the first knob to turn.
+
+A role is what has GPUs of its own: the trainer, a teacher's service, the rollout servers.
+"""
 
 from __future__ import annotations
 
@@ -14,68 +17,80 @@ from iwopd_megatron.plan.memory import (
     scoring,
     training,
 )
-from iwopd_megatron.plan.model import ModelSize
+from iwopd_megatron.plan.model_size import ModelSize
 from iwopd_megatron.plan.setup import Setup, copies
-from iwopd_megatron.plan.teachers import Scorer
+from iwopd_megatron.plan.teachers import PlannedTeacher
 
 
 @dataclass(frozen=True)
-class Role:
+class PlannedRole:
+    """A role with its GPUs and the memory of the busiest one."""
+
     name: str
     gpus: int
     layout: str
     memory: Memory
     capacity: float  # bytes of one of its GPUs
     knob: str  # the first to turn where it does not fit
-    scorers: dict[str, float] = field(default_factory=dict)  # bytes of the embedded models
+    embedded: dict[str, float] = field(default_factory=dict)  # bytes of several models that score
 
     @property
     def parts(self) -> dict[str, float]:
-        """Bytes by purpose; several embedded models each by its own name."""
+        """Bytes by purpose, as tables show them: several embedded models each by its own name."""
         parts: dict[str, float] = {}
         for name, size in vars(self.memory).items():
-            parts |= self.scorers if name == "scorer" and self.scorers else {name: size}
+            parts |= self.embedded if name == "scorer" and self.embedded else {name: size}
         return parts
 
     @property
     def margin(self) -> float:
+        """Bytes that are left of a GPU, negative where the role does not fit."""
         return self.capacity - self.memory.total
 
     @property
     def fits(self) -> bool:
+        """Whether it fits on its GPUs, an engine's weights in its fraction of them too."""
         return self.margin >= 0 and self.memory.kv_cache >= 0
 
 
-def roles(setup: Setup) -> list[Role]:
-    """Trainer, teacher services and rollout servers, as far as they have GPUs of their own."""
-    found = [trainer(setup)]
-    found += [teacher(setup, scorer) for scorer in setup.scorers if scorer.key in setup.services]
+def roles(setup: Setup) -> list[PlannedRole]:
+    """Return the trainer, then teacher services and rollout servers, as far as there are any."""
+    found = [trainer_role(setup)]
+    found += [teacher_role(setup, one) for one in setup.teachers if one.key in setup.services]
     if setup.cluster.rollout:
-        found.append(rollout(setup))
+        found.append(rollout_role(setup))
     return found
 
 
-def teacher(setup: Setup, scorer: Scorer) -> Role:
-    memory = scoring(scorer.size, scorer.layout, scorer.tokens)
-    knob = f"raise {scorer.key}.service.parallel.{'ep' if scorer.size.experts else 'tp'}"
-    return _role(setup, scorer.key, scorer.gpus, scorer.layout, memory, knob)
+def teacher_role(setup: Setup, teacher: PlannedTeacher) -> PlannedRole:
+    """Return a teacher's service: its memory while it scores."""
+    memory = scoring(teacher.size, teacher.layout, teacher.tokens)
+    knob = f"raise {teacher.key}.service.parallel.{'ep' if teacher.size.experts else 'tp'}"
+    return _role(setup, teacher.key, teacher.gpus, teacher.layout, memory, knob)
 
 
-def rollout(setup: Setup) -> Role:
+def rollout_role(setup: Setup) -> PlannedRole:
+    """Return the rollout servers: weights and KV cache of one of their GPUs."""
     what = f"{setup.servers} servers tp{setup.server_tp}"
     memory = engine_memory(setup)
     knob = "raise rollout.servers.tp"
-    return Role("rollout", setup.cluster.rollout, what, memory, setup.gpu.memory, knob)
+    return PlannedRole("rollout", setup.cluster.rollout, what, memory, setup.gpu.memory, knob)
 
 
-def _role(setup: Setup, name: str, gpus: int, layout: Layout, memory: Memory, knob: str) -> Role:
+def _role(
+    setup: Setup, name: str, gpus: int, layout: Layout, memory: Memory, knob: str
+) -> PlannedRole:
     axes = " ".join(f"{axis}{size}" for axis, size in layout if size > 1)
     what = f"{axes} dp{copies(layout, gpus)}".strip()
-    return Role(name, gpus, what, memory, setup.gpu.memory, knob)
+    return PlannedRole(name, gpus, what, memory, setup.gpu.memory, knob)
 
 
-def trainer(setup: Setup) -> Role:
-    """Its memory while it trains, or while an offloaded model scores if that needs more."""
+def trainer_role(setup: Setup) -> PlannedRole:
+    """Return the trainer: its memory while it trains, or while an offloaded model scores if more.
+
+    With the embedded engine, kv_cache = the whole student's weights, which it gathers on every
+    rank, + kv_bytes x mean sequence x rollout.batch_size.
+    """
     train, student = setup.recipe.train, setup.recipe.student
     memory = training(
         setup.student,
@@ -86,27 +101,27 @@ def trainer(setup: Setup) -> Role:
         Precision.of(student.dtype),
         train.distributed_optimizer,
     )
-    if not setup.cluster.rollout:  # the embedded engine gathers the whole student on every rank
+    if not setup.cluster.rollout:
         whole = setup.student.parameters * Precision.of(student.dtype).weight
         cache = kv_bytes(setup.student, 1) * setup.sequence * setup.recipe.rollout.batch_size
         memory = replace(memory, kv_cache=whole + cache)
     memory, embedded = max(_moments(setup, memory), key=lambda moment: moment[0].total)
     knob = _trainer_knob(setup, memory, embedded)
     role = _role(setup, "trainer", setup.cluster.trainer, setup.layout, memory, knob)
-    return replace(role, scorers=embedded) if len(setup.scorers) > 1 else role
+    return replace(role, embedded=embedded) if len(setup.teachers) > 1 else role
 
 
 def _moments(setup: Setup, training: Memory) -> list[tuple[Memory, dict[str, float]]]:
-    """The trainer's memory, and the weights of embedded models in it by name: in training, and as
-    each offloaded model scores.
+    """Return (memory, bytes of embedded models by name) in training, and as each offloaded scores.
 
-    Teachers and base student lie side by side. Offloaded ones come one after the other, when the
-    student's activations are not there but its states are.
+    Weights of embedded teachers and of the base student are there at once. Offloaded ones come one
+    after the other, when the student's activations are not there but its states are.
     """
     recipe = setup.recipe
-    models: dict[str, Frozen] = {s.key: s.model for s in setup.scorers if not s.model.is_remote}
+    models: dict[str, Frozen] = {s.key: s.model for s in setup.teachers if not s.model.is_remote}
     models |= {"base": recipe.base_model} if recipe.base_model else {}
-    there, away = {}, {}
+    there: dict[str, float] = {}
+    away: dict[str, Memory] = {}
     for name, model in models.items():
         size, width = ModelSize.of(planning_config(model.hf)), Precision.of(model.dtype).weight
         tokens = model.microbatch_tokens or recipe.train.microbatch_tokens
@@ -128,19 +143,19 @@ def _moments(setup: Setup, training: Memory) -> list[tuple[Memory, dict[str, flo
 
 
 def _trainer_knob(setup: Setup, memory: Memory, embedded: dict[str, float]) -> str:
-    """The cheapest remedy for the largest part of the memory."""
+    """Return the cheapest remedy for the largest part of the memory."""
     parts = {
         "activations": memory.activations + memory.head + memory.communication,
         "states": memory.weights + memory.gradients + memory.optimizer,
         "scorer": memory.scorer,
         "engine": memory.kv_cache,
     }
-    largest = max(parts, key=parts.get)
+    largest = max(parts, key=lambda part: parts[part])
     if largest == "engine":
         return "rollout.batch_size lower, or rollout.servers on GPUs of their own"
     if largest == "scorer":
         teachers = {key: size for key, size in embedded.items() if key != "base"}
-        name = max(teachers, key=teachers.get, default="teacher")
+        name = max(teachers, key=lambda key: teachers[key], default="teacher")
         return f"{name}.service with cluster.teacher=N, GPUs of its own"
     if largest == "activations":
         stronger = {"none": "selective", "selective": "full"}.get(setup.recipe.student.recompute)
@@ -151,13 +166,17 @@ def _trainer_knob(setup: Setup, memory: Memory, embedded: dict[str, float]) -> s
 
 
 def engine_memory(setup: Setup) -> Memory:
-    """One GPU of a rollout server."""
+    """Return the memory of one GPU of a rollout server."""
     fraction = setup.recipe.rollout.servers.gpu_memory_fraction
     return engine(setup.student, setup.server_tp, setup.gpu, fraction)
 
 
 def concurrency(setup: Setup) -> float:
-    """Requests of mean length that a server's KV cache holds, at most `max_running`."""
+    """Return how many requests a server, or the embedded engine, runs at once.
+
+    Of servers = KV cache / (bytes per token x mean sequence), at least 1 and at most max_running;
+    of the embedded engine rollout.batch_size.
+    """
     if not setup.cluster.rollout:
         return setup.recipe.rollout.batch_size
     room = engine_memory(setup).kv_cache / kv_bytes(setup.student, setup.server_tp)

@@ -25,7 +25,7 @@ from iwopd_megatron.plan.phases import (
     trained,
 )
 from iwopd_megatron.plan.plan import Plan
-from iwopd_megatron.plan.roles import Role, rollout, teacher, trainer
+from iwopd_megatron.plan.roles import PlannedRole, rollout_role, teacher_role, trainer_role
 from iwopd_megatron.plan.setup import Setup
 from iwopd_megatron.plan.time import Workload, forward, forward_backward
 
@@ -39,7 +39,7 @@ Found = dict[int, Changes | None]  # a role's best, by its GPUs; None: nothing f
 
 @dataclass(frozen=True)
 class Option:
-    """A layout of a role, with what its time on any number of GPUs follows from."""
+    """A layout that a role may have, with what its time on any number of GPUs follows from."""
 
     changes: Changes
     load: Workload
@@ -47,7 +47,7 @@ class Option:
 
 
 def search(plan: Plan, gpus: int | None = None, layouts: bool = True) -> list[Plan]:
-    """Plans on `gpus` (default: as many), fastest round first; those that fit come before others.
+    """Return plans on `gpus` (default: as many), fastest round first, those that fit before others.
 
     layouts: also other layouts, recomputation and server sizes; else only the split changes.
     """
@@ -56,16 +56,16 @@ def search(plan: Plan, gpus: int | None = None, layouts: bool = True) -> list[Pl
     bases = [setup.on(share) for share in shares if all(share[key] for key in setup.services)]
     best: dict[str, Found] = {}
     if layouts and bases:
-        for role, find in (
-            ("trainer", _best_trainers), ("teacher", _best_teachers), ("rollout", _best_servers),
-        ):  # fmt: skip
+        finders = {"trainer": _best_trainers, "teacher": _best_teachers, "rollout": _best_servers}
+        for role, find in finders.items():
             by_count = {getattr(base.cluster, role): base for base in bases}
             best[role] = {0: {}} if 0 in by_count else find(by_count)
     found = []
     for base in bases:
         parts = [best[role][getattr(base.cluster, role)] for role in best]
-        if None not in parts:
-            candidate = base.changed({key: new for part in parts for key, new in part.items()})
+        fitting = [part for part in parts if part is not None]
+        if len(fitting) == len(parts):
+            candidate = base.changed({key: new for part in fitting for key, new in part.items()})
             with contextlib.suppress(RecipeError):
                 candidate.check()
                 found.append(Plan(candidate))
@@ -73,7 +73,7 @@ def search(plan: Plan, gpus: int | None = None, layouts: bool = True) -> list[Pl
 
 
 def splits(cluster: Cluster, total: int) -> Iterator[Cluster]:
-    """Ways to share `total` GPUs among the roles that have any: whole nodes, or parts of one.
+    """Yield ways to share `total` GPUs among the roles that have any: whole nodes, or parts of one.
 
     Trainer and teacher get 1, 2, 3, 4, 6, 8, 12, ... of them, the rollout the rest.
     """
@@ -99,12 +99,12 @@ def _best_trainers(bases: dict[int, Setup]) -> Found:
     for layout in _layouts(setup, planning_config(setup.recipe.student.hf), (1, 2, 4)):
         load = setup.load(setup.student, layout, setup.filled(train.microbatch_tokens))
         for recompute in ("none", "selective", "full"):
-            changes = {"student.parallel": layout, "student.recompute": recompute}
+            changes: Changes = {"student.parallel": layout, "student.recompute": recompute}
             options.append(Option(changes, load, forward_backward(load, recompute)))
     sync = {count: sync_seconds(base) for count, base in bases.items()}
 
     def floor(base: Setup, option: Option) -> float:
-        """Without optimiser steps and passes that only score."""
+        """Return the seconds without optimiser steps and passes that only score."""
         gpus = base.cluster.trainer
         return passes(base, option.load, gpus, option.stage) * train.epochs + sync[gpus]
 
@@ -112,31 +112,31 @@ def _best_trainers(bases: dict[int, Setup]) -> Found:
         return sum(time for _, time in trained(base, option.load, option.stage))
 
     counts = {count: count for count in bases}
-    return _by_count(bases, counts, options, floor, seconds, trainer)
+    return _by_count(bases, counts, options, floor, seconds, trainer_role)
 
 
 def _best_teachers(bases: dict[int, Setup]) -> Found:
-    """Every service's best layout."""
+    """Return every service's best layout, by GPUs of all services."""
     found: Found = {count: {} for count in bases}
     for key in next(iter(bases.values())).services:
         for count, changes in _best_service(bases, key).items():
-            is_missing = None in (changes, found[count])
-            found[count] = None if is_missing else found[count] | changes
+            others = found[count]
+            found[count] = None if changes is None or others is None else others | changes
     return found
 
 
 def _best_service(bases: dict[int, Setup], key: str) -> Found:
     setup, options = next(iter(bases.values())), []
-    scorer = setup.scorer(key)
-    for layout in _layouts(setup, planning_config(scorer.model.hf), (1,)):
-        load = setup.load(scorer.size, layout, setup.filled(scorer.tokens))
+    teacher = setup.teacher(key)
+    for layout in _layouts(setup, planning_config(teacher.model.hf), (1,)):
+        load = setup.load(teacher.size, layout, setup.filled(teacher.tokens))
         options.append(Option({f"{key}.service.parallel": layout}, load, forward(load)))
 
     def seconds(base: Setup, option: Option) -> float:
-        return passes(base, option.load, base.services[key], option.stage, scorer.share)
+        return passes(base, option.load, base.services[key], option.stage, teacher.share)
 
-    def role(candidate: Setup) -> Role:
-        return teacher(candidate, candidate.scorer(key))
+    def role(candidate: Setup) -> PlannedRole:
+        return teacher_role(candidate, candidate.teacher(key))
 
     counts = {count: base.services[key] for count, base in bases.items()}
     return _by_count(bases, counts, options, seconds, seconds, role)
@@ -145,12 +145,12 @@ def _best_service(bases: dict[int, Setup], key: str) -> Found:
 def _best_servers(bases: dict[int, Setup]) -> Found:
     found: Found = {}
     for gpus, base in bases.items():
-        options = [
+        options: list[Changes] = [
             {"rollout.servers.tp": tp, "rollout.servers.start": gpus // tp}
             for tp in DEGREES[:4]
             if gpus % tp == 0
         ]
-        fitting = [changes for changes in options if _has_room(rollout(base.changed(changes)))]
+        fitting = [changes for changes in options if _has_room(rollout_role(base.changed(changes)))]
         found[gpus] = min(
             fitting, key=lambda changes: generation(base.changed(changes)).seconds, default=None
         )
@@ -163,9 +163,9 @@ def _by_count(
     options: list[Option],
     floor: Callable[[Setup, Option], float],
     seconds: Callable[[Setup, Option], float],
-    role: Callable[[Setup], Role],
+    role: Callable[[Setup], PlannedRole],
 ) -> Found:
-    """For each of `bases`, where the role has `counts` GPUs, the fastest option that fits.
+    """Return for each of `bases`, where the role has `counts` GPUs, the fastest option that fits.
 
     Seconds of an option are at least its `floor`, so once that exceeds the best's none is better.
     Memory comes last; what does not fit on many GPUs does not fit on fewer.
@@ -193,12 +193,12 @@ def _by_count(
     return found
 
 
-def _has_room(role: Role) -> bool:
+def _has_room(role: PlannedRole) -> bool:
     return role.fits and role.margin > MARGIN * role.capacity
 
 
 def _layouts(setup: Setup, hf: HfConfig, chunks: tuple[int, ...]) -> Iterator[Layout]:
-    """Layouts that Megatron accepts; tp x cp stays in a node."""
+    """Yield layouts that Megatron accepts; tp x cp stays in a node."""
     experts = DEGREES if hf.num_experts else (1,)
     for tp, pp, ep, cp in product(DEGREES[:4], DEGREES, experts, DEGREES[:4]):
         if tp * cp <= setup.cluster.gpus_per_node:

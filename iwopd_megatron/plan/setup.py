@@ -1,4 +1,4 @@
-"""A recipe on a cluster as the planner sees it: sizes, layouts, GPUs, and what is refused."""
+"""A recipe on a cluster as the planner sees it: assumptions, sizes, layouts, GPUs, refusals."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from iwopd_megatron.config.preflight_scorers import check_service_sizes, service
 from iwopd_megatron.config.recipe import Recipe
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.hf.known_models import planning_config
+from iwopd_megatron.plan.generation import Lengths
 from iwopd_megatron.plan.hardware import GPUS, RATES, Gpu, Rates
-from iwopd_megatron.plan.model import ModelSize
-from iwopd_megatron.plan.round import Lengths
-from iwopd_megatron.plan.teachers import Scorer, sample_shares
+from iwopd_megatron.plan.model_size import ModelSize
+from iwopd_megatron.plan.teachers import PlannedTeacher, sample_shares
 from iwopd_megatron.plan.time import Workload
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What a recipe does not say."""
+    """What a recipe does not say: lengths in tokens, and how full micro-batches are."""
 
     mean_prompt: float = 200.0  # competition problems with the chat template
     mean_response: float | None = None  # default: 0.3 of the limit
@@ -32,87 +32,105 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Setup:
-    """One recipe, which has a cluster, and what is assumed of it."""
+    """A recipe, the cluster it is planned on, and what is assumed of both."""
 
-    recipe: Recipe
+    recipe: Recipe  # with `cluster` as its own
+    cluster: Cluster
     assumed: Assumptions = Assumptions()
     rates: Rates = RATES
     said: tuple[str, ...] = ()  # GPUs that the recipe did not give
 
-    @property
-    def cluster(self) -> Cluster:
-        return self.recipe.cluster
+    @classmethod
+    def of(
+        cls, recipe: Recipe, cluster: Cluster, assumed: Assumptions, said: tuple[str, ...] = ()
+    ) -> Setup:
+        """Return a recipe on `cluster`, whatever its own is."""
+        recipe = recipe.model_copy(update={"cluster": cluster})
+        return cls(recipe, cluster, assumed, said=said)
 
     @cached_property
     def gpu(self) -> Gpu:
+        """Peaks of the cluster's GPUs."""
         return GPUS[self.cluster.gpu]
 
     @cached_property
     def student(self) -> ModelSize:
+        """Sizes of the student."""
         return ModelSize.of(planning_config(self.recipe.student.hf))
 
     @cached_property
-    def scorers(self) -> list[Scorer]:
-        """The recipe's teachers."""
+    def teachers(self) -> list[PlannedTeacher]:
+        """The recipe's teachers, embedded, in services or at urls."""
         shares = sample_shares(self.recipe)
-        return [self._scorer(key, shares[key]) for key in self.recipe.named_teachers]
+        return [self._teacher(key, shares[key]) for key in self.recipe.named_teachers]
 
-    def scorer(self, key: str) -> Scorer:
-        return next(scorer for scorer in self.scorers if scorer.key == key)
+    def teacher(self, key: str) -> PlannedTeacher:
+        """Return the teacher of this key, 'teacher' or 'teachers.SOURCE'."""
+        return next(teacher for teacher in self.teachers if teacher.key == key)
 
-    def _scorer(self, key: str, share: float) -> Scorer:
+    def _teacher(self, key: str, share: float) -> PlannedTeacher:
         model, train = self.recipe.named_teachers[key], self.recipe.train
         size, service = ModelSize.of(planning_config(model.hf)), self.recipe.services.get(key)
         layout = service.parallel if service else self.layout_of(size)
         gpus = self.services[key] if service else 0 if model.urls else self.cluster.trainer
         tokens = (service or model).microbatch_tokens or train.microbatch_tokens
-        return Scorer(key, model, size, layout, gpus, tokens, share)
+        return PlannedTeacher(key, model, size, layout, gpus, tokens, share)
 
     @cached_property
     def services(self) -> dict[str, int]:
-        """GPUs of every teacher service."""
+        """GPUs of every teacher service, by the teacher's key."""
         return service_processes(self.recipe)
 
     @cached_property
     def gpus(self) -> dict[str, int]:
-        """Of every role that has any: the trainer, each teacher service, the rollout servers."""
+        """GPUs of every role that has any: trainer, each teacher service, rollout servers."""
         rollout = {"rollout": self.cluster.rollout} if self.cluster.rollout else {}
         return {"trainer": self.cluster.trainer} | self.services | rollout
 
     @property
     def layout(self) -> Layout:
+        """The student's layout."""
         return self.recipe.student.parallel
 
     def layout_of(self, size: ModelSize) -> Layout:
-        """The student's layout for a model beside it: a dense one is not cut along expert axes."""
+        """Return the layout of a model embedded beside the student.
+
+        It is the student's; a dense model is not cut along its expert axes.
+        """
         dense = self.layout.model_copy(update={"ep": 1, "etp": 1})
         return self.layout if size.experts else dense
 
     def filled(self, budget: int) -> float:
-        """Tokens of a micro-batch as the packer fills it."""
+        """Return tokens of a micro-batch with this budget as the packer fills it."""
         return budget * self.assumed.packing
 
     @property
     def server_tp(self) -> int:
+        """GPUs of one rollout server; 1 for the embedded engine."""
         return self.recipe.rollout.servers.tp if self.cluster.rollout else 1
 
     @property
     def servers(self) -> int:
+        """Rollout servers; with the embedded engine the trainer's processes."""
         return (self.cluster.rollout or self.cluster.trainer) // self.server_tp
 
     @property
     def data_parallel(self) -> int:
+        """Data-parallel copies of the student."""
         return copies(self.layout, self.cluster.trainer)
 
     def check(self) -> None:
-        """Refuse layouts Megatron would refuse, and roles whose GPUs do not suit their layout."""
+        """Refuse layouts Megatron would refuse, and roles whose GPUs do not suit their layout.
+
+        Raises RecipeError.
+        """
         hf, cluster = planning_config(self.recipe.student.hf), self.cluster
         self._check_nodes()
         check_layout(self.layout, hf, "student")
         _divides("trainer", cluster.trainer, self.layout.unit, describe(self.layout))
-        for scorer in self.scorers:
-            if not scorer.model.urls:
-                check_layout(scorer.layout, planning_config(scorer.model.hf), scorer.key)
+        for teacher in self.teachers:
+            if not teacher.model.urls:
+                check_layout(teacher.layout, planning_config(teacher.model.hf), teacher.key)
         check_service_sizes(self.recipe)
         if cluster.rollout:
             given = self.recipe.rollout.servers.start
@@ -139,17 +157,18 @@ class Setup:
                 )
 
     def on(self, gpus: dict[str, int]) -> Setup:
-        """The same with other GPUs of `gpus`' roles: more or fewer servers and processes."""
+        """Return the same with other GPUs by role: more or fewer servers and processes."""
         services = {key: gpus[key] for key in self.services}
         changes: dict[str, Any] = {f"{key}.service.processes": n for key, n in services.items()}
         if self.cluster.rollout:
             changes["rollout.servers.start"] = gpus["rollout"] // self.recipe.rollout.servers.tp
         shares = {"teacher": sum(services.values()), "rollout": gpus.get("rollout", 0)}
         cluster = self.cluster.model_copy(update=shares | {"trainer": gpus["trainer"]})
-        return self.changed(changes | {"cluster": cluster})
+        recipe = self.changed(changes).recipe.model_copy(update={"cluster": cluster})
+        return replace(self, recipe=recipe, cluster=cluster)
 
     def divided(self, cluster: Cluster) -> dict[str, int]:
-        """A cluster's GPUs by role; teacher services about keep their proportion.
+        """Return a cluster's GPUs by role; teacher services keep about their proportion.
 
         Those get whole nodes where together they have more than one; one may be left with none.
         """
@@ -163,7 +182,7 @@ class Setup:
         return {"trainer": cluster.trainer} | services | {"rollout": cluster.rollout}
 
     def changed(self, changes: dict[str, Any]) -> Setup:
-        """With other values at the recipe's dotted keys."""
+        """Return the same with other values at the recipe's dotted keys, none of its cluster."""
         recipe = self.recipe
         for key, value in changes.items():
             recipe = _replaced(recipe, key.split("."), value)
@@ -171,26 +190,29 @@ class Setup:
 
     @cached_property
     def lengths(self) -> Lengths:
+        """Response lengths of a round; their mean is assumed unless given."""
         limit = self.recipe.rollout.max_response_tokens
         mean = self.assumed.mean_response or 0.3 * limit
         return Lengths.lognormal(mean, limit, self.assumed.spread, self.prompts)
 
     @property
     def prompts(self) -> int:
+        """Prompts of a round, one response each."""
         return self.recipe.train.prompts_per_round
 
     @cached_property
     def sequence(self) -> float:
+        """Tokens of a prompt with its response, on average."""
         return self.assumed.mean_prompt + self.lengths.mean
 
     def load(self, size: ModelSize, layout: Layout, tokens: float) -> Workload:
-        """A model on this cluster's GPUs, micro-batches of `tokens`."""
+        """Return a model on this cluster's GPUs with micro-batches of `tokens`."""
         nodes = self.cluster.gpus_per_node
         return Workload(size, layout, self.gpu, tokens, self.sequence, nodes, rates=self.rates)
 
 
 def _replaced(section: Any, path: list[str], value: Any) -> Any:
-    """A section with the value at a path; sections are immutable, so those on it are copied."""
+    """Return a section with the value at a path, in copies: sections are immutable."""
     if not path:
         return value
     name, *rest = path
@@ -200,7 +222,7 @@ def _replaced(section: Any, path: list[str], value: Any) -> Any:
 
 
 def copies(layout: Layout, gpus: int) -> int:
-    """Data-parallel copies of a layout on so many GPUs."""
+    """Return data-parallel copies of a layout on so many GPUs = gpus / (tp pp cp)."""
     return gpus // (layout.tp * layout.pp * layout.cp)
 
 

@@ -1,4 +1,4 @@
-"""A recipe's teachers as the planner sees them: size, layout, GPUs, and the samples each scores.
+"""A recipe's teachers as the planner sees them: size, layout, GPUs, share of the samples.
 
 An embedded teacher scores on the trainer's GPUs, before or after the others there. Every service
 has GPUs of its own and scores beside the others as answers end. Servers given by their urls are not
@@ -13,12 +13,12 @@ from iwopd_megatron.config.models import Layout, Teacher
 from iwopd_megatron.config.preflight_scorers import check_sources
 from iwopd_megatron.config.recipe import Recipe
 from iwopd_megatron.data.sources import resolve
-from iwopd_megatron.plan.model import ModelSize
+from iwopd_megatron.plan.model_size import ModelSize
 
 
 @dataclass(frozen=True)
-class Scorer:
-    """One teacher. `key`: its name in the recipe, 'teacher' or 'teachers.SOURCE'."""
+class PlannedTeacher:
+    """A teacher with its layout. `key`: its name in the recipe, 'teacher' or 'teachers.SOURCE'."""
 
     key: str
     model: Teacher
@@ -30,28 +30,34 @@ class Scorer:
 
 
 def sample_shares(recipe: Recipe) -> dict[str, float]:
-    """Share of the samples that each teacher scores; equal ones unless `shares_are_given`.
+    """Return teacher's key -> share of the samples that it scores, in sum 1.
 
-    {} for fine-tuning, which has no teacher.
+    Equal ones unless `shares_are_given`; {} for fine-tuning, which has no teacher.
     """
-    keys = list(recipe.named_teachers)
-    if not shares_are_given(recipe):
+    keys, mixed = list(recipe.named_teachers), _mixed_sources(recipe)
+    if not mixed:
         return {key: 1 / len(keys) for key in keys}
-    sources = [resolve(source) for source in recipe.data.train]
-    check_sources(recipe, (source.source for source in sources))
+    check_sources(recipe, (source for source, _ in mixed))
     weights = dict.fromkeys(keys, 0.0)
-    for source in sources:
-        weights[f"teachers.{source.source}"] += source.share or 1.0
+    for source, share in mixed:
+        weights[f"teachers.{source}"] += share
     total = sum(weights.values())
     return {key: weight / total for key, weight in weights.items()}
 
 
 def shares_are_given(recipe: Recipe) -> bool:
-    """Whether data.train says how many of its problems are each teacher's.
+    """Return whether data.train says how many of its problems are each teacher's.
 
     Rows that name their own source, and sources without a share, are counted only in a run.
     """
+    return bool(_mixed_sources(recipe))
+
+
+def _mixed_sources(recipe: Recipe) -> list[tuple[str, float]]:
+    """Return (source, its share) as data.train mixes them; [] where it does not say."""
     sources = [resolve(source) for source in recipe.data.train] if recipe.teachers else []
-    is_known = all(source.source for source in sources)
-    is_mixed = all(source.share for source in sources) or len({s.source for s in sources}) == 1
-    return bool(sources) and is_known and is_mixed
+    named = [(source.source, source.share) for source in sources if source.source]
+    is_mixed = all(share for _, share in named) or len({name for name, _ in named}) == 1
+    if len(named) < len(sources) or not is_mixed:
+        return []
+    return [(name, share or 1.0) for name, share in named]

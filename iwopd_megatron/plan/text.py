@@ -1,4 +1,4 @@
-"""A plan as text or JSON."""
+"""A plan as tables and sentences in the terminal, or as JSON."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from iwopd_megatron.config.models import Layout
 from iwopd_megatron.config.preflight import describe
 from iwopd_megatron.plan.hardware import GIB
 from iwopd_megatron.plan.plan import Plan
@@ -14,7 +15,7 @@ from iwopd_megatron.plan.teachers import shares_are_given
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """All figures: bytes, seconds, tokens a second and GPU."""
+    """Return all figures of a plan for JSON: bytes, seconds, tokens a second and GPU."""
     setup = plan.setup
     return {
         "fits": plan.fits,
@@ -33,7 +34,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             }
             for role in plan.roles
         },
-        **({"teachers": _teachers(plan)} if len(setup.scorers) > 1 else {}),
+        **({"teachers": _teachers(plan)} if len(setup.teachers) > 1 else {}),
         "assumed": list(setup.said),
         "student": describe(setup.layout),
         "recompute": setup.recipe.student.recompute,
@@ -54,19 +55,19 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 def _teachers(plan: Plan) -> dict[str, Any]:
     return {
-        scorer.key: {
-            "hf": str(scorer.model.hf),
-            "layout": describe(scorer.layout),
-            "gpus": scorer.gpus,
-            "share": scorer.share,
+        teacher.key: {
+            "hf": str(teacher.model.hf),
+            "layout": describe(teacher.layout),
+            "gpus": teacher.gpus,
+            "share": teacher.share,
             "share_is_assumed": not shares_are_given(plan.setup.recipe),
         }
-        for scorer in plan.setup.scorers
+        for teacher in plan.setup.teachers
     }
 
 
 def print_plan(plan: Plan) -> None:
-    """Tables of roles and phases, and what follows from them."""
+    """Print tables of roles and phases, and what follows from them."""
     console, setup = Console(soft_wrap=True), plan.setup
     table = Table(title=f"GiB on the busiest {setup.cluster.gpu} of each role, {plan.gpus} GPUs")
     table.add_column("")
@@ -86,16 +87,15 @@ def print_plan(plan: Plan) -> None:
         table.add_column(column, justify="right" if column not in ("phase", "role") else "left")
     for phase in plan.phases:
         share = "hidden" if phase.is_hidden else f"{phase.seconds / plan.seconds:.0%}"
-        table.add_row(
-            phase.name, phase.role, f"{phase.start:.1f}", f"{phase.seconds:.1f}", share
-        )  # fmt: skip
+        begin, seconds = f"{phase.start:.1f}", f"{phase.seconds:.1f}"
+        table.add_row(phase.name, phase.role, begin, seconds, share)
     console.print(table)
     for line in notes(plan):
         console.print(line, highlight=False)
 
 
 def notes(plan: Plan) -> list[str]:
-    """What the tables do not say, a sentence each."""
+    """Return what the tables do not say, a sentence each."""
     setup = plan.setup
     lines = [
         f"{role.name} does not fit by {-role.margin / GIB:.1f} GiB a GPU: {role.knob}"
@@ -108,8 +108,8 @@ def notes(plan: Plan) -> list[str]:
         f"responses: {setup.lengths.mean:.0f} tokens on average (assumed)"
         + tail * setup.recipe.is_distilling
     )
-    if len(setup.scorers) > 1:
-        parts = ", ".join(f"{scorer.key} {scorer.share:.0%}" for scorer in setup.scorers)
+    if len(setup.teachers) > 1:
+        parts = ", ".join(f"{teacher.key} {teacher.share:.0%}" for teacher in setup.teachers)
         given = shares_are_given(setup.recipe)
         why = "as data.train mixes them" if given else "assumed: data.train does not say"
         lines.append(f"scored responses, all sources of one length: {parts} ({why})")
@@ -135,7 +135,7 @@ def notes(plan: Plan) -> list[str]:
 
 
 def print_proposals(plans: list[Plan], top: int = 5) -> None:
-    """A table of `search`'s best, then the overrides that make each, a line to copy."""
+    """Print a table of `search`'s best, then the overrides that make each, a line to copy."""
     console = Console(soft_wrap=True)
     table = Table(title="proposals, fastest round first")
     for column in ("", "round s", "trainer", "teacher", "rollout", "recompute", "fullest"):
@@ -155,7 +155,7 @@ def print_proposals(plans: list[Plan], top: int = 5) -> None:
 
 
 def overrides(plan: Plan) -> list[str]:
-    """key=value of everything a proposal may have changed."""
+    """Return key=value of everything that a proposal may have changed."""
     recipe, cluster = plan.setup.recipe, plan.setup.cluster
     found = [
         f"cluster.{role}={getattr(cluster, role)}" for role in ("trainer", "teacher", "rollout")
@@ -171,5 +171,6 @@ def overrides(plan: Plan) -> list[str]:
     return found
 
 
-def _flow(layout: Any) -> str:
+def _flow(layout: Layout) -> str:
+    """Return the axes larger than one as a YAML flow mapping, quoted for a shell."""
     return "'{" + ", ".join(f"{axis}: {size}" for axis, size in layout if size > 1) + "}'"

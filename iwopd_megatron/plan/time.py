@@ -1,8 +1,15 @@
-"""Seconds of a micro-batch, an optimiser step and a decode step, from roofs and measured rates.
+"""Seconds of a micro-batch, an optimiser step and a decode step, from peaks and measured rates.
 
-Every product takes the longer of its arithmetic and its weights' way through memory; attention,
-saved activations, gradient sums and communication are added, since nothing here overlaps them
-unless said. Rates: plan_hardware.Rates.
+Every product takes the longer of its arithmetic (FLOP / FLOP/s) and its weights' way through memory
+(bytes / bytes/s), the roofline of Williams et al., CACM 52(4), 2009; attention, saved activations,
+gradient sums and communication are added, since nothing here overlaps them unless said. A peak
+counts with the share of it that is reached (hardware.Rates). In the formulas
+
+    h = hidden size             q = query heads x head size     k = key-value heads x head size
+    f = width of the MLP        V = vocabulary                  E, K = experts, experts a token
+    T = tokens / cp of a micro-batch                            W = weights of a product
+
+A product of T tokens with W weights has 2 T W FLOP; elements are bf16, 2 bytes.
 """
 
 from __future__ import annotations
@@ -10,14 +17,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from iwopd_megatron.config.models import Layout
+from iwopd_megatron.plan.activations import layer_bytes
 from iwopd_megatron.plan.hardware import RATES, Gpu, Rates
-from iwopd_megatron.plan.memory import data_parallel, layer_bytes
-from iwopd_megatron.plan.model import ModelSize
+from iwopd_megatron.plan.memory import data_parallel
+from iwopd_megatron.plan.model_size import ModelSize
 
 
 @dataclass(frozen=True)
 class Software:
-    """How expert dispatch is done. The default is this trainer's: all-to-all, not overlapped."""
+    """What a trainer's software does; the default is this trainer's: all-to-all, not overlapped.
+
+    Others are those of published runs that bench/plan.py compares with.
+    """
 
     hidden_dispatch: float = 0.0  # share of the dispatch behind computation
     one_copy_a_node: bool = False  # a token crosses the network once a node (HybridEP, DeepEP)
@@ -27,7 +38,7 @@ class Software:
 
 @dataclass(frozen=True)
 class Workload:
-    """One role's model on its GPUs. `tokens`: a micro-batch's, before the context-parallel cut."""
+    """One role's model on its GPUs. `tokens`: of a micro-batch, before cp cuts it."""
 
     size: ModelSize
     layout: Layout
@@ -40,17 +51,29 @@ class Workload:
 
 
 def forward(load: Workload) -> float:
-    """Seconds of one micro-batch's forward pass on the busiest pipeline stage, the last."""
+    """Return seconds of one micro-batch's forward pass on the busiest pipeline stage, the last.
+
+    = layers / pp x layer + head, each of one pass.
+    """
     return _stage(load, _layer(load, 1, False), _head(load, 1))
 
 
 def forward_backward(load: Workload, recompute: str) -> float:
-    """The same with the backward pass and what is computed again: nothing, the MLP, or all."""
+    """Return seconds of one micro-batch forward and backward on that stage.
+
+    The same with 3 passes instead of one (backward has two products for each of forward), and
+    what is computed again: nothing (none), the MLP's part of a pass (selective), or one (full).
+    """
     again = {"none": 0.0, "selective": _mlp_share(load.size), "full": 1.0}[recompute]
     return _stage(load, _layer(load, 3 + again, True), _head(load, 3))
 
 
 def _stage(load: Workload, layer: float, head: float) -> float:
+    """Return seconds of the last stage from seconds of a layer and of the head.
+
+    Where the head counts as a layer, layers + 2 are dealt out, and the slowest stage is one of
+    layers only or the last with one less and the head.
+    """
     layers, pp = load.size.layers, load.layout.pp
     if load.software.head_as_layer and pp > 1:
         return max((layers + 2) / pp * layer, ((layers + 2) / pp - 1) * layer + head)
@@ -58,12 +81,24 @@ def _stage(load: Workload, layer: float, head: float) -> float:
 
 
 def _mlp_share(size: ModelSize) -> float:
+    """Return the MLP's share of a layer's weights that a token meets, K MLPs of them."""
     mlp = size.topk * size.mlp
     return mlp / (mlp + size.attention)
 
 
 def _layer(load: Workload, passes: float, trains: bool) -> float:
-    """passes: 1 forward, 3 with backward, more with recomputation."""
+    """Return seconds of one layer of a micro-batch in so many passes: passes x (
+
+    attention's product: T tokens, h (2q + 2k) / tp weights;
+    attention: 2 length q T / tp FLOP, two products of length x q and half of them masked;
+    MLP's product: T tokens, 3 h f / tp weights; or of experts: T K etp / tp copies of tokens, each
+    2 x 3 h f / etp FLOP, E 3 h f / (ep etp) weights, and the dispatch of the copies;
+    tensor- and context-parallel communication)
+    + passes / 3 x (bytes kept x `rates.passes` / HBM + `rates.moe_layer` or `dense_layer`)
+    + in training 10 bytes a weight / HBM to sum gradients: fp32 read and written, bf16 read.
+
+    passes: 1 forward, 3 with backward, more with recomputation.
+    """
     size, layout, gpu, rates = load.size, load.layout, load.gpu, load.rates
     local = load.tokens / layout.cp
     seconds = _product(load, local, size.attention / layout.tp, rates.gemm)
@@ -92,11 +127,16 @@ def _layer(load: Workload, passes: float, trains: bool) -> float:
 
 
 def _product(load: Workload, tokens: float, weights: float, rate: float) -> float:
+    """Return seconds of a product = max(2 tokens weights FLOP / peak, 2 weights bytes / HBM)."""
     arithmetic = 2 * tokens * weights / (load.gpu.tflops * rate)
     return max(arithmetic, 2 * weights / (load.gpu.hbm * load.rates.hbm))
 
 
 def _head(load: Workload, passes: int) -> float:
+    """Return seconds of the LM head = passes x (product + 10 T V / tp bytes / HBM).
+
+    Product: T tokens, V h / tp weights. 10 bytes a logit: what is no product.
+    """
     weights = load.size.vocabulary / load.layout.tp
     tokens = load.tokens / load.layout.cp
     elementwise = 20 * tokens * load.size.vocab / load.layout.tp / (load.gpu.hbm * load.rates.hbm)
@@ -104,9 +144,12 @@ def _head(load: Workload, passes: int) -> float:
 
 
 def _dispatch(load: Workload, copies: float) -> float:
-    """Both all-to-alls of a layer's forward pass: a hidden vector for every copy of a token.
+    """Return seconds of both all-to-alls of a layer's forward pass, to the experts and back.
 
-    Ranks outside the node are reached by the network, those inside by NVLink, at the same time.
+    = 2 max(crossing / network, local / NVLink), since ranks outside the node are reached by the
+    network and those inside by NVLink at the same time. Of 2 h copies bytes, in a group of R = ep
+    etp ranks with N in a node: crossing = bytes (1 - N / R), local = bytes (N - 1) / R; with one
+    copy a node, crossing is at most bytes / K x (nodes - 1).
     """
     ranks = load.layout.ep * load.layout.etp
     if ranks == 1:
@@ -123,8 +166,12 @@ def _dispatch(load: Workload, copies: float) -> float:
 
 
 def _sequence_parallel(load: Workload, tokens: float) -> float:
-    """Two all-gathers and two reduce-scatters a layer's forward pass over tp (one pair if experts
-    take sequence shards), and keys and values gathered over cp.
+    """Return seconds of a layer's tensor- and context-parallel communication in a forward pass.
+
+    Bytes = 2 pairs x 2 h T (tp - 1) / tp + 2 x 2 k / tp x tokens (cp - 1) / cp: a pair is an
+    all-gather and a reduce-scatter, around attention and a dense MLP (experts take sequence shards,
+    so 1 pair instead of 2); keys and values are gathered over cp. By NVLink where tp cp ranks are
+    within a node.
     """
     layout, size = load.layout, load.size
     pairs = 1 if size.experts else 2
@@ -136,15 +183,22 @@ def _sequence_parallel(load: Workload, tokens: float) -> float:
 
 
 def pipeline(stage: float, layout: Layout, count: float) -> float:
-    """`count` micro-batches through a pipeline whose stages take `stage` seconds each.
+    """Return seconds of `count` micro-batches through a pipeline whose stages take `stage` each.
 
-    (pp - 1) / vpp stage times are idle, Narayanan et al., arXiv 2104.04473, section 2.2.
+    = stage x (count + (pp - 1) / vpp): the second term is the idle time of Narayanan et al., arXiv
+    2104.04473, section 2.2.
     """
     return stage * (count + (layout.pp - 1) / layout.vpp)
 
 
 def optimizer_step(load: Workload, world: int) -> float:
-    """Gradients scattered in fp32, states read and written, bf16 weights gathered."""
+    """Return seconds of an optimiser step of `world` ranks, sharded over n = `data_parallel`.
+
+    = 6 bytes x parameters x (n - 1) / n / bandwidth: gradients scattered in fp32 (4), weights
+    gathered in bf16 (2); + 30 bytes x parameters / n / HBM: main weights and moments read and
+    written (24), gradients read (4), weights written (2). Dense and experts' parameters each with
+    their n.
+    """
     share = load.size.share(load.layout, 0)
     dense, expert = data_parallel(load.layout, world)
     inside = world <= load.gpus_per_node
@@ -155,9 +209,14 @@ def optimizer_step(load: Workload, world: int) -> float:
 
 
 def decode_step(load: Workload, batch: float, context: float, tp: int, width: int = 2) -> float:
-    """Seconds of one token each for `batch` requests of `context` tokens, on a server of tp GPUs.
+    """Return seconds of one token each for `batch` requests of `context` tokens, on tp GPUs.
 
-    Weights that are read: all but the experts no request chose, 1 - (1 - k / E)^batch of them.
+    = max((weights + cache) / HBM, 2 batch active / tp FLOP / peak) + layers x (launch + reduce).
+    Bytes of weights = width x parameters / tp but the experts that no request chose, of which each
+    is chosen with probability 1 - (1 - K / E)^batch (choices independent and even). Bytes of cache
+    = 4 layers x head size x max(1, key-value heads / tp) x context x batch, keys and values in
+    bf16. active: parameters in a token's products. reduce, with tp > 1: the latency of two
+    all-reduces and, by NVLink, 2 x 2 x 2 h batch bytes.
     """
     size, gpu, rates = load.size, load.gpu, load.rates
     dense = size.layers * (size.attention + size.router) + size.vocabulary

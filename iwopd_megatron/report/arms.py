@@ -22,7 +22,7 @@ GAINS = {"step10": "round 10", "final": "final", "auc": "mean of all evaluations
 
 
 class Cell(NamedTuple):
-    """A figure, and in smaller letters what belongs to it."""
+    """A cell of a table: a figure, and in smaller letters what belongs to it."""
 
     text: str
     detail: str = ""
@@ -30,7 +30,7 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """rows: a cell for each heading."""
+    """A table as text; each row has a cell for each heading."""
 
     headings: list[str]
     rows: list[list[Cell]]
@@ -38,7 +38,7 @@ class Table:
 
 
 def arm_table(summary: dict[str, Any]) -> Table:
-    """summary: of `report_summary.summarise`."""
+    """Return the table of arms; summary: of `summary.summarise`."""
     arms, paired = summary["arms"], summary["paired"]
     last = max((row["round"] or 0 for row in arms.values()), default=0)
     has_early = last > EARLY
@@ -66,7 +66,7 @@ def arm_table(summary: dict[str, Any]) -> Table:
 
 
 def _of_what(row: dict[str, Any], last: int) -> str:
-    """Where a final accuracy is not of all seeds at the last round, of which it is."""
+    """Return of what a final accuracy is, where not of all seeds at the last round."""
     if row["round"] is None:
         return ""
     count = sum(value is not None for value in row["accuracy_per_seed_final"])
@@ -97,7 +97,7 @@ def _rounds(row: dict[str, Any]) -> str:
 
 
 def _note(arms: dict[str, Any], paired: dict[str, Any], has_early: bool) -> str:
-    """Only of what the table holds."""
+    """Return what a reader must know of the table, and only of what it holds."""
     has_error = any(row["stderr"] is not None for row in arms.values())
     counts = {
         len(pair[f"{key}_per_seed"]) if pair["paired"] else min(pair[f"{key}_counts"])

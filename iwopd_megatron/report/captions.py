@@ -1,4 +1,4 @@
-"""What stands under a chart; made with the chart, so that a caption is of what is drawn."""
+"""Captions of charts; made with the chart, so that a caption is of what is drawn."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ Charts = dict[str, Chart]  # file name -> chart
 
 
 def cited(figure: str) -> str:
-    """figure: its number in the paper."""
+    """Return a sentence that cites a figure of the paper by its number."""
     return f"As in Fig. {figure} of the paper ({PAPER})."
 
 
 def which_rounds(is_compared: bool) -> str:
-    """Of a figure by position."""
+    """Return of which rounds a figure by position is."""
     if is_compared:
         return f"first {COMPARED} rounds of all runs (dotted), last {COMPARED} of each arm (solid)"
     return "mean over all rounds"
 
 
 def how_far(key: str) -> str:
-    """Where a figure by position ends; key: the metric's."""
+    """Return where a figure by position ends; key: the metric's."""
     if key.endswith("_deciles"):
         return f"Tenths with under {SHARE} of the tokens of the fullest one are left out."
     return f"Cut where fewer than {SHARE} of the responses go on: a few long ones would mislead."
 
 
 def reading(runs: Runs) -> str:
-    """How lines and bands of all charts are to be read; "" where there are only single runs."""
+    """Return how lines and bands of all charts are to be read; "" where all runs are single."""
     counts = [len(seeds) for seeds in runs.values()]
     if max(counts, default=0) < 2:
         return ""

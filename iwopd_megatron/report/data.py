@@ -1,4 +1,4 @@
-"""Runs as numbers: which arms and seeds there are, their records and curves.
+"""Runs of a report as numbers: which arms and seeds there are, their records and curves.
 
 An arm is a method, a run is one seed of it.
 """
@@ -23,7 +23,7 @@ REFERENCE = "opd"
 
 
 def seed_of(run: Path) -> int:
-    """From the folder name `seed_<n>`, else from the recipe, else 0."""
+    """Return a run's seed from the folder name `seed_<n>`, else from the recipe, else 0."""
     recipe = run / "recipe.yaml"
     text = recipe.read_text("utf-8", errors="replace") if recipe.exists() else ""
     found = re.search(r"seed_(\d+)$", run.name) or re.search(r"^\s*seed:\s*(\d+)\s*$", text, re.M)
@@ -31,7 +31,9 @@ def seed_of(run: Path) -> int:
 
 
 def find_runs(folders: Sequence[Path]) -> Paths:
-    """The runs of run folders and of folders of compared runs: OPD and IW-OPD first, then by name.
+    """Return the runs of run folders and of folders of compared runs, by arm.
+
+    OPD and IW-OPD come first, then arms by name. Raises RecipeError for a folder without a run.
 
     Comparisons that share an arm keep all their arms apart as FOLDER/ARM; runs that are given one
     by one (ARM/seed_<n>) are seeds of one arm.
@@ -56,7 +58,7 @@ def _place(arm: str) -> tuple:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The folders' names, and of different folders with one name their whole paths."""
+    """Return the folders' names, and of different folders with one name their whole paths."""
     places = [folder.resolve() for folder in folders]
     same = {place.name: {other for other in places if other.name == place.name} for place in places}
     return [place.name if len(same[place.name]) == 1 else str(place) for place in places]
@@ -76,7 +78,10 @@ def _runs_of(folder: Path) -> Paths:
 
 
 def read_runs(paths: Paths) -> Runs:
-    """All records. Of runs that share arm and seed, later ones get the next free seed."""
+    """Return all records of the runs' metrics.jsonl.
+
+    Of runs that share arm and seed, later ones get the next free seed.
+    """
     runs: Runs = {}
     for arm, folders in paths.items():
         runs[arm] = {}
@@ -89,33 +94,33 @@ def read_runs(paths: Paths) -> Runs:
 
 
 def series(records: list[dict], kind: str, key: str, scale: float = 1) -> Curve:
-    """Round -> value times scale, for the records that have one."""
+    """Return round -> value times scale, for the records that have one."""
     found = [r for r in records if r["kind"] == kind and r.get(key) is not None]
     return {r["round"]: scale * r[key] for r in sorted(found, key=lambda r: r["round"])}
 
 
 def keys_of(runs: Runs, prefix: str) -> list[str]:
-    """All metrics of this beginning."""
+    """Return all metrics whose names begin so."""
     lines = (line for arm in runs.values() for run in arm.values() for line in run)
     return sorted({key for line in lines for key in line if key.startswith(prefix)})
 
 
 def is_zero(runs: Runs, key: str) -> bool:
-    """Whether no round of any run has another value."""
+    """Return whether no round of any run has another value."""
     return not any(line.get(key) for arm in runs.values() for run in arm.values() for line in run)
 
 
 def difference(a: Curve, b: Curve) -> Curve:
-    """b - a where both are."""
+    """Return x -> b - a at the points that both have."""
     return {x: b[x] - a[x] for x in a if x in b}
 
 
 def mean_curve(curves: list[Curve]) -> Curve:
-    """Where all are."""
-    return {x: mean(c[x] for c in curves) for x in curves[0] if all(x in c for c in curves)}
+    """Return the mean of one or more curves at the points that all have."""
+    return {x: mean([c[x] for c in curves]) for x in curves[0] if all(x in c for c in curves)}
 
 
 def read_recipe_of(run: Path) -> dict[str, Any]:
-    """The run's resolved recipe as a tree; {} if there is none."""
+    """Return the run's resolved recipe as a tree of its YAML; {} if there is none."""
     file = run / "recipe.yaml"
     return read_yaml(file, "recipe") if file.exists() else {}

@@ -1,19 +1,23 @@
-"""The charts of a report, section by section; diagnostics.py has those by position."""
+"""Which charts a report has, section by section: their metrics, axis labels and captions.
+
+figures_by_position.py has those against the position in the response; charts.py draws them, and
+axes.py has their size, colours, scales and legend.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from matplotlib.figure import Figure
 
 from iwopd_megatron.records.words import common_name
+from iwopd_megatron.report.axes import ROUND
 from iwopd_megatron.report.captions import Chart, Charts, cited
-from iwopd_megatron.report.charts import ROUND, band_chart, curves_of, phase_chart, ratio_chart
+from iwopd_megatron.report.charts import band_chart, curves_of, phase_chart, ratio_chart
 from iwopd_megatron.report.data import Runs, keys_of, series
-from iwopd_megatron.report.diagnostics import (
+from iwopd_megatron.report.figures_by_position import (
     Early,
     by_decile,
     likelihood,
@@ -26,8 +30,8 @@ from iwopd_megatron.report.summary import gains, reference_of
 
 
 @dataclass(frozen=True)
-class Section:
-    """A heading and its charts."""
+class ChartSection:
+    """A heading of a report and its charts."""
 
     title: str
     charts: Charts
@@ -35,9 +39,11 @@ class Section:
 
 def sections(
     runs: Runs, prefixes: dict[str, dict], early: Early, pairs: dict[str, list[PairGain]]
-) -> list[Section]:
-    """prefixes: a run's name -> what `iwopd prefixes` found; early: kept samples of one round;
-    pairs: `report_pairs.pair_gains`. Charts without data are left out, and sections without charts.
+) -> list[ChartSection]:
+    """Return the sections of a report; those without charts, and charts without data, are absent.
+
+    prefixes: a run's name -> what `iwopd prefixes` found; early: kept samples of one round; pairs:
+    of `pairs.pair_gains`.
     """
     found = {
         "Accuracy": _accuracy(runs) | _by_compression(pairs),
@@ -51,16 +57,18 @@ def sections(
         "Time": _time(runs),
         "Services": _services(runs),
     }
-    return [Section(title, charts) for title, charts in found.items() if charts]
+    return [ChartSection(title, charts) for title, charts in found.items() if charts]
 
 
 def drawn(charts: Mapping[str, tuple[Figure | None, str]]) -> Charts:
-    """Those that have a figure."""
+    """Return the charts that have a figure."""
     return {name: Chart(figure, text) for name, (figure, text) in charts.items() if figure}
 
 
-def _over(runs: Runs, key: str, y_label: str, kind: str = "round", scale: float = 1) -> Any:
-    """A metric against the rounds."""
+def _over(
+    runs: Runs, key: str, y_label: str, kind: str = "round", scale: float = 1
+) -> Figure | None:
+    """Return a chart of a metric against the rounds."""
     curves = curves_of(runs, lambda records: series(records, kind, key, scale))
     return band_chart(curves, ROUND, y_label)
 
@@ -81,11 +89,9 @@ def _gain(runs: Runs) -> Charts:
         arm: {seed: series(records, "eval", "accuracy", 100) for seed, records in seeds.items()}
         for arm, seeds in runs.items()
     }
-    references = {arm: reference_of(arm, runs) for arm in runs}
+    references = {arm: other for arm in runs if (other := reference_of(arm, runs)) is not None}
     found = {
-        arm: list(gains(curves[arm], curves[other]).values())
-        for arm, other in references.items()
-        if other is not None
+        arm: list(gains(curves[arm], curves[other]).values()) for arm, other in references.items()
     }
     found = {arm: lines for arm, lines in found.items() if lines}
     over = common_name(references[arm] for arm in found)
@@ -112,7 +118,7 @@ def _reverse_kl(runs: Runs) -> Charts:
 def _health(runs: Runs) -> Charts:
     norms = curves_of(runs, lambda records: series(records, "round", "grad_norm"))
     norm = band_chart(norms, ROUND, "Gradient norm (no unit)", log=True)
-    return drawn({
+    charts = {
         "drift": (
             _over(runs, "drift", "Engine drift (nats/token)"),
             "Mean |trainer − rollout engine| log-probability of the same tokens; ideally 0.",
@@ -126,11 +132,12 @@ def _health(runs: Runs) -> Charts:
             "Responses that were cut at the longest length allowed.",
         ),
         "grad_norm": (norm, "Norm of the gradient before it is clipped."),
-    })  # fmt: skip
+    }
+    return drawn(charts)
 
 
 def _router(runs: Runs) -> Charts:
-    return drawn({
+    charts = {
         "router_max": (
             _over(runs, "router_max_over_mean", "Busiest / mean expert (no unit)"),
             "Tokens of the busiest expert of the student over the mean; mean of layers; 1 is even.",
@@ -139,17 +146,19 @@ def _router(runs: Runs) -> Charts:
             _over(runs, "router_cv", "Coefficient of variation (no unit)"),
             "Standard deviation over mean of the experts' tokens, mean over layers; 0 is even.",
         ),
-    })  # fmt: skip
+    }
+    return drawn(charts)
 
 
 def _time(runs: Runs) -> Charts:
-    return drawn({
+    charts = {
         "phase_times": (phase_chart(runs), _phases(runs)),
         "tokens_per_second": (
             _over(runs, "tokens_per_second", "Response tokens per second (1/s)"),
             "Of the whole round.",
         ),
-    })  # fmt: skip
+    }
+    return drawn(charts)
 
 
 def _phases(runs: Runs) -> str:
@@ -166,7 +175,7 @@ def _services(runs: Runs) -> Charts:
         runs,
         lambda rs: {r["round"]: r["time"]["sync"] for r in rs if "sync" in (r.get("time") or {})},
     )
-    return drawn({
+    charts = {
         "weight_update": (
             band_chart(sync, ROUND, "Weight update (s)"),
             "Time to give the rollout servers new weights and prove that they have them.",
@@ -175,4 +184,5 @@ def _services(runs: Runs) -> Charts:
             _over(runs, "scored_early", "Scored while generating (%)", scale=100),
             "Answers whose teacher scores were there when the round's last answer ended.",
         ),
-    })  # fmt: skip
+    }
+    return drawn(charts)

@@ -9,9 +9,9 @@ from iwopd_megatron.report.statistics import ENOUGH_SEEDS
 
 
 def findings(summary: dict[str, Any]) -> list[str]:
-    """A sentence for every arm that is compared, or else for every arm; then what to bear in mind.
+    """Return a sentence for every arm but those that others are compared with, then caveats.
 
-    summary: of `report_summary.summarise`.
+    summary: of `summary.summarise`.
     """
     arms, paired = summary["arms"], summary["paired"]
     references = {pair["reference"] for pair in paired.values()}
@@ -46,7 +46,7 @@ def _compared(arm: str, pair: dict[str, Any], arms: dict[str, Any]) -> str:
 
 
 def _alone(arm: str, row: dict[str, Any]) -> str:
-    """An arm that nothing is compared with."""
+    """Return the sentence of an arm that nothing is compared with."""
     name, final = arm_name(arm), row["accuracy_final"]
     if final is None:
         return f"{name}: {_no_evaluation([arm], {arm: row})}."
@@ -68,7 +68,7 @@ def _alone(arm: str, row: dict[str, Any]) -> str:
 
 
 def _no_evaluation(names: list[str], arms: dict[str, Any]) -> str:
-    """Why an accuracy is unknown."""
+    """Return why an accuracy is unknown."""
     who = " and ".join(
         f"{arm_name(a)} has {'no evaluation' if arms[a]['rounds'] else 'no finished round'}"
         for a in names

@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 from iwopd_megatron.errors import UserError
 from iwopd_megatron.hf.known_models import planning_config
-from iwopd_megatron.plan.model import ModelSize
+from iwopd_megatron.plan.model_size import ModelSize
 from iwopd_megatron.report.data import REFERENCE, find_runs, read_recipe_of
 from iwopd_megatron.report.statistics import ENOUGH_SEEDS
 from iwopd_megatron.report.summary import summarise
 
 
 class PairGain(NamedTuple):
-    """Of one arm of one comparison: final accuracy minus OPD's, points."""
+    """Final accuracy of one arm of one comparison minus OPD's, in points."""
 
     ratio: float  # parameters of the teacher over those of the student
     gain: float
@@ -23,7 +23,10 @@ class PairGain(NamedTuple):
 
 
 def compression_ratio(run: Path) -> float | None:
-    """None where a run's recipe names a model whose size cannot be known here."""
+    """Return parameters of the teacher over those of the student.
+
+    None where a run's recipe names a model whose size cannot be known here.
+    """
     recipe = read_recipe_of(run)
     try:
         teacher, student = (
@@ -36,12 +39,14 @@ def compression_ratio(run: Path) -> float | None:
 
 
 def pair_gains(folders: Sequence[Path]) -> dict[str, list[PairGain]]:
-    """Arm -> a point each comparison that has OPD too; {} unless the pairs' ratios differ."""
+    """Return arm -> a point for each comparison that has OPD too; {} unless the ratios differ."""
     found: dict[str, list[PairGain]] = {}
     for folder in folders:
         paths = find_runs([folder])
         ratio = compression_ratio(next(iter(paths.values()))[0])
-        for arm, pair in summarise(paths)["paired"].items() if ratio is not None else ():
+        if ratio is None:
+            continue
+        for arm, pair in summarise(paths)["paired"].items():
             if pair["final"] is not None and pair["reference"] == REFERENCE:
                 is_enough = len(pair["final_per_seed"]) >= ENOUGH_SEEDS
                 interval = [100 * bound for bound in pair["final_interval"]] if is_enough else None

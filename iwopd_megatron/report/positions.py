@@ -1,4 +1,4 @@
-"""Figures against the position in the response, as far as enough responses reach.
+"""Metrics against the position in the response, as far as enough responses reach.
 
 Late positions are those of the few longest responses; their mean jumps and is of other responses
 than the mean before. One rule for every such figure: a place counts while it has at least REACH of
@@ -18,24 +18,24 @@ FIRST, LAST, ALL = slice(COMPARED), slice(-COMPARED, None), slice(None)
 
 
 def places_reached(counts: Sequence[int]) -> list[int]:
-    """Indices of the places that enough responses reach."""
+    """Return indices of the places that enough responses reach."""
     fewest = REACH * max(counts, default=0)
     return [place for place, count in enumerate(counts) if count and count >= fewest]
 
 
 def has_both_ends(records: list[dict], key: str) -> bool:
-    """Whether the first and the last rounds that have the metric are not the same."""
+    """Return whether the first and the last rounds that have the metric are not the same."""
     return sum(bool(line.get(key)) for line in records) >= 2 * COMPARED
 
 
 def is_compared(runs: Runs, key: str) -> bool:
-    """Whether at least half of the runs that have the metric can be compared with their start."""
+    """Return whether at least half of the runs with the metric can be compared with their start."""
     found = [run for arm in runs.values() for run in arm.values() if any(r.get(key) for r in run)]
     return bool(found) and 2 * sum(has_both_ends(run, key) for run in found) >= len(found)
 
 
 def compared_runs(runs: Runs, key: str) -> Runs:
-    """Those that can be."""
+    """Return the runs that can be compared with their start."""
     return {
         arm: {seed: run for seed, run in seeds.items() if has_both_ends(run, key)}
         for arm, seeds in runs.items()
@@ -43,9 +43,10 @@ def compared_runs(runs: Runs, key: str) -> Runs:
 
 
 def by_position(records: list[dict], key: str, part: slice, scale: float = 1) -> Curve:
-    """Mean over the tokens of some rounds at each decile (1 to 10), or each bin's middle token.
+    """Return place -> mean over the tokens of some rounds, times `scale`.
 
-    key: e.g. weight_deciles or weight_positions.
+    key: weight_deciles, for instance, whose places are 1 to 10, or weight_positions, whose places
+    are the middle tokens of bins. part: the rounds, a slice of the records that have the metric.
     """
     kind = key.rpartition("_")[2]
     rows = [r for r in records if r.get(key) and r.get(f"tokens_{kind}")][part]
@@ -64,8 +65,9 @@ def by_position(records: list[dict], key: str, part: slice, scale: float = 1) ->
 
 
 def prefix_logp(records: list[dict], part: slice) -> tuple[Curve, Curve]:
-    """Tokens of a prefix -> its log-likelihood under student and teacher, nats, mean of responses.
+    """Return tokens of a prefix -> its log-likelihood in nats, under student and under teacher.
 
+    Mean over responses; part: the rounds, a slice of the records that have what is needed.
     A response that is shorter counts with all its tokens. Linear, so bins' sums are all it takes.
     """
     rows = [r for r in records if all(r.get(key) for key in NEEDED)][part]

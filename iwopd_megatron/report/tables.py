@@ -1,4 +1,4 @@
-"""Scores on benchmarks: what `iwopd eval` measured of the runs, and the paper's numbers beside."""
+"""The table of benchmarks: what `iwopd eval` measured of the runs beside the paper's numbers."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from iwopd_megatron.records.words import (
 )
 from iwopd_megatron.report.arms import Cell, Table
 from iwopd_megatron.report.data import Paths, read_recipe_of
-from iwopd_megatron.report.statistics import mean, stderr
+from iwopd_megatron.report.statistics import mean_or_none, stderr_or_none
 
 PLACES = {"trained": "final", "start": "before"}
 
 
 def paper_results(run: Path) -> dict[str, dict[str, float]]:
-    """Row -> benchmark -> score where the paper has the run's pair of models, else {}."""
+    """Return row -> benchmark -> score (0 to 1) as the paper has them for the run's pair of models.
+
+    {} where it has none.
+    """
     recipe = read_recipe_of(run)
     teacher, student = (_model(recipe.get(key)) for key in ("teacher", "student"))
     known = _paper()
@@ -40,7 +43,7 @@ def _paper() -> dict[str, Any]:
 
 
 def about(paths: Paths) -> str:
-    """Models, and of a single arm the rule; only what the recipes of all arms agree on, or ""."""
+    """Return a sentence on the models and token weights that all arms' recipes agree on, or ""."""
     recipes = [read_recipe_of(runs[0]) for runs in paths.values()]
     found = []
     for role in ("student", "teacher"):
@@ -48,20 +51,20 @@ def about(paths: Paths) -> str:
         places = {section.get("hf") for section in sections if isinstance(section, dict)}
         if len(places) == 1 and None not in places:
             found.append(f"{role}: {places.pop()}")
-    rules = {_rule(recipe) for recipe in recipes}
-    if len(rules) == 1 and None not in rules:
-        found.append(f"token weights: {arm_name(rules.pop())}")
+    first, *others = (_rule(recipe) for recipe in recipes)
+    if first is not None and all(rule == first for rule in others):
+        found.append(f"token weights: {arm_name(first)}")
     text = "; ".join(found)
     return text[:1].upper() + text[1:] + "." if text else ""
 
 
 def _rule(recipe: dict[str, Any]) -> str | None:
-    """The arm's id that the recipe's weighting has; None without teacher or weighting."""
+    """Return the arm's id that the recipe's weighting has; None without teacher or weighting."""
     loss = recipe.get("loss")
     weighting = loss.get("weighting") if isinstance(loss, dict) else None
     rule = weighting.get("rule") if isinstance(weighting, dict) else None
     has_teacher = bool(recipe.get("teacher") or recipe.get("teachers"))
-    return (ARM_IDS.get(rule, rule)) if has_teacher else None
+    return ARM_IDS.get(rule, rule) if has_teacher and rule is not None else None
 
 
 def _model(section: Any) -> str:
@@ -69,7 +72,7 @@ def _model(section: Any) -> str:
 
 
 def measured(paths: Paths) -> dict[str, dict[str, dict[str, Any]]]:
-    """Row (arm and checkpoint) -> benchmark -> score, error or interval, samples, seeds."""
+    """Return row (arm and checkpoint) -> benchmark -> score, error or interval, samples, seeds."""
     found: dict[str, dict[str, list[dict]]] = {}
     for arm, runs in paths.items():
         for run in runs:
@@ -90,10 +93,13 @@ def _benchmarks(file: Path) -> dict[str, Any]:
 
 
 def _pooled(results: list[dict]) -> dict[str, Any]:
-    """Over seeds: mean and standard error. Of one run: its bootstrap interval over problems."""
-    error = stderr(result["mean"] for result in results)
+    """Return the score of one benchmark: mean and standard error over seeds.
+
+    Of one run there is its bootstrap interval over problems instead of the error.
+    """
+    error = stderr_or_none(result["mean"] for result in results)
     return {
-        "score": mean(result["mean"] for result in results),
+        "score": mean_or_none(result["mean"] for result in results),
         "error": error,
         "interval": results[0]["mean_interval"] if error is None else None,
         "samples": results[0]["samples"],
@@ -102,7 +108,10 @@ def _pooled(results: list[dict]) -> dict[str, Any]:
 
 
 def benchmark_table(paths: Paths) -> dict[str, Any] | None:
-    """Both, as shares, by benchmarks that any of them has; None where neither is known."""
+    """Return both, scores from 0 to 1, by benchmarks that any of them has.
+
+    None where neither is known. Raises RecipeError for a damaged results.json.
+    """
     own = measured(paths)
     paper = paper_results(next(iter(paths.values()))[0])
     names = dict.fromkeys(name for rows in (own, paper) for row in rows.values() for name in row)
@@ -112,7 +121,7 @@ def benchmark_table(paths: Paths) -> dict[str, Any] | None:
 
 
 def benchmarks_shown(paths: Paths) -> tuple[Table, set[int]] | None:
-    """The table as text, and which of its rows are the paper's; None without one."""
+    """Return the table as text, and which of its rows are the paper's; None without one."""
     table = benchmark_table(paths)
     if table is None:
         return None
@@ -138,7 +147,7 @@ def _score(one: dict[str, Any] | None) -> Cell:
 
 
 def _note(table: dict[str, Any]) -> str:
-    """Only of what the table holds."""
+    """Return what a reader must know of the table, and only of what it holds."""
     cells = [cell for row in table["own"].values() for cell in row.values()]
     parts = ["Right answers in %, mean over samples and problems."]
     if any(cell["error"] is not None for cell in cells):

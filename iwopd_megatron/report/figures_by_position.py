@@ -1,4 +1,7 @@
-"""The charts against the position in the response: the paper's diagnostics and their kin."""
+"""The charts against the position in the response: their metrics, axis labels and captions.
+
+The paper's diagnostics (Fig. 1b, 3b, 3c, 4b) and others like them.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,9 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 from iwopd_megatron.records.words import arm_name
+from iwopd_megatron.report.axes import wrapped
 from iwopd_megatron.report.captions import SHARE, Chart, Charts, cited, how_far, which_rounds
-from iwopd_megatron.report.charts import (
-    band_chart,
-    curves_of,
-    pair_chart,
-    trajectories_chart,
-    wrapped,
-)
+from iwopd_megatron.report.charts import band_chart, curves_of, pair_chart, trajectories_chart
 from iwopd_megatron.report.data import REFERENCE, Curve, Runs, difference, is_zero, mean_curve
 from iwopd_megatron.report.positions import (
     ALL,
@@ -40,7 +38,10 @@ class Early(NamedTuple):
 
 
 def _at(runs: Runs, key: str, y_label: str, before: bool = False, scale: float = 1) -> Drawn:
-    """A metric against the position, and of what it is; before: first against last rounds."""
+    """Return a chart of a metric against the position, and of which rounds it is, in words.
+
+    before: the first rounds against the last where most runs have both.
+    """
     compared = before and is_compared(runs, key)
     part = LAST if compared else ALL
     runs = compared_runs(runs, key) if compared else runs
@@ -51,7 +52,7 @@ def _at(runs: Runs, key: str, y_label: str, before: bool = False, scale: float =
 
 
 def _first(runs: Runs, key: str) -> list[Curve]:
-    """The first rounds of all runs."""
+    """Return the curves of the first rounds of all runs."""
     found = curves_of(runs, lambda records: by_position(records, key, FIRST))
     return [curve for curves in found.values() for curve in curves]
 
@@ -62,13 +63,18 @@ def _made(name: str, drawn: Drawn, what: str, end: str = "") -> Charts:
 
 
 def prefix_continuations(prefixes: dict[str, dict[str, Any]]) -> Charts:
+    """Return a chart for each run: right answers against the share of the response continued from.
+
+    prefixes: a run's name -> what `iwopd prefixes` wrote.
+    """
     charts: Charts = {}
     for number, (name, found) in enumerate(prefixes.items()):
         curves = {}
         for who in ("teacher", "student"):
             points = {100 * p["fraction"]: p[who] for p in found["points"]}
             means = {x: 100 * point["mean"] for x, point in points.items()}
-            bounds = [tuple(100 * b for b in point["mean_interval"]) for point in points.values()]
+            intervals = [point["mean_interval"] for point in points.values()]
+            bounds = [(100 * low, 100 * high) for low, high in intervals]
             curves[who] = means, bounds
         figure = pair_chart(curves, "Student's prefix (% of its response)", "Right answers (%)")
         figure.axes[0].set_title(wrapped(name), loc="right")
@@ -83,11 +89,13 @@ def prefix_continuations(prefixes: dict[str, dict[str, Any]]) -> Charts:
 
 
 def reverse_kl_by_position(runs: Runs) -> Charts:
+    """Return the chart of Fig. 3b."""
     drawn = _at(runs, "reverse_kl_positions", "Reverse KL (nats/token)", before=True)
     return _made("reverse_kl_by_position", drawn, "Reverse KL by position", cited("3b"))
 
 
 def likelihood(runs: Runs) -> Charts:
+    """Return charts of student's and teacher's likelihood of prefixes (Fig. 3c), and of the gap."""
     compared = is_compared(runs, "logp_positions")
     runs = compared_runs(runs, "logp_positions") if compared else runs
     part = FIRST if compared else ALL
@@ -120,6 +128,7 @@ def likelihood(runs: Runs) -> Charts:
 
 
 def weights(runs: Runs, early: Early) -> Charts:
+    """Return charts of token weights: of the arms by tenth, and of single responses (Fig. 4b)."""
     drawn = _at(runs, "weight_deciles", "Token weight (no unit)")
     is_there = any(arm.rpartition("/")[2] == REFERENCE for arm in runs)
     end = f"{arm_name(REFERENCE)} is 1 everywhere." if is_there else ""
@@ -136,6 +145,7 @@ def weights(runs: Runs, early: Early) -> Charts:
 
 
 def by_decile(runs: Runs) -> Charts:
+    """Return charts of gap, entropy, drift and clipping by tenth of the response."""
     gap = _at(runs, "abs_gap_deciles", "|gap| (nats/token)", before=True)
     entropy = _at(runs, "entropy_deciles", "Student's entropy (nats/token)")
     drift = _at(runs, "drift_deciles", "Engine drift (nats/token)")

@@ -1,4 +1,4 @@
-"""GPUs that a recipe does not give to its roles, for planning: as many as each has by itself."""
+"""GPUs for roles that a recipe gives none: as many as each role's own settings ask for."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from iwopd_megatron.config.cluster import Cluster
 from iwopd_megatron.config.recipe import Recipe
 
 
-def with_cluster(recipe: Recipe) -> tuple[Recipe, list[str]]:
-    """The recipe with GPUs for every role that it has, and a sentence for each that it did not say.
+def planned_cluster(recipe: Recipe) -> tuple[Cluster, list[str]]:
+    """Return a cluster with GPUs for every role of the recipe, and a sentence for each assumed.
 
     Teacher services get the fewest GPUs that their layouts fit on, rollout servers those of
     `rollout.servers.start`; servers of given urls are not planned.
@@ -27,4 +27,4 @@ def with_cluster(recipe: Recipe) -> tuple[Recipe, list[str]]:
         gpus = count * servers.tp
         said.append(f"cluster.rollout={gpus}, for rollout.servers.start={count} (assumed)")
         cluster = cluster.model_copy(update={"rollout": gpus})
-    return recipe.model_copy(update={"cluster": cluster}), said
+    return cluster, said

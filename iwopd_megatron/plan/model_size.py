@@ -1,4 +1,4 @@
-"""Sizes of a model and of one rank's share of it, from config.json alone.
+"""Parameters of a model and of one rank's share of it, from config.json alone.
 
 Counts are parameters, as Megatron builds them here: vocabulary never padded, no biases, query and
 key norms, SwiGLU. Per rank: attention, dense MLP and vocabulary over tp, experts over ep x etp,
@@ -23,12 +23,13 @@ class Share:
 
     @property
     def total(self) -> float:
+        """Parameters, dense and expert."""
         return self.dense + self.expert
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Dimensions of a Qwen3-like model."""
+    """Dimensions of a Qwen3-like model, dense or with experts (`experts` 0: dense)."""
 
     hidden: int
     ffn: int  # of a dense MLP, or of one expert
@@ -45,6 +46,7 @@ class ModelSize:
 
     @classmethod
     def of(cls, hf: HfConfig) -> ModelSize:
+        """Return the dimensions that a config.json gives."""
         experts = hf.num_experts
         return cls(
             hidden=hf.hidden_size,
@@ -63,43 +65,56 @@ class ModelSize:
 
     @property
     def attention(self) -> int:
-        """Weights of one layer's four projections."""
+        """Weights of one layer's projections = h (2q + 2k): queries and output, keys and values."""
         return self.hidden * (2 * self.queries + 2 * self.keys)
 
     @property
     def norms(self) -> int:
+        """Weights of one layer's norms = 2h before attention and MLP + 2 head sizes (q, k)."""
         return 2 * self.hidden + 2 * self.head
 
     @property
     def router(self) -> int:
+        """Weights of one layer's router = h x experts; 0 if dense."""
         return self.hidden * self.experts
 
     @property
     def mlp(self) -> int:
-        """Weights of one dense MLP or one expert."""
+        """Weights of one dense MLP or one expert = 3 h f: gate, up and down."""
         return 3 * self.hidden * self.ffn
 
     @property
     def vocabulary(self) -> int:
-        """Weights of an embedding, or of a head."""
+        """Weights of an embedding, or of an LM head = vocabulary x h."""
         return self.vocab * self.hidden
 
     @cached_property
     def parameters(self) -> int:
-        """All parameters; a tied head is not counted twice."""
+        """All parameters = layers x (attention + norms + router + MLPs) + final norm + vocabulary.
+
+        The vocabulary counts twice (embedding and head) unless they are tied.
+        """
         layer = self.attention + self.norms + self.router + max(1, self.experts) * self.mlp
         return self.layers * layer + self.hidden + self.vocabulary * (1 if self.tied else 2)
 
     @cached_property
     def active(self) -> int:
-        """Parameters in a token's matrix products, the head's included and the embedding's not."""
+        """Parameters in a token's matrix products, the head's included and the embedding's not.
+
+        = layers x (attention + router + topk x MLP) + vocabulary; twice that is a token's FLOP
+        without attention scores.
+        """
         layer = self.attention + self.router + self.topk * self.mlp
         return self.layers * layer + self.vocabulary
 
     def share(self, layout: Layout, stage: int) -> Share:
-        """One rank's parameters on pipeline stage `stage` (0 first, pp - 1 last).
+        """Return one rank's parameters on pipeline stage `stage` (0 first, pp - 1 last).
 
-        A tied head on another stage than the embedding is a copy of it.
+        Dense = layers / pp x (attention / tp + norms + router + dense MLP / tp), and vocabulary /
+        tp for the embedding on the first stage, vocabulary / tp + h for head and final norm on the
+        last.
+        Expert = layers / pp x experts x MLP / (ep etp). A tied head is a copy of the embedding
+        where pp > 1, and no parameters where pp = 1.
         """
         tp, layers = layout.tp, self.layers / layout.pp
         layer = self.attention / tp + self.norms + self.router
