@@ -28,7 +28,7 @@ class Minibatch:
         batches, length = packer(self.samples, aggregation)
         if self.support:
             batches = [
-                replace(batch, topk_ids=ids, topk_logp=logp)
-                for batch, (ids, logp) in zip(batches, self.support, strict=True)
+                replace(batch, support=support)
+                for batch, support in zip(batches, self.support, strict=True)
             ]
         return batches, length

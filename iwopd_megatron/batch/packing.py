@@ -8,8 +8,10 @@ tokens of this context-parallel rank, N loss tokens among them, K tokens of a te
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy
 import torch
@@ -27,6 +29,13 @@ from iwopd_megatron.runtime.parallel import (
 )
 
 SCORES = ("rollout_logp", "teacher_logp", "base_logp", "old_logp")
+
+
+class Support(NamedTuple):
+    """A teacher's likeliest tokens at the loss tokens of one micro-batch, on its device."""
+
+    ids: torch.Tensor  # [N, K] int64
+    logp: torch.Tensor  # [N, K] fp32, nats
 
 
 @dataclass(frozen=True)
@@ -48,10 +57,14 @@ class MicroBatch:
     teacher_logp: torch.Tensor  # [N]
     base_logp: torch.Tensor  # [N]
     old_logp: torch.Tensor | None  # [N]; None: this forward's own, detached
-    topk_ids: torch.Tensor | None = None  # [N, K] int64: the teacher's likeliest tokens
-    topk_logp: torch.Tensor | None = None  # [N, K]
-    experts: torch.Tensor | None = None  # [layers, T / tp, top k] on the host, to be replayed
-    is_real: torch.Tensor | None = None  # [T / tp] bool: no padding, of this tensor-parallel rank
+    experts: torch.Tensor | None  # [layers, T / tp, top k] on the host, to be replayed
+    is_real: torch.Tensor  # [T / tp] bool: no padding, of this tensor-parallel rank
+    support: Support | None = None  # where the loss reads one
+
+    @property
+    def support_ids(self) -> torch.Tensor | None:
+        """Return the support's ids `[N, K]`, None without a support."""
+        return None if self.support is None else self.support.ids
 
 
 @dataclass(frozen=True)
@@ -123,7 +136,7 @@ def plan_microbatches(
 
 
 def _fill(
-    costs: list[float], lengths: list[int], budget: int, count: int
+    costs: Sequence[float], lengths: list[int], budget: int, count: int
 ) -> list[list[int]] | None:
     """`count` bins of sequences: the costliest next into the cheapest bin with room for it."""
     bins: list[list[int]] = [[] for _ in range(count)]

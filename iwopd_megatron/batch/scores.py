@@ -12,13 +12,10 @@ import numpy
 import torch
 import torch.distributed as dist
 
-from iwopd_megatron.batch.packing import MicroBatch, response_places
+from iwopd_megatron.batch.packing import MicroBatch, Support, response_places
 from iwopd_megatron.batch.trajectory import Trajectory
 from iwopd_megatron.runtime import device
 from iwopd_megatron.runtime.parallel import Parallel
-
-# A teacher's likeliest ids and their log-probs, [N, K] each, of one micro-batch
-Support = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)

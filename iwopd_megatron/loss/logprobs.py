@@ -31,12 +31,24 @@ _HAS_OUT_DTYPE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
 
 
 class LogProbs(NamedTuple):
-    """Per-token results, fp32, in nats, all differentiable."""
+    """Per-token results of an LM head, fp32, in nats, all differentiable."""
 
     logp: torch.Tensor  # [N]
     entropy: torch.Tensor | None  # [N]
     topk_logp: torch.Tensor | None = None  # [N, K]
     topk_ids: torch.Tensor | None = None  # [N, K] int64, of topk_logp; likeliest first if found
+
+    def known_entropy(self) -> torch.Tensor:
+        """Return `entropy`; ValueError where it was not asked for."""
+        if self.entropy is None:
+            raise ValueError("these log-probs came without entropies; ask for them.")
+        return self.entropy
+
+    def known_topk(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `topk_ids` and `topk_logp`; ValueError where no ids were scored or searched."""
+        if self.topk_ids is None or self.topk_logp is None:
+            raise ValueError("these log-probs are of the targets alone; ask for topk_ids or topk.")
+        return self.topk_ids, self.topk_logp
 
 
 def linear_logprobs(

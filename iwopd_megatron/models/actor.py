@@ -95,8 +95,9 @@ class Schedule:
         """What the last stage makes of its hidden states: the objective's loss and sums."""
 
         def on_output(hidden, model, batch):
-            if objective.is_known(batch) and self.parallel.tp.size == 1:
-                terms = objective.terms(batch)
+            # One pass over the head needs the whole vocabulary on this rank.
+            terms = objective.known_terms(batch) if self.parallel.tp.size == 1 else None
+            if terms is not None:
                 loss, logprobs = linear_loss(
                     hidden.squeeze(1),
                     model.head_weight(),
@@ -104,7 +105,7 @@ class Schedule:
                     terms.loss,
                     rows=batch.rows,
                     temperature=self.temperature,
-                    topk_ids=batch.topk_ids,
+                    topk_ids=batch.support_ids,
                 )
             else:
                 logprobs = self.logprobs(hidden, model, batch)
@@ -137,7 +138,7 @@ class Schedule:
                 scores[first[batch.owner] + batch.offset] = found.logp
         dist.all_reduce(scores)
         values = scores.tolist()
-        supports = [(found.topk_ids, found.topk_logp) for _, found in kept if topk]
+        supports = [Support(*found.known_topk()) for _, found in kept if topk]
         return [values[a:b] for a, b in zip(starts, starts[1:], strict=False)], supports
 
     def logprobs(
@@ -161,6 +162,6 @@ class Schedule:
             rows=batch.rows,
             temperature=self.temperature,
             with_entropy=with_entropy,
-            topk_ids=batch.topk_ids,
+            topk_ids=batch.support_ids,
             topk=topk,
         )

@@ -51,7 +51,7 @@ def train_round(
         "loss_tokens": round(total["tokens"].item()),
     }
     if kind is not None:
-        line |= token_means(total, kind) | {"bin_tokens": minibatches[0].objective.bin_tokens}
+        line |= minibatches[0].objective.token_metrics(total)
     if "expert_tokens" in total:
         line |= router_means(total["expert_tokens"].view_as(student.expert_tokens))
     line |= {"grad_norm": sum(norms) / max(len(norms), 1), "lr": student.lr}
