@@ -1,4 +1,4 @@
-"""Mistakes a user can mend: the message is one sentence, shown without a traceback."""
+"""Errors a user can mend: the message is one sentence, shown without a traceback."""
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: what was done is saved, run again with --resume
 

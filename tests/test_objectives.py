@@ -11,7 +11,7 @@ from worlds import run_world
 
 from iwopd_megatron.batch.minibatch import Minibatch
 from iwopd_megatron.batch.objective import DistillationObjective
-from iwopd_megatron.batch.packing import Packer
+from iwopd_megatron.batch.packing import Packer, Support
 from iwopd_megatron.config.loss import Loss
 from iwopd_megatron.config.models import Layout
 from iwopd_megatron.config.recipe import Train
@@ -147,11 +147,13 @@ def gradients(schedule, optimizer, samples, support, loss, budget):
     own = ()
     if loss.objective == "topk_kl" and parallel.is_last_stage:
         own = [
-            tuple(
-                torch.stack([support[s][part][t] for s, t in zip(*where, strict=True)])
-                if len(batch.rows)
-                else torch.zeros(0, K, dtype=support[0][part].dtype)
-                for part in (0, 1)
+            Support(
+                *(
+                    torch.stack([support[s][part][t] for s, t in zip(*where, strict=True)])
+                    if len(batch.rows)
+                    else torch.zeros(0, K, dtype=support[0][part].dtype)
+                    for part in (0, 1)
+                )
             )
             for batch in packer(samples)[0]
             for where in [(batch.owner.tolist(), batch.offset.tolist())]

@@ -17,7 +17,14 @@ from collections.abc import Callable
 import torch
 
 from iwopd_megatron.loss import tile_ops
-from iwopd_megatron.loss.logprobs import Head, LogProbs, add_product, default_tile, scored_ids
+from iwopd_megatron.loss.logprobs import (
+    Head,
+    LogProbs,
+    Product,
+    add_product,
+    default_tile,
+    scored_ids,
+)
 from iwopd_megatron.runtime import device
 
 # (a chunk's log-probs, its place among the tokens) -> the sum of its tokens' losses
@@ -39,12 +46,12 @@ def linear_loss(
     chunk_tokens: int | None = None,
     chunk_vocab: int | None = None,
 ) -> tuple[torch.Tensor, LogProbs]:
-    """The summed loss, differentiable in `hidden` and `weight`, and the log-probs, detached.
+    """Return the summed loss, differentiable in `hidden` and `weight`, and detached log-probs.
 
     hidden: `[N, D]`; weight: `[V, D]`, the whole head; targets, rows, topk_ids: as for
     `linear_logprobs`. `token_loss` is differentiated in the `logp` and `topk_logp` it is given.
     Workspace: `chunk_tokens` rows of logits (fp32, on GPUs the weight's dtype); and the two
-    gradients, until backward.
+    gradients, fp32, until backward.
     """
     if rows is not None:
         hidden = hidden.index_select(0, rows)
@@ -65,7 +72,7 @@ def linear_loss(
 
 
 class _Chunk:
-    """Some tokens: their exponentials over the vocabulary, tile after tile; sums fp32 `[C]`."""
+    """A chunk of tokens: exponentials over the vocabulary, tile after tile; sums fp32 `[C]`."""
 
     def __init__(self, head: Head, ids_CK: torch.Tensor, workspace: torch.Tensor):
         self.head, self.ids_CK = head, ids_CK
@@ -112,7 +119,8 @@ class _FusedChunk:
     """A chunk on a GPU: its logits as the product wrote them, over which their gradient goes."""
 
     def __init__(self, head: Head, ids_CK: torch.Tensor):
-        self.head, self.ids_CK, self.products = head, ids_CK, []
+        self.head, self.ids_CK = head, ids_CK
+        self.products: list[Product] = []
         self.max_C, stats = head.statistics(ids_CK, with_entropy=True, kept=self.products)
         self.sum_C, self.found_CK = stats[0], stats[2:].t()
         self.weighted_C = stats[1] - self.max_C * self.sum_C
@@ -140,6 +148,7 @@ class _LinearLoss(torch.autograd.Function):
         for start in range(0, tokens, chunk):
             s = slice(start, min(start + chunk, tokens))
             head = Head(hidden_ND[s], weight_VD, inv_temperature, tile)
+            part: _Chunk | _FusedChunk
             if is_fused:
                 part = _FusedChunk(head, ids_NK[s])
             else:
@@ -166,7 +175,7 @@ class _LinearLoss(torch.autograd.Function):
 
 
 def _differentiate(token_loss, logp_CK, entropy_C, topk_NK, s):
-    """A chunk's loss, and its gradient by the log-probs."""
+    """Return a chunk's loss, and its gradient by the log-probs `[C, K]`."""
     with torch.enable_grad():
         leaf_CK = logp_CK.detach().requires_grad_()
         dense = (None, None) if topk_NK is None else (leaf_CK[:, 1:], topk_NK[s])

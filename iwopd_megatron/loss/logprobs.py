@@ -66,7 +66,7 @@ def linear_logprobs(
     chunk_tokens: int | None = None,
     chunk_vocab: int | None = None,
 ) -> LogProbs:
-    """Log-probs of `targets`, and entropies, under the head `weight`.
+    """Return log-probs of `targets`, and entropies, under the head `weight`.
 
     hidden: `[N, D]`, or this rank's `[N / tp, D]` when `sequence_parallel`; weight: `[V, D]`, this
     rank's rows of the vocabulary; targets: int64, one per kept row; rows: int64 indices of the
@@ -75,6 +75,7 @@ def linear_logprobs(
     without gradient). Matrix products run in the weight's dtype, everything else in fp32. Over tp:
     two all-reduces forward ([N] max, [3 + K, N] sum), for topk an all-gather of [N, 2 topk], and
     one collective backward, however many tiles of `chunk_tokens` x `chunk_vocab` logits there are.
+    ValueError where both topk_ids and topk are given.
     """
     if topk and topk_ids is not None:
         raise ValueError("score given topk_ids or topk, not both.")
@@ -103,7 +104,7 @@ def linear_logprobs(
 
 
 def default_tile(topk: int = 0) -> tuple[int, int]:
-    """Tokens and vocabulary entries of a tile of logits on this device."""
+    """Return tokens and vocabulary entries of a tile of logits on this device."""
     if device.has_gpu():
         return GPU_TILE
     return CPU_TOPK_TILE if topk else CPU_TILE
@@ -122,17 +123,18 @@ class Head(NamedTuple):
     tile: tuple[int, int]
 
     def tiles(self) -> Iterator[tuple[slice, slice]]:
-        """(tokens, vocabulary) of all tiles; vocabulary outermost, so that weights stay cached."""
+        """Yield (tokens, vocabulary) of all tiles; vocabulary outermost: weights stay cached."""
         (tokens, vocab), (rows, columns) = self.tile, (len(self.hidden_ND), len(self.weight_VD))
         for v in range(0, columns, vocab):
             for c in range(0, rows, tokens):
                 yield slice(c, min(c + tokens, rows)), slice(v, min(v + vocab, columns))
 
     def product(self, s: slice, v: slice) -> torch.Tensor:
-        """`[C, U]`, in the weight's dtype; times 1 / temperature these are the logits."""
+        """Return `[C, U]` in the weight's dtype; times 1 / temperature these are the logits."""
         return self.hidden_ND[s] @ self.weight_VD[v].t()
 
     def products(self) -> Iterator[Product]:
+        """Yield the products of all tiles, each computed when it is its turn."""
         for s, v in self.tiles():
             yield s, v, self.product(s, v)
 
@@ -144,9 +146,10 @@ class Head(NamedTuple):
         start: int = 0,
         kept: list[Product] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Maxima `[N]`, and `[2 + K, N]`: sums of exp, of exp * logit, both relative to the maxima,
-        and the logits of `ids_NK`, 0 where another rank has them.
+        """Return the logits' maxima `[N]`, and `[2 + K, N]` fp32 of them.
 
+        That is: sums of exp, of exp * logit, both relative to the maxima, and the logits of
+        `ids_NK`, 0 where another rank has them. best: takes the K largest logits on the way;
         start: id of the first column; kept: takes all products, for `add_gradients`.
         """
         stats = ids_NK.new_zeros(2 + ids_NK.shape[1], len(ids_NK), dtype=torch.float32)
@@ -198,12 +201,12 @@ def merge(
 
 
 def scored_ids(target_N: torch.Tensor, topk_NK: torch.Tensor | None) -> torch.Tensor:
-    """Ids whose log-probs are wanted, `[N, 1 + K]`, the target first."""
+    """Return the ids whose log-probs are wanted, `[N, 1 + K]`, the target first."""
     return target_N[:, None] if topk_NK is None else torch.cat([target_N[:, None], topk_NK], 1)
 
 
 class _LinearLogProbs(torch.autograd.Function):
-    """Its hidden gradient covers this rank's vocabulary only; the caller's region op sums it."""
+    """Log-probs whose hidden gradient is this rank's part; the caller's region op sums it."""
 
     @staticmethod
     def forward(
@@ -251,7 +254,7 @@ class _LinearLogProbs(torch.autograd.Function):
 
 
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a @ b, with an fp32 total whatever the product's dtype."""
+    """Add a @ b to `total` in place, which is fp32 whatever the product's dtype."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     elif total.is_cuda and _HAS_OUT_DTYPE:  # summed in fp32 by the product itself

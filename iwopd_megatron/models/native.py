@@ -10,14 +10,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
+from iwopd_megatron.models.marks import mark_parameter
 from iwopd_megatron.models.native_ops import grouped_mm, rms_norm, rotate, swiglu
+from iwopd_megatron.models.rotary_tables import rotary_table
 from iwopd_megatron.runtime import device
 from iwopd_megatron.runtime.megatron import MLP, MegatronModule, megatron_experts
 from iwopd_megatron.runtime.parallel import Packing
 
 
 class RMSNorm(torch.nn.Module):
-    """RMS norm; marks its weight so that Megatron sums its gradient over sequence shards."""
+    """RMS norm; its weight is marked so that Megatron sums its gradient over sequence shards."""
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-6, **kwargs):
         super().__init__()
@@ -25,7 +27,7 @@ class RMSNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(
             torch.ones(hidden_size, dtype=config.params_dtype, device=device.current_device())
         )
-        self.weight.sequence_parallel = config.sequence_parallel
+        mark_parameter(self.weight, sequence_parallel=config.sequence_parallel)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps)
@@ -83,7 +85,7 @@ class SdpaAttention(MegatronModule):
         packed_seq_params=None,
     ):
         packing = packed_seq_params.packing
-        turn = packing.rotation(self.rope, query.shape[-1], query.dtype, self.cp_group)
+        turn = rotary_table(packing, self.rope, query.shape[-1], query.dtype, self.cp_group)
         query, key = rotate(query, *turn), rotate(key, *turn)
         query, key, value = (x.unsqueeze(1) for x in (query, key, value))
         if self.cp_group.size() > 1:
@@ -95,26 +97,29 @@ class SdpaAttention(MegatronModule):
         return out.flatten(2)
 
     def _attend(self, query, key, value):
-        """`[s, b, h, d]` x 3 -> `[s, b, h, d]`; a shorter query is the end of the key sequence."""
+        """Return `[s, b, h, d]` of three such; a shorter query is the end of the key sequence."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        bias = {"is_causal": True}
         if q.shape[2] != k.shape[2]:
-            bias = {"attn_mask": causal_lower_right(q.shape[2], k.shape[2])}
+            bias = causal_lower_right(q.shape[2], k.shape[2])
             groups = q.shape[1] // k.shape[1]  # CausalBias kernels do not broadcast grouped queries
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
         else:
-            bias["enable_gqa"] = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, scale=self.scale, **bias).permute(2, 0, 1, 3)
+            is_grouped = q.shape[1] != k.shape[1]
+            out = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=self.scale, enable_gqa=is_grouped
+            )
+        return out.permute(2, 0, 1, 3)
 
     def _batched(self, query, key, value, packing: Packing):
-        """Packed sequences as a batch, padded on the right if lengths differ.
+        """Attend to packed sequences as one batch, padded on the right if lengths differ.
 
         Causal masks keep padding from real tokens.
         """
         lengths, longest = packing.lengths, max(packing.lengths)
         if min(lengths) == longest:
-            batch = (x.squeeze(1).unflatten(0, (-1, longest)) for x in (query, key, value))
-            out = self._attend(*(x.transpose(0, 1) for x in batch))
+            rows = (x.squeeze(1).unflatten(0, (-1, longest)) for x in (query, key, value))
+            out = self._attend(*(x.transpose(0, 1) for x in rows))
             return out.transpose(0, 1).flatten(0, 1).unsqueeze(1)
         if longest * len(lengths) > 2 * query.shape[0]:  # padding would cost more than the calls
             parts = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
