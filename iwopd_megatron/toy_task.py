@@ -110,8 +110,8 @@ def write_task(folder: Path) -> None:
     """
     write_jsonl(folder / "train.jsonl", islice(problems(seed=1), 2048))
     write_jsonl(folder / "eval.jsonl", islice(problems(seed=EVAL_SEED), 512))
-    clean = islice(problems(seed=2, slip=0.0), 64 * TEACHER_ROUNDS)
-    write_jsonl(folder / "teacher.jsonl", clean)
+    teacher = islice(problems(seed=2, slip=0.0), 64 * TEACHER_ROUNDS)
+    write_jsonl(folder / "teacher.jsonl", teacher)
     half = 64 * STUDENT_ROUNDS // 2
     clean, sloppy = problems(seed=3, slip=0.0), problems(seed=4, slip=SLIP)
     write_jsonl(folder / "student.jsonl", islice(clean, half), islice(sloppy, half))

@@ -17,14 +17,8 @@ from collections.abc import Callable
 import torch
 
 from iwopd_megatron.loss import tile_ops
-from iwopd_megatron.loss.logprobs import (
-    Head,
-    LogProbs,
-    Product,
-    add_product,
-    default_tile,
-    scored_ids,
-)
+from iwopd_megatron.loss.head import Head, Product, add_product
+from iwopd_megatron.loss.logprobs import LogProbs, default_tile, scored_ids
 from iwopd_megatron.runtime import device
 
 # (a chunk's log-probs, its place among the tokens) -> the sum of its tokens' losses
