@@ -10,7 +10,7 @@ import torch
 from worlds import run_world
 
 from iwopd_megatron.batch.minibatch import Minibatch
-from iwopd_megatron.batch.objective import DistillationObjective
+from iwopd_megatron.batch.objective import DistillationObjective, LikelihoodObjective
 from iwopd_megatron.batch.packing import Packer, Support
 from iwopd_megatron.config.loss import Loss
 from iwopd_megatron.config.models import Layout
@@ -272,3 +272,10 @@ def test_the_first_steps_old_log_probs_are_its_own(moe_folder):
     queue = local_context().SimpleQueue()
     run_world(1, old_is_own, moe_folder, queue)
     assert queue.get() < 1e-5
+
+
+def test_given_responses_weigh_every_token_the_same():
+    objective, gap = LikelihoodObjective(), torch.tensor([1.0, -2.0, 3.0])
+    weights = objective.weighting.packed(gap, torch.zeros(3).long(), torch.ones(3).bool())
+    assert weights.tolist() == [1.0, 1.0, 1.0]
+    assert objective.token_metrics({"tokens": torch.tensor(3.0), "loss": torch.tensor(1.0)}) == {}

@@ -74,7 +74,8 @@ class _Chunk:
         self.max_C = torch.full_like(self.sum_C, -torch.inf)
         self.found_CK = torch.zeros(ids_CK.shape, device=workspace.device)
         # (tokens, vocabulary, exponentials, the logits they are relative to)
-        self.tiles, start = [], 0
+        self.tiles: list[tuple[slice, slice, torch.Tensor, torch.Tensor]] = []
+        start = 0
         for s, v in head.tiles():
             shape = s.stop - s.start, v.stop - v.start
             exp_CU = workspace[start : start + shape[0] * shape[1]].view(shape)
@@ -96,7 +97,14 @@ class _Chunk:
         self.max_C[s] = peak_C
         return peak_C
 
-    def add_gradients(self, logz_C, dlogp_CK, dhidden_CD, dweight_VD) -> None:
+    def add_gradients(
+        self,
+        logz_C: torch.Tensor,
+        dlogp_CK: torch.Tensor,
+        dhidden_CD: torch.Tensor,
+        dweight_VD: torch.Tensor,
+    ) -> None:
+        """Add to both gradients, fp32, those of sum(dlogp * log-prob of ids)."""
         dlogz_C = dlogp_CK.sum(1)
         for s, v, dlogits_CU, peak_C in self.tiles:
             dlogits_CU.mul_((peak_C - logz_C[s]).exp_().mul_(-dlogz_C[s])[:, None])
@@ -119,7 +127,14 @@ class _FusedChunk:
         self.sum_C, self.found_CK = stats[0], stats[2:].t()
         self.weighted_C = stats[1] - self.max_C * self.sum_C
 
-    def add_gradients(self, logz_C, dlogp_CK, dhidden_CD, dweight_VD) -> None:
+    def add_gradients(
+        self,
+        logz_C: torch.Tensor,
+        dlogp_CK: torch.Tensor,
+        dhidden_CD: torch.Tensor,
+        dweight_VD: torch.Tensor,
+    ) -> None:
+        """Do as `_Chunk.add_gradients` does."""
         self.head.add_gradients(
             self.ids_CK, logz_C, dlogp_CK, None, dhidden_CD, dweight_VD, self.products
         )
@@ -168,7 +183,13 @@ class _LinearLoss(torch.autograd.Function):
         return *((gradient * dloss).to(dtype) for gradient, dtype in gradients), *[None] * 6
 
 
-def _differentiate(token_loss, logp_CK, entropy_C, topk_NK, s):
+def _differentiate(
+    token_loss: TokenLoss,
+    logp_CK: torch.Tensor,
+    entropy_C: torch.Tensor,
+    topk_NK: torch.Tensor | None,
+    s: slice,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a chunk's loss, and its gradient by the log-probs `[C, K]`."""
     with torch.enable_grad():
         leaf_CK = logp_CK.detach().requires_grad_()

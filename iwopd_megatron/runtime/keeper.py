@@ -94,7 +94,7 @@ class WatchedServer:
         self.started = self.heard = time.monotonic()
 
     def trouble(self, start_timeout: float, hang_timeout: float) -> str | None:
-        """Return why it must be restarted, None if it need not; asks /health or a later path."""
+        """Ask the server by HTTP; return why it must be restarted, None if it need not."""
         if not self.server.is_running:
             return f"ended with exit code {self.server.exit_code}"
         now = time.monotonic()
