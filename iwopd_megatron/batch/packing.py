@@ -132,6 +132,7 @@ def plan_microbatches(
     return _spread(bins, [sum(costs[i] for i in bin) for bin in bins], dp)
 
 
+# By hand: plain bin packing bounds one quantity; here tokens are bounded and cost is evened.
 def _fill(
     costs: Sequence[float], lengths: list[int], budget: int, count: int
 ) -> list[list[int]] | None:

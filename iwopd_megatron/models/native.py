@@ -6,7 +6,6 @@ MLP in fewer passes. Shapes: s tokens of this rank, b batch, h heads, d head siz
 """
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
@@ -14,7 +13,12 @@ from iwopd_megatron.models.marks import mark_parameter
 from iwopd_megatron.models.native_ops import grouped_mm, rms_norm, rotate, swiglu
 from iwopd_megatron.models.rotary_tables import rotary_table
 from iwopd_megatron.runtime import device
-from iwopd_megatron.runtime.megatron import MLP, MegatronModule, megatron_experts
+from iwopd_megatron.runtime.megatron import (
+    MLP,
+    MegatronModule,
+    gather_from_sequence_parallel_region,
+    megatron_experts,
+)
 from iwopd_megatron.runtime.parallel import Packing
 
 
@@ -31,23 +35,6 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps)
-
-
-class _GatherTokens(torch.autograd.Function):
-    """All-gather along dim 0 forward, reduce-scatter backward."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        out = x.new_empty((group.size() * x.shape[0], *x.shape[1:]))
-        dist.all_gather_into_tensor(out, x.contiguous(), group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        out = grad.new_empty((grad.shape[0] // ctx.group.size(), *grad.shape[1:]))
-        dist.reduce_scatter_tensor(out, grad.contiguous(), group=ctx.group)
-        return out, None
 
 
 class SdpaAttention(MegatronModule):
@@ -134,7 +121,10 @@ class SdpaAttention(MegatronModule):
 
     def _context_parallel(self, query, key, value, packing: Packing):
         size, rank = self.cp_group.size(), self.cp_group.rank()
-        gathered = _GatherTokens.apply(torch.stack((key, value), 1), self.cp_group)
+        # the gather of sequence parallelism, along another axis: backward is a reduce-scatter
+        gathered = gather_from_sequence_parallel_region(
+            torch.stack((key, value), 1), group=self.cp_group
+        )
         key, value = gathered.index_select(0, packing.context_order(size)).unbind(1)
         out, start, offset = [], 0, 0
         for length in packing.lengths:
