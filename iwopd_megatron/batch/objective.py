@@ -138,7 +138,7 @@ class DistillationTerms(Terms):
 
 
 class PolicyTerms(DistillationTerms):
-    """Eq. 67 with weighted advantages; ExOPD's advantage, the plain gap's weight."""
+    """The policy loss (Eq. 67): the advantage, ExOPD's where set, times weights of the plain gap."""
 
     @cached_property
     def advantage_N(self) -> torch.Tensor:

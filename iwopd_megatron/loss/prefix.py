@@ -31,7 +31,7 @@ class Prefix:
 
 @dataclass(frozen=True)
 class SignedPrefix(Prefix):
-    """Those sums, and the running sum of signed gaps, fp64 `[T]`."""
+    """The sums of `Prefix`, and the running sum of signed gaps, fp64 `[T]`."""
 
     signed: torch.Tensor  # sum of earlier signed gaps
     low: torch.Tensor  # least `signed` of the segment's masked-in tokens

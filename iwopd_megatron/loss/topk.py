@@ -57,7 +57,7 @@ class RunningTopK:
         self._keep(rows, value, ids)
 
     def merge(self, group: dist.ProcessGroup) -> None:
-        """Take in the other ranks' of `group`: one all-gather of [N, 2 K] 32-bit numbers a rank."""
+        """Merge with the ranks of `group`, by one all-gather of [N, 2 K] 32-bit numbers a rank."""
         packed = torch.cat([self.value_NK.view(torch.int32), self.id_NK.int()], 1)
         every = packed.new_empty(group.size(), *packed.shape)
         dist.all_gather_into_tensor(every.view(-1, packed.shape[1]), packed, group=group)

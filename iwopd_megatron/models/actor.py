@@ -32,7 +32,7 @@ OnOutput = Callable[[torch.Tensor, HiddenStateModel, MicroBatch], tuple[torch.Te
 
 @dataclass(frozen=True)
 class Schedule:
-    """One model's chunks under Megatron's pipeline schedule; to `accumulate` they are DDP's."""
+    """One model's chunks under Megatron's pipeline schedule; `accumulate` needs them in DDP."""
 
     chunks: list[MegatronModule]
     parallel: Parallel

@@ -107,7 +107,7 @@ def build_optimizer(wrapped: list[DistributedDataParallel], train: Train):
 
 
 def build_scheduler(optimizer, train: Train) -> OptimizerParamScheduler:
-    """Return the schedule: linear warm-up, then constant or cosine, by rounds, in its first."""
+    """Return the schedule at its first round: linear warm-up, then constant or cosine."""
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
