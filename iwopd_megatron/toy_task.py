@@ -25,6 +25,24 @@ SLIP = 0.12  # the sloppy writer's chance of a wrong pick, and of a wrong copy, 
 SLIP_DECAY = 4  # falls with the fourth power of the letters left
 TEACHER_ROUNDS, STUDENT_ROUNDS = 500, 800  # of 64 problems each: what recipes/demo_*.yaml train on
 EVAL_SEED = 999  # of the held-out problems
+MODEL = {
+    "vocab_size": len(SYMBOLS),
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 64,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 128,
+    "rope_theta": 1e4,
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.1,
+    "pad_token_id": SYMBOLS.index(PAD),
+    "eos_token_id": SYMBOLS.index(EOS),
+    "bos_token_id": None,
+    "architectures": ["Qwen3MoeForCausalLM"],
+}
 MODELS = {
     "teacher": {"hidden_size": 96, "num_attention_heads": 4, "num_experts": 8},
     "student": {"hidden_size": 64, "num_attention_heads": 2, "num_experts": 4},
@@ -33,7 +51,7 @@ LOST = 0.9  # the same chance in every step after the first slip
 
 
 def write_trace(letters: list[str], rng: random.Random, slip: float = 0.0) -> str:
-    """The response to a list of letters; with `slip` > 0, the sloppy writer's."""
+    """Return the response to a list of letters; with `slip` > 0, the sloppy writer's."""
     rest, trace, is_lost = list(letters), "", False
     for _ in letters:
         if not rest:
@@ -59,7 +77,7 @@ def write_trace(letters: list[str], rng: random.Random, slip: float = 0.0) -> st
 
 
 def problems(seed: int, slip: float | None = None) -> Iterator[dict[str, Any]]:
-    """Endless lines of a data file, a function of the seed; a response unless `slip` is None."""
+    """Yield endless lines of a data file, a function of the seed; no response if `slip` is None."""
     rng = random.Random(seed)
     while True:
         letters = rng.sample(ALPHABET, LETTERS)
@@ -73,27 +91,27 @@ def problems(seed: int, slip: float | None = None) -> Iterator[dict[str, Any]]:
 
 
 def is_right(response: str, answer: str) -> bool:
-    """Whether the letters at the picks' places are the sorted letters, and nothing is missing."""
+    """Return whether the letters at the picks' places are the sorted ones and none is missing."""
     count = len(answer)
     picks = [sum(range(count, count - step, -1)) for step in range(count)]
     return len(response) == sum(range(count + 1)) and "".join(response[i] for i in picks) == answer
 
 
 def write_jsonl(path: Path, *parts: Iterator[dict[str, Any]]) -> None:
-    """One JSON object a line."""
+    """Write one JSON object a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for part in parts for line in part))
 
 
 def write_task(folder: Path) -> None:
-    """What the demo's models and runs are made from: data, tokenizer and model configurations.
+    """Write what the demo is made from: data, tokenizer and model configurations.
 
     train, eval: prompts. teacher: clean traces. student: clean traces, then as many sloppy ones.
     """
     write_jsonl(folder / "train.jsonl", islice(problems(seed=1), 2048))
     write_jsonl(folder / "eval.jsonl", islice(problems(seed=EVAL_SEED), 512))
-    clean = islice(problems(seed=2, slip=0.0), 64 * TEACHER_ROUNDS)
-    write_jsonl(folder / "teacher.jsonl", clean)
+    teacher = islice(problems(seed=2, slip=0.0), 64 * TEACHER_ROUNDS)
+    write_jsonl(folder / "teacher.jsonl", teacher)
     half = 64 * STUDENT_ROUNDS // 2
     clean, sloppy = problems(seed=3, slip=0.0), problems(seed=4, slip=SLIP)
     write_jsonl(folder / "student.jsonl", islice(clean, half), islice(sloppy, half))
@@ -102,20 +120,12 @@ def write_task(folder: Path) -> None:
 
 
 def toy_config(name: str) -> dict[str, Any]:
-    """config.json of the task's teacher or student, as far as this task sets it."""
-    shape = {
-        "vocab_size": len(SYMBOLS), "num_hidden_layers": 2, "num_key_value_heads": 2,
-        "head_dim": 32, "intermediate_size": 128, "moe_intermediate_size": 64,
-        "num_experts_per_tok": 2, "norm_topk_prob": True, "max_position_embeddings": 128,
-        "rope_theta": 1e4, "rms_norm_eps": 1e-6, "initializer_range": 0.1,
-        "pad_token_id": SYMBOLS.index(PAD), "eos_token_id": SYMBOLS.index(EOS),
-        "bos_token_id": None, "architectures": ["Qwen3MoeForCausalLM"],
-    }  # fmt: skip
-    return shape | MODELS[name]
+    """Return config.json of the task's teacher or student, as far as this task sets it."""
+    return MODEL | MODELS[name]
 
 
 def write_model(folder: Path, name: str) -> None:
-    """A Qwen3-MoE configuration and the character-level tokenizer, without weights."""
+    """Write a Qwen3-MoE configuration and the character-level tokenizer, without weights."""
     from transformers import GenerationConfig, Qwen3MoeConfig
 
     config = Qwen3MoeConfig(**toy_config(name))
@@ -125,10 +135,13 @@ def write_model(folder: Path, name: str) -> None:
 
 
 def write_tokenizer(
-    folder: Path, symbols: Sequence[str] = SYMBOLS, pad: str = PAD, eos: str = EOS,
+    folder: Path,
+    symbols: Sequence[str] = SYMBOLS,
+    pad: str = PAD,
+    eos: str = EOS,
     unknown: str = UNUSED,
-) -> None:  # fmt: skip
-    """One token a character, ids in the order of `symbols`, saved as a Hugging Face tokenizer."""
+) -> None:
+    """Write a Hugging Face tokenizer of one token a character, ids in the order of `symbols`."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

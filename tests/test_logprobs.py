@@ -6,7 +6,7 @@ import torch.distributed as dist
 from worlds import run_world
 
 from iwopd_megatron.config.models import Layout
-from iwopd_megatron.loss.logprobs import linear_logprobs
+from iwopd_megatron.loss.logprobs import LogProbs, linear_logprobs
 from iwopd_megatron.runtime.parallel import initialise
 
 N, D, V = 13, 7, 37
@@ -255,3 +255,11 @@ def check_world(tp: int) -> None:
 @pytest.mark.parametrize("tp", [2, 4])
 def test_tensor_parallel_equals_one_rank(tp):
     run_world(tp, check_world, tp)
+
+
+def test_what_was_not_asked_for_is_a_sentence():
+    found = LogProbs(torch.zeros(2), None)
+    with pytest.raises(ValueError, match="came without entropies"):
+        found.known_entropy()
+    with pytest.raises(ValueError, match="of the targets alone"):
+        found.known_topk()

@@ -10,8 +10,8 @@ import torch
 from worlds import run_world
 
 from iwopd_megatron.batch.minibatch import Minibatch
-from iwopd_megatron.batch.objective import DistillationObjective
-from iwopd_megatron.batch.packing import Packer
+from iwopd_megatron.batch.objective import DistillationObjective, LikelihoodObjective
+from iwopd_megatron.batch.packing import Packer, Support
 from iwopd_megatron.config.loss import Loss
 from iwopd_megatron.config.models import Layout
 from iwopd_megatron.config.recipe import Train
@@ -147,11 +147,13 @@ def gradients(schedule, optimizer, samples, support, loss, budget):
     own = ()
     if loss.objective == "topk_kl" and parallel.is_last_stage:
         own = [
-            tuple(
-                torch.stack([support[s][part][t] for s, t in zip(*where, strict=True)])
-                if len(batch.rows)
-                else torch.zeros(0, K, dtype=support[0][part].dtype)
-                for part in (0, 1)
+            Support(
+                *(
+                    torch.stack([support[s][part][t] for s, t in zip(*where, strict=True)])
+                    if len(batch.rows)
+                    else torch.zeros(0, K, dtype=support[0][part].dtype)
+                    for part in (0, 1)
+                )
             )
             for batch in packer(samples)[0]
             for where in [(batch.owner.tolist(), batch.offset.tolist())]
@@ -270,3 +272,9 @@ def test_the_first_steps_old_log_probs_are_its_own(moe_folder):
     queue = local_context().SimpleQueue()
     run_world(1, old_is_own, moe_folder, queue)
     assert queue.get() < 1e-5
+
+
+def test_given_responses_weigh_every_token_the_same():
+    objective, gap = LikelihoodObjective(), torch.tensor([1.0, -2.0, 3.0])
+    weights = objective.weighting.packed(gap, torch.zeros(3).long(), torch.ones(3).bool())
+    assert weights.tolist() == [1.0, 1.0, 1.0]

@@ -1,4 +1,4 @@
-"""Truth gates: what must hold before a round may train. Each raises GateError with one sentence."""
+"""Gates: checks that a round must pass before it trains. Each raises GateError, one sentence."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from iwopd_megatron.batch.trajectory import Trajectory
 from iwopd_megatron.errors import GateError
+from iwopd_megatron.hf.config import HfConfig
 
 TRUNCATION_ROUNDS = 10  # whose mean is the usual share of truncated answers
 
@@ -17,7 +18,7 @@ TRUNCATION_ROUNDS = 10  # whose mean is the usual share of truncated answers
 def rollouts(
     samples: list[Trajectory], version: int, vocab_size: int, max_staleness: int = 0
 ) -> None:
-    """Every answer is by the believed weights, not empty and inside the vocabulary.
+    """Check that every answer is by the believed weights, not empty and inside the vocabulary.
 
     max_staleness: versions before `version` that may have written a part of it.
     """
@@ -38,8 +39,8 @@ def rollouts(
             )
 
 
-def routes(samples: list[Trajectory], hf: Mapping[str, Any]) -> None:
-    """Every answer brings the engine's experts for all its inputs and layers."""
+def routes(samples: list[Trajectory], hf: HfConfig) -> None:
+    """Check that every answer brings the engine's experts for all its inputs and layers."""
     for sample in samples:
         expected = sample.inputs, hf.num_hidden_layers, hf.num_experts_per_tok
         found = None if sample.experts is None else sample.experts.shape
@@ -52,7 +53,7 @@ def routes(samples: list[Trajectory], hf: Mapping[str, Any]) -> None:
 
 
 def bad_teacher_score(sample: Trajectory) -> float | None:
-    """The first teacher log-prob that a loss reads and that is no finite number <= 0."""
+    """Return the first teacher log-prob that a loss reads and that is no finite number <= 0."""
     for value, is_read in zip(sample.teacher_logp, sample.is_read, strict=True):
         if is_read and (not math.isfinite(value) or value > 1e-4):
             return value
@@ -60,14 +61,14 @@ def bad_teacher_score(sample: Trajectory) -> float | None:
 
 
 def without_bad_scores(samples: list[Trajectory]) -> list[Trajectory]:
-    """The samples, those with an impossible teacher log-prob kept from every loss."""
+    """Return the samples, those with an impossible teacher log-prob kept from every loss."""
     return [sample if bad_teacher_score(sample) is None else sample.unread() for sample in samples]
 
 
 def teacher_scores(samples: list[Trajectory], vocab_size: int) -> None:
-    """Teacher log-probs are finite, not positive, and not one constant such as -log V.
+    """Check that teacher log-probs are finite, <= 0, and not one constant such as -log V.
 
-    Where no loss reads a token it has none.
+    Tokens that no loss reads are not looked at.
     """
     values = []
     for sample in samples:
@@ -97,7 +98,7 @@ def teacher_scores(samples: list[Trajectory], vocab_size: int) -> None:
 
 
 def first_weights(streamed: Iterable[tuple[str, torch.Tensor]], sources: Mapping[str, Any]) -> None:
-    """The first published weights are the student's own tensors, all of them, bit for bit."""
+    """Check that the published weights are the student's own tensors, all, bit for bit."""
     missing = set(sources)
     for name, tensor in streamed:
         source = sources[name]
@@ -116,7 +117,7 @@ def first_weights(streamed: Iterable[tuple[str, torch.Tensor]], sources: Mapping
 
 
 def drift(mean_drift: float, limit: float) -> None:
-    """Trainer and engine agree on the log-probs of the sampled tokens."""
+    """Check that trainer and engine agree (nats) on the log-probs of the sampled tokens."""
     if not mean_drift <= limit:
         raise GateError(
             f"engine and trainer log-probs differ by {mean_drift:.3g} nats on average, "
@@ -126,9 +127,9 @@ def drift(mean_drift: float, limit: float) -> None:
 
 
 def canary(trainer: list[float], engine: Mapping[str, list[float]], limit: float) -> float:
-    """Every engine scores a fixed prompt as the trainer does; the largest mean difference (nats).
+    """Check that every engine scores a fixed prompt as the trainer does.
 
-    engine: log-probs by the server's URL.
+    engine: log-probs by the server's URL. Returns the largest mean difference, nats.
     """
     worst = 0.0
     for url, theirs in engine.items():
@@ -144,7 +145,10 @@ def canary(trainer: list[float], engine: Mapping[str, list[float]], limit: float
 
 
 def truncation(before: list[float], samples: list[Trajectory], limit: float) -> None:
-    """The share of answers cut at the length limit does not jump above that of recent rounds."""
+    """Check that the share of answers cut at the length limit does not jump.
+
+    before: that share in earlier rounds, of which the last `TRUNCATION_ROUNDS` count.
+    """
     recent = before[-TRUNCATION_ROUNDS:]
     if not recent:
         return

@@ -25,7 +25,7 @@ BY_DECILE = {
 
 
 def sums_of(objective: str | None) -> dict[str, int]:
-    """What each objective's sums are, and how many numbers each; None: given responses."""
+    """Return an objective's sums, by name how many numbers; None: given responses."""
     if objective is None:
         return NLL_SUMS
     columns = len(BY_DECILE[objective])
@@ -33,7 +33,7 @@ def sums_of(objective: str | None) -> dict[str, int]:
 
 
 def bin_tokens(max_response_tokens: int) -> int:
-    """Tokens of each of the BINS equal parts of the longest response."""
+    """Return the tokens of each of the BINS equal parts of the longest response."""
     return -(-max_response_tokens // BINS)
 
 
@@ -43,11 +43,11 @@ def reduce_sums(
     sizes: dict[str, int],
     expert_tokens: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Sums over micro-batches and ranks, fp64 on the CPU, by one all-reduce over the world.
+    """Return sums over micro-batches and ranks, fp64 on the CPU, by one all-reduce over the world.
 
-    The all-reduce is of sum(sizes) doubles. Tensor-parallel ranks hold the same statistics and
-    earlier pipeline stages none: one rank of each speaks. expert_tokens: `[layers, experts]`, of
-    which every rank counted its own; its sum comes as "expert_tokens".
+    It is of sum(sizes) doubles. Tensor-parallel ranks hold the same statistics and earlier pipeline
+    stages none: one rank of each adds its own. expert_tokens: `[layers, experts]`, of which every
+    rank counted its own; its sum comes as "expert_tokens".
     """
     total = torch.zeros(sum(sizes.values()), dtype=torch.float64, device=device.current_device())
     if parallel.is_last_stage and parallel.tp.rank == 0:
@@ -62,7 +62,7 @@ def reduce_sums(
 
 
 def token_means(sums: dict[str, torch.Tensor], objective: str) -> dict[str, Any]:
-    """Means per loss token, of all and by position; null where there is no token.
+    """Return means per loss token, of all and by position; None where there is no token.
 
     `X_deciles`: by tenth of the response; `X_positions`: by `bin_tokens` tokens; `tokens_...` are
     counts.
@@ -78,7 +78,7 @@ def token_means(sums: dict[str, torch.Tensor], objective: str) -> dict[str, Any]
 
 
 def router_means(expert_tokens: torch.Tensor) -> dict[str, Any]:
-    """How unevenly the tokens `[layers, experts]` lie on experts, by layer and their mean.
+    """Return how unevenly the tokens `[layers, experts]` lie on experts, by layer and on average.
 
     Busiest expert over the mean one (1 is even, experts / top k the worst), and standard deviation
     over mean.
@@ -94,7 +94,7 @@ def router_means(expert_tokens: torch.Tensor) -> dict[str, Any]:
 
 
 def response_means(samples: list[Trajectory]) -> dict[str, float]:
-    """Means over the round's responses, which every rank knows."""
+    """Return means over the round's responses, which every rank knows."""
     count = len(samples)
     return {
         "accuracy": sum(sample.correct for sample in samples) / count,
@@ -104,7 +104,7 @@ def response_means(samples: list[Trajectory]) -> dict[str, float]:
 
 
 def _columns(table: torch.Tensor, names: tuple[str, ...]) -> Iterator[tuple[str, list]]:
-    """Counts from the first column, and every other one divided by them."""
+    """Yield the first column as counts, then every other column divided by them."""
     counts, *columns = table.t().tolist()
     yield names[0], [round(count) for count in counts]
     for name, column in zip(names[1:], columns, strict=True):

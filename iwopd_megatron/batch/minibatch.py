@@ -1,4 +1,4 @@
-"""What one optimiser step trains on."""
+"""One optimiser step's samples, scores and objective, and their micro-batches."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from iwopd_megatron.batch.trajectory import Trajectory
 class Minibatch:
     """Samples with all scores their objective reads.
 
-    `support`: a teacher's likeliest tokens, those of this rank's micro-batches in order; they never
-    leave the rank whose loss reads them. Empty off the last pipeline stage, and where no loss does.
+    support: a teacher's likeliest tokens for each of this rank's micro-batches, in order; they stay
+    on the rank whose loss reads them. Empty off the last pipeline stage and where no loss reads it.
     """
 
     samples: list[Trajectory]
@@ -24,11 +24,14 @@ class Minibatch:
     support: Sequence[Support] = ()
 
     def pack(self, packer: Packer, aggregation: str) -> tuple[list[MicroBatch], int]:
-        """Micro-batches with their support: the same packing in which the teacher found it."""
+        """Return this rank's micro-batches, and the longest's tokens before the context cut.
+
+        The packing is the one in which the teacher found the support.
+        """
         batches, length = packer(self.samples, aggregation)
         if self.support:
             batches = [
-                replace(batch, topk_ids=ids, topk_logp=logp)
-                for batch, (ids, logp) in zip(batches, self.support, strict=True)
+                replace(batch, support=support)
+                for batch, support in zip(batches, self.support, strict=True)
             ]
         return batches, length

@@ -8,52 +8,57 @@ Shapes: T tokens of this rank, N loss tokens, C of them in a chunk.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 from iwopd_megatron.batch.metrics import BINS, BY_DECILE, BY_POSITION, DECILES
-from iwopd_megatron.batch.packing import MicroBatch
-from iwopd_megatron.config.loss import Loss
+from iwopd_megatron.batch.packing import MicroBatch, Support
+from iwopd_megatron.config.loss import Loss, WeightingRule
 from iwopd_megatron.loss.logprobs import LogProbs
 from iwopd_megatron.loss.policy import importance_weight, is_clipped, opd_advantage, policy_loss
 from iwopd_megatron.loss.topk import topk_kl
-from iwopd_megatron.loss.weighting import token_weights_packed
+from iwopd_megatron.loss.weighting import StepWeighting
 
 Sums = dict[str, torch.Tensor]
 Values = dict[str, torch.Tensor]  # [N] each, detached
 ALL = slice(None)
 
 
-class Terms(Protocol):
+class Terms(ABC):
     """A micro-batch's loss with everything fixed but the student's log-probs."""
 
+    @abstractmethod
     def loss(self, logprobs: LogProbs, part: slice = ALL) -> torch.Tensor:
-        """Summed over the tokens of `part`, whose log-probs these are."""
-        ...
+        """Return the scalar loss summed over the tokens of `part`, whose log-probs these are."""
 
+    @abstractmethod
     def sums(self, logprobs: LogProbs, loss: torch.Tensor) -> Sums:
-        """What metrics are made of, detached."""
-        ...
+        """Return what metrics are made of, detached: the entries of `metrics.sums_of`."""
 
 
-class Objective(Protocol):
+class Objective(ABC):
     """What a minibatch is trained on."""
 
-    def is_known(self, batch: MicroBatch) -> bool:
-        """Whether `terms` needs no log-probs of this forward pass."""
-        ...
+    @property
+    @abstractmethod
+    def weighting(self) -> StepWeighting:
+        """The token weights of this optimiser step."""
 
-    def terms(self, batch: MicroBatch, own_logp: torch.Tensor | None = None) -> Terms:
-        """own_logp: `[N]`, this forward's, detached; None if `is_known`."""
-        ...
+    @abstractmethod
+    def known_terms(self, batch: MicroBatch) -> Terms | None:
+        """Return the terms if they need no log-probs of this forward pass, else None."""
+
+    @abstractmethod
+    def terms(self, batch: MicroBatch, own_logp: torch.Tensor) -> Terms:
+        """Return the terms; own_logp: `[N]` fp32, this forward pass's, detached."""
 
 
 @dataclass(frozen=True)
-class DistillationObjective:
+class DistillationObjective(Objective):
     """IW-OPD on a micro-batch: whole-response weights on the policy loss or on the top-K KL."""
 
     loss: Loss
@@ -64,37 +69,32 @@ class DistillationObjective:
     bin_tokens: int = 1  # of a response, for the metrics by position
 
     @property
-    def weighting(self) -> dict[str, Any]:
-        """What `token_weights_packed` needs beside the tokens."""
-        progress = {"step": self.step, "total_steps": self.total_steps}
-        return {**self.loss.weighting.model_dump(), **progress, "ratio_mean": self.ratio_mean}
+    def weighting(self) -> StepWeighting:
+        return StepWeighting(self.loss.weighting, self.step, self.total_steps, self.ratio_mean)
 
-    def is_known(self, batch: MicroBatch) -> bool:
-        return batch.old_logp is not None
+    def known_terms(self, batch: MicroBatch) -> DistillationTerms | None:
+        return None if batch.old_logp is None else self._terms(batch, batch.old_logp)
 
-    def terms(self, batch: MicroBatch, own_logp: torch.Tensor | None = None) -> DistillationTerms:
-        old_N = own_logp if batch.old_logp is None else batch.old_logp
+    def terms(self, batch: MicroBatch, own_logp: torch.Tensor) -> DistillationTerms:
+        return self._terms(batch, own_logp if batch.old_logp is None else batch.old_logp)
+
+    def _terms(self, batch: MicroBatch, old_N: torch.Tensor) -> DistillationTerms:
         weight_N = self.weights(batch.teacher_logp - old_N, batch)
         kind = TopKTerms if self.loss.objective == "topk_kl" else PolicyTerms
         return kind(self.loss, batch, old_N, weight_N, self.bin_tokens)
 
     def weights(self, gap_N: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-        """Token weights of the loss tokens; prefix sums run over all context-parallel shards."""
+        """Return weights `[N]` of the loss tokens; prefix sums run over all context shards."""
         gap_T = gap_N.new_zeros(batch.segments.shape).index_copy(0, batch.rows, gap_N)
         mask_T = torch.zeros_like(batch.segments, dtype=torch.bool).index_fill(0, batch.rows, True)
-        weight_T = token_weights_packed(
-            gap_T,
-            batch.segments,
-            mask_T,
-            num_segments=batch.num_segments,
-            cp_group=self.cp_group,
-            **self.weighting,
+        weight_T = self.weighting.packed(
+            gap_T, batch.segments, mask_T, num_segments=batch.num_segments, cp_group=self.cp_group
         )
         return weight_T[batch.rows]
 
 
 @dataclass(frozen=True)
-class DistillationTerms:
+class DistillationTerms(Terms):
     """What both objectives have: old log-probs, weights, and the metrics of the gap."""
 
     settings: Loss
@@ -102,6 +102,10 @@ class DistillationTerms:
     old_N: torch.Tensor
     weight_N: torch.Tensor
     bin_tokens: int
+
+    @abstractmethod
+    def own_values(self, logprobs: LogProbs) -> Values:
+        """Return the values that only this objective has, by their names in `BY_DECILE`."""
 
     def sums(self, logprobs: LogProbs, loss: torch.Tensor) -> Sums:
         batch, gap_N = self.batch, self.batch.teacher_logp - self.old_N
@@ -111,7 +115,7 @@ class DistillationTerms:
             "weight": self.weight_N,
             "logp": self.old_N,
             "abs_gap": gap_N.abs(),
-            "entropy": logprobs.entropy.detach(),
+            "entropy": logprobs.known_entropy().detach(),
             "drift": (self.old_N - batch.rollout_logp).abs(),
         }
         names = BY_DECILE[self.settings.objective]
@@ -126,10 +130,11 @@ class DistillationTerms:
 
 
 class PolicyTerms(DistillationTerms):
-    """Eq. 67 with weighted advantages; ExOPD's advantage, the plain gap's weight."""
+    """The policy loss (Eq. 67): the advantage (ExOPD's where set) times weights of the plain gap."""
 
     @cached_property
     def advantage_N(self) -> torch.Tensor:
+        """Weighted advantages `[N]`, nats."""
         extrapolation = self.settings.extrapolation
         advantage_N = opd_advantage(
             self.batch.teacher_logp,
@@ -163,34 +168,45 @@ class TopKTerms(DistillationTerms):
     """The dense variant: no sampled token in it, hence neither ratio nor importance weight."""
 
     def loss(self, logprobs: LogProbs, part: slice = ALL) -> torch.Tensor:
-        kl_C = self._kl(logprobs.topk_logp, part)
+        _, student_CK = logprobs.known_topk()
+        kl_C = self._kl(student_CK, part)
         return (self.weight_N[part] * kl_C / self.batch.denominator[part]).sum()
 
     def own_values(self, logprobs: LogProbs) -> Values:
-        teacher_NK, student_NK = self.batch.topk_logp, logprobs.topk_logp.detach()
+        student_NK = logprobs.known_topk()[1].detach()
         return {
             "topk_kl": self._kl(student_NK, ALL),
-            "topk_mass_teacher": teacher_NK.exp().sum(1),
+            "topk_mass_teacher": self._support.logp.exp().sum(1),
             "topk_mass_student": student_NK.exp().sum(1),
-            "topk_hit": (self.batch.topk_ids == self.batch.targets[:, None]).any(1),
+            "topk_hit": self._support.ids.eq(self.batch.targets[:, None]).any(1),
         }
 
+    @property
+    def _support(self) -> Support:
+        if self.batch.support is None:
+            raise ValueError("objective topk_kl needs a teacher's support with every micro-batch.")
+        return self.batch.support
+
     def _kl(self, student_CK: torch.Tensor, part: slice) -> torch.Tensor:
-        return topk_kl(student_CK, self.batch.topk_logp[part], self.settings.topk.support)
+        return topk_kl(student_CK, self._support.logp[part], self.settings.topk.support)
 
 
-class LikelihoodObjective:
-    """Supervised fine-tuning on given responses."""
+class LikelihoodObjective(Objective):
+    """Supervised fine-tuning on given responses: every loss token weighs the same."""
 
-    def is_known(self, batch: MicroBatch) -> bool:
-        return True
+    @property
+    def weighting(self) -> StepWeighting:
+        return StepWeighting(WeightingRule(rule="uniform"))
 
-    def terms(self, batch: MicroBatch, own_logp: torch.Tensor | None = None) -> LikelihoodTerms:
+    def known_terms(self, batch: MicroBatch) -> LikelihoodTerms:
+        return LikelihoodTerms(batch)
+
+    def terms(self, batch: MicroBatch, own_logp: torch.Tensor) -> LikelihoodTerms:
         return LikelihoodTerms(batch)
 
 
 @dataclass(frozen=True)
-class LikelihoodTerms:
+class LikelihoodTerms(Terms):
     """The negative log-likelihood of the responses."""
 
     batch: MicroBatch
@@ -204,5 +220,5 @@ class LikelihoodTerms:
 
 
 def sum_rows(place_N: torch.Tensor, table_NM: torch.Tensor, places: int) -> torch.Tensor:
-    """Sums `[places, M]` of the rows that have the same place."""
+    """Return sums `[places, M]` of the rows `[N, M]` that have the same place."""
     return table_NM.new_zeros(places, table_NM.shape[1]).index_add_(0, place_N, table_NM)

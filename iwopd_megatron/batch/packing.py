@@ -8,8 +8,10 @@ tokens of this context-parallel rank, N loss tokens among them, K tokens of a te
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy
 import torch
@@ -20,13 +22,16 @@ from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.loss.policy import token_denominator
 from iwopd_megatron.runtime import device
 from iwopd_megatron.runtime.megatron import PackedSeqParams
-from iwopd_megatron.runtime.parallel import (
-    Parallel,
-    packed_seq_params,
-    zigzag_index,
-)
+from iwopd_megatron.runtime.parallel import Parallel, packed_seq_params, zigzag_index
 
 SCORES = ("rollout_logp", "teacher_logp", "base_logp", "old_logp")
+
+
+class Support(NamedTuple):
+    """A teacher's likeliest tokens at the loss tokens of one micro-batch, on its device."""
+
+    ids: torch.Tensor  # [N, K] int64
+    logp: torch.Tensor  # [N, K] fp32, nats
 
 
 @dataclass(frozen=True)
@@ -48,15 +53,19 @@ class MicroBatch:
     teacher_logp: torch.Tensor  # [N]
     base_logp: torch.Tensor  # [N]
     old_logp: torch.Tensor | None  # [N]; None: this forward's own, detached
-    topk_ids: torch.Tensor | None = None  # [N, K] int64: the teacher's likeliest tokens
-    topk_logp: torch.Tensor | None = None  # [N, K]
-    experts: torch.Tensor | None = None  # [layers, T / tp, top k] on the host, to be replayed
-    is_real: torch.Tensor | None = None  # [T / tp] bool: no padding, of this tensor-parallel rank
+    experts: torch.Tensor | None  # [layers, T / tp, top k] on the host, to be replayed
+    is_real: torch.Tensor  # [T / tp] bool: no padding, of this tensor-parallel rank
+    support: Support | None = None  # where the loss reads one
+
+    @property
+    def support_ids(self) -> torch.Tensor | None:
+        """Return the support's ids `[N, K]`, None without a support."""
+        return None if self.support is None else self.support.ids
 
 
 @dataclass(frozen=True)
 class Packer:
-    """Packs samples for one mesh: token budget of a micro-batch, and attention's share of cost.
+    """How samples are packed for one mesh: tokens of a micro-batch, attention's share of cost.
 
     A sequence of L tokens costs L + attention_cost * L^2 (`flops.attention_cost`).
     """
@@ -68,10 +77,11 @@ class Packer:
     def __call__(
         self, samples: list[Trajectory], aggregation: str = "token_mean"
     ) -> tuple[list[MicroBatch], int]:
-        """This rank's micro-batches of one optimiser step, and the longest's tokens before the cut.
+        """Return this rank's micro-batches of one optimiser step, and the longest's uncut tokens.
 
         Samples that no loss reads are left out. With pipeline stages every micro-batch is padded
         to that length, so that they exchange tensors of one known shape; without, to its own.
+        RecipeError if a sequence exceeds the budget.
         """
         samples = [sample for sample in samples if sample.loss_tokens]
         layout, dp = self.parallel.layout, self.parallel.dp
@@ -100,7 +110,7 @@ class Packer:
 def plan_microbatches(
     lengths: list[int], budget: int, dp: int, multiple_of: int, attention_cost: float = 0.0
 ) -> list[list[list[int]]]:
-    """Assign sequences to `dp` ranks x equally many micro-batches: [dp][micro-batch][sequence].
+    """Return sequences of `dp` ranks x equally many micro-batches: [dp][micro-batch][sequence].
 
     As few micro-batches as a longest-first filling keeps within `budget` tokens; among so many, the
     costs L + attention_cost * L^2 are spread evenly. Their number is a multiple of `multiple_of`
@@ -122,10 +132,11 @@ def plan_microbatches(
     return _spread(bins, [sum(costs[i] for i in bin) for bin in bins], dp)
 
 
+# By hand: plain bin packing bounds one quantity; here tokens are bounded and cost is evened.
 def _fill(
-    costs: list[float], lengths: list[int], budget: int, count: int
+    costs: Sequence[float], lengths: list[int], budget: int, count: int
 ) -> list[list[int]] | None:
-    """`count` bins of sequences: the costliest next into the cheapest bin with room for it."""
+    """Fill `count` bins: the costliest sequence next into the cheapest bin with room for it."""
     bins: list[list[int]] = [[] for _ in range(count)]
     tokens = [0] * count
     heap: list[tuple[float, int]] = [(0.0, b) for b in range(count)]
@@ -144,7 +155,7 @@ def _fill(
 
 
 def _spread(bins: list[list[int]], costs: list[float], dp: int) -> list[list[list[int]]]:
-    """Bins of like cost at the same time, the costlier to the rank with less so far."""
+    """Deal bins of like cost to the same time, the costlier to the rank with less so far."""
     order = sorted(range(len(bins)), key=lambda b: (-costs[b], b))
     plan: list[list[list[int]]] = [[] for _ in range(dp)]
     load = [0.0] * dp
@@ -157,7 +168,7 @@ def _spread(bins: list[list[int]], costs: list[float], dp: int) -> list[list[lis
 
 
 def response_places(samples: list[Trajectory]) -> tuple[list[int], torch.Tensor]:
-    """Where each sample's tokens begin and the last's end among all response tokens in a row.
+    """Return where each sample's tokens begin, and the last's end, among all response tokens.
 
     And, int64 on the CPU, where those of a `Trajectory.index` begin.
     """
@@ -168,12 +179,13 @@ def response_places(samples: list[Trajectory]) -> tuple[list[int], torch.Tensor]
 
 
 def deal(samples: list[Trajectory], parts: int) -> list[list[Trajectory]]:
-    """A round's samples in `parts` runs, the minibatches of its optimiser steps."""
+    """Cut a round's samples into `parts` runs, the minibatches of its optimiser steps."""
     bounds = [len(samples) * i // parts for i in range(parts + 1)]
     return [samples[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
 def round_up(n: int, multiple: int) -> int:
+    """Return the least multiple of `multiple` that is not less than `n`."""
     return -(-n // multiple) * multiple
 
 
@@ -215,8 +227,7 @@ def _build(
     on = device.current_device()
     column, kept, value = column.to(on), column[:, rows].to(on), value[:, rows].to(on)
     scores = dict(zip(SCORES, value[2:], strict=True))
-    if not (samples and samples[0].old_logp):
-        scores["old_logp"] = None
+    has_old = bool(samples and samples[0].old_logp)
     return MicroBatch(
         tokens=column[0][None],
         positions=column[1][None],
@@ -231,5 +242,8 @@ def _build(
         denominator=value[0],
         experts=cut_routes(samples, lengths, index, parallel.tp),
         is_real=column[7].view(parallel.tp.size, -1)[parallel.tp.rank].bool(),
-        **scores,
+        rollout_logp=scores["rollout_logp"],
+        teacher_logp=scores["teacher_logp"],
+        base_logp=scores["base_logp"],
+        old_logp=scores["old_logp"] if has_old else None,
     )

@@ -28,7 +28,7 @@ Waiting = deque[torch.Tensor | None]
 
 
 class RoutingReplay:
-    """Makes the routers of one model choose the experts given with each micro-batch.
+    """Hooks that make one model's routers choose the experts given with each micro-batch.
 
     Through Megatron's `RouterReplay` of every router, not its functions over all routers of the
     process: the teacher's are among those, and they take the latest micro-batch for every
@@ -47,7 +47,7 @@ class RoutingReplay:
                     module.register_forward_pre_hook(choose)
 
     def restart(self) -> None:
-        """Before a schedule: forget forward passes that no backward pass followed."""
+        """Forget forward passes that no backward pass followed; call before a schedule."""
         for waiting in self._waiting:
             waiting.clear()
 
@@ -56,7 +56,7 @@ class RoutingReplay:
         self._routes = None if experts is None else experts.to(device.current_device())
 
     def _choose(self, router: TopKRouter, _inputs: tuple, waiting: Waiting) -> None:
-        """Before a router runs. Micro-batches are recomputed in the order of their forwards."""
+        """Set a router's experts before it runs; recomputation keeps the order of forwards."""
         if is_checkpointing() and torch.is_grad_enabled():
             routes = waiting.popleft()
         else:
@@ -75,18 +75,19 @@ class RoutingReplay:
 def cut_routes(
     samples: list[Trajectory], lengths: list[int], index: torch.Tensor, tp: Axis
 ) -> torch.Tensor | None:
-    """Routes `[layers, T / tp, K]` of a packed micro-batch as this rank's routers see it, on host.
+    """Return routes `[layers, T / tp, K]` of a packed micro-batch for this rank's routers, on host.
 
     lengths: of the packed sequences with their padding, a last one of padding included; index:
     this context-parallel rank's tokens. Padding takes the routes of real tokens, which balances
     experts as those do. None if there is no sample, or one without routes.
     """
-    if not samples or any(sample.experts is None for sample in samples):
+    routes = [sample.experts for sample in samples if sample.experts is not None]
+    if not routes or len(routes) < len(samples):
         return None
-    shape = samples[0].experts.shape[1:]
+    shape = routes[0].shape[1:]
     parts = [
-        numpy.resize(sample.experts, (length, *shape))
-        for sample, length in zip([*samples, samples[0]], lengths, strict=False)
+        numpy.resize(experts, (length, *shape))
+        for experts, length in zip([*routes, routes[0]], lengths, strict=False)
     ]
     own = index.view(tp.size, -1)[tp.rank].numpy()  # sequence parallelism cuts contiguously
     return torch.from_numpy(numpy.concatenate(parts)[own].swapaxes(0, 1).copy())

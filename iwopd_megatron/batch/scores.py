@@ -1,4 +1,4 @@
-"""What a teacher says of one sample, and its way from micro-batches to samples and back.
+"""A teacher's scores of a sample, and their way from micro-batches to samples and back.
 
 Shapes: T response tokens of a sample, N loss tokens of a micro-batch, K tokens of a support.
 """
@@ -12,18 +12,15 @@ import numpy
 import torch
 import torch.distributed as dist
 
-from iwopd_megatron.batch.packing import MicroBatch, response_places
+from iwopd_megatron.batch.packing import MicroBatch, Support, response_places
 from iwopd_megatron.batch.trajectory import Trajectory
 from iwopd_megatron.runtime import device
 from iwopd_megatron.runtime.parallel import Parallel
 
-# A teacher's likeliest ids and their log-probs, [N, K] each, of one micro-batch
-Support = tuple[torch.Tensor, torch.Tensor]
-
 
 @dataclass(frozen=True)
 class Scores:
-    """Log-probs of a sample's response tokens, in nats."""
+    """A teacher's log-probs (nats) of a sample's response tokens, and of its likeliest tokens."""
 
     logp: numpy.ndarray  # [T] fp32
     topk_ids: numpy.ndarray | None = None  # [T, K] int32, likeliest first
@@ -37,7 +34,7 @@ def by_sample(
     topk: int,
     parallel: Parallel,
 ) -> list[tuple[numpy.ndarray, numpy.ndarray]]:
-    """Ids and log-probs `[T, K]` of every sample, on every rank. Collective.
+    """Return ids (int32) and log-probs (fp32) `[T, K]` of every sample, on every rank. Collective.
 
     batches, supports: this rank's, supports on the last stage only. Two all-reduces of K 32-bit
     numbers per response token.
@@ -52,23 +49,30 @@ def by_sample(
     for tensor in (ids, logp):
         dist.all_reduce(tensor)
     parts = zip(starts, starts[1:], strict=False)
-    ids, logp = ids.cpu().numpy(), logp.cpu().numpy()
-    return [(ids[a:b], logp[a:b]) for a, b in parts]
+    all_ids, all_logp = ids.cpu().numpy(), logp.cpu().numpy()
+    return [(all_ids[a:b], all_logp[a:b]) for a, b in parts]
 
 
 def by_batch(batches: list[MicroBatch], scores: Mapping[int, Scores]) -> list[Support]:
-    """The supports of these micro-batches from top-K scores by `Trajectory.index`."""
-    return [_support(batch, scores) for batch in batches]
+    """Return the supports of these micro-batches from top-K scores by `Trajectory.index`."""
+    tables = {
+        index: (found.topk_ids, found.topk_logp)
+        for index, found in scores.items()
+        if found.topk_ids is not None and found.topk_logp is not None
+    }
+    return [_support(batch, tables) for batch in batches]
 
 
-def _support(batch: MicroBatch, scores: Mapping[int, Scores]) -> Support:
-    topk = next(iter(scores.values())).topk_ids.shape[1] if scores else 0
+def _support(
+    batch: MicroBatch, tables: Mapping[int, tuple[numpy.ndarray, numpy.ndarray]]
+) -> Support:
+    topk = next(iter(tables.values()))[0].shape[1] if tables else 0
     owner, offset = batch.owner.cpu().numpy(), batch.offset.cpu().numpy()
     ids = numpy.zeros((len(owner), topk), dtype=numpy.int64)
     logp = numpy.zeros((len(owner), topk), dtype=numpy.float32)
     for index in numpy.unique(owner):
         rows = owner == index
-        ids[rows] = scores[index].topk_ids[offset[rows]]
-        logp[rows] = scores[index].topk_logp[offset[rows]]
+        own_ids, own_logp = tables[index]
+        ids[rows], logp[rows] = own_ids[offset[rows]], own_logp[offset[rows]]
     on = batch.rows.device
-    return torch.from_numpy(ids).to(on), torch.from_numpy(logp).to(on)
+    return Support(torch.from_numpy(ids).to(on), torch.from_numpy(logp).to(on))

@@ -33,39 +33,44 @@ class Trajectory:
 
     @property
     def inputs(self) -> int:
+        """Return the number of input tokens: all but the last, which predicts nothing."""
         return len(self.prompt_ids) + len(self.response_ids) - 1
 
     @property
     def is_read(self) -> list[bool]:
-        """Whether some loss reads it, of every response token."""
+        """Return, for every response token, whether some loss reads it."""
         return [True] * len(self.response_ids) if self.loss_mask is None else self.loss_mask
 
     @property
     def loss_tokens(self) -> int:
-        """Response tokens some loss reads."""
+        """Return the number of response tokens some loss reads."""
         return sum(self.is_read)
 
     def gaps(self) -> list[float]:
-        """Teacher minus student log-prob of the loss tokens; the engine's where no old one is."""
+        """Return teacher minus old log-prob (else the engine's) of the loss tokens, nats."""
         old = self.old_logp or self.rollout_logp
         tokens = zip(self.teacher_logp, old, self.is_read, strict=True)
         return [teacher - own for teacher, own, is_read in tokens if is_read]
 
     def with_scores(self, **scores: Any) -> Trajectory:
-        """A copy with e.g. `teacher_logp=[...]`."""
+        """Return a copy with other fields, e.g. `teacher_logp=[...]`."""
         return replace(self, **scores)
 
     def unread(self) -> Trajectory:
-        """A copy that no loss reads."""
+        """Return a copy that no loss reads, whose scores are 0."""
         nothing = [0.0] * len(self.response_ids)
-        scores = {name: nothing for name in ("teacher_logp", "base_logp") if getattr(self, name)}
-        return replace(self, loss_mask=[False] * len(self.response_ids), **scores)
+        return replace(
+            self,
+            loss_mask=[False] * len(self.response_ids),
+            teacher_logp=nothing if self.teacher_logp else [],
+            base_logp=nothing if self.base_logp else [],
+        )
 
 
 def mask_tokens(
     sample: Trajectory, unread_ids: set[int], mask_truncated: bool = False
 ) -> Trajectory:
-    """The sample without `unread_ids`, or as a whole if it is truncated, in its loss mask."""
+    """Return the sample with `unread_ids`, or all of it if truncated, left out of its loss mask."""
     if mask_truncated and sample.truncated:
         return sample.unread()
     if not unread_ids.intersection(sample.response_ids):

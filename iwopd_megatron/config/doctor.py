@@ -5,7 +5,7 @@ Recipes that cannot mean what they say are refused in preflight.py; these can ru
 
 from __future__ import annotations
 
-from iwopd_megatron.config.loss import Weighting
+from iwopd_megatron.config.loss import WeightingRule
 from iwopd_megatron.config.recipe import Recipe
 
 LONG_PROMPT_SHARE = 0.2
@@ -122,8 +122,8 @@ def _dense(recipe: Recipe) -> list[str]:
     return found
 
 
-def _weighting(weighting: Weighting) -> list[str]:
-    rule, defaults = weighting.rule, Weighting()
+def _weighting(weighting: WeightingRule) -> list[str]:
+    rule, defaults = weighting.rule, WeightingRule()
     found = []
     for name in type(weighting).model_fields:
         changed = getattr(weighting, name) != getattr(defaults, name)

@@ -8,12 +8,26 @@ from pydantic import Field, NonNegativeFloat
 
 from iwopd_megatron.config.models import PositiveInt, Section
 
+RuleName = Literal[
+    "uniform",
+    "iw",
+    "surrogate",
+    "iw_signed",
+    "log_ratio",
+    "ratio",
+    "ratio_blend",
+    "linear",
+    "prefix_boost",
+    "prefix",
+    "suffix",
+    "schedule",
+]
 
-class Weighting(Section):
-    rule: Literal[
-        "uniform", "iw", "surrogate", "iw_signed", "log_ratio", "ratio", "ratio_blend", "linear",
-        "prefix_boost", "prefix", "suffix", "schedule",
-    ] = Field("iw", description="token weights w_t (loss/weighting.py); uniform: OPD")  # fmt: skip
+
+class WeightingRule(Section):
+    """The rule of token weights w_t and its settings; loss/weighting.py has the formulas."""
+
+    rule: RuleName = Field("iw", description="token weights w_t (loss/weighting.py); uniform: OPD")
     gamma: NonNegativeFloat = Field(
         0.5, description="iw, iw_signed, ratio_blend, linear, prefix_boost: strength (Eq. 17)"
     )
@@ -47,6 +61,8 @@ class TopK(Section):
 
 
 class Loss(Section):
+    """What a run minimises: the objective, its token weights, bounds, aggregation and masks."""
+
     objective: Literal["policy", "topk_kl"] = Field(
         "policy",
         description="policy: the sampled token's advantage (the paper); topk_kl: "
@@ -60,7 +76,7 @@ class Loss(Section):
         gt=0,
         description="policy: lambda of ExOPD, lambda (teacher - base) - (student - base); 1 is OPD",
     )
-    weighting: Weighting = Weighting()
+    weighting: WeightingRule = WeightingRule()
     clip: float = Field(
         0.2, gt=0, description="policy: PPO clip range; inert with one optimiser step a round"
     )

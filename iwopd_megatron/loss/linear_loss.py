@@ -17,7 +17,8 @@ from collections.abc import Callable
 import torch
 
 from iwopd_megatron.loss import tile_ops
-from iwopd_megatron.loss.logprobs import Head, LogProbs, add_product, default_tile, scored_ids
+from iwopd_megatron.loss.head import Head, Product, add_product
+from iwopd_megatron.loss.logprobs import LogProbs, default_tile, scored_ids
 from iwopd_megatron.runtime import device
 
 # (a chunk's log-probs, its place among the tokens) -> the sum of its tokens' losses
@@ -39,12 +40,12 @@ def linear_loss(
     chunk_tokens: int | None = None,
     chunk_vocab: int | None = None,
 ) -> tuple[torch.Tensor, LogProbs]:
-    """The summed loss, differentiable in `hidden` and `weight`, and the log-probs, detached.
+    """Return the summed loss, differentiable in `hidden` and `weight`, and detached log-probs.
 
     hidden: `[N, D]`; weight: `[V, D]`, the whole head; targets, rows, topk_ids: as for
     `linear_logprobs`. `token_loss` is differentiated in the `logp` and `topk_logp` it is given.
     Workspace: `chunk_tokens` rows of logits (fp32, on GPUs the weight's dtype); and the two
-    gradients, until backward.
+    gradients, fp32, until backward.
     """
     if rows is not None:
         hidden = hidden.index_select(0, rows)
@@ -65,7 +66,7 @@ def linear_loss(
 
 
 class _Chunk:
-    """Some tokens: their exponentials over the vocabulary, tile after tile; sums fp32 `[C]`."""
+    """A chunk of tokens: exponentials over the vocabulary, tile after tile; sums fp32 `[C]`."""
 
     def __init__(self, head: Head, ids_CK: torch.Tensor, workspace: torch.Tensor):
         self.head, self.ids_CK = head, ids_CK
@@ -73,7 +74,8 @@ class _Chunk:
         self.max_C = torch.full_like(self.sum_C, -torch.inf)
         self.found_CK = torch.zeros(ids_CK.shape, device=workspace.device)
         # (tokens, vocabulary, exponentials, the logits they are relative to)
-        self.tiles, start = [], 0
+        self.tiles: list[tuple[slice, slice, torch.Tensor, torch.Tensor]] = []
+        start = 0
         for s, v in head.tiles():
             shape = s.stop - s.start, v.stop - v.start
             exp_CU = workspace[start : start + shape[0] * shape[1]].view(shape)
@@ -95,7 +97,14 @@ class _Chunk:
         self.max_C[s] = peak_C
         return peak_C
 
-    def add_gradients(self, logz_C, dlogp_CK, dhidden_CD, dweight_VD) -> None:
+    def add_gradients(
+        self,
+        logz_C: torch.Tensor,
+        dlogp_CK: torch.Tensor,
+        dhidden_CD: torch.Tensor,
+        dweight_VD: torch.Tensor,
+    ) -> None:
+        """Add to both gradients, fp32, those of sum(dlogp * log-prob of ids)."""
         dlogz_C = dlogp_CK.sum(1)
         for s, v, dlogits_CU, peak_C in self.tiles:
             dlogits_CU.mul_((peak_C - logz_C[s]).exp_().mul_(-dlogz_C[s])[:, None])
@@ -112,12 +121,20 @@ class _FusedChunk:
     """A chunk on a GPU: its logits as the product wrote them, over which their gradient goes."""
 
     def __init__(self, head: Head, ids_CK: torch.Tensor):
-        self.head, self.ids_CK, self.products = head, ids_CK, []
+        self.head, self.ids_CK = head, ids_CK
+        self.products: list[Product] = []
         self.max_C, stats = head.statistics(ids_CK, with_entropy=True, kept=self.products)
         self.sum_C, self.found_CK = stats[0], stats[2:].t()
         self.weighted_C = stats[1] - self.max_C * self.sum_C
 
-    def add_gradients(self, logz_C, dlogp_CK, dhidden_CD, dweight_VD) -> None:
+    def add_gradients(
+        self,
+        logz_C: torch.Tensor,
+        dlogp_CK: torch.Tensor,
+        dhidden_CD: torch.Tensor,
+        dweight_VD: torch.Tensor,
+    ) -> None:
+        """Do as `_Chunk.add_gradients` does."""
         self.head.add_gradients(
             self.ids_CK, logz_C, dlogp_CK, None, dhidden_CD, dweight_VD, self.products
         )
@@ -140,6 +157,7 @@ class _LinearLoss(torch.autograd.Function):
         for start in range(0, tokens, chunk):
             s = slice(start, min(start + chunk, tokens))
             head = Head(hidden_ND[s], weight_VD, inv_temperature, tile)
+            part: _Chunk | _FusedChunk
             if is_fused:
                 part = _FusedChunk(head, ids_NK[s])
             else:
@@ -165,8 +183,14 @@ class _LinearLoss(torch.autograd.Function):
         return *((gradient * dloss).to(dtype) for gradient, dtype in gradients), *[None] * 6
 
 
-def _differentiate(token_loss, logp_CK, entropy_C, topk_NK, s):
-    """A chunk's loss, and its gradient by the log-probs."""
+def _differentiate(
+    token_loss: TokenLoss,
+    logp_CK: torch.Tensor,
+    entropy_C: torch.Tensor,
+    topk_NK: torch.Tensor | None,
+    s: slice,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a chunk's loss, and its gradient by the log-probs `[C, K]`."""
     with torch.enable_grad():
         leaf_CK = logp_CK.detach().requires_grad_()
         dense = (None, None) if topk_NK is None else (leaf_CK[:, 1:], topk_NK[s])

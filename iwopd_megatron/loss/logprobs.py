@@ -2,18 +2,17 @@
 
 logp_t = z_t[y_t] - logsumexp(z_t), z_t = W h_t / temperature. Logits live one tile at a time, with
 a running maximum and sum over the tiles of a row, and are recomputed in the backward pass.
-Shapes: N tokens, D hidden, V vocabulary shard, K scored ids, C tokens and U entries of a tile.
+Shapes: N tokens, D hidden, V vocabulary shard, K scored ids.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from iwopd_megatron.loss import tile_ops
+from iwopd_megatron.loss.head import Head
 from iwopd_megatron.loss.tile_ops import EntropyGradient
 from iwopd_megatron.loss.topk import RunningTopK
 from iwopd_megatron.runtime import device
@@ -27,16 +26,25 @@ from iwopd_megatron.runtime.megatron import (
 CPU_TILE, CPU_TOPK_TILE, GPU_TILE = (128, 2048), (128, 16384), (2048, 2**20)
 
 
-_HAS_OUT_DTYPE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
-
-
 class LogProbs(NamedTuple):
-    """Per-token results, fp32, in nats, all differentiable."""
+    """Per-token results of an LM head, fp32, in nats, all differentiable."""
 
     logp: torch.Tensor  # [N]
     entropy: torch.Tensor | None  # [N]
     topk_logp: torch.Tensor | None = None  # [N, K]
     topk_ids: torch.Tensor | None = None  # [N, K] int64, of topk_logp; likeliest first if found
+
+    def known_entropy(self) -> torch.Tensor:
+        """Return `entropy`; ValueError where it was not asked for."""
+        if self.entropy is None:
+            raise ValueError("these log-probs came without entropies; ask for them.")
+        return self.entropy
+
+    def known_topk(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `topk_ids` and `topk_logp`; ValueError where no ids were scored or searched."""
+        if self.topk_ids is None or self.topk_logp is None:
+            raise ValueError("these log-probs are of the targets alone; ask for topk_ids or topk.")
+        return self.topk_ids, self.topk_logp
 
 
 def linear_logprobs(
@@ -54,7 +62,7 @@ def linear_logprobs(
     chunk_tokens: int | None = None,
     chunk_vocab: int | None = None,
 ) -> LogProbs:
-    """Log-probs of `targets`, and entropies, under the head `weight`.
+    """Return log-probs of `targets`, and entropies, under the head `weight`.
 
     hidden: `[N, D]`, or this rank's `[N / tp, D]` when `sequence_parallel`; weight: `[V, D]`, this
     rank's rows of the vocabulary; targets: int64, one per kept row; rows: int64 indices of the
@@ -63,6 +71,7 @@ def linear_logprobs(
     without gradient). Matrix products run in the weight's dtype, everything else in fp32. Over tp:
     two all-reduces forward ([N] max, [3 + K, N] sum), for topk an all-gather of [N, 2 topk], and
     one collective backward, however many tiles of `chunk_tokens` x `chunk_vocab` logits there are.
+    ValueError where both topk_ids and topk are given.
     """
     if topk and topk_ids is not None:
         raise ValueError("score given topk_ids or topk, not both.")
@@ -91,107 +100,19 @@ def linear_logprobs(
 
 
 def default_tile(topk: int = 0) -> tuple[int, int]:
-    """Tokens and vocabulary entries of a tile of logits on this device."""
+    """Return tokens and vocabulary entries of a tile of logits on this device."""
     if device.has_gpu():
         return GPU_TILE
     return CPU_TOPK_TILE if topk else CPU_TILE
 
 
-# (tokens, vocabulary, product) of a tile
-Product = tuple[slice, slice, torch.Tensor]
-
-
-class Head(NamedTuple):
-    """Hidden states and this rank's vocabulary, whose logits exist one tile at a time."""
-
-    hidden_ND: torch.Tensor
-    weight_VD: torch.Tensor
-    inv_temperature: float
-    tile: tuple[int, int]
-
-    def tiles(self) -> Iterator[tuple[slice, slice]]:
-        """(tokens, vocabulary) of all tiles; vocabulary outermost, so that weights stay cached."""
-        (tokens, vocab), (rows, columns) = self.tile, (len(self.hidden_ND), len(self.weight_VD))
-        for v in range(0, columns, vocab):
-            for c in range(0, rows, tokens):
-                yield slice(c, min(c + tokens, rows)), slice(v, min(v + vocab, columns))
-
-    def product(self, s: slice, v: slice) -> torch.Tensor:
-        """`[C, U]`, in the weight's dtype; times 1 / temperature these are the logits."""
-        return self.hidden_ND[s] @ self.weight_VD[v].t()
-
-    def products(self) -> Iterator[Product]:
-        for s, v in self.tiles():
-            yield s, v, self.product(s, v)
-
-    def statistics(
-        self,
-        ids_NK: torch.Tensor,
-        with_entropy: bool,
-        best: RunningTopK | None = None,
-        start: int = 0,
-        kept: list[Product] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Maxima `[N]`, and `[2 + K, N]`: sums of exp, of exp * logit, both relative to the maxima,
-        and the logits of `ids_NK`, 0 where another rank has them.
-
-        start: id of the first column; kept: takes all products, for `add_gradients`.
-        """
-        stats = ids_NK.new_zeros(2 + ids_NK.shape[1], len(ids_NK), dtype=torch.float32)
-        max_N = torch.full_like(stats[0], -torch.inf)
-        for s, v, tile_CU in self.products():
-            stats[2:, s] += tile_ops.found(tile_CU, self.inv_temperature, ids_NK[s] - v.start).t()
-            if best is not None:
-                logits_CU = tile_ops.scaled(tile_CU, self.inv_temperature)
-                best.add(logits_CU, s, start + v.start)
-            part = tile_ops.statistics(tile_CU, self.inv_temperature, with_entropy)
-            merge(part, max_N[s], stats[0, s], stats[1, s])
-            if kept is not None:
-                kept.append((s, v, tile_CU))
-        return max_N, stats
-
-    def add_gradients(
-        self,
-        ids_NK: torch.Tensor,
-        logz_N: torch.Tensor,
-        dids_NK: torch.Tensor,
-        entropy: EntropyGradient | None,
-        dhidden_ND: torch.Tensor,
-        dweight_VD: torch.Tensor,
-        kept: list[Product] | None = None,
-    ) -> None:
-        """Add to both gradients, fp32, those of sum(dids * log-prob of ids).
-
-        kept: all products, which become their gradient in place on GPUs; else computed anew.
-        """
-        for s, v, tile_CU in self.products() if kept is None else kept:
-            part = None if entropy is None else EntropyGradient(*(x[s] for x in entropy))
-            dtile_CU = tile_ops.gradient(
-                tile_CU, self.inv_temperature, ids_NK[s] - v.start, logz_N[s], dids_NK[s], part
-            )
-            add_product(dhidden_ND[s], dtile_CU, self.weight_VD[v])
-            add_product(dweight_VD[v], dtile_CU.t(), self.hidden_ND[s])
-
-
-def merge(
-    part: tile_ops.Statistics, max_C: torch.Tensor, sum_C: torch.Tensor, weighted_C: torch.Tensor
-) -> None:
-    """Add a tile's statistics to those of the row's earlier tiles, in place."""
-    new_max_C = torch.maximum(max_C, part.max)
-    older_C, newer_C = (max_C - new_max_C).exp_(), (part.max - new_max_C).exp_()
-    max_C.copy_(new_max_C)
-    sum_C.mul_(older_C).addcmul_(part.sum, newer_C)
-    if part.weighted is not None:
-        weighted_C.mul_(older_C).addcmul_(part.weighted, newer_C)
-
-
 def scored_ids(target_N: torch.Tensor, topk_NK: torch.Tensor | None) -> torch.Tensor:
-    """Ids whose log-probs are wanted, `[N, 1 + K]`, the target first."""
+    """Return the ids whose log-probs are wanted, `[N, 1 + K]`, the target first."""
     return target_N[:, None] if topk_NK is None else torch.cat([target_N[:, None], topk_NK], 1)
 
 
 class _LinearLogProbs(torch.autograd.Function):
-    """Its hidden gradient covers this rank's vocabulary only; the caller's region op sums it."""
+    """Log-probs whose hidden gradient is this rank's part; the caller's region op sums it."""
 
     @staticmethod
     def forward(
@@ -236,13 +157,3 @@ class _LinearLogProbs(torch.autograd.Function):
         head = Head(hidden_ND, weight_VD, ctx.inv_temperature, ctx.tile)
         head.add_gradients(ids_NK, logz_N, dids_NK, entropy, dhidden_ND, dweight_VD)
         return dhidden_ND.to(hidden_ND.dtype), dweight_VD.to(weight_VD.dtype), *[None] * 6
-
-
-def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a @ b, with an fp32 total whatever the product's dtype."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif total.is_cuda and _HAS_OUT_DTYPE:  # summed in fp32 by the product itself
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total += a @ b

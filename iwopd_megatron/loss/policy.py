@@ -22,9 +22,10 @@ def opd_advantage(
     base_logp: torch.Tensor | None = None,
     extrapolation: float = 1.0,
 ) -> torch.Tensor:
-    """Advantage per token (nats, no gradient), same shape as its inputs.
+    """Return the advantage per token (nats, no gradient), same shape as its inputs (Eq. 6).
 
-    `base_logp`: reward extrapolation, lambda * (teacher - base) - (old - base); lambda = 1 is OPD.
+    base_logp: reward extrapolation, lambda * (teacher - base) - (old - base); lambda = 1 is OPD.
+    ValueError where `extrapolation` is not 1 and there is no base_logp.
     """
     if base_logp is None:
         if extrapolation != 1.0:
@@ -47,7 +48,7 @@ def policy_loss(
     tis_cap: float | None = 5.0,
     denominator: float | torch.Tensor,
 ) -> torch.Tensor:
-    """Scalar: this rank's masked-in sum of the clipped objective divided by `denominator`.
+    """Return this rank's masked-in sum of the clipped objective / `denominator`, a scalar (Eq. 67).
 
     All tensors fp32 of one shape; `denominator` is the global count, or one per token
     (`token_denominator`), so that sums over micro-batches and ranks give the mean over the whole
@@ -67,7 +68,7 @@ def policy_loss(
 def is_clipped(
     logp: torch.Tensor, old_logp: torch.Tensor, advantage: torch.Tensor, clip: float
 ) -> torch.Tensor:
-    """Bool per token: the PPO clip holds its gradient back."""
+    """Return, bool per token, whether the PPO clip holds its gradient back."""
     log_ratio = (logp - old_logp).detach()
     too_far_up = (log_ratio > math.log1p(clip)) & (advantage > 0)
     too_far_down = (log_ratio < math.log1p(-min(clip, 1 - 1e-6))) & (advantage < 0)
@@ -77,12 +78,12 @@ def is_clipped(
 def importance_weight(
     old_logp: torch.Tensor, rollout_logp: torch.Tensor, cap: float
 ) -> torch.Tensor:
-    """Truncated importance weight min(exp(old - rollout), cap) per token, no gradient."""
+    """Return the importance weight min(exp(old - rollout), cap) per token, no gradient."""
     return (old_logp - rollout_logp).detach().clamp(-20, 20).exp().clamp(max=cap)
 
 
 def token_denominator(aggregation: str, length: int, responses: int, tokens: int) -> float:
-    """What one token's loss is divided by.
+    """Return what one token's loss is divided by.
 
     length: loss tokens in its response; responses, tokens: in the whole optimiser step (all ranks).
     seq_mean_token_mean, the mean over responses of token means, is what the authors' script has.

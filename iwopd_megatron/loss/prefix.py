@@ -8,17 +8,18 @@ Shapes: T tokens of this rank, S segments, C = 2S local chunks, K chunks of a se
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 import torch.distributed as dist
 
 
-class Prefix(NamedTuple):
-    """Per token, fp64 `[T]`, of its segment's masked-in gaps.
+@dataclass(frozen=True)
+class Prefix:
+    """Sums of the masked-in gaps of each token's segment, fp64 `[T]`.
 
-    `total` and `prior_share` are of absolute gaps, and `total` leaves out the last one. `signed`,
-    `low` and `high` are None unless asked for.
+    `total` and `prior_share` are of absolute gaps, and `total` leaves out the last one.
     """
 
     prior_share: torch.Tensor  # sum of earlier gaps / total; 0 where total is 0
@@ -26,9 +27,39 @@ class Prefix(NamedTuple):
     last_gap: torch.Tensor
     index: torch.Tensor  # masked-in tokens of the segment before this one
     length: torch.Tensor  # masked-in tokens of the segment
-    signed: torch.Tensor | None  # sum of earlier signed gaps
-    low: torch.Tensor | None  # least `signed` of the segment's masked-in tokens
-    high: torch.Tensor | None  # greatest
+
+
+@dataclass(frozen=True)
+class SignedPrefix(Prefix):
+    """The sums of `Prefix`, and the running sum of signed gaps, fp64 `[T]`."""
+
+    signed: torch.Tensor  # sum of earlier signed gaps
+    low: torch.Tensor  # least `signed` of the segment's masked-in tokens
+    high: torch.Tensor  # greatest
+
+
+@overload
+def prefix_sums(
+    gap_T: torch.Tensor,
+    segment_T: torch.Tensor,
+    mask_T: torch.Tensor,
+    segments: int,
+    cp_group: dist.ProcessGroup | None,
+    *,
+    with_signed: Literal[False],
+) -> Prefix: ...
+
+
+@overload
+def prefix_sums(
+    gap_T: torch.Tensor,
+    segment_T: torch.Tensor,
+    mask_T: torch.Tensor,
+    segments: int,
+    cp_group: dist.ProcessGroup | None,
+    *,
+    with_signed: Literal[True],
+) -> SignedPrefix: ...
 
 
 def prefix_sums(
@@ -37,9 +68,13 @@ def prefix_sums(
     mask_T: torch.Tensor,
     segments: int,
     cp_group: dist.ProcessGroup | None,
+    *,
     with_signed: bool,
 ) -> Prefix:
-    """One all-gather of 6 * S doubles a rank, or 12 * S with signed sums."""
+    """Return each token's sums, by one all-gather of 6 * S doubles a rank, 12 * S with signed ones.
+
+    gap: `[T]` signed; segment: `[T]` int64 in [0, segments), not decreasing; mask: `[T]` bool.
+    """
     ranks, rank = (cp_group.size(), cp_group.rank()) if cp_group is not None else (1, 0)
     chunk_T, start_S, tokens_S = _chunks(segment_T, segments)
     gap_T = gap_T.double().where(mask_T, 0)
@@ -76,22 +111,19 @@ def prefix_sums(
     prior_T = _running(share_T, chunk_T, start_S, tokens_S) + prior_share_C[chunk_T]
     before_C = (count_KS.cumsum(0) - count_KS)[own].flatten()
     index_T = _running(mask_T.double(), chunk_T, start_S, tokens_S) + before_C[chunk_T]
-    signed = (None, None, None)
-    if with_signed:
-        signed_KS, low_KS, high_KS = stats_FKS[3:]
-        signed_KS = signed_KS + last_KS.where(~is_final_KS, 0)
-        earlier_KS = signed_KS.cumsum(0) - signed_KS
-        signed_T = earlier_KS[own].flatten()[chunk_T] + inside_T
-        low_S, high_S = (earlier_KS + low_KS).amin(0), (earlier_KS + high_KS).amax(0)
-        signed = (signed_T, low_S[segment_T], high_S[segment_T])
-    return Prefix(
-        prior_T.clamp(0, 1), total_S[segment_T], last_S[segment_T], index_T, length_S[segment_T],
-        *signed,
-    )  # fmt: skip
+    sums = prior_T.clamp(0, 1), total_S[segment_T], last_S[segment_T], index_T, length_S[segment_T]
+    if not with_signed:
+        return Prefix(*sums)
+    signed_KS, low_KS, high_KS = stats_FKS[3:]
+    signed_KS = signed_KS + last_KS.where(~is_final_KS, 0)
+    earlier_KS = signed_KS.cumsum(0) - signed_KS
+    signed_T = earlier_KS[own].flatten()[chunk_T] + inside_T
+    low_S, high_S = (earlier_KS + low_KS).amin(0), (earlier_KS + high_KS).amax(0)
+    return SignedPrefix(*sums, signed_T, low_S[segment_T], high_S[segment_T])
 
 
 def _chunks(segment_T, segments: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Each token's local chunk; first token and number of tokens of each segment.
+    """Return each token's local chunk, and each segment's first token and number of tokens.
 
     Local chunk (half, segment) is number half * S + segment; both halves are equally long.
     """
@@ -103,14 +135,14 @@ def _chunks(segment_T, segments: int) -> tuple[torch.Tensor, torch.Tensor, torch
 
 
 def _signed_inside(gap_T, sum_C, chunk_T, start_S, tokens_S) -> torch.Tensor:
-    """Exclusive running sum of signed gaps, restarted at every chunk."""
+    """Return the exclusive running sum of signed gaps, restarted at every chunk."""
     # In units of the chunk's own sum: one running sum over the pack is then exact for all.
     unit_T = sum_C.where(sum_C > 0, 1.0)[chunk_T]
     return _running(gap_T / unit_T, chunk_T, start_S, tokens_S) * unit_T
 
 
 def _signed_stats(gap_T, inside_T, mask_T, chunk_T, stats_FC) -> torch.Tensor:
-    """Per chunk `[3, C]`: sum of signed gaps before the last, least and greatest running sum."""
+    """Return, `[3, C]`, sum of signed gaps before the last, least and greatest running sum."""
     signed = torch.zeros_like(stats_FC)
     signed[1], signed[2] = math.inf, -math.inf
     signed[0].index_add_(0, chunk_T, gap_T)
@@ -120,14 +152,14 @@ def _signed_stats(gap_T, inside_T, mask_T, chunk_T, stats_FC) -> torch.Tensor:
 
 
 def _running(value_T, chunk_T, start_S, tokens_S) -> torch.Tensor:
-    """Exclusive running sum, restarted at every chunk."""
+    """Return the exclusive running sum, restarted at every chunk."""
     before_T = value_T.cumsum(0) - value_T
     first_C = torch.cat([start_S, start_S + tokens_S // 2]).clamp(max=max(len(value_T) - 1, 0))
     return before_T - before_T[first_C][chunk_T] if len(value_T) else before_T
 
 
 def _gather_in_order(stats_F2S: torch.Tensor, cp_group, ranks: int) -> torch.Tensor:
-    """`[F, 2, S]` of every rank -> `[F, 2R, S]` in token order: first halves up, second down."""
+    """Return `[F, 2R, S]` in token order, first halves up, second down, of all `[F, 2, S]`."""
     if ranks == 1:
         return stats_F2S
     gathered = stats_F2S.new_empty(ranks, *stats_F2S.shape)

@@ -38,7 +38,7 @@ def _statistics(tile, max_out, sum_out, weighted_out, columns, scale, BLOCK: tl.
 def statistics(
     tile_CU: torch.Tensor, inv_temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of the logits `inv_temperature * tile`: maxima, sums of exp, sums of exp * logit, `[C]`."""
+    """Return maxima, sums of exp(logit - max), of that * logit, fp32 `[C]`; logits scale * tile."""
     rows, columns = tile_CU.shape
     out = torch.empty(3, rows, device=tile_CU.device)
     _statistics[(rows,)](
@@ -49,9 +49,19 @@ def statistics(
 
 @triton.jit
 def _gradient(
-    tile, ids, dids, logz, dentropy, mean_logit, columns, count, scale,
-    HAS_ENTROPY: tl.constexpr, IDS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    tile,
+    ids,
+    dids,
+    logz,
+    dentropy,
+    mean_logit,
+    columns,
+    count,
+    scale,
+    HAS_ENTROPY: tl.constexpr,
+    IDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     line = tile + row * columns
     k = tl.arange(0, IDS)
@@ -89,16 +99,28 @@ def gradient_(
     dentropy_C: torch.Tensor | None,
     mean_logit_C: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Write `tile_ops.gradient` over the tile and return it; entropy's two tensors, or neither."""
+    """Write `tile_ops.gradient` over the tile and return it; entropy's two tensors, or neither.
+
+    The tile is contiguous.
+    """
     (rows, columns), count = tile_CU.shape, ids_CK.shape[1]
     assert tile_CU.is_contiguous()
     has_entropy = dentropy_C is not None
     upstream = logz_C if dentropy_C is None else dentropy_C
     mean_logit = logz_C if mean_logit_C is None else mean_logit_C
     _gradient[(rows,)](
-        tile_CU, ids_CK.contiguous(), dids_CK.contiguous(), logz_C.contiguous(),
-        upstream.contiguous(), mean_logit.contiguous(), columns, count, inv_temperature,
-        HAS_ENTROPY=has_entropy, IDS=max(2, triton.next_power_of_2(count)), BLOCK=BLOCK,
+        tile_CU,
+        ids_CK.contiguous(),
+        dids_CK.contiguous(),
+        logz_C.contiguous(),
+        upstream.contiguous(),
+        mean_logit.contiguous(),
+        columns,
+        count,
+        inv_temperature,
+        HAS_ENTROPY=has_entropy,
+        IDS=max(2, triton.next_power_of_2(count)),
+        BLOCK=BLOCK,
         num_warps=WARPS,
-    )  # fmt: skip
+    )
     return tile_CU

@@ -13,7 +13,7 @@ import torch
 
 
 class Statistics(NamedTuple):
-    """Of a tile's rows, fp32 `[C]`."""
+    """Statistics of a tile's rows, fp32 `[C]`."""
 
     max: torch.Tensor
     sum: torch.Tensor  # of exp(logit - max)
@@ -28,18 +28,18 @@ class EntropyGradient(NamedTuple):
 
 
 def is_fused(tile: torch.Tensor) -> bool:
-    """Whether the kernels are used for tensors where this one is."""
+    """Return whether the kernels are used for tensors where this one is."""
     return tile.is_cuda
 
 
 def scaled(tile_CU: torch.Tensor, inv_temperature: float) -> torch.Tensor:
-    """The logits, fp32; at temperature 1 of an fp32 tile the tile itself."""
+    """Return the logits, fp32; at temperature 1 of an fp32 tile the tile itself."""
     logits_CU = tile_CU.float()
     return logits_CU * inv_temperature if inv_temperature != 1 else logits_CU
 
 
 def statistics(tile_CU: torch.Tensor, inv_temperature: float, with_entropy: bool) -> Statistics:
-    """tile: products of hidden states and head, in their dtype; its contents are lost on CPUs."""
+    """Return a tile's statistics; its contents, products of hidden states and head, may be lost."""
     if is_fused(tile_CU):
         from iwopd_megatron.loss import tile_kernels
 
@@ -60,10 +60,10 @@ def gradient(
     dids_CK: torch.Tensor,
     entropy: EntropyGradient | None,
 ) -> torch.Tensor:
-    """Gradient of sum(dids * log-prob of ids) by the products, in the tile's dtype and memory.
+    """Return the gradient of sum(dids * log-prob of ids) by the products, in the tile's dtype.
 
-    ids: columns of the tile, outside [0, U) where they are not in it; logz: logsumexp of the whole
-    row.
+    The tile's memory is used for it. ids: columns of the tile, outside [0, U) where they are not in
+    it; logz: logsumexp of the whole row.
     """
     if is_fused(tile_CU):
         from iwopd_megatron.loss import tile_kernels
@@ -87,12 +87,12 @@ def gradient(
 
 
 def places(ids_CK: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Columns of these ids in a tile, 0 where they lie outside it; and which lie inside."""
+    """Return columns of these ids in a tile, 0 where they lie outside it; and which lie inside."""
     is_here_CK = (ids_CK >= 0) & (ids_CK < columns)
     return ids_CK.where(is_here_CK, 0), is_here_CK
 
 
 def found(tile_CU: torch.Tensor, inv_temperature: float, ids_CK: torch.Tensor) -> torch.Tensor:
-    """Logits of these ids, fp32 `[C, K]`, 0 where they lie outside the tile."""
+    """Return logits of these ids, fp32 `[C, K]`, 0 where they lie outside the tile."""
     place_CK, is_here_CK = places(ids_CK, tile_CU.shape[1])
     return (tile_CU.gather(1, place_CK).float() * inv_temperature).where(is_here_CK, 0)

@@ -19,9 +19,10 @@ MIN_TAIL = 1e-6
 def topk_kl(
     student_logp: torch.Tensor, teacher_logp: torch.Tensor, support: str = "renormalised"
 ) -> torch.Tensor:
-    """KL(student || teacher) on the support, nats, `[N]`, differentiable in the student.
+    """Return KL(student || teacher) on the support, nats, `[N]`, differentiable in the student.
 
-    Both fp32 `[N, K]`: log-probs, over the whole vocabulary, of the same K ids.
+    Both fp32 `[N, K]`: log-probs, over the whole vocabulary, of the same K ids. ValueError where
+    `support` is none of the three.
     """
     if support == "renormalised":
         student_logp, teacher_logp = student_logp.log_softmax(-1), teacher_logp.log_softmax(-1)
@@ -33,7 +34,7 @@ def topk_kl(
 
 
 def _with_tail(logp_NK: torch.Tensor) -> torch.Tensor:
-    """Log-probs `[N, K + 1]` with that of all other tokens last."""
+    """Return log-probs `[N, K + 1]` with that of all other tokens last."""
     rest_N = (1 - logp_NK.exp().sum(-1)).clamp(min=MIN_TAIL)
     return torch.cat([logp_NK, rest_N.log()[:, None]], -1)
 
@@ -49,14 +50,14 @@ class RunningTopK:
         self.id_NK = torch.zeros(tokens, k, dtype=torch.int64, device=on)
 
     def add(self, logits_CU: torch.Tensor, rows: slice, first_id: int) -> None:
-        """A tile of fp32 logits of these rows, of ids `first_id` and on."""
+        """Take in a tile of fp32 logits of these rows, of ids `first_id` and on."""
         value_CK, column_CK = logits_CU.topk(min(self.value_NK.shape[1], logits_CU.shape[1]))
         value = torch.cat([self.value_NK[rows], value_CK], 1)
         ids = torch.cat([self.id_NK[rows], column_CK + first_id], 1)
         self._keep(rows, value, ids)
 
     def merge(self, group: dist.ProcessGroup) -> None:
-        """Over the ranks of `group`: one all-gather of [N, 2 K] 32-bit numbers a rank."""
+        """Merge with the ranks of `group`, by one all-gather of [N, 2 K] 32-bit numbers a rank."""
         packed = torch.cat([self.value_NK.view(torch.int32), self.id_NK.int()], 1)
         every = packed.new_empty(group.size(), *packed.shape)
         dist.all_gather_into_tensor(every.view(-1, packed.shape[1]), packed, group=group)

@@ -25,18 +25,19 @@ Sums run in fp64 (prefix.py). Shapes: B batch, T tokens, S segments, R context r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import get_args
 
 import torch
 import torch.distributed as dist
 
-from iwopd_megatron.loss.prefix import Prefix, prefix_sums
+from iwopd_megatron.config.loss import RuleName, WeightingRule
+from iwopd_megatron.loss.prefix import Prefix, SignedPrefix, prefix_sums
 
+RULES: tuple[str, ...] = get_args(RuleName)
 DENOMINATORS = ("exclusive", "inclusive")
 ANNEALS = ("cosine", "linear")
-RATIO_RULES = ("ratio", "ratio_blend")  # need Z_t
-SIGNED_RULES = ("iw_signed", "log_ratio", *RATIO_RULES)  # need S_t
 MAX_LOG_RATIO = 80.0  # alpha * S_t is clamped to +-80 before exp, in ratios and in their mean
 
 
@@ -44,21 +45,15 @@ def token_weights(
     gap: torch.Tensor,
     mask: torch.Tensor,
     *,
-    rule: str = "iw",
-    gamma: float = 0.5,
-    alpha: float = 0.01,
-    share: float = 0.3,
-    denominator: str = "exclusive",
+    rule: str | WeightingRule = "iw",
     step: int | None = None,
     total_steps: int | None = None,
-    start: float = 0.3,
-    end: float = 1.0,
-    anneal: str = "cosine",
+    **settings: float | str,
 ) -> torch.Tensor:
-    """Weights `[B, T]` fp32 for signed gaps `[B, T]` (nats) and a bool mask; 0 where False.
+    """Return weights `[B, T]` fp32 for signed gaps `[B, T]` (nats) and a bool mask; 0 where False.
 
-    The B rows are all the responses of the step: ratio rules take their Z_t from them. ValueError
-    names the first row with a gap that is not finite, e.g. from a teacher log-prob of -inf.
+    settings: fields of `WeightingRule`, e.g. `gamma=0.5`. The B rows are all the responses of the
+    step: ratio rules take Z_t from them. Raises ValueError at a gap that is not finite.
     """
     wrong = (mask & ~gap.isfinite()).nonzero()
     if len(wrong):
@@ -67,15 +62,15 @@ def token_weights(
             f"sample {row}: the gap of token {column} is {gap[row, column].item()}; "
             "teacher and student log-probs must be finite."
         )
-    segment_ids = torch.arange(gap.shape[0], device=gap.device)[:, None].expand(gap.shape)
+    chosen = _rule_of(rule, settings)
     mean = None
-    if rule in RATIO_RULES:
-        mean = ratio_mean([g[m] for g, m in zip(gap, mask, strict=True)], alpha).to(gap.device)
-    weights = token_weights_packed(
-        gap.flatten(), segment_ids.flatten(), mask.flatten(), num_segments=gap.shape[0],
-        rule=rule, gamma=gamma, alpha=alpha, share=share, denominator=denominator, step=step,
-        total_steps=total_steps, start=start, end=end, anneal=anneal, ratio_mean=mean,
-    )  # fmt: skip
+    if chosen.rule in RATIO_RULES:
+        mean = ratio_mean([g[m] for g, m in zip(gap, mask, strict=True)], chosen.alpha)
+        mean = mean.to(gap.device)
+    segment_ids = torch.arange(gap.shape[0], device=gap.device)[:, None].expand(gap.shape)
+    weights = StepWeighting(chosen, step, total_steps, mean).packed(
+        gap.flatten(), segment_ids.flatten(), mask.flatten(), num_segments=gap.shape[0]
+    )
     return weights.view(gap.shape)
 
 
@@ -86,52 +81,94 @@ def token_weights_packed(
     *,
     num_segments: int | None = None,
     cp_group: dist.ProcessGroup | None = None,
-    rule: str = "iw",
-    gamma: float = 0.5,
-    alpha: float = 0.01,
-    share: float = 0.3,
-    denominator: str = "exclusive",
+    rule: str | WeightingRule = "iw",
     step: int | None = None,
     total_steps: int | None = None,
-    start: float = 0.3,
-    end: float = 1.0,
-    anneal: str = "cosine",
     ratio_mean: torch.Tensor | None = None,
+    **settings: float | str,
 ) -> torch.Tensor:
-    """Weights `[T]` fp32 of this rank's packed tokens; 0 where the mask is False.
+    """Return weights `[T]` fp32 of this rank's packed tokens; see `StepWeighting.packed`.
 
-    gap: `[T]` signed, nats; segment_ids: `[T]` int64, not decreasing, the same segments on every
-    rank; mask: `[T]` bool; ratio_mean: `[longest response]` fp64, Z_t of the whole optimiser step;
-    step: optimiser steps done, of total_steps. With `cp_group` of R ranks every segment is
-    zigzag-cut: this rank holds its chunks `rank` and `2R-1-rank`, equally long
-    (parallel.zigzag_index). A segment may also lie on one rank alone; then pass `num_segments`,
-    the same on every rank. Whatever the length, one all-gather of 6 * S doubles a rank, or of
-    12 * S for a rule with S_t; none for uniform. A gap that is not finite makes weights NaN, and
-    with them the loss: nothing here waits for the device to look for one (`gates` does, by name).
+    settings: fields of `WeightingRule`, e.g. `gamma=0.5`.
     """
-    if rule not in RULES:
-        raise ValueError(f"unknown weighting rule '{rule}'; use one of {', '.join(RULES)}.")
-    if denominator not in DENOMINATORS:
-        raise ValueError(f"unknown denominator '{denominator}'; use exclusive or inclusive.")
-    if rule in RATIO_RULES and ratio_mean is None:
-        raise ValueError(
-            f"rule '{rule}' on packed tokens needs ratio_mean=; "
-            "compute it with ratio_mean(gaps, alpha) from all responses of the optimiser step."
-        )
-    if rule == "schedule":
-        share = scheduled_share(step, total_steps, start, end, anneal)
-    if rule == "uniform":
-        return mask.float()
-    if num_segments is None:
-        num_segments = int(segment_ids.max()) + 1 if len(segment_ids) else 0
-    signed = rule in SIGNED_RULES
-    place = prefix_sums(gap, segment_ids, mask, num_segments, cp_group, signed)
-    settings = _Settings(gamma, alpha, share, denominator, ratio_mean)
-    return torch.where(mask, _RULES[rule](place, settings), 0).float()
+    weighting = StepWeighting(_rule_of(rule, settings), step, total_steps, ratio_mean)
+    return weighting.packed(gap, segment_ids, mask, num_segments=num_segments, cp_group=cp_group)
 
 
-def ratio_mean(gaps: Sequence[Sequence[float]], alpha: float) -> torch.Tensor:
-    """Z_t `[longest response]` fp64 from the gaps of all the step's responses (Eq. 45).
+@dataclass(frozen=True)
+class StepWeighting:
+    """A rule and what it reads of the optimiser step beside the tokens.
+
+    step: optimiser steps done, of total_steps (schedule); ratio_mean: Z_t of the whole step,
+    `[longest response]` fp64 (ratio rules).
+    """
+
+    rule: WeightingRule
+    step: int | None = None
+    total_steps: int | None = None
+    ratio_mean: torch.Tensor | None = None
+
+    def packed(
+        self,
+        gap: torch.Tensor,
+        segment_ids: torch.Tensor,
+        mask: torch.Tensor,
+        *,
+        num_segments: int | None = None,
+        cp_group: dist.ProcessGroup | None = None,
+    ) -> torch.Tensor:
+        """Return weights `[T]` fp32 of this rank's packed tokens; 0 where the mask is False.
+
+        gap: `[T]` signed, nats; segment_ids: `[T]` int64, not decreasing, the same segments on
+        every rank; mask: `[T]` bool. With `cp_group` of R ranks every segment is zigzag-cut: this
+        rank holds its chunks `rank` and `2R-1-rank`, equally long (parallel.zigzag_index). A
+        segment may also lie on one rank alone; then pass `num_segments`, the same on every rank.
+        Whatever the length, one all-gather of 6 * S doubles a rank, or of 12 * S for a rule with
+        S_t; none for uniform. A gap that is not finite makes weights NaN: nothing here waits for
+        the device to look for one. Raises ValueError where the rule lacks what it needs.
+        """
+        rule, name, total = self.rule, self.rule.rule, self.rule.denominator
+        if name not in RULES:
+            raise ValueError(f"unknown weighting rule '{name}'; use one of {', '.join(RULES)}.")
+        if total not in DENOMINATORS:
+            raise ValueError(f"unknown denominator '{total}'; use exclusive or inclusive.")
+        if name == "uniform":
+            return mask.float()
+        if num_segments is None:
+            num_segments = int(segment_ids.max()) + 1 if len(segment_ids) else 0
+        tokens = gap, segment_ids, mask, num_segments, cp_group
+        if name in _BY_RATIO:
+            if self.ratio_mean is None:
+                raise ValueError(
+                    f"rule '{name}' on packed tokens needs ratio_mean=; compute it with "
+                    "ratio_mean(gaps, alpha) from all responses of the optimiser step."
+                )
+            signed = prefix_sums(*tokens, with_signed=True)
+            weight_T = _BY_RATIO[name](rule, _ratio(signed, rule.alpha, self.ratio_mean))
+        elif name in _BY_SIGNED_SUM:
+            signed = prefix_sums(*tokens, with_signed=True)
+            weight_T = _BY_SIGNED_SUM[name](rule, _rescaled(signed))
+        else:
+            if name == "schedule":
+                progress = self.step, self.total_steps
+                share = scheduled_share(*progress, rule.start, rule.end, rule.anneal)
+                rule = rule.model_copy(update={"share": share})
+            weight_T = _BY_DISTANCE[name](rule, prefix_sums(*tokens, with_signed=False))
+        return torch.where(mask, weight_T, 0).float()
+
+
+def _rule_of(rule: str | WeightingRule, settings: Mapping[str, float | str]) -> WeightingRule:
+    """Return the rule of a function's keywords. Only a recipe's numbers are held to its bounds."""
+    for name in settings:
+        if name not in WeightingRule.model_fields:
+            raise TypeError(f"got an unexpected keyword argument '{name}'")
+    if isinstance(rule, WeightingRule):
+        return rule.model_copy(update=settings)
+    return WeightingRule().model_copy(update={"rule": rule, **settings})
+
+
+def ratio_mean(gaps: Sequence[Sequence[float] | torch.Tensor], alpha: float) -> torch.Tensor:
+    """Return Z_t, `[longest response]` fp64, from the gaps of all the step's responses (Eq. 45).
 
     The mean of exp(alpha * S_t) over the responses that reach t. Z_1 = 1 even without responses.
     """
@@ -149,7 +186,7 @@ def ratio_mean(gaps: Sequence[Sequence[float]], alpha: float) -> torch.Tensor:
 def scheduled_share(
     step: int | None, total_steps: int | None, start: float, end: float, anneal: str
 ) -> float:
-    """The prefix share after `step` of `total_steps`: `start` at 0, `end` from total_steps on."""
+    """Return the prefix share after `step` of `total_steps`: `start` at 0, at last `end`."""
     if step is None or not total_steps:
         raise ValueError("rule 'schedule' needs step= and total_steps=, the progress of training.")
     if anneal not in ANNEALS:
@@ -164,50 +201,49 @@ def _exp(log_ratio: torch.Tensor) -> torch.Tensor:
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
-class _Settings(NamedTuple):
-    gamma: float
-    alpha: float
-    share: float
-    denominator: str
-    ratio_mean: torch.Tensor | None
+# Terms of the rules' formulas, fp64 `[T]`.
 
 
-def _prior_share(place: Prefix, s: _Settings) -> torch.Tensor:  # F_t
+def _prior_share(rule: WeightingRule, place: Prefix) -> torch.Tensor:  # F_t
     total = place.total
-    if s.denominator == "inclusive":
+    if rule.denominator == "inclusive":
         total = place.total + place.last_gap + 1e-8
     return torch.where(place.total == 0, 0.0, place.prior_share * (place.total / total))
 
 
-def _rescaled(place: Prefix, s: _Settings) -> torch.Tensor:  # N_t
+def _rescaled(place: SignedPrefix) -> torch.Tensor:  # N_t
     rescaled = (place.signed - place.low) / (place.high - place.low)
     return torch.where(place.total == 0, 1.0, rescaled)  # no gap before the last: S is constant
 
 
-def _ratio(place: Prefix, s: _Settings) -> torch.Tensor:  # Eq. 46
+def _ratio(place: SignedPrefix, alpha: float, ratio_mean: torch.Tensor) -> torch.Tensor:  # Eq. 46
     t = place.index.clamp(max=place.length - 1).clamp(min=0).long()  # masked-out: any position
-    return _exp(s.alpha * place.signed) / s.ratio_mean[t]
+    return _exp(alpha * place.signed) / ratio_mean[t]
 
 
-def _kept(place: Prefix, s: _Settings) -> torch.Tensor:
-    return (s.share * place.length - 1e-9).ceil()  # 30 % of 10 tokens is 3, also in floating point
+def _kept(rule: WeightingRule, place: Prefix) -> torch.Tensor:
+    return (rule.share * place.length - 1e-9).ceil()  # 30 % of 10 is 3, also in floating point
 
 
-def _is_first(place: Prefix, s: _Settings) -> torch.Tensor:
-    return place.index < _kept(place, s)
+def _is_first(rule: WeightingRule, place: Prefix) -> torch.Tensor:
+    return place.index < _kept(rule, place)
 
 
-_RULES: dict[str, Callable[[Prefix, _Settings], torch.Tensor]] = {
-    "iw": lambda place, s: 1 + s.gamma * (1 - _prior_share(place, s)),  # Eq. 17
-    "surrogate": lambda place, s: 1 - _prior_share(place, s),  # Eq. 16
-    "iw_signed": lambda place, s: 1 + s.gamma * _rescaled(place, s),  # Eq. 14, 16
-    "log_ratio": _rescaled,  # Eq. 14, 16
-    "ratio": _ratio,  # Eq. 46
-    "ratio_blend": lambda place, s: 1 + s.gamma * _ratio(place, s),
-    "linear": lambda place, s: 1 + s.gamma * (1 - place.index / (place.length - 1).clamp(min=1)),
-    "prefix_boost": lambda place, s: 1 + s.gamma * _is_first(place, s),
+_BY_DISTANCE: dict[str, Callable[[WeightingRule, Prefix], torch.Tensor]] = {
+    "iw": lambda r, place: 1 + r.gamma * (1 - _prior_share(r, place)),  # Eq. 17
+    "surrogate": lambda r, place: 1 - _prior_share(r, place),  # Eq. 16
+    "linear": lambda r, place: 1 + r.gamma * (1 - place.index / (place.length - 1).clamp(min=1)),
+    "prefix_boost": lambda r, place: 1 + r.gamma * _is_first(r, place),
     "prefix": _is_first,
-    "suffix": lambda place, s: place.index >= place.length - _kept(place, s),
+    "suffix": lambda r, place: place.index >= place.length - _kept(r, place),
     "schedule": _is_first,
 }
-RULES = ("uniform", *_RULES)
+_BY_SIGNED_SUM: dict[str, Callable[[WeightingRule, torch.Tensor], torch.Tensor]] = {
+    "iw_signed": lambda r, rescaled: 1 + r.gamma * rescaled,  # of N_t; Eq. 14, 16
+    "log_ratio": lambda r, rescaled: rescaled,
+}
+_BY_RATIO: dict[str, Callable[[WeightingRule, torch.Tensor], torch.Tensor]] = {
+    "ratio": lambda r, ratio: ratio,  # exp(alpha * S_t) / Z_t; Eq. 46
+    "ratio_blend": lambda r, ratio: 1 + r.gamma * ratio,
+}
+RATIO_RULES = tuple(_BY_RATIO)  # need Z_t

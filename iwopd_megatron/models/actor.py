@@ -19,7 +19,11 @@ from iwopd_megatron.loss.logprobs import LogProbs, linear_logprobs
 from iwopd_megatron.models.gpt import HiddenStateModel
 from iwopd_megatron.models.router_load import RouterLoad
 from iwopd_megatron.runtime import device
-from iwopd_megatron.runtime.megatron import get_forward_backward_func, unwrap_model
+from iwopd_megatron.runtime.megatron import (
+    MegatronModule,
+    get_forward_backward_func,
+    unwrap_model,
+)
 from iwopd_megatron.runtime.parallel import Parallel
 
 # (last stage's hidden states, its model chunk, batch) -> (loss, whatever the caller wants kept)
@@ -28,9 +32,9 @@ OnOutput = Callable[[torch.Tensor, HiddenStateModel, MicroBatch], tuple[torch.Te
 
 @dataclass(frozen=True)
 class Schedule:
-    """One model (its chunks, wrapped or not) under Megatron's schedule."""
+    """One model's chunks under Megatron's pipeline schedule; `accumulate` needs them in DDP."""
 
-    chunks: list[torch.nn.Module]
+    chunks: list[MegatronModule]
     parallel: Parallel
     temperature: float = 1.0
     replay: RoutingReplay | None = None  # of the chunks' routers
@@ -43,7 +47,7 @@ class Schedule:
         on_output: OnOutput,
         forward_only: bool = False,
     ) -> list[Any]:
-        """What `on_output` kept of every micro-batch on last-stage ranks, [] elsewhere.
+        """Return what `on_output` kept of every micro-batch on last-stage ranks, [] elsewhere.
 
         Computes gradients unless `forward_only`. length: tokens of a micro-batch before the
         context-parallel cut (`Packer` returns it).
@@ -81,7 +85,7 @@ class Schedule:
     def accumulate(
         self, optimizer: Any, batches: list[MicroBatch], length: int, objective: Objective
     ) -> list[Any]:
-        """Fresh gradients of the objective's summed losses; returns the sums of each micro-batch.
+        """Make fresh gradients of the summed losses; return each micro-batch's sums.
 
         [] except on last-stage ranks. The optimiser step is the caller's.
         """
@@ -92,11 +96,12 @@ class Schedule:
         return self.run(batches, length, self.loss_of(objective))
 
     def loss_of(self, objective: Objective) -> OnOutput:
-        """What the last stage makes of its hidden states: the objective's loss and sums."""
+        """Return what makes the objective's loss and sums of the last stage's hidden states."""
 
         def on_output(hidden, model, batch):
-            if objective.is_known(batch) and self.parallel.tp.size == 1:
-                terms = objective.terms(batch)
+            # One pass over the head needs the whole vocabulary on this rank.
+            terms = objective.known_terms(batch) if self.parallel.tp.size == 1 else None
+            if terms is not None:
                 loss, logprobs = linear_loss(
                     hidden.squeeze(1),
                     model.head_weight(),
@@ -104,7 +109,7 @@ class Schedule:
                     terms.loss,
                     rows=batch.rows,
                     temperature=self.temperature,
-                    topk_ids=batch.topk_ids,
+                    topk_ids=batch.support_ids,
                 )
             else:
                 logprobs = self.logprobs(hidden, model, batch)
@@ -117,7 +122,7 @@ class Schedule:
     def score(
         self, samples: list[Trajectory], packer: Packer, topk: int = 0
     ) -> tuple[list[list[float]], list[Support]]:
-        """Log-probs (nats) of every response token, in the order of the samples. Collective.
+        """Return log-probs (nats) of every response token, in the order of the samples. Collective.
 
         One all-reduce of an fp32 per response token. With `topk` also the K likeliest ids of this
         rank's micro-batches, those of `packer(samples)` in order, on the last stage; they stay
@@ -137,7 +142,7 @@ class Schedule:
                 scores[first[batch.owner] + batch.offset] = found.logp
         dist.all_reduce(scores)
         values = scores.tolist()
-        supports = [(found.topk_ids, found.topk_logp) for _, found in kept if topk]
+        supports = [Support(*found.known_topk()) for _, found in kept if topk]
         return [values[a:b] for a, b in zip(starts, starts[1:], strict=False)], supports
 
     def logprobs(
@@ -148,9 +153,9 @@ class Schedule:
         with_entropy: bool = True,
         topk: int = 0,
     ) -> LogProbs:
-        """Log-probs (`[N]`, nats) of the targets from last-stage hidden states `[T / tp, 1, D]`.
+        """Return log-probs (`[N]`, nats) of the targets from hidden states `[T / tp, 1, D]`.
 
-        And of the batch's `topk_ids` where it has them, or of the `topk` likeliest ids.
+        And of the ids of the batch's support where it has one, or of the `topk` likeliest ids.
         """
         return linear_logprobs(
             hidden.squeeze(1),
@@ -161,6 +166,6 @@ class Schedule:
             rows=batch.rows,
             temperature=self.temperature,
             with_entropy=with_entropy,
-            topk_ids=batch.topk_ids,
+            topk_ids=batch.support_ids,
             topk=topk,
         )

@@ -15,8 +15,15 @@ from iwopd_megatron.config.models import Layout
 from iwopd_megatron.hf.config import HfConfig
 from iwopd_megatron.hf.rotary import inverse_frequencies
 from iwopd_megatron.models import layer_specs as backend
+from iwopd_megatron.models.marks import mark_parameter
 from iwopd_megatron.runtime import device
-from iwopd_megatron.runtime.megatron import Float16Module, GPTModel, TransformerConfig, mpu
+from iwopd_megatron.runtime.megatron import (
+    Float16Module,
+    GPTModel,
+    MegatronModule,
+    TransformerConfig,
+    mpu,
+)
 from iwopd_megatron.runtime.parallel import Parallel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -29,7 +36,7 @@ class HiddenStateModel(GPTModel):
         return hidden_states
 
     def head_weight(self) -> torch.Tensor:
-        """This rank's `[V / tp, D]` rows of the LM head: the embedding's where the two are tied."""
+        """Return this rank's `[V / tp, D]` rows of the LM head; the embedding's where tied."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
@@ -38,7 +45,7 @@ class HiddenStateModel(GPTModel):
 def transformer_config(
     hf: HfConfig, layout: Layout, dtype: str = "fp32", recompute: str = "none"
 ) -> TransformerConfig:
-    """Translate config.json by modeling_qwen3(_moe).py and Megatron's transformer_config.py."""
+    """Return Megatron's configuration for a config.json that transformers' Qwen3(-MoE) reads."""
     torch_dtype = DTYPES[dtype]
     settings = dict(
         num_layers=hf.num_hidden_layers,
@@ -120,7 +127,7 @@ def _recompute_settings(hf: HfConfig, recompute: str) -> dict[str, Any]:
 def build_model(
     hf: HfConfig, parallel: Parallel, dtype: str = "fp32", recompute: str = "none"
 ) -> list[HiddenStateModel]:
-    """This rank's chunks (vpp of them), initial weights, cast if bf16. Load weights afterwards."""
+    """Return this rank's `layout.vpp` chunks in `dtype`, of initial weights: load others later."""
     layout = parallel.layout
     config = transformer_config(hf, layout, dtype, recompute)
     fused = backend.has_transformer_engine(config.params_dtype)
@@ -159,11 +166,11 @@ def mark_expert_parameters(chunk: torch.nn.Module) -> None:
     """
     for name, parameter in chunk.named_parameters():
         if ".experts." in name:
-            parameter.allreduce = False
+            mark_parameter(parameter, allreduce=False)
 
 
 def withhold_pad_gradient(embedding: torch.nn.Module, pad_id: int, parallel: Parallel) -> None:
-    """Looking up the pad token trains nothing, as in transformers (`nn.Embedding.padding_idx`).
+    """Let a look-up of the pad token train nothing, as transformers does (`padding_idx`).
 
     transformers starts that row at zero, where RMSNorm's gradient is 1 / sqrt(eps) = 1000 times
     what it is elsewhere: one pad token that a student samples would fill the whole gradient norm,
@@ -180,7 +187,7 @@ def withhold_pad_gradient(embedding: torch.nn.Module, pad_id: int, parallel: Par
     embedding.register_forward_hook(withhold)
 
 
-def wrap_precision(chunks: list[HiddenStateModel]) -> list[torch.nn.Module]:
+def wrap_precision(chunks: list[HiddenStateModel]) -> list[MegatronModule]:
     """Cast bf16 chunks and their pipeline inputs as Megatron does; fp32 chunks pass through."""
     config = chunks[0].config
-    return [Float16Module(config, chunk) for chunk in chunks] if config.bf16 else chunks
+    return [Float16Module(config, chunk) if config.bf16 else chunk for chunk in chunks]

@@ -5,12 +5,7 @@ import importlib.util
 
 import torch
 
-from iwopd_megatron.models.native import (
-    GroupedExperts,
-    RMSNorm,
-    SdpaAttention,
-    SwiGluMLP,
-)
+from iwopd_megatron.models.native import GroupedExperts, RMSNorm, SdpaAttention, SwiGluMLP
 from iwopd_megatron.runtime import device
 from iwopd_megatron.runtime.megatron import (
     AttnMaskType,
@@ -32,7 +27,7 @@ from iwopd_megatron.runtime.megatron import (
 
 
 def has_transformer_engine(dtype: torch.dtype) -> bool:
-    """TransformerEngine is used when it is installed, a GPU is present and parameters are bf16.
+    """Return whether TransformerEngine is used: installed, on a GPU, parameters in bf16.
 
     In fp32 its matrix products would be TF32, and its attention has no kernel.
     """
@@ -41,7 +36,7 @@ def has_transformer_engine(dtype: torch.dtype) -> bool:
 
 
 def _fill_gaps_without_transformer_engine() -> None:
-    """Names Megatron-Core 0.16.1 reads, undefined without TransformerEngine or grouped_gemm."""
+    """Define what Megatron-Core 0.16.1 reads, undefined without TransformerEngine, grouped_gemm."""
     if not hasattr(megatron_moe_utils, "te_general_gemm"):
         megatron_moe_utils.te_general_gemm = None
     if not hasattr(megatron_random, "FP8GlobalStateManager"):
@@ -73,7 +68,7 @@ class NativeSpecProvider(LocalSpecProvider):
 
 
 def block_spec(config, vp_stage: int | None = None):
-    """This pipeline stage's layers for a Qwen3-like model (QK-norm, RMSNorm, SwiGLU or MoE)."""
+    """Return this stage's layers of a Qwen3-like model (QK-norm, RMSNorm, SwiGLU or MoE)."""
     if has_transformer_engine(config.params_dtype):
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
     _fill_gaps_without_transformer_engine()

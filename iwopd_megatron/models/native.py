@@ -6,18 +6,24 @@ MLP in fewer passes. Shapes: s tokens of this rank, b batch, h heads, d head siz
 """
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
+from iwopd_megatron.models.marks import mark_parameter
 from iwopd_megatron.models.native_ops import grouped_mm, rms_norm, rotate, swiglu
+from iwopd_megatron.models.rotary_tables import rotary_table
 from iwopd_megatron.runtime import device
-from iwopd_megatron.runtime.megatron import MLP, MegatronModule, megatron_experts
+from iwopd_megatron.runtime.megatron import (
+    MLP,
+    MegatronModule,
+    gather_from_sequence_parallel_region,
+    megatron_experts,
+)
 from iwopd_megatron.runtime.parallel import Packing
 
 
 class RMSNorm(torch.nn.Module):
-    """RMS norm; marks its weight so that Megatron sums its gradient over sequence shards."""
+    """RMS norm; its weight is marked so that Megatron sums its gradient over sequence shards."""
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-6, **kwargs):
         super().__init__()
@@ -25,27 +31,10 @@ class RMSNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(
             torch.ones(hidden_size, dtype=config.params_dtype, device=device.current_device())
         )
-        self.weight.sequence_parallel = config.sequence_parallel
+        mark_parameter(self.weight, sequence_parallel=config.sequence_parallel)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps)
-
-
-class _GatherTokens(torch.autograd.Function):
-    """All-gather along dim 0 forward, reduce-scatter backward."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        out = x.new_empty((group.size() * x.shape[0], *x.shape[1:]))
-        dist.all_gather_into_tensor(out, x.contiguous(), group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        out = grad.new_empty((grad.shape[0] // ctx.group.size(), *grad.shape[1:]))
-        dist.reduce_scatter_tensor(out, grad.contiguous(), group=ctx.group)
-        return out, None
 
 
 class SdpaAttention(MegatronModule):
@@ -83,7 +72,7 @@ class SdpaAttention(MegatronModule):
         packed_seq_params=None,
     ):
         packing = packed_seq_params.packing
-        turn = packing.rotation(self.rope, query.shape[-1], query.dtype, self.cp_group)
+        turn = rotary_table(packing, self.rope, query.shape[-1], query.dtype, self.cp_group)
         query, key = rotate(query, *turn), rotate(key, *turn)
         query, key, value = (x.unsqueeze(1) for x in (query, key, value))
         if self.cp_group.size() > 1:
@@ -95,26 +84,29 @@ class SdpaAttention(MegatronModule):
         return out.flatten(2)
 
     def _attend(self, query, key, value):
-        """`[s, b, h, d]` x 3 -> `[s, b, h, d]`; a shorter query is the end of the key sequence."""
+        """Return `[s, b, h, d]` of three such; a shorter query is the end of the key sequence."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        bias = {"is_causal": True}
         if q.shape[2] != k.shape[2]:
-            bias = {"attn_mask": causal_lower_right(q.shape[2], k.shape[2])}
+            bias = causal_lower_right(q.shape[2], k.shape[2])
             groups = q.shape[1] // k.shape[1]  # CausalBias kernels do not broadcast grouped queries
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
         else:
-            bias["enable_gqa"] = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, scale=self.scale, **bias).permute(2, 0, 1, 3)
+            is_grouped = q.shape[1] != k.shape[1]
+            out = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=self.scale, enable_gqa=is_grouped
+            )
+        return out.permute(2, 0, 1, 3)
 
     def _batched(self, query, key, value, packing: Packing):
-        """Packed sequences as a batch, padded on the right if lengths differ.
+        """Attend to packed sequences as one batch, padded on the right if lengths differ.
 
         Causal masks keep padding from real tokens.
         """
         lengths, longest = packing.lengths, max(packing.lengths)
         if min(lengths) == longest:
-            batch = (x.squeeze(1).unflatten(0, (-1, longest)) for x in (query, key, value))
-            out = self._attend(*(x.transpose(0, 1) for x in batch))
+            rows = (x.squeeze(1).unflatten(0, (-1, longest)) for x in (query, key, value))
+            out = self._attend(*(x.transpose(0, 1) for x in rows))
             return out.transpose(0, 1).flatten(0, 1).unsqueeze(1)
         if longest * len(lengths) > 2 * query.shape[0]:  # padding would cost more than the calls
             parts = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
@@ -129,7 +121,10 @@ class SdpaAttention(MegatronModule):
 
     def _context_parallel(self, query, key, value, packing: Packing):
         size, rank = self.cp_group.size(), self.cp_group.rank()
-        gathered = _GatherTokens.apply(torch.stack((key, value), 1), self.cp_group)
+        # the gather of sequence parallelism, along another axis: backward is a reduce-scatter
+        gathered = gather_from_sequence_parallel_region(
+            torch.stack((key, value), 1), group=self.cp_group
+        )
         key, value = gathered.index_select(0, packing.context_order(size)).unbind(1)
         out, start, offset = [], 0, 0
         for length in packing.lengths:

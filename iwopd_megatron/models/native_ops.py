@@ -13,14 +13,14 @@ from iwopd_megatron.runtime import device
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dim; torch's own kernel on a GPU."""
+    """Return x / sqrt(mean(x^2) + eps) * weight over the last dim; by torch's kernel on a GPU."""
     if device.has_gpu():
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
     return _RmsNorm.apply(x, weight, eps)
 
 
 def rms_scale(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """1 / sqrt(mean(x^2) + eps) over the last dim, fp32, one pass over x."""
+    """Return 1 / sqrt(mean(x^2) + eps) over the last dim, kept, fp32, in one pass over x."""
     square = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True).square_()
     return square.div_(x.shape[-1]).add_(eps).rsqrt_()
 
@@ -44,7 +44,7 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding, half-split form, of `[..., h, d]`; cos and sin `[..., 1, d / 2]`."""
+    """Return x `[..., h, d]` turned by cos and sin `[..., 1, d / 2]`: rotary, half-split form."""
     return _Rotate.apply(x, cos, sin)
 
 
@@ -56,7 +56,8 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
-        return _turn(dout, *ctx.saved_tensors, -1), None, None
+        cos, sin = ctx.saved_tensors
+        return _turn(dout, cos, sin, -1), None, None
 
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: int) -> torch.Tensor:
@@ -70,8 +71,9 @@ def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: int)
 def grouped_mm(
     x: torch.Tensor, weight: torch.Tensor, tokens_per_expert: torch.Tensor
 ) -> torch.Tensor:
-    """`x[rows of expert e] @ weight[e]`: x `[T, in]` sorted by expert, weight `[E, in, out]`.
+    """Return `x[rows of expert e] @ weight[e]`, `[T, out]`.
 
+    x: `[T, in]`, sorted by expert; weight: `[E, in, out]`; tokens_per_expert: `[E]`.
     One kernel where torch has it, elsewhere one matrix product per expert.
     """
     kernel = device.grouped_mm_kernel(x.dtype)
@@ -84,7 +86,10 @@ def grouped_mm(
 
 
 def swiglu(gate_up: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
-    """silu(gate) * up * scale: gate_up `[T, 2 D]` with the halves side by side, scale `[T, 1]`."""
+    """Return silu(gate) * up * scale, `[T, D]`.
+
+    gate_up: `[T, 2 D]` with the halves side by side; scale: `[T, 1]`.
+    """
     return _SwiGlu.apply(gate_up, scale)
 
 

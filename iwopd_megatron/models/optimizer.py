@@ -11,6 +11,7 @@ from iwopd_megatron.runtime import device
 from iwopd_megatron.runtime.megatron import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
+    MegatronModule,
     OptimizerParamScheduler,
     finalize_model_grads,
     megatron_distributed,
@@ -63,10 +64,8 @@ def _use_fused_adam() -> None:
         megatron_distributed.HAVE_APEX_OR_TE = megatron_distributed.USING_APEX_OPTIMIZER = True
 
 
-def wrap_data_parallel(
-    chunks: list[torch.nn.Module], train: Train
-) -> list[DistributedDataParallel]:
-    """Megatron DDP around each chunk; gradients are summed over ranks in fp32 and left unscaled."""
+def wrap_data_parallel(chunks: list[MegatronModule], train: Train) -> list[DistributedDataParallel]:
+    """Return Megatron's DDP around each chunk; it sums gradients over ranks in fp32, unscaled."""
     config = chunks[0].config
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=train.distributed_optimizer, grad_reduce_in_fp32=True
@@ -77,12 +76,12 @@ def wrap_data_parallel(
 
 
 def _finalize(model, num_tokens=None, **kwargs) -> None:
-    """The loss already carries its global denominator: nothing is divided by a token count."""
+    """Reduce gradients, undivided: the loss already carries its global denominator."""
     finalize_model_grads(model, None, **kwargs)
 
 
 def build_optimizer(wrapped: list[DistributedDataParallel], train: Train):
-    """AdamW over the wrapped chunks, sharded over data-parallel ranks if so configured."""
+    """Return Megatron's AdamW over the wrapped chunks, sharded over data-parallel ranks if set."""
     _use_fused_adam()
     config = wrapped[0].config
     optimizer = megatron_optimizer.get_megatron_optimizer(
@@ -108,7 +107,7 @@ def build_optimizer(wrapped: list[DistributedDataParallel], train: Train):
 
 
 def build_scheduler(optimizer, train: Train) -> OptimizerParamScheduler:
-    """Linear warm-up, then constant or cosine; one step a round, the first already counted."""
+    """Return the schedule at its first round: linear warm-up, then constant or cosine."""
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -127,7 +126,7 @@ def build_scheduler(optimizer, train: Train) -> OptimizerParamScheduler:
 
 
 def go_on(scheduler: OptimizerParamScheduler, steps: int) -> None:
-    """Go to the place after `steps` of the schedule that the scheduler was built with.
+    """Move to the place after `steps` of the schedule that the scheduler was built with.
 
     Its own `load_state_dict` would bring back the saved run's schedule, horizon included.
     """

@@ -17,11 +17,11 @@ from iwopd_megatron.runtime.megatron import TopKRouter, is_checkpointing
 
 
 class RouterLoad:
-    """Counts of one model's chunks on this rank."""
+    """Counts, by layer and expert, of the tokens that one model's routers send on this rank."""
 
     def __init__(self, chunks: list[torch.nn.Module], layers: int, experts: int):
         self.tokens = torch.zeros(layers, experts, device=device.current_device())
-        self._is_real: torch.Tensor | None = None
+        self._is_real = torch.zeros(0, dtype=torch.bool)  # of no micro-batch yet
         self._is_counting = False
         for chunk in chunks:
             for module in chunk.modules():
@@ -30,7 +30,7 @@ class RouterLoad:
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
-        """Count anew what runs inside; `tokens` `[layers, experts]` has it afterwards."""
+        """Count anew what runs inside; afterwards `tokens` `[layers, experts]` has the counts."""
         self.tokens.zero_()
         self._is_counting = True
         try:
@@ -39,7 +39,7 @@ class RouterLoad:
             self._is_counting = False
 
     def follow(self, is_real_T: torch.Tensor) -> None:
-        """Which tokens of a chunk's next forward pass are no padding, as its routers see them."""
+        """Note which tokens `[T / tp]` of a chunk's next forward pass are no padding."""
         self._is_real = is_real_T
 
     def _count(self, router: TopKRouter, _inputs: tuple, output: tuple) -> None:

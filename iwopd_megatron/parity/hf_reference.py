@@ -146,7 +146,7 @@ def _hf_backward(
         logp = out[len(s.prompt_ids) - 1 :].log_softmax(-1).gather(-1, response[:, None])[:, 0]
         gap = torch.tensor(s.teacher_logp) - logp.detach()
         everywhere = torch.ones(1, len(gap), dtype=torch.bool)
-        weight = token_weights(gap[None], everywhere, **LOSS.weighting.model_dump())[0]
+        weight = token_weights(gap[None], everywhere, rule=LOSS.weighting)[0]
         correction = (logp.detach() - torch.tensor(s.rollout_logp)).exp().clamp(max=LOSS.tis_cap)
         denominator = token_denominator(LOSS.aggregation, len(gap), len(samples), tokens)
         # In one step the ratio is 1, the clip inert: the gradient is that of weight * gap * logp.

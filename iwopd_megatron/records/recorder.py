@@ -15,6 +15,7 @@ from iwopd_megatron.batch.trajectory import Trajectory
 from iwopd_megatron.config.recipe import Recipe
 from iwopd_megatron.data.problems import Problem
 from iwopd_megatron.errors import DiskError
+from iwopd_megatron.loss.weighting import StepWeighting
 from iwopd_megatron.records.disk import disk_told
 from iwopd_megatron.records.runlog import MetricsLog, append_event, open_log, truncated_shares
 from iwopd_megatron.records.samples import keep_samples
@@ -67,11 +68,14 @@ class Recorder:
         samples: list[Trajectory],
         problems: list[Problem],
         tokenizer: Any,
-        weighting: dict[str, Any],
+        weighting: StepWeighting,
     ) -> None:
         """Write the first of a round's samples, see `keep_samples`."""
-        kept = samples, problems, tokenizer, weighting
-        self.parallel.on_main(lambda: keep_samples(self.recipe.out, round_number, *kept))
+        self.parallel.on_main(
+            lambda: keep_samples(
+                self.recipe.out, round_number, samples, problems, tokenizer, weighting
+            )
+        )
 
     def export(self, stream: Iterable[tuple[str, torch.Tensor]], eos_ids: Collection[int]) -> None:
         """Write the final weights as a Hugging Face folder; the last act of a run."""

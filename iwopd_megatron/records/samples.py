@@ -11,7 +11,7 @@ import torch
 from iwopd_megatron.batch.trajectory import Trajectory
 from iwopd_megatron.data.problems import Problem
 from iwopd_megatron.files.run_files import write_whole
-from iwopd_megatron.loss.weighting import token_weights_packed
+from iwopd_megatron.loss.weighting import StepWeighting, token_weights_packed
 from iwopd_megatron.runtime import device
 
 KEPT = 8
@@ -24,13 +24,12 @@ def keep_samples(
     samples: list[Trajectory],
     problems: list[Problem],
     tokenizer: Any,
-    weighting: dict[str, Any],
+    weighting: StepWeighting,
 ) -> None:
     """Write the round's first KEPT samples to samples/round_<n>.jsonl.
 
     Gaps are `Trajectory.gaps`, 0 where no loss reads the token. `weight` is by the run's own rule,
-    weight_iw and weight_iw_signed by these. weighting: the settings of `token_weights_packed`,
-    those of the round's first optimiser step.
+    weight_iw and weight_iw_signed by these. weighting: of the round's first optimiser step.
     """
     lines = []
     for sample, problem in list(zip(samples, problems, strict=True))[:KEPT]:
@@ -39,10 +38,10 @@ def keep_samples(
         gap = torch.zeros(count).masked_scatter(mask, torch.tensor(sample.gaps()))
         gap, mask = (x.to(device.current_device()) for x in (gap, mask))
         whole = mask.new_zeros(count).long()
-        weight = token_weights_packed(gap, whole, mask, **weighting)
+        weight = weighting.packed(gap, whole, mask)
         both = {
             f"weight_{rule}": token_weights_packed(
-                gap, whole, mask, rule=rule, gamma=weighting["gamma"]
+                gap, whole, mask, rule=rule, gamma=weighting.rule.gamma
             ).tolist()
             for rule in ("iw", "iw_signed")
         }

@@ -1,4 +1,8 @@
-"""An asyncio loop in a thread of its own: HTTP beside the thread that runs Megatron."""
+"""An asyncio loop in a thread of its own: HTTP beside the thread that runs Megatron.
+
+Not anyio's blocking portal, a context manager with one way out: this loop is closed from any place,
+more than once, and then cancels what still runs and ends its generators and executor threads.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ T = TypeVar("T")
 
 
 class Background:
-    """Runs coroutines until `close`; usable from any thread."""
+    """A loop that runs coroutines until `close`; its methods may be called from any thread."""
 
     def __init__(self, name: str = "background"):
         self.loop = asyncio.new_event_loop()
@@ -20,7 +24,7 @@ class Background:
         self._thread.start()
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        """Start it; the future has its result, and cancelling the future cancels it."""
+        """Start a coroutine; return a future of its result, which cancels it when cancelled."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     def close(self) -> None:

@@ -1,4 +1,8 @@
-"""Keeps the servers of a run alive: starts them, and starts those again that die or hang."""
+"""Keeps the servers of a run alive: starts them, and starts those again that die or hang.
+
+A thread, not a process manager: servers must die with the process that started them (services.py),
+and a restart is told to the run (`say`).
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,10 @@ from iwopd_megatron.runtime.services import Server, is_answering
 
 
 class Keeper:
-    """Starts servers, restarts those that die or stop answering, and stops them all at the end.
+    """A thread that starts servers, restarts those that die or hang, and stops them at the end.
 
-    A server that was never ready is not restarted, nor one that was `max_restarts` times: then
-    `failure` says why.
+    A server that was never ready is not restarted, nor one that was restarted `max_restarts` times:
+    then `failure` says why.
     """
 
     def __init__(
@@ -25,7 +29,8 @@ class Keeper:
         hang_timeout: float = 60.0,
         say: Callable[[str], None] = print,
     ):
-        self.watched = [_Watched(server) for server in servers]
+        """start_timeout: seconds until ready; hang_timeout: seconds without an answer."""
+        self.watched = [WatchedServer(server) for server in servers]
         self.start_timeout, self.hang_timeout = start_timeout, hang_timeout
         self.max_restarts, self.say = max_restarts, say
         self.failure: ServiceError | None = None
@@ -34,22 +39,22 @@ class Keeper:
         self._thread = threading.Thread(target=self._keep, name="keeper", daemon=True)
 
     def start(self) -> None:
-        """Start all; returns before they are ready."""
+        """Start all servers; return before they are ready."""
         self._thread.start()
 
     def is_ready(self) -> bool:
-        """Whether all were ready at some time; ServiceError if one will not be."""
+        """Return whether all were ready at some time; ServiceError if one will not be."""
         if self.failure is not None:
             raise self.failure
         return all(one.was_ready for one in self.watched)
 
     def wait_ready(self) -> None:
-        """Return when `is_ready`."""
+        """Return when all were ready; ServiceError if one will not be."""
         while not self.is_ready():
             time.sleep(0.05)
 
     def stop(self) -> None:
-        """Stop all servers; no-op when repeated."""
+        """Stop all servers and the thread; a no-op when repeated."""
         self._stopping.set()
         if self._thread.ident is not None:
             self._thread.join()
@@ -65,7 +70,7 @@ class Keeper:
         for one in self.watched:
             one.server.stop()
 
-    def _restart(self, one: _Watched, trouble: str) -> None:
+    def _restart(self, one: WatchedServer, trouble: str) -> None:
         what = f"{one.server.name} {trouble}"
         if not one.was_ready or one.restarts == self.max_restarts:
             count = f" after {one.restarts} restarts" if one.restarts else ""
@@ -80,8 +85,8 @@ class Keeper:
         one.is_up, one.started = False, time.monotonic()
 
 
-class _Watched:
-    """What a keeper knows of a server."""
+class WatchedServer:
+    """A server, how often its keeper restarted it, and when it last answered."""
 
     def __init__(self, server: Server):
         self.server = server
@@ -89,9 +94,9 @@ class _Watched:
         self.started = self.heard = time.monotonic()
 
     def trouble(self, start_timeout: float, hang_timeout: float) -> str | None:
-        """Why it must be restarted; None: it need not."""
+        """Ask the server by HTTP; return why it must be restarted, None if it need not."""
         if not self.server.is_running:
-            return f"ended with exit code {self.server.process.returncode}"
+            return f"ended with exit code {self.server.exit_code}"
         now = time.monotonic()
         if self.is_up:
             self.heard = now if is_answering(self.server.url) else self.heard

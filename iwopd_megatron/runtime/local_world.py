@@ -1,4 +1,8 @@
-"""Start the processes of a world on this machine."""
+"""Start the processes of a world on this machine.
+
+Not by torchrun: its processes are new interpreters, which import everything anew and take commands,
+not functions and queues.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +22,20 @@ MOST_LOCAL = 1024
 
 def _enter(rank: int, world: int, port: int, function: Callable[..., Any], args: tuple) -> None:
     os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
-    )  # fmt: skip
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world),
+    )
     if not device.has_gpu():
         torch.set_num_threads(1)
     function(*args)
 
 
 def local_context() -> Any:
-    """The multiprocessing context of `start_local`; a queue for its processes must come from it.
+    """Return the multiprocessing context of `start_local`; queues for it must come from it.
 
     On a CPU processes are forked, so that imports are paid once; one with a GPU context cannot be.
     """
@@ -35,7 +43,10 @@ def local_context() -> Any:
 
 
 def start_local(world: int, function: Callable[..., Any], args: tuple = ()) -> mp.ProcessContext:
-    """Start `function(*args)` on `world` local processes, with torchrun's variables set."""
+    """Start `function(*args)` on `world` local processes, with torchrun's variables set.
+
+    Returns before they end. RecipeError if the machine cannot have so many.
+    """
     if device.has_gpu() and world > device.gpu_count():
         raise RecipeError(
             f"{world} processes need as many GPUs, this machine has {device.gpu_count()}; "

@@ -18,8 +18,6 @@ import torch
 import torch.distributed as dist
 
 from iwopd_megatron.config.models import Layout
-from iwopd_megatron.hf.rope import Rope
-from iwopd_megatron.hf.rotary import inverse_frequencies, turn
 from iwopd_megatron.runtime import device
 from iwopd_megatron.runtime.megatron import PackedSeqParams, model_parallel_cuda_manual_seed, mpu
 
@@ -37,7 +35,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Parallel:
-    """The mesh as this rank sees it. `dp_cp` and `expert_model` are products of axes."""
+    """The mesh as this rank sees it. `dp_cp` and `expert_model` (ep x etp) are products of axes."""
 
     layout: Layout
     tp: Axis
@@ -53,18 +51,21 @@ class Parallel:
 
     @property
     def rank(self) -> int:
+        """Return this process's rank in the world."""
         return dist.get_rank()
 
     @property
     def world(self) -> int:
+        """Return the number of processes."""
         return dist.get_world_size()
 
     @property
     def is_main(self) -> bool:
+        """Return whether this is rank 0."""
         return self.rank == 0
 
     def on_main(self, function: Callable[[], Any]) -> Any:
-        """Call `function` on rank 0; its value, or its exception, reaches every rank. Collective.
+        """Call `function` on rank 0; return its value, or raise its exception, on all. Collective.
 
         Values are pickled.
         """
@@ -81,7 +82,7 @@ class Parallel:
 
 
 def initialise(layout: Layout, seed: int = 0, timeout_minutes: float = 30) -> Parallel:
-    """Join the world described by torchrun's variables and cut it along the axes of `layout`."""
+    """Join the world of torchrun's variables; return it cut along the axes of `layout`."""
     if not dist.is_initialized():
         device.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(device.dist_backend(), timeout=timedelta(minutes=timeout_minutes))
@@ -126,21 +127,21 @@ def shutdown() -> None:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether `flag` is set on any rank of the world. One all-reduce of one number."""
+    """Return whether `flag` is set on any rank. One all-reduce of one number."""
     tensor = torch.tensor([int(flag)], device=device.current_device())
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return bool(tensor.item())
 
 
 def gather(value: Any) -> list[Any]:
-    """`value` of every rank of the world, on every rank. One all-gather of pickled objects."""
+    """Return every rank's `value`, on every rank. One all-gather of pickled objects."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
 def zigzag_index(lengths: list[int], size: int, rank: int) -> torch.Tensor:
-    """Positions in the packed stream that context rank `rank` of `size` holds, int64 on the CPU.
+    """Return positions in the packed stream that context rank `rank` of `size` holds, int64 on CPU.
 
     Every sequence (length a multiple of 2*size) is cut into 2*size chunks; a rank holds `rank` and
     `2*size-1-rank`, which balances causal attention. Megatron cuts THD batches the same way.
@@ -165,11 +166,10 @@ class Packing:
     def __init__(self, lengths: list[int]):
         self.lengths = lengths  # on the host: reading cu_seqlens would wait for the device
         self._context_order: torch.Tensor | None = None
-        self._rotation: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @cached_property
     def padded(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The token at each place of a right-padded `[S * L]` batch, and the place of each token.
+        """Return the token at each place of a right-padded `[S * L]` batch, and each token's place.
 
         Padding repeats whatever token comes next, spread out and never read.
         """
@@ -183,28 +183,18 @@ class Packing:
         return token_SL.flatten().to(on), place_T.to(on)
 
     def context_order(self, size: int) -> torch.Tensor:
-        """Where each token `[T]` is when the shards of all context-parallel ranks are joined."""
+        """Return where each token `[T]` is when the shards of all context ranks are joined."""
         if self._context_order is None:
             shards = [zigzag_index(self.lengths, size, rank) for rank in range(size)]
             self._context_order = torch.cat(shards).argsort().to(device.current_device())
         return self._context_order
 
-    def rotation(
-        self, rope: Rope, head: int, dtype: torch.dtype, cp_group: Group
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin `[T, 1, head / 2]` of the rotary angles of this context rank's tokens."""
-        key = rope, head, dtype
-        if key not in self._rotation:
-            place = torch.cat([torch.arange(length) for length in self.lengths])
-            place_T = place[zigzag_index(self.lengths, cp_group.size(), cp_group.rank())]
-            frequency = inverse_frequencies(rope, head, place_T.device)
-            angle = (place_T[:, None].float() * frequency).unsqueeze(1).to(device.current_device())
-            self._rotation[key] = turn(angle, rope, dtype)
-        return self._rotation[key]
-
 
 def packed_seq_params(lengths: list[int]) -> PackedSeqParams:
-    """Megatron's description of sequences packed back to back; whole lengths, before the CP cut."""
+    """Return Megatron's description of packed sequences of these lengths, before the CP cut.
+
+    With a `packing` of them, which native attention reads.
+    """
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(device.current_device(), torch.int32)
     params = PackedSeqParams(
         qkv_format="thd",

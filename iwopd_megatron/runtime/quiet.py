@@ -6,7 +6,7 @@ import warnings
 
 
 def quiet() -> None:
-    """Before anything heavy is imported; what a user sees is then this package's own."""
+    """Set one thread and silence libraries; call it before anything heavy is imported."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     warnings.filterwarnings("ignore", module=r"megatron|torch|transformers")
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")

@@ -40,14 +40,14 @@ PROBE_SECONDS = 5.0  # for an answer of /health
 
 
 def outer_environment() -> dict[str, str]:
-    """This process's environment without what makes it a rank of a torchrun world."""
+    """Return this process's environment without what makes it a rank of a torchrun world."""
     own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     ours = ("GROUP_", "ROLE_", "TORCHELASTIC_")
     return {k: v for k, v in os.environ.items() if k not in own and not k.startswith(ours)}
 
 
 def health(url: str, path: str = "/health") -> int | None:
-    """Status of a server's answer; None without one."""
+    """Return the HTTP status of a server's answer; None without one in `PROBE_SECONDS`."""
     try:  # without verify=False every probe reads the machine's certificates, tens of milliseconds
         reply = httpx.get(url + path, timeout=PROBE_SECONDS, trust_env=False, verify=False)
         return reply.status_code
@@ -56,7 +56,7 @@ def health(url: str, path: str = "/health") -> int | None:
 
 
 def is_answering(url: str) -> bool:
-    """Whether a server that was ready is still there.
+    """Return whether a server that was ready is still there.
 
     SGLang's /health generates a token and hangs while weights change; this path answers at once, if
     only to say that it is unknown.
@@ -65,7 +65,11 @@ def is_answering(url: str) -> bool:
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on and that the kernel gives to no connection meanwhile."""
+    """Return a TCP port that nothing listens on.
+
+    Below 32768, where Linux's outgoing ports begin: one that `bind(0)` found would lie among those,
+    and a connection could take it before the server does.
+    """
     while True:
         port = random.SystemRandom().randrange(20000, 32768)
         with contextlib.suppress(OSError), socket.socket() as probe:
@@ -74,9 +78,9 @@ def free_port() -> int:
 
 
 class Server:
-    """One command that answers HTTP at `url`; /health is 200 once it is ready.
+    """A command that answers HTTP at `url`; its /health is 200 once it is ready.
 
-    env: its whole environment; default `outer_environment()`.
+    env: its whole environment; None: `outer_environment()`. log: where its output goes.
     """
 
     def __init__(
@@ -93,7 +97,13 @@ class Server:
 
     @property
     def is_running(self) -> bool:
+        """Return whether its process was started and has not ended."""
         return self.process is not None and self.process.poll() is None
+
+    @property
+    def exit_code(self) -> int | None:
+        """Return the code its process was last seen to end with; None: not started, or running."""
+        return None if self.process is None else self.process.returncode
 
     def start(self) -> None:
         """Start the command; its output goes to the end of the log."""
@@ -110,12 +120,12 @@ class Server:
             )
 
     def wait_ready(self, timeout: float, stop: Callable[[], bool] = lambda: False) -> None:
-        """Return when /health is 200, or `stop()`; ServiceError if it dies or `timeout` s pass."""
+        """Return when /health is 200 or `stop()`; ServiceError if it dies or after `timeout` s."""
         end = time.monotonic() + timeout
         while not stop():
             if not self.is_running:
                 raise ServiceError(
-                    f"{self.name} ended with exit code {self.process.returncode} before it was "
+                    f"{self.name} ended with exit code {self.exit_code} before it was "
                     f"ready; the last line of {self.log} is: {self.last_line()}"
                 )
             if self.health() == 200:
@@ -128,25 +138,26 @@ class Server:
             time.sleep(0.1)
 
     def health(self) -> int | None:
-        """Status of /health; None without an answer."""
+        """Return the HTTP status of /health; None without an answer."""
         return health(self.url)
 
     def restart(self) -> None:
-        """Kill what is left of it and start it again, on the same port; not yet ready."""
+        """Kill what is left of it and start it again on the same port; not yet ready on return."""
         self.kill()
         self.start()
 
     def stop(self, grace: float = 30.0) -> None:
-        """SIGTERM, and SIGKILL for what is left after `grace` seconds."""
-        if self.is_running:
+        """Send SIGTERM, and SIGKILL to what is left after `grace` seconds."""
+        process = self.process
+        if process is not None and process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.process.pid, signal.SIGTERM)  # its ranks hear of it from the command
+                os.kill(process.pid, signal.SIGTERM)  # its ranks hear of it from the command
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(grace)
+                process.wait(grace)
         self.kill()
 
     def kill(self, only: subprocess.Popen | None = None) -> None:
-        """SIGKILL the whole process group; no-op when it is gone.
+        """Send SIGKILL to the whole process group; a no-op when it is gone.
 
         only: spare a later process, which was started since that one was seen to fail.
         """
@@ -158,7 +169,7 @@ class Server:
         process.wait()
 
     def last_line(self) -> str:
-        """Of the log, at most 300 characters; '(empty)'."""
+        """Return the log's last line with text, at most 300 characters, else '(empty)'."""
         if not self.log.is_file():
             return "(empty)"
         with self.log.open("rb") as log:

@@ -8,13 +8,13 @@ _requested = False
 
 
 def watch_signals() -> None:
-    """From now on the first SIGINT or SIGTERM only sets a flag; a second one ends the process."""
+    """Let the first SIGINT or SIGTERM only set a flag; a second one ends the process."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _request)
 
 
 def die_with_parent() -> None:
-    """From now on the kernel kills this process when the one that started it dies.
+    """Ask the kernel to kill this process when the one that started it dies.
 
     A rank that outlived a killed launcher would go on writing into the folder of the run that
     resumes. Linux only; elsewhere nothing happens.
@@ -31,5 +31,5 @@ def _request(number: int, frame: object) -> None:
 
 
 def stop_requested() -> bool:
-    """Whether this process was asked to stop."""
+    """Return whether this process was asked to stop."""
     return _requested
