@@ -130,7 +130,7 @@ class DistillationTerms(Terms):
 
 
 class PolicyTerms(DistillationTerms):
-    """The policy loss (Eq. 67): the advantage (ExOPD's where set) times weights of the plain gap."""
+    """The policy loss (Eq. 67): the advantage, or ExOPD's, times weights of the plain gap."""
 
     @cached_property
     def advantage_N(self) -> torch.Tensor:
