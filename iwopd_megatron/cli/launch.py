@@ -17,7 +17,7 @@ from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.files.outputs import check_folder
 from iwopd_megatron.launch.launch import make_job, new_folder, newest_folder, write_job
 from iwopd_megatron.launch.profile import Profile, load_profile
-from iwopd_megatron.launch.rendezvous import Board, newest_attempt
+from iwopd_megatron.launch.rendezvous import Rendezvous, newest_attempt
 from iwopd_megatron.launch.roles import Job
 from iwopd_megatron.records.resume import check_start
 
@@ -75,7 +75,7 @@ def submit(recipe: Recipe, profile: Profile, dryrun: bool) -> int:
     for script in sorted(folder.glob("experiments/**/*.sh")):
         print(f"  {script}")
     is_over = profile.is_waiting and not dryrun
-    return Board(folder, newest_attempt(folder)).finished if is_over else 0
+    return Rendezvous(folder, newest_attempt(folder)).finished if is_over else 0
 
 
 def status(
