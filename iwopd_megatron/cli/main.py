@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +18,7 @@ from iwopd_megatron.cli import convert as cli_convert
 from iwopd_megatron.cli import data as cli_data
 from iwopd_megatron.cli import eval as cli_eval
 from iwopd_megatron.cli import grade as cli_grade
+from iwopd_megatron.cli import init as cli_init
 from iwopd_megatron.cli import launch as cli_launch
 from iwopd_megatron.cli import plan as cli_plan
 from iwopd_megatron.cli import rehearse as cli_rehearse
@@ -176,26 +177,39 @@ def _workers():
     return worker
 
 
-COMMANDS = {
+COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "Train": {
-        "train": train, "sft": sft, "compare": cli_compare.compare, "eval": cli_eval.evaluate,
-    },
-    "Look": {
-        "report": cli_report.report, "status": cli_launch.status, "attach": cli_launch.attach,
-        "prefixes": cli_report.prefixes,
-    },
-    "Plan and launch": {
-        "data": cli_data.data, "doctor": examine, "plan": cli_plan.plan,
-        "rehearse": cli_rehearse.rehearse, "launch": cli_launch.launch,
-        "serve-teacher": cli_serve.serve_teacher, "serve-rollout": cli_launch.serve_rollout,
+        "train": train,
+        "compare": cli_compare.compare,
+        "sft": sft,
+        "init": cli_init.init,
+        "toy-task": toy_task,
     },
     "Models": {
-        "convert": cli_convert.convert, "export": cli_convert.export, "check": cli_convert.check,
-        "parity": parity, "toy-task": toy_task,
+        "convert": cli_convert.convert,
+        "export": cli_convert.export,
+        "check": cli_convert.check,
+        "parity": parity,
     },
-}  # fmt: skip
+    "Plan and launch": {
+        "plan": cli_plan.plan,
+        "rehearse": cli_rehearse.rehearse,
+        "launch": cli_launch.launch,
+        "status": cli_launch.status,
+        "attach": cli_launch.attach,
+        "serve-teacher": cli_serve.serve_teacher,
+        "serve-rollout": cli_launch.serve_rollout,
+    },
+    "Look": {
+        "report": cli_report.report,
+        "eval": cli_eval.evaluate,
+        "data": cli_data.data,
+        "doctor": examine,
+        "prefixes": cli_report.prefixes,
+    },
+}
 app = typer.Typer(
-    cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False,
     help="On-policy distillation with discrepancy-weighted tokens on Megatron-Core.",
 )  # fmt: skip
 for _group, _commands in COMMANDS.items():

@@ -14,9 +14,9 @@ from pydantic import Field, ValidationError
 from iwopd_megatron.config.explain import explain
 from iwopd_megatron.config.models import NonNegativeInt, PositiveInt, Section
 from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.files.shipped import PROFILES
 from iwopd_megatron.files.yaml_file import read_yaml
 
-SHIPPED = Path(__file__).parents[2] / "cluster" / "profiles"  # of a checkout
 SECRET = re.compile(r"TOKEN|API_?KEY|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 Gpu = Literal["h100-80", "h200", "b200", "h20", "a100", "cpu"]
 
@@ -98,9 +98,12 @@ class Profile(Section):
 
 
 def load_profile(name: str) -> Profile:
-    """A YAML file, or the name of one in cluster/profiles/."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else SHIPPED / f"{name}.yaml"
-    shipped = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.yaml"))) or "none here"
+    """Return the profile of a YAML file, or of a shipped one by its name, e.g. slurm_h100.
+
+    RecipeError where there is none, or it is wrong.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else PROFILES / f"{name}.yaml"
+    shipped = ", ".join(sorted(file.stem for file in PROFILES.glob("*.yaml"))) or "none here"
     tree = read_yaml(path, "cluster profile", f"write a file's path, or one of: {shipped}")
     try:
         profile = Profile.model_validate(tree)
