@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from iwopd_megatron.cli.launch import verdict
 from iwopd_megatron.config.load import load_recipe, read_recipe
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.files.shipped import PROFILES
 from iwopd_megatron.launch.launch import make_job, new_folder, newest_folder, write_job
 from iwopd_megatron.launch.profile import Profile, load_profile
 from iwopd_megatron.launch.roles import Job, read_job
+from iwopd_megatron.launch.submit import verdict
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "recipes" / "demo_tiny_moe.yaml"

@@ -51,9 +51,14 @@ def launch(
     nemo_run.config.set_nemorun_home(str(folder))
     is_waiting = profile.is_waiting and not dryrun
     with nemo_run.Experiment(
-        title, id=folder.name, base_dir=str(folder), log_level="WARNING",
-        skip_status_at_exit=True, enable_goodbye_message=False, clean_mode=not is_waiting,
-    ) as experiment:  # fmt: skip
+        title,
+        id=folder.name,
+        base_dir=str(folder),
+        log_level="WARNING",
+        skip_status_at_exit=True,
+        enable_goodbye_message=False,
+        clean_mode=not is_waiting,
+    ) as experiment:
         if profile.executor == "slurm":
             tasks = [_task(role.name, job, profile, folder) for role in job.roles]
             experiment.add(tasks, executor=places, name=title)

@@ -14,21 +14,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = (
-    "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "iwopd_megatron", "recipes", "cluster",
-)  # fmt: skip
+FILES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md")
+FOLDERS = ("iwopd_megatron", "recipes", "cluster")
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     """Built from a copy, for a build leaves files beside its sources."""
     copy = tmp_path_factory.mktemp("source")
-    for name in SOURCES:
-        if (ROOT / name).is_dir():
-            ignored = shutil.ignore_patterns("__pycache__", "shipped")
-            shutil.copytree(ROOT / name, copy / name, ignore=ignored)
-        else:
-            shutil.copy(ROOT / name, copy / name)
+    for name in FILES:
+        shutil.copy(ROOT / name, copy / name)
+    for name in FOLDERS:
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, copy / name, ignore=ignored)
     out = tmp_path_factory.mktemp("dist")
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index",
