@@ -1,7 +1,7 @@
 """What each process of a world runs, and how the command line starts a world on this machine.
 
-It knows every job, and so imports most rooms, with torch, Megatron and transformers: a job must be a
-function of a module, which spawned processes import again, and errors of every room have their
+It knows every job, and so imports most rooms, with torch, Megatron and transformers: a job must be
+a function of a module, which spawned processes import again, and errors of every room have their
 exit codes in one place. Commands import it only when a recipe has been accepted.
 """
 
