@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from iwopd_megatron.launch.rendezvous import Board
+from iwopd_megatron.launch.rendezvous import Rendezvous
 from iwopd_megatron.launch.roles import Job, Role
 
 SERVICE = """
@@ -74,7 +74,7 @@ class Agents:
     def __init__(self, folder: Path, *roles: Role, requeues: int = 0):
         self.folder, self.running = folder, []
         Job(str(folder), list(roles), 8, requeues, has_gpus=False).write(folder / "launch")
-        self.board = Board(folder / "launch", 0)
+        self.rendezvous = Rendezvous(folder / "launch", 0)
 
     def start(self, *arguments: str) -> subprocess.Popen:
         env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
@@ -87,7 +87,7 @@ class Agents:
 
     def end(self, folder: Path) -> None:
         """All of it, whatever a failed test left running."""
-        self.board.finish(9)
+        self.rendezvous.finish(9)
         try:
             for process in self.running:
                 process.wait(30)
@@ -102,7 +102,7 @@ class Agents:
         return (self.folder / "agents.log").read_text()
 
     def status(self, role: str, node: int = 0) -> dict:
-        return self.board.read(f"status/{role}-{node}.json") or {}
+        return self.rendezvous.read(f"status/{role}-{node}.json") or {}
 
 
 def until(is_so: Callable[[], Any], seconds: float = 60) -> Any:

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from iwopd_megatron.cli.launch import verdict
 from iwopd_megatron.config.load import load_recipe, read_recipe
 from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.files.shipped import PROFILES
 from iwopd_megatron.launch.launch import make_job, new_folder, newest_folder, write_job
-from iwopd_megatron.launch.profile import SHIPPED, Profile, load_profile
+from iwopd_megatron.launch.profile import Profile, load_profile
 from iwopd_megatron.launch.roles import Job, read_job
+from iwopd_megatron.launch.submit import verdict
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "recipes" / "demo_tiny_moe.yaml"
@@ -159,7 +160,7 @@ def test_job_and_recipe_survive_the_launch_folder(tmp_path):
     assert newest_folder(recipe.out) == folder
 
 
-@pytest.mark.parametrize("name", sorted(file.stem for file in SHIPPED.glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(file.stem for file in PROFILES.glob("*.yaml")))
 def test_shipped_profiles_load(name):
     assert load_profile(name).executor in ("local", "docker", "slurm", "skypilot")
 

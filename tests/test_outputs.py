@@ -53,7 +53,9 @@ COMMANDS = {
 @pytest.mark.parametrize("bad", ["/proc/x", "/dev/null", "FILE", "FILE/below", "/proc/1/x", LONG])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_output_that_cannot_be(command, bad, places, monkeypatch, capsys):
-    monkeypatch.setattr("iwopd_megatron.cli.main._workers", lambda: pytest.fail("work has begun"))
+    monkeypatch.setattr(
+        "iwopd_megatron.cli.train.load_worker", lambda: pytest.fail("work has begun")
+    )
     bad = bad.replace("FILE", str(places / "file"))
     words = [w.replace("{}", bad).replace("RUN", str(places / "run")) for w in COMMANDS[command]]
     before = sorted(places.rglob("*"))

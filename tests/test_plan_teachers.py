@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from iwopd_megatron.cli.launch import print_roles
 from iwopd_megatron.cli.main import app
 from iwopd_megatron.config.load import read_recipe
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.launch.launch import make_job
 from iwopd_megatron.launch.profile import Profile
+from iwopd_megatron.launch.submit import print_roles
 from iwopd_megatron.plan.plan import plan
 from iwopd_megatron.plan.search import search
 from iwopd_megatron.plan.text import notes, overrides

@@ -20,7 +20,7 @@ NAMES = (
 COMMANDS = (
     "train", "sft", "doctor", "parity", "toy-task", "compare", "convert", "export", "check", "data",
     "eval", "grade", "launch", "status", "attach", "serve-rollout", "plan", "rehearse", "report",
-    "prefixes", "serve-teacher",
+    "prefixes", "serve-teacher", "init",
 )  # fmt: skip
 SCRIPTS = ("hf_to_megatron.py", "megatron_to_hf.py", "check.py")
 

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.launch.rendezvous import Board
+from iwopd_megatron.launch.rendezvous import Rendezvous
 from iwopd_megatron.launch.roles import Job, Role
 from iwopd_megatron.launch.status import run_status
 
@@ -19,10 +19,10 @@ def test_status_of_a_launch(tmp_path):
     ]
     Job("/", roles, 8).write(launch)
     assert [r["state"] for r in run_status(run, launch)["roles"]] == ["not started"] * 3
-    Board(launch, 0).status("trainer", 0, "failed")
-    board = Board(launch, 1)
-    board.status("trainer", 0, "waiting", detail="for teacher 0")
-    board.status("teacher", 0, "ready", restarts=2)
+    Rendezvous(launch, 0).status("trainer", 0, "failed")
+    rendezvous = Rendezvous(launch, 1)
+    rendezvous.status("trainer", 0, "waiting", detail="for teacher 0")
+    rendezvous.status("teacher", 0, "ready", restarts=2)
     lines = [
         {"kind": "eval", "round": 0, "accuracy": 0.25},
         {"kind": "round", "round": 1, "loss": 0.5, "tokens_per_second": 100.0},
@@ -41,7 +41,7 @@ def test_status_of_a_launch(tmp_path):
     assert found["checkpoint"].endswith("round_000010")
     assert 55 < found["silent_seconds"] < 120
     assert 55 < found["roles"][0]["seconds"] < 120
-    assert board.finish(75) == 75 and board.finish(0) == 75
+    assert rendezvous.finish(75) == 75 and rendezvous.finish(0) == 75
     assert run_status(run, launch)["exit_code"] == 75
 
 

@@ -1,5 +1,9 @@
 """Every mistake on a command line or in a recipe is one sentence: `error: ...`, exit code 2."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from iwopd_megatron.cli import main as cli
@@ -172,3 +176,22 @@ def test_help_is_grouped_and_begins_with_training(monkeypatch, capsys):
 def test_more_processes_than_a_machine_can_have(say, tmp_path):
     line = say("train", RECIPE, "processes=100000", f"out={tmp_path}")
     assert "100000 processes are more than a machine can have" in line
+
+
+def test_completion_installs_and_completes(tmp_path):
+    """In a home folder of its own, by the shell that asks."""
+    home, script = tmp_path / "home", f"{sys.executable} -W ignore -m iwopd_megatron"
+    home.mkdir()
+    env = os.environ | {"HOME": str(home)}
+
+    def bash(line, **more):
+        command = ["bash", "-c", f"{line}; exit $?"]
+        done = subprocess.run(command, capture_output=True, text=True, env=env | more)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "completion installed" in bash(f"{script} --install-completion")
+    assert "iwopd.sh" in (home / ".bashrc").read_text()
+    assert "_IWOPD_COMPLETE" in (home / ".bash_completions" / "iwopd.sh").read_text()
+    asked = {"COMP_WORDS": "iwopd la", "COMP_CWORD": "1", "_IWOPD_COMPLETE": "complete_bash"}
+    assert bash(script, **asked).split() == ["launch"]

@@ -7,19 +7,22 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from iwopd_megatron.cli.launch import submit
 from iwopd_megatron.data.preflight import check_before_launch, check_before_start
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.files.lock import locked
 from iwopd_megatron.files.outputs import check_folder
 from iwopd_megatron.launch.launch import make_job, new_folder
 from iwopd_megatron.launch.profile import load_profile
+from iwopd_megatron.launch.submit import submit
 from iwopd_megatron.records.resume import check_resume, has_begun
 from iwopd_megatron.runtime.quiet import quiet
+
+if TYPE_CHECKING:
+    from iwopd_megatron.train.compare import Arm
 
 
 def compare(
@@ -57,8 +60,11 @@ def compare(
     sys.exit(_submit(arms, out, cluster, dryrun))
 
 
-def _check_start(arms: list, out: Path, resume: bool) -> None:
-    """As for one run; of a comparison that is resumed, some arms may not have begun."""
+def _check_start(arms: list[Arm], out: Path, resume: bool) -> None:
+    """Raise RecipeError where the comparison cannot start, or not go on, in this folder.
+
+    Of a comparison that is resumed, some arms may not have begun.
+    """
     if os.environ.get("RANK", "0") == "0":
         check_folder(out, "--out")
     if not resume and any((arm.recipe.out / "metrics.jsonl").exists() for arm in arms):
@@ -74,8 +80,8 @@ def _check_start(arms: list, out: Path, resume: bool) -> None:
         check_resume(arm.recipe)
 
 
-def _with_data(arms: list, resume: bool) -> list:
-    """The arms that are still to be run with their data, which is good."""
+def _with_data(arms: list[Arm], resume: bool) -> list[Arm]:
+    """Return the arms; those that are still to be run have their data, which was checked."""
     from iwopd_megatron.train.compare import is_finished
 
     todo = [arm for arm in arms if not (resume and is_finished(arm))]
@@ -83,8 +89,8 @@ def _with_data(arms: list, resume: bool) -> list:
     return [replace(arm, data=found.get(id(arm))) for arm in arms]
 
 
-def _run(arms: list, out: Path, resume: bool) -> int:
-    """One after the other in one world; then table, summary.json and report.html."""
+def _run(arms: list[Arm], out: Path, resume: bool) -> int:
+    """Run arm after arm in one world, then write summary.json and report.html; the exit code."""
     quiet()
     from iwopd_megatron.cli import worker
 
@@ -106,8 +112,8 @@ def _run(arms: list, out: Path, resume: bool) -> int:
     return code
 
 
-def _submit(arms: list, out: Path, cluster: str, dryrun: bool) -> int:
-    """A job for each run that has not ended; none if one of them could not run."""
+def _submit(arms: list[Arm], out: Path, cluster: str, dryrun: bool) -> int:
+    """Submit a job for each run that has not ended; none if one of them could not run."""
     from iwopd_megatron.train.compare import is_finished
 
     profile = load_profile(cluster)

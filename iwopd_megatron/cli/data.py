@@ -1,17 +1,20 @@
-"""`iwopd data`: what a recipe would train on, before anything is trained."""
+"""`iwopd data | doctor`: what a recipe would train on and minimise, before anything is trained."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from iwopd_megatron.config import doctor
+from iwopd_megatron.config.data import Data
 from iwopd_megatron.config.load import load_recipe
+from iwopd_megatron.data.problems import MixedOrder
 from iwopd_megatron.data.prompts import load_tokenizer
 from iwopd_megatron.data.run_data import (
     check_problems,
@@ -19,16 +22,23 @@ from iwopd_megatron.data.run_data import (
     encode_evaluation,
     read_evaluation,
 )
-from iwopd_megatron.data.training_set import encode_rows, read_training_rows
+from iwopd_megatron.data.training_set import (
+    Counts,
+    TrainingSet,
+    encode_rows,
+    load_training_set,
+    read_training_rows,
+)
 from iwopd_megatron.hf.answer_end import check_answer_end
 from iwopd_megatron.runtime.quiet import quiet
 
+RecipePath = Annotated[Path, typer.Argument(help="recipe YAML")]
 SHOWN = 3
 PERCENTILES = (50, 90, 99, 100)
 
 
 def data(
-    recipe: Annotated[Path, typer.Argument(help="recipe YAML")],
+    recipe: RecipePath,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value")] = None,
 ) -> None:
     """Print what a recipe trains on: counts, lengths, what is left out, three prompts."""
@@ -60,7 +70,28 @@ def data(
         console.print(f"[dim]answer: {escape(_short(problem.answer))}[/dim]", soft_wrap=True)
 
 
-def _counts(all_counts: list[Any], limit: int) -> Table:
+def examine(
+    recipe: RecipePath,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, e.g. train.lr=3e-4")
+    ] = None,
+) -> None:
+    """Say what a recipe minimises, and which of its settings do nothing or not what they say."""
+    loaded = load_recipe(recipe, overrides or [])
+    print(f"objective: {doctor.objective_line(loaded)}.")
+    tokenizer = load_tokenizer(loaded.student.hf)
+    ends = check_answer_end(loaded.student.hf, tokenizer, is_taught=not loaded.is_distilling)
+    found = load_training_set(loaded, tokenizer)
+    limit, dropped = loaded.rollout.max_prompt_tokens, found.too_long
+    kept = len(found.problems)
+    print(f"data: {kept} prompts of at most {limit} tokens, {dropped} longer ones left out.")
+    notes = doctor.findings(loaded) + ends + found.notes
+    for note in notes + doctor.long_prompts(dropped, kept + dropped, limit):
+        print(f"note: {note}")
+
+
+def _counts(all_counts: list[Counts], limit: int) -> Table:
+    """Return the table of problems, a row a source. limit: tokens of a prompt."""
     import numpy
 
     table = Table(title="problems", title_justify="left")
@@ -83,8 +114,8 @@ def _counts(all_counts: list[Any], limit: int) -> Table:
     return table
 
 
-def _explain(console: Console, data: Any) -> None:
-    """What the columns mean, and which of them have been taken out."""
+def _explain(console: Console, data: Data) -> None:
+    """Print what the columns mean, and which of the rows they count have been taken out."""
     removed = {True: "removed", False: "kept"}
     held_out = [str(name) for name in [data.eval, *data.held_out] if name is not None]
     places = ", ".join(held_out) or "nothing, for data.eval and data.held_out are empty"
@@ -97,11 +128,11 @@ def _explain(console: Console, data: Any) -> None:
     )
 
 
-def _passes(found: Any, prompts: int) -> str:
-    """How often every problem is asked."""
-    if found.shares is None:
-        return f"{prompts / len(found.problems):.2f} passes over them"
+def _passes(found: TrainingSet, prompts: int) -> str:
+    """Return how often every problem is asked, in words."""
     order = found.order(0, False)
+    if not isinstance(order, MixedOrder):
+        return f"{prompts / len(found.problems):.2f} passes over them"
     parts = [
         f"{prompts * quota / order.BLOCK / counts.kept:.2f} over {counts.title} ({quota} %)"
         for quota, counts in zip(order.quotas, found.counts, strict=True)

@@ -11,14 +11,12 @@ from typing import Annotated
 import typer
 
 from iwopd_megatron.config.load import load_recipe, read_recipe
-from iwopd_megatron.config.recipe import Recipe
 from iwopd_megatron.data.preflight import check_before_launch
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.files.outputs import check_folder
-from iwopd_megatron.launch.launch import make_job, new_folder, newest_folder, write_job
-from iwopd_megatron.launch.profile import Profile, load_profile
-from iwopd_megatron.launch.rendezvous import Board, newest_attempt
-from iwopd_megatron.launch.roles import Job
+from iwopd_megatron.launch.launch import newest_folder
+from iwopd_megatron.launch.profile import load_profile
+from iwopd_megatron.launch.submit import submit
 from iwopd_megatron.records.resume import check_start
 
 Run = Annotated[Path, typer.Argument(help="run folder, a recipe's 'out'")]
@@ -61,23 +59,6 @@ def launch(
         print(f"follow it with: iwopd status {loaded.out}, iwopd attach {loaded.out}")
 
 
-def submit(recipe: Recipe, profile: Profile, dryrun: bool) -> int:
-    """One job of all roles; the job's exit code where the profile stays until it ends, else 0."""
-    folder = new_folder(recipe)
-    job = make_job(recipe, profile, folder)
-    print_roles(job, recipe, profile, dryrun)
-    from iwopd_megatron.launch import nemo as launch_nemo
-
-    places = launch_nemo.executors(job, profile, folder)
-    write_job(job, recipe, folder)
-    name = launch_nemo.launch(job, places, profile, folder, dryrun)
-    print(f"written to {folder}" if dryrun else f"job {name} launched from {folder}")
-    for script in sorted(folder.glob("experiments/**/*.sh")):
-        print(f"  {script}")
-    is_over = profile.is_waiting and not dryrun
-    return Board(folder, newest_attempt(folder)).finished if is_over else 0
-
-
 def status(
     run: Run,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON line")] = False,
@@ -117,48 +98,3 @@ def serve_rollout(
     command = [python, *server_command(loaded, port, host)]
     sys.stdout.flush()
     os.execvpe(python, command, server_environment(loaded))
-
-
-def verdict(recipe: Recipe, profile: Profile) -> str:
-    """What the planner says of the recipe on the profile's GPUs."""
-    from iwopd_megatron.plan.hardware import GIB
-    from iwopd_megatron.plan.plan import plan
-
-    site = {"gpu": profile.gpu, "gpus_per_node": profile.gpus_per_node}
-    cluster = recipe.cluster.model_copy(update=site)
-    found = plan(recipe.model_copy(update={"cluster": cluster}))
-    tightest = min(found.roles, key=lambda role: role.margin)
-    if not found.fits:
-        worst = next(role for role in found.roles if not role.fits)
-        return f"does not fit {profile.gpu}: {worst.name} needs more memory; {worst.knob}."
-    return (
-        f"fits {profile.gpu} with {tightest.margin / GIB:.1f} GiB to spare ({tightest.name}); "
-        f"{found.seconds:,.0f} s a round, {found.tokens_per_second:,.0f} tokens/s/GPU, "
-        f"{found.gpu_hours:,.0f} GPU-hours in all."
-    )
-
-
-def print_roles(job: Job, recipe: Recipe, profile: Profile, with_commands: bool) -> None:
-    """Roles, nodes, GPUs; and, where asked for, commands, variables and the plan's verdict."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    unit = "GPUs" if job.has_gpus else "processes"
-    table = Table("role", "nodes", f"{unit} a node", "processes", "restarts")
-    for role in job.roles:
-        table.add_row(
-            role.name, str(role.nodes), str(role.gpus_per_node), str(role.processes),
-            str(role.max_restarts or f"{job.requeues} (requeued)"),
-        )  # fmt: skip
-    console.print(table)
-    cluster = recipe.cluster
-    if cluster is not None and job.has_gpus and cluster.gpu != profile.gpu:
-        print(f"note: the recipe was laid out for {cluster.gpu}, the profile has {profile.gpu}.")
-    if cluster is not None and job.has_gpus and recipe.is_distilling:
-        print(f"plan: {verdict(recipe, profile)}")
-    if with_commands:
-        for role in job.roles:
-            console.print(f"[bold]{role.name}[/bold]: {' '.join(role.command)}", soft_wrap=True)
-            env = " ".join(f"{name}={value}" for name, value in sorted(role.env.items()))
-            console.print(f"  with {env}", soft_wrap=True)

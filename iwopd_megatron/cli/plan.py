@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
 from iwopd_megatron.config.cluster import Cluster
 from iwopd_megatron.config.load import read_recipe
+from iwopd_megatron.config.recipe import Recipe
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.files.outputs import check_file
+
+if TYPE_CHECKING:
+    from iwopd_megatron.plan.plan import Plan
 
 
 def plan(
@@ -38,43 +42,18 @@ def plan(
 
     Exit code 1 where it does not fit.
     """
+    if picture is not None:
+        _check_picture(picture)
     from iwopd_megatron.plan import search as plan_search
-    from iwopd_megatron.plan import text as plan_report
     from iwopd_megatron.plan.plan import plan as make_plan
     from iwopd_megatron.plan.setup import Assumptions
 
-    if picture is not None and picture.suffix not in (".png", ".html"):
-        raise RecipeError(f"--picture {picture} is neither .png nor .html; name it like one.")
-    if picture is not None:
-        check_file(picture, "--picture")
-    loaded = read_recipe(recipe, overrides or [])
-    if gpu is not None:
-        _check_gpu(gpu)
-        cluster = loaded.cluster or Cluster(trainer=loaded.world)
-        loaded = loaded.model_copy(update={"cluster": cluster.model_copy(update={"gpu": gpu})})
+    loaded = _loaded(recipe, overrides or [], gpu)
     found = make_plan(loaded, Assumptions(mean_response=mean_response))
-    proposals = []
     if gpus is not None and gpus != found.gpus:
-        proposals = plan_search.search(found, gpus, layouts=False)
-        if not proposals:
-            raise RecipeError(
-                f"{recipe}: its layouts cannot share {gpus} GPUs; add --search for other layouts, "
-                f"or another number."
-            )
-        found = proposals[0]
-    if search:
-        proposals = plan_search.search(found)
-    if as_json:
-        figures = plan_report.as_json(found)
-        if search:
-            figures["proposals"] = [
-                {"seconds": p.seconds, "overrides": plan_report.overrides(p)} for p in proposals[:5]
-            ]
-        print(json.dumps(figures))
-    else:
-        plan_report.print_plan(found)
-        if search:
-            plan_report.print_proposals(proposals)
+        found = _shared(found, gpus, recipe)
+    proposals = plan_search.search(found) if search else None
+    _say(found, proposals, as_json)
     if picture is not None:
         from iwopd_megatron.plan.picture import write_picture
 
@@ -82,7 +61,49 @@ def plan(
     raise typer.Exit(0 if found.fits else 1)
 
 
-def _check_gpu(name: str) -> None:
-    known = Cluster.model_fields["gpu"].annotation.__args__
-    if name not in known:
-        raise RecipeError(f"--gpu {name} is not known; choose one of {', '.join(known)}.")
+def _check_picture(file: Path) -> None:
+    if file.suffix not in (".png", ".html"):
+        raise RecipeError(f"--picture {file} is neither .png nor .html; name it like one.")
+    check_file(file, "--picture")
+
+
+def _loaded(recipe: Path, overrides: list[str], gpu: str | None) -> Recipe:
+    """Return the recipe on the GPUs that --gpu names."""
+    loaded = read_recipe(recipe, overrides)
+    if gpu is None:
+        return loaded
+    known = get_args(Cluster.model_fields["gpu"].annotation)
+    if gpu not in known:
+        raise RecipeError(f"--gpu {gpu} is not known; choose one of {', '.join(known)}.")
+    cluster = loaded.cluster or Cluster(trainer=loaded.world)
+    return loaded.model_copy(update={"cluster": cluster.model_copy(update={"gpu": gpu})})
+
+
+def _shared(found: Plan, gpus: int, recipe: Path) -> Plan:
+    """Return the best plan whose roles share so many GPUs in their own layouts."""
+    from iwopd_megatron.plan.search import search
+
+    plans = search(found, gpus, layouts=False)
+    if not plans:
+        raise RecipeError(
+            f"{recipe}: its layouts cannot share {gpus} GPUs; add --search for other layouts, "
+            f"or another number."
+        )
+    return plans[0]
+
+
+def _say(found: Plan, proposals: list[Plan] | None, as_json: bool) -> None:
+    """Print a plan and the best of its proposals, where there was a search."""
+    from iwopd_megatron.plan import text as plan_report
+
+    if not as_json:
+        plan_report.print_plan(found)
+        if proposals is not None:
+            plan_report.print_proposals(proposals)
+        return
+    figures = plan_report.as_json(found)
+    if proposals is not None:
+        figures["proposals"] = [
+            {"seconds": p.seconds, "overrides": plan_report.overrides(p)} for p in proposals[:5]
+        ]
+    print(json.dumps(figures))

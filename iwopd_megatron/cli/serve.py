@@ -38,7 +38,7 @@ def serve_teacher(
 
 
 def choose_teacher(recipe: Recipe, source: str, where: Path) -> Teacher:
-    """The teacher of this source, or the only one."""
+    """Return the teacher of this source, or the only one; RecipeError where there is none."""
     if recipe.teacher is not None and not source:
         return recipe.teacher
     if not recipe.is_distilling:

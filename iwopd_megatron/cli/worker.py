@@ -1,4 +1,9 @@
-"""What each process of a world runs, and how the command line starts a world on this machine."""
+"""What each process of a world runs, and how the command line starts a world on this machine.
+
+It knows every job, and so imports most rooms, with torch, Megatron and transformers: a job must be
+a function of a module, which spawned processes import again, and errors of every room have their
+exit codes in one place. Commands import it only when a recipe has been accepted.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +37,7 @@ from iwopd_megatron.evaluation.bench_progress import BenchProgress
 from iwopd_megatron.evaluation.bench_run import BenchRun, run_benchmarks
 from iwopd_megatron.evaluation.continuations import PrefixStudy, study_prefixes
 from iwopd_megatron.parity import parity
+from iwopd_megatron.parity.hf_reference import Reference
 from iwopd_megatron.records.disk import disk_told
 from iwopd_megatron.records.wandb_log import check_installed
 from iwopd_megatron.runtime.local_world import start_local
@@ -47,12 +54,15 @@ EXIT_CODES = {
 
 
 def train(recipe: Recipe, resume: bool, data: RunData) -> None:
-    """One run on every rank; exits with EXIT_STOPPED if stopped and saved."""
+    """Run one run on this rank; exits with EXIT_STOPPED if it was stopped and saved."""
     run_arms([Arm(recipe.out.name, recipe.train.seed, recipe, data)], resume)
 
 
 def run_arms(arms: list[Arm], resume: bool) -> None:
-    """Runs one after the other in this world. With `resume`, finished ones are skipped."""
+    """Run one arm after the other on this rank; with `resume`, finished ones are skipped.
+
+    Exits with EXIT_STOPPED if one was stopped and saved.
+    """
     watch_signals()
     die_with_parent()
     check_installed(arms[0].recipe)
@@ -81,7 +91,7 @@ def run_arms(arms: list[Arm], resume: bool) -> None:
 
 
 def evaluate(run: BenchRun) -> None:
-    """Answer and grade the benchmarks of `iwopd eval`."""
+    """Answer and grade the benchmarks of `iwopd eval` in this process."""
     die_with_parent()
     parallel = initialise(Layout(), run.seed)
     with disk_told(run.out, is_run=False), BenchProgress() as progress:
@@ -91,7 +101,7 @@ def evaluate(run: BenchRun) -> None:
 
 
 def continue_prefixes(study: PrefixStudy) -> None:
-    """Who gets the answer right from a student's prefix, on every rank."""
+    """Run the study of `iwopd prefixes` on this rank."""
     die_with_parent()
     parallel = initialise(Layout())
     with disk_told(study.out, is_run=False):
@@ -101,21 +111,21 @@ def continue_prefixes(study: PrefixStudy) -> None:
 
 def check_parity(
     folder: Path,
-    reference: Any,
+    reference: Reference,
     layout: Layout,
     budget: int,
     dtype: str,
-    queue: Any,
+    queue: SimpleQueue[dict[str, float]],
     recompute: str = "none",
 ) -> None:
-    """Compare one layout with the reference; rank 0 puts the figures into `queue`."""
+    """Compare one layout with the reference on this rank; rank 0 puts the figures into `queue`."""
     result = parity.compare(folder, reference, layout, budget, dtype, recompute)
     if os.environ["RANK"] == "0":
         queue.put(result)
     shutdown()
 
 
-def execute(world: int, function: Callable[..., Any], args: tuple) -> int:
+def execute(world: int, function: Callable[..., Any], args: tuple[Any, ...]) -> int:
     """Run `function(*args)` on every process of the world and return the exit code of the command.
 
     Under torchrun (RANK is set) this process is one rank; otherwise `world` local ones are started.
@@ -147,19 +157,26 @@ def execute(world: int, function: Callable[..., Any], args: tuple) -> int:
 
 
 def _forward(pids: list[int]) -> None:
+    """Send SIGTERM to the processes of a world that are still there."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
 
 
 def _other_reports(context: ProcessContext) -> list[str]:
-    """Tracebacks of all processes that raised: the first to be heard may only have lost another."""
+    """Return the tracebacks of all processes that raised.
+
+    The first one to be heard may only have lost the connection to another.
+    """
     files = [Path(file) for file in context.error_files]
     return [pickle.loads(file.read_bytes()) for file in files if file.is_file()]
 
 
 def _explain(report: str, others: list[str]) -> int:
-    """A user's mistake is one sentence; anything else keeps its traceback."""
+    """Print why a world ended and return the exit code.
+
+    A user's mistake is one sentence; anything else keeps its traceback.
+    """
     for text in (report, *others):
         match = re.match(r"(?:[\w.]*\.)?(\w+): (.*)", text.strip().splitlines()[-1])
         if match and match[1] in EXIT_CODES:

@@ -16,4 +16,5 @@ __all__ = [
     "preflight_rollout",
     "preflight_scorers",
     "recipe",
+    "starter",
 ]

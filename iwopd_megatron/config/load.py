@@ -17,7 +17,15 @@ from iwopd_megatron.config.preflight_rollout import check_rollout
 from iwopd_megatron.config.preflight_scorers import check_scorers
 from iwopd_megatron.config.recipe import Recipe
 from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.files.shipped import (
+    find_recipe,
+    here_or_shipped,
+    is_bare,
+    nearest_recipes,
+)
 from iwopd_megatron.files.yaml_file import parse_yaml, read_yaml
+
+READ = ("hf", "path", "train", "eval")  # keys whose paths may be those of shipped files
 
 
 def load_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
@@ -31,13 +39,29 @@ def load_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
 
 def read_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
     """`load_recipe` without looking at models and data: for planning away from the cluster."""
+    path = find_recipe(path)
     tree = _read_tree(path)
     base = tree.pop("extends", None)
     if base is not None:
         tree = _merge(_read_base(path, base), tree)
     for override in overrides:
         apply_override(tree, override)
-    return parse_recipe(tree, str(path))
+    return parse_recipe(_with_shipped(tree), str(path))
+
+
+def _with_shipped(tree: Any) -> Any:
+    """Return the tree with shipped files in the place of recipes/... paths that are not here."""
+    if isinstance(tree, list):
+        return [_with_shipped(value) for value in tree]
+    if not isinstance(tree, dict):
+        return tree
+    return {key: _with_shipped_value(key, value) for key, value in tree.items()}
+
+
+def _with_shipped_value(key: str, value: Any) -> Any:
+    if key in READ and isinstance(value, str) and value.startswith("recipes/"):
+        return str(here_or_shipped(Path(value)))
+    return _with_shipped(value)
 
 
 def _read_base(path: Path, base: Any) -> dict[str, Any]:
@@ -64,6 +88,9 @@ def _merge(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
 
 def _read_tree(path: Path) -> dict[str, Any]:
     remedy = "recipes ship in recipes/, e.g. recipes/demo_tiny_moe.yaml"
+    if is_bare(path) and not path.suffix:
+        *names, last = nearest_recipes(path.name)
+        remedy = f"the shipped recipes with the nearest names are {', '.join(names)} and {last}"
     return read_yaml(path, "recipe", remedy)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from iwopd_megatron.errors import EXIT_STOPPED, GateError, RecipeError, ServiceError
 from iwopd_megatron.launch.agent_node import Node
 from iwopd_megatron.launch.agent_world import World
-from iwopd_megatron.launch.rendezvous import FINAL, POLL_SECONDS, Board, hostname
+from iwopd_megatron.launch.rendezvous import FINAL, POLL_SECONDS, Rendezvous, hostname
 from iwopd_megatron.launch.roles import TRAINER, Job, Role, read_job
 from iwopd_megatron.runtime.keeper import Keeper
 from iwopd_megatron.runtime.services import Server, free_port
@@ -28,6 +28,7 @@ FINAL_CODES = {error.exit_code: error.__name__ for error in (RecipeError, GateEr
 
 
 def main() -> int:
+    """Parse the command line, run this node's part and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="launch folder, which holds job.json")
     parser.add_argument("role", help="one of its roles, or 'machine' for all that this one has")
@@ -43,18 +44,21 @@ def main() -> int:
     attempt = _number(given.attempt, "SLURM_RESTART_COUNT")
     if given.role == "machine":
         return run_machine(given.folder, job, index, attempt)
-    return run_role(Node(job, job.role(given.role), index, Board(given.folder, attempt)))
+    return run_role(Node(job, job.role(given.role), index, Rendezvous(given.folder, attempt)))
 
 
 def _number(given: int | None, *scheduler: str) -> int:
-    """What the command line says, or the first of the scheduler's variables; 0."""
+    """Return the command line's number, else the first of the scheduler's variables, else 0."""
     if given is not None:
         return given
     return next((int(os.environ[name]) for name in scheduler if name in os.environ), 0)
 
 
 def run_role(node: Node) -> int:
-    """Until the role ends or the job is over; the exit code."""
+    """Run a role's part on this node until the role ends or the job is over; return the exit code.
+
+    A trainer that ended with one of FINAL_CODES leaves the reason in the launch folder's FINAL.
+    """
     node.watch_signals()
     node.report("starting")
     try:
@@ -64,40 +68,42 @@ def run_role(node: Node) -> int:
         code = error.exit_code
     if node.role.name == TRAINER and code in FINAL_CODES:
         sentence = f"the trainer ended with a {FINAL_CODES[code]}, which another start cannot mend"
-        (node.board.launch / FINAL).write_text(sentence + "\n")
-    over = node.board.finish(code)
+        (node.rendezvous.launch / FINAL).write_text(sentence + "\n")
+    over = node.rendezvous.finish(code)
     node.report("stopped" if over == EXIT_STOPPED else "failed" if over else "done", code=code)
     return over
 
 
 def _keep_servers(node: Node) -> int:
-    """This node's servers, each on its own; returns when the job is over."""
-    role, servers = node.role, []
+    """Keep this node's servers running, each on its own, until the job is over; its exit code."""
+    role = node.role
+    servers: list[Server] = []
     first = node.index * role.per_node
     for number in range(first, min(first + role.per_node, role.processes)):
         port = free_port()
-        log = node.board.folder / "logs" / f"{role.name}-{number}.log"
+        log = node.rendezvous.folder / "logs" / f"{role.name}-{number}.log"
         url = f"http://127.0.0.1:{port}"
         env = node.environment(number - first)
         servers.append(Server(f"{role.name} {number}", node.command(port), env, log, url))
-        node.board.post(f"{role.name}.url_{number}", f"http://{hostname()}:{port}")
+        node.rendezvous.post(f"{role.name}.url_{number}", f"http://{hostname()}:{port}")
     keeper = Keeper(servers, role.ready_timeout_s, role.max_restarts, role.hang_timeout_s, node.say)
     keeper.start()
     try:
-        while node.board.finished is None and not node.is_stopping:
+        while node.rendezvous.finished is None and not node.is_stopping:
             state = "ready" if keeper.is_ready() else "starting"
             restarts = sum(one.restarts for one in keeper.watched)
             node.report(state, restarts=restarts, urls=[server.url for server in servers])
             time.sleep(POLL_SECONDS)
     finally:
         keeper.stop()
-    return node.board.finished or 0
+    return node.rendezvous.finished or 0
 
 
 def run_machine(folder: Path, job: Job, index: int, attempt: int) -> int:
-    """What machine `index` has of a job that no Slurm divides; the first attempt that ends well.
+    """Run what machine `index` has of a job whose roles no Slurm places; return the exit code.
 
-    One machine has every role. In a gang, roles have machines in their order.
+    The job is started again until it ends well, cannot, or was requeued `job.requeues` times. A
+    single machine has every role; in a gang, roles have machines in their order.
     """
     parts = _parts(job, index)
     while True:
@@ -110,7 +116,7 @@ def run_machine(folder: Path, job: Job, index: int, attempt: int) -> int:
 
 
 def _parts(job: Job, index: int) -> list[tuple[Role, int]]:
-    """Roles of a machine, and its place in each."""
+    """Return the roles that a machine has, and its number among the nodes of each."""
     if job.fits_one_node and len(job.roles) > 1:
         return [(role, 0) for role in job.roles]
     places = [(role, node) for role in job.roles for node in range(role.nodes)]
@@ -118,7 +124,10 @@ def _parts(job: Job, index: int) -> list[tuple[Role, int]]:
 
 
 def _run_parts(folder: Path, job: Job, parts: list[tuple[Role, int]], attempt: int) -> int:
-    """Exit code of the job; negative where a person or the machine asked to stop."""
+    """Run one attempt of a machine's roles; return the job's exit code.
+
+    It is negative where a person or the machine asked to stop.
+    """
     stopped: list[int] = []
     agents, first_gpu = [], 0
     for role, node in parts:

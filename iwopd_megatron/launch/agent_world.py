@@ -23,21 +23,24 @@ GRACE_SECONDS = 10  # for the other ranks of a node to end after one did
 
 
 class World:
-    """One node's ranks of the role's world."""
+    """One node's ranks of a role's torch world, started again while restarts are left."""
 
     def __init__(self, node: Node):
-        self.node, self.role, self.board = node, node.role, node.board
+        self.node, self.role, self.rendezvous = node, node.role, node.rendezvous
         self.port = free_port()
         self.restart = 0
         self.was_ready = False
 
     def run(self) -> int:
-        """Exit code of the world's last start, or of the job if that is over first."""
+        """Run the ranks to their end; return their last exit code, or the job's if it ends first.
+
+        ServiceError where a service does not get ready in time.
+        """
         if self.node.index == 0 and self.role.urls:
-            self.board.post(f"{self.role.name}.url_0", f"http://{hostname()}:{self.port}")
+            self.rendezvous.post(f"{self.role.name}.url_0", f"http://{hostname()}:{self.port}")
         while True:
             code = self._run_once()
-            if self.board.finished is not None or self.node.is_stopping:
+            if self.rendezvous.finished is not None or self.node.is_stopping:
                 return code
             if self.role.urls:  # whatever it says, a service that ended is missing
                 code = code or ServiceError.exit_code
@@ -65,25 +68,25 @@ class World:
         return f"{self.role.name}.{what}_{self.restart}"
 
     def _meet(self) -> dict[str, Any] | None:
-        """Where this start's ranks meet; None where it failed elsewhere first."""
+        """Return host, port and overrides of this start; None where it failed elsewhere first."""
         if self.node.index == 0:
             try:
                 overrides = self._wait_for_services()
             except ServiceError:
-                self.board.post(self._name("failed"), ServiceError.exit_code)
+                self.rendezvous.post(self._name("failed"), ServiceError.exit_code)
                 raise
             if overrides is not None:
                 meeting = {"host": hostname(), "port": free_port(), "overrides": overrides}
-                self.board.post(self._name("world"), meeting)
+                self.rendezvous.post(self._name("world"), meeting)
                 return meeting
-        while (meeting := self.board.read(self._name("world"))) is None:
+        while (meeting := self.rendezvous.read(self._name("world"))) is None:
             if self._is_over():
                 return None
             time.sleep(POLL_SECONDS)
         return meeting
 
     def _wait_for_services(self) -> list[str] | None:
-        """Overrides for the trainer's recipe; None where the job is over before they are ready."""
+        """Return overrides with the services' addresses; None where the job is over before."""
         if self.role.urls:
             return []
         overrides = []
@@ -100,11 +103,14 @@ class World:
         return overrides
 
     def _wait_for(self, service: Role, number: int) -> str | None:
-        """The service's address once it is ready; ServiceError says which one is not."""
+        """Return a service's address once it is ready; None where the job is over before.
+
+        ServiceError where it is not ready in time.
+        """
         self.node.report("waiting", detail=f"for {service.name} {number}")
         end = time.monotonic() + service.ready_timeout_s
         while not (self._is_over() or self._must_stop):
-            url = self.board.read(f"{service.name}.url_{number}")
+            url = self.rendezvous.read(f"{service.name}.url_{number}")
             status = health(url) if url else None
             if status == 200:
                 return url
@@ -117,7 +123,8 @@ class World:
             time.sleep(POLL_SECONDS)
         return None
 
-    def _start(self, place: int, meeting: dict[str, Any]) -> subprocess.Popen:
+    def _start(self, place: int, meeting: dict[str, Any]) -> subprocess.Popen[bytes]:
+        """Start the node's rank number `place`, in a process group of its own."""
         own = {
             "RANK": self.node.index * self.role.per_node + place,
             "LOCAL_RANK": place,
@@ -130,8 +137,8 @@ class World:
         command = [*self.node.command(self.port), *meeting["overrides"]]
         return subprocess.Popen(command, env=env, start_new_session=True)
 
-    def _watch(self, ranks: list[subprocess.Popen]) -> int:
-        """Until every rank ended well, or one did not, here or on another node."""
+    def _watch(self, ranks: list[subprocess.Popen[bytes]]) -> int:
+        """Wait until every rank ended well, or one did not, here or elsewhere; return the code."""
         heard = began = time.monotonic()
         told = is_ready = False
         while True:
@@ -164,11 +171,14 @@ class World:
 
     @property
     def _must_stop(self) -> bool:
-        """The scheduler's warning is for the trainer, which needs its services to the end."""
-        return self.node.is_stopping or (not self.role.urls and self.board.stop_requested)
+        """Return whether to stop: this node was told to, or the trainer heard the time limit.
 
-    def _ask_to_stop(self, ranks: list[subprocess.Popen]) -> None:
-        """Unless Slurm did: it signals every process, and a second signal would end a rank."""
+        Services run on, for the trainer needs them to its end.
+        """
+        return self.node.is_stopping or (not self.role.urls and self.rendezvous.stop_requested)
+
+    def _ask_to_stop(self, ranks: list[subprocess.Popen[bytes]]) -> None:
+        """Send SIGTERM to the ranks, unless Slurm did: a second signal would end them unsaved."""
         if self.node.is_stopping and "SLURM_JOB_ID" in os.environ:
             return
         self.node.say("asks its ranks to save and stop")
@@ -176,36 +186,37 @@ class World:
             rank.send_signal(signal.SIGTERM)
 
     def _fail(self, codes: list[int]) -> int:
-        """The worst of this node's exit codes, posted for the others where it is one."""
+        """Return the exit code that says most, and post it for other nodes if it is a failure."""
         bad = [code for code in codes if code not in (0, EXIT_STOPPED)]
         said = [code for code in bad if code > 1]  # rather a reason than a lost connection
         code = next(iter(said or bad), max(codes))
         code = 128 - code if code < 0 else code
         if bad:
-            self.board.post(self._name("failed"), code)
+            self.rendezvous.post(self._name("failed"), code)
         return code
 
     def _is_over(self) -> bool:
-        return self.board.has(self._name("failed")) or self.board.finished is not None
+        """Return whether this start failed on some node, or the job has ended."""
+        return self.rendezvous.has(self._name("failed")) or self.rendezvous.finished is not None
 
     def _code_elsewhere(self) -> int:
-        """Why this start ended though no rank here did."""
-        for code in (self.board.read(self._name("failed")), self.board.finished):
+        """Return the exit code of a start that ended though no rank here did."""
+        for code in (self.rendezvous.read(self._name("failed")), self.rendezvous.finished):
             if code is not None:
                 return code
         return EXIT_STOPPED
 
 
-def _wait(ranks: list[subprocess.Popen]) -> list[int]:
-    """Exit codes; ranks that do not end by themselves are left out."""
+def _wait(ranks: list[subprocess.Popen[bytes]]) -> list[int]:
+    """Return the exit codes of ranks that end within GRACE_SECONDS; others are left out."""
     end = time.monotonic() + GRACE_SECONDS
     while any(rank.poll() is None for rank in ranks) and time.monotonic() < end:
         time.sleep(0.1)
     return [rank.returncode for rank in ranks if rank.returncode is not None]
 
 
-def _kill(rank: subprocess.Popen) -> None:
-    """SIGKILL for its whole process group."""
+def _kill(rank: subprocess.Popen[bytes]) -> None:
+    """Send SIGKILL to a rank's process group and reap the rank."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(rank.pid, signal.SIGKILL)
     rank.wait()

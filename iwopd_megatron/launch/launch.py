@@ -24,14 +24,14 @@ RECIPE = "recipe.yaml"  # of the launch folder: the recipe as it was launched
 
 
 def new_folder(recipe: Recipe) -> Path:
-    """RUN/launch/NAME_TIME, for all that the launch and its job write; not yet made."""
+    """Return RUN/launch/NAME_TIME, for all that the launch and its job write; not yet made."""
     name = "".join(c if c.isalnum() else "-" for c in recipe.out.name).strip("-") or "run"
     started = time.strftime("%Y%m%d-%H%M%S")
     return (recipe.out / "launch" / f"{name}_{started}").absolute()
 
 
 def newest_folder(run: Path) -> Path:
-    """The launch folder of a run's last launch."""
+    """Return the folder of a run's last launch; RecipeError where it was never launched."""
     found = sorted((run / "launch").glob("*/job.json"))
     if not found:
         raise RecipeError(f"{run} was not launched: it has no launch/; use 'iwopd launch'.")
@@ -39,15 +39,15 @@ def newest_folder(run: Path) -> Path:
 
 
 def make_job(recipe: Recipe, profile: Profile, folder: Path) -> Job:
-    """The roles of a recipe on a site; refuses what does not divide evenly over its nodes."""
+    """Return the roles of a recipe on a site.
+
+    folder: the launch folder, whose snapshot of the recipe every role reads. RecipeError where a
+    role does not divide evenly over nodes, or needs more machines than the executor has.
+    """
     program = [profile.python, "-m", "iwopd_megatron"]
     snapshot = str(folder / RECIPE)
-    roles = [
-        _role(
-            profile, TRAINER, recipe.world, 1, recipe.student.parallel,
-            command=[*program, "train" if recipe.is_distilling else "sft", snapshot, "--resume"],
-        )
-    ]  # fmt: skip
+    command = [*program, "train" if recipe.is_distilling else "sft", snapshot, "--resume"]
+    roles = [_role(profile, TRAINER, recipe.world, 1, recipe.student.parallel, command)]
     check_service_sizes(recipe)
     for key, processes in service_processes(recipe).items():
         roles.append(_teacher(recipe, profile, program, snapshot, key, processes))
@@ -63,7 +63,7 @@ def make_job(recipe: Recipe, profile: Profile, folder: Path) -> Job:
 
 
 def write_job(job: Job, recipe: Recipe, folder: Path) -> None:
-    """Make the launch folder: job.json, and the recipe with its overrides."""
+    """Make the launch folder and write job.json and the recipe with its overrides."""
     job.write(folder)
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
     (folder / RECIPE).write_text(text)
@@ -91,10 +91,8 @@ def _rollout(recipe: Recipe, profile: Profile, command: list[str]) -> Role:
             f"rollout.engine={recipe.rollout.engine} has no servers; write rollout.servers.start=N "
             "or cluster.rollout=GPUS to launch them, or rollout.servers.urls of running ones."
         )
-    role = _role(
-        profile, "rollout", count, servers.tp, None,
-        command=[*command, "--host", "0.0.0.0", "--port", "{port}"],
-    )  # fmt: skip
+    command = [*command, "--host", "0.0.0.0", "--port", "{port}"]
+    role = _role(profile, "rollout", count, servers.tp, None, command)
     return replace(
         role,
         is_world=False,
@@ -112,7 +110,7 @@ def _role(
     layout: Layout | None,
     command: list[str],
 ) -> Role:
-    """Whole nodes where it needs more than one. `layout`: None for rollout servers."""
+    """Return a role on whole nodes where it needs several. `layout`: None for rollout servers."""
     room = profile.gpus_per_node // gpus_each
     if room == 0:
         raise RecipeError(

@@ -7,13 +7,18 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from iwopd_megatron.launch.rendezvous import FINAL, POLL_SECONDS, Board, newest_attempt
+from iwopd_megatron.launch.rendezvous import FINAL, POLL_SECONDS, Rendezvous, newest_attempt
 from iwopd_megatron.launch.roles import Job, read_job
 
 
 def follow(launch: Path) -> Iterator[str]:
-    """Lines, each after its role and attempt, from the beginning until the job is over for good."""
-    job, places, names = read_job(launch), {}, {}
+    """Yield the lines of all roles' logs until the job is over and no attempt can follow.
+
+    launch: the launch folder. A line begins with its role, and its attempt after the first.
+    """
+    job = read_job(launch)
+    places: dict[Path, int] = {}  # bytes of each log that were read
+    names: dict[Path, str] = {}
     while True:
         is_over = _is_over(launch, job)
         for file in sorted(launch.glob("experiments/*/*/*/log-*.out")):
@@ -31,7 +36,7 @@ def follow(launch: Path) -> Iterator[str]:
 
 
 def _name(file: Path, job: Job) -> str:
-    """log-iwopd.RUN-GROUP_JOB_ATTEMPT.out -> its role, and the attempt after the first."""
+    """Return the role of log-iwopd.RUN-GROUP_JOB_ATTEMPT.out, and its attempt after the first."""
     found = re.search(r"-(\d+)_\d+_(\d+)\.out$", file.name)
     if found is None:
         return "job"
@@ -40,10 +45,10 @@ def _name(file: Path, job: Job) -> str:
 
 
 def _is_over(launch: Path, job: Job) -> bool:
-    """Whether the newest attempt ended and no other can follow."""
+    """Return whether the newest attempt ended and no other can follow."""
     attempt = newest_attempt(launch)
     if attempt is None:
         return False
-    code = Board(launch, attempt).finished
+    code = Rendezvous(launch, attempt).finished
     is_last = attempt >= job.requeues or (launch / FINAL).exists()
     return code is not None and (code == 0 or is_last)

@@ -11,7 +11,7 @@ import shlex
 from pathlib import Path
 
 from iwopd_megatron.errors import UserError
-from iwopd_megatron.launch.profile import Profile
+from iwopd_megatron.launch.profile import Profile, Sky, Slurm
 from iwopd_megatron.launch.roles import Job, Role
 
 try:
@@ -27,11 +27,15 @@ SECONDS_BETWEEN_LOOKS = 5  # of the batch script at its roles
 
 
 def executors(job: Job, profile: Profile, folder: Path) -> list[nemo_run.Executor]:
-    """One for each role on Slurm, one for all elsewhere."""
-    if profile.executor == "slurm":
-        return [_slurm(role, job, profile, folder) for role in job.roles]
+    """Return NeMo-Run's executors: one for each role on Slurm, one for all roles elsewhere.
+
+    folder: the launch folder. UserError where an optional package of the executor is missing.
+    """
+    site = profile.site
+    if isinstance(site, Slurm):
+        return [_slurm(role, job, profile, site, folder) for role in job.roles]
     try:
-        return [_machines(job, profile, folder)]
+        return [_machines(job, profile, site, folder)]
     except AssertionError as error:  # NeMo-Run's way to say that an optional package is missing
         raise UserError(f"executor {profile.executor}: {error}") from None
 
@@ -41,15 +45,20 @@ def launch(
 ) -> str:
     """Write the experiment into the launch folder, and submit it unless `dryrun`.
 
-    Returns the scheduler's name of the job, or an empty one.
+    places: what `executors` returned. Returns the scheduler's name of the job, or an empty one.
     """
     title = folder.name.rpartition("_")[0]
     nemo_run.config.set_nemorun_home(str(folder))
     is_waiting = profile.is_waiting and not dryrun
     with nemo_run.Experiment(
-        title, id=folder.name, base_dir=str(folder), log_level="WARNING",
-        skip_status_at_exit=True, enable_goodbye_message=False, clean_mode=not is_waiting,
-    ) as experiment:  # fmt: skip
+        title,
+        id=folder.name,
+        base_dir=str(folder),
+        log_level="WARNING",
+        skip_status_at_exit=True,
+        enable_goodbye_message=False,
+        clean_mode=not is_waiting,
+    ) as experiment:
         if profile.executor == "slurm":
             tasks = [_task(role.name, job, profile, folder) for role in job.roles]
             experiment.add(tasks, executor=places, name=title)
@@ -69,9 +78,10 @@ def _task(role: str, job: Job, profile: Profile, folder: Path) -> nemo_run.Scrip
     return nemo_run.Script(inline=f"cd {shlex.quote(job.workdir)}\n{shlex.join(words)}\n")
 
 
-def _slurm(role: Role, job: Job, profile: Profile, folder: Path) -> nemo_run.SlurmExecutor:
-    """One group of the heterogeneous job: one agent on each of the role's nodes."""
-    site = profile.slurm
+def _slurm(
+    role: Role, job: Job, profile: Profile, site: Slurm, folder: Path
+) -> nemo_run.SlurmExecutor:
+    """Return one group of the heterogeneous job: one agent on each of the role's nodes."""
     fills_nodes = all(r.gpus_per_node == profile.gpus_per_node for r in job.roles)
     image = profile.image(role.name)
     executor = nemo_run.SlurmExecutor(
@@ -101,7 +111,7 @@ def _slurm(role: Role, job: Job, profile: Profile, folder: Path) -> nemo_run.Slu
 
 
 def batch_lines(folder: Path) -> str:
-    """For the batch script: the warning reaches the trainer's agent, and what is final stays so."""
+    """Return lines of the batch script: the trainer hears warnings, final ends are not requeued."""
     launch = shlex.quote(str(folder))
     return f"""
 # Before the time limit: the trainer's agent looks for this file and has its ranks save and stop.
@@ -118,11 +128,14 @@ scontrol() {{
 """
 
 
-def _machines(job: Job, profile: Profile, folder: Path) -> nemo_run.Executor:
-    """Where no scheduler divides roles: each machine's agent has what the machine's number says."""
+def _machines(job: Job, profile: Profile, site: Sky | None, folder: Path) -> nemo_run.Executor:
+    """Return the executor of a gang of machines that no scheduler divides among the roles.
+
+    Each machine's agent finds its roles by the machine's number.
+    """
     if profile.executor == "local":
         return nemo_run.LocalExecutor()
-    if profile.executor == "docker":
+    if site is None:
         return nemo_run.DockerExecutor(
             container_image=profile.container,
             num_gpus=-1 if job.has_gpus else None,
@@ -131,7 +144,6 @@ def _machines(job: Job, profile: Profile, folder: Path) -> nemo_run.Executor:
             volumes=[*profile.mounts, f"{folder}:{folder}"],
             packager=nemo_run.Packager(),
         )
-    site = profile.skypilot
     return nemo_run.SkypilotExecutor(
         infra=site.infra,
         gpus=site.accelerator if job.has_gpus else None,

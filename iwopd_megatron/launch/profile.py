@@ -14,14 +14,16 @@ from pydantic import Field, ValidationError
 from iwopd_megatron.config.explain import explain
 from iwopd_megatron.config.models import NonNegativeInt, PositiveInt, Section
 from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.files.shipped import PROFILES
 from iwopd_megatron.files.yaml_file import read_yaml
 
-SHIPPED = Path(__file__).parents[2] / "cluster" / "profiles"  # of a checkout
 SECRET = re.compile(r"TOKEN|API_?KEY|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 Gpu = Literal["h100-80", "h200", "b200", "h20", "a100", "cpu"]
 
 
 class Slurm(Section):
+    """What executor slurm needs to know of a site."""
+
     account: str
     partition: str | None = None
     time: str = Field("04:00:00", description="limit of one start; a run goes on after a requeue")
@@ -35,6 +37,8 @@ class Slurm(Section):
 
 
 class Sky(Section):
+    """What executor skypilot needs to know of a cloud or Kubernetes cluster."""
+
     infra: str | None = Field(None, description="e.g. k8s/my-context, aws/us-east-1")
     accelerator: str = Field(description="SkyPilot's name of the GPU, e.g. H100")
     setup: str | None = Field(None, description="shell lines run once on each machine")
@@ -46,6 +50,8 @@ class Sky(Section):
 
 
 class Profile(Section):
+    """A site: how jobs are submitted there, on which GPUs, and in which containers."""
+
     executor: Literal["local", "docker", "slurm", "skypilot"]
     gpu: Gpu = Field(description="cpu: gpus_per_node counts processes, and no GPU is asked for")
     gpus_per_node: PositiveInt = 8
@@ -67,22 +73,37 @@ class Profile(Section):
     skypilot: Sky | None = None
 
     @property
+    def site(self) -> Slurm | Sky | None:
+        """Return the section that belongs to the executor; None for local and docker.
+
+        A profile that `load_profile` returned has it where its executor needs it.
+        """
+        if self.executor == "slurm":
+            return self.slurm
+        return self.skypilot if self.executor == "skypilot" else None
+
+    @property
     def has_gpus(self) -> bool:
+        """Return whether roles ask for GPUs."""
         return self.gpu != "cpu"
 
     @property
     def is_waiting(self) -> bool:
-        """Whether `iwopd launch` stays until the job ends."""
+        """Return whether `iwopd launch` stays until the job ends."""
         return self.executor in ("local", "docker")
 
     def image(self, role: str) -> str | None:
+        """Return the container image of a role; None where it runs without one."""
         return self.containers.get(role, self.container)
 
 
 def load_profile(name: str) -> Profile:
-    """A YAML file, or the name of one in cluster/profiles/."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else SHIPPED / f"{name}.yaml"
-    shipped = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.yaml"))) or "none here"
+    """Return the profile of a YAML file, or of a shipped one by its name, e.g. slurm_h100.
+
+    RecipeError where there is none, or it is wrong.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else PROFILES / f"{name}.yaml"
+    shipped = ", ".join(sorted(file.stem for file in PROFILES.glob("*.yaml"))) or "none here"
     tree = read_yaml(path, "cluster profile", f"write a file's path, or one of: {shipped}")
     try:
         profile = Profile.model_validate(tree)
@@ -95,12 +116,12 @@ def load_profile(name: str) -> Profile:
 
 
 def _check(profile: Profile, path: Path) -> None:
-    """Refuse what no field's type can."""
-    for section in ("slurm", "skypilot"):
-        if profile.executor == section and getattr(profile, section) is None:
-            raise RecipeError(
-                f"cluster profile {path}: executor {section} needs a section '{section}'; add it."
-            )
+    """Raise RecipeError for what no field's type can refuse."""
+    section = profile.executor
+    if section in ("slurm", "skypilot") and profile.site is None:
+        raise RecipeError(
+            f"cluster profile {path}: executor {section} needs a section '{section}'; add it."
+        )
     secret = next((name for name in profile.env if SECRET.search(name)), None)
     if secret is not None:
         raise RecipeError(

@@ -1,4 +1,4 @@
-"""A launch as its nodes read it: `job.json` in the launch folder, roles and what each one runs.
+"""A launch as its nodes read it: `job.json` in the launch folder has every role and its command.
 
 Written by `iwopd launch`, read by `agent.py` on every node. Standard library only.
 """
@@ -37,21 +37,26 @@ class Role:
 
     @property
     def nodes(self) -> int:
+        """Return how many nodes the role's processes fill."""
         return -(-self.processes // self.per_node)
 
     @property
     def gpus_per_node(self) -> int:
+        """Return the GPUs that the role takes of each of its nodes."""
         return self.per_node * self.gpus_each
 
     @property
     def urls(self) -> int:
-        """Addresses it answers at: one for a world, one for each server."""
+        """Return at how many addresses it answers: one for a world, one for each server."""
         return 0 if not self.urls_key else 1 if self.is_world else self.processes
 
 
 @dataclass(frozen=True)
 class Job:
-    """All roles, the trainer first: the job ends when the trainer does."""
+    """What one launch submits to a cluster: all roles, the trainer first.
+
+    The job ends when the trainer does. `workdir`: the folder that every process runs in.
+    """
 
     workdir: str
     roles: list[Role]
@@ -61,7 +66,7 @@ class Job:
 
     @property
     def fits_one_node(self) -> bool:
-        """All roles may share one."""
+        """Return whether one node has GPUs enough for all roles, none of which needs several."""
         return len(self.roles) == 1 or (
             all(role.nodes == 1 for role in self.roles)
             and sum(role.gpus_per_node for role in self.roles) <= self.gpus_per_node
@@ -69,24 +74,30 @@ class Job:
 
     @property
     def machines(self) -> int:
-        """Of a gang that no scheduler divides: one for all roles, or each role its own."""
+        """Return how many machines a gang has that no scheduler divides among the roles.
+
+        One for all roles where they fit it; otherwise each role has machines of its own.
+        """
         if self.fits_one_node:
             return self.roles[0].nodes
         return sum(role.nodes for role in self.roles)
 
     @property
     def services(self) -> list[Role]:
+        """Return the roles that the trainer calls: teachers and rollout servers."""
         return [role for role in self.roles if role.urls]
 
     def role(self, name: str) -> Role:
+        """Return the role of this name."""
         return next(role for role in self.roles if role.name == name)
 
     def write(self, folder: Path) -> None:
+        """Write job.json into a launch folder, which is made if it is not there."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FILE).write_text(json.dumps(asdict(self), indent=1) + "\n")
 
 
 def read_job(folder: Path) -> Job:
-    """The job of a launch folder."""
+    """Return the job that a launch folder's job.json describes."""
     tree = read_object(folder / FILE)
     return Job(**tree | {"roles": [Role(**role) for role in tree["roles"]]})

@@ -16,9 +16,10 @@ from iwopd_megatron.records.words import percent
 
 
 def run_status(run: Path, launch: Path | None, now: float | None = None) -> dict[str, Any]:
-    """{"roles": [...], "round", "rounds", "tokens_per_second", "checkpoint", "silent_seconds", ...}
+    """Return what is known of a run: "roles", "round", "tokens_per_second", "checkpoint", ...
 
-    Only what is known. `launch`: the launch folder, where the run was launched.
+    launch: the folder of its last launch, or None. now: seconds since 1970, of which
+    "silent_seconds" is counted. RecipeError where `run` is not a run folder.
     """
     now = time.time() if now is None else now
     if launch is None and not (run / "metrics.jsonl").is_file():
@@ -59,7 +60,7 @@ def _role_line(line: dict[str, Any] | None, role: str, node: int, now: float) ->
 
 
 def _progress(run: Path, now: float) -> dict[str, Any]:
-    """Of the run folder; a resumed run has told of rounds it will write again."""
+    """Return what the run folder's files say; a resumed run writes some of its rounds again."""
     found: dict[str, Any] = {}
     recipe, metrics = run / "recipe.yaml", run / "metrics.jsonl"
     if recipe.is_file():
@@ -82,6 +83,7 @@ def _progress(run: Path, now: float) -> dict[str, Any]:
 
 
 def print_status(found: dict[str, Any]) -> None:
+    """Print what `run_status` found: a table of roles, and a line of the run's progress."""
     from rich.console import Console
     from rich.table import Table
 
@@ -91,17 +93,20 @@ def print_status(found: dict[str, Any]) -> None:
         for line in found["roles"]:
             more = line.get("detail") or " ".join(line.get("urls", []))
             since = f"{line['seconds']} s" if "seconds" in line else ""
-            table.add_row(
-                line["role"], str(line["node"]), line.get("host", ""), line["state"], since,
-                str(line.get("restarts", "")), more,
-            )  # fmt: skip
+            node, restarts = str(line["node"]), str(line.get("restarts", ""))
+            host, state = line.get("host", ""), line["state"]
+            table.add_row(line["role"], node, host, state, since, restarts, more)
         console.print(table)
     names = {
-        "attempt": "attempt {}", "exit_code": "ended with exit code {}", "final": "{}",
+        "attempt": "attempt {}",
+        "exit_code": "ended with exit code {}",
+        "final": "{}",
         "round": "round {}" + (f" of {found['rounds']}" if found.get("rounds") else ""),
-        "tokens_per_second": "{:,.0f} tokens/s", "loss": "loss {:+.4f}",
-        "accuracy": f"accuracy {percent(found.get('accuracy'))} %", "checkpoint": "checkpoint {}",
+        "tokens_per_second": "{:,.0f} tokens/s",
+        "loss": "loss {:+.4f}",
+        "accuracy": f"accuracy {percent(found.get('accuracy'))} %",
+        "checkpoint": "checkpoint {}",
         "silent_seconds": "last line {} s ago",
-    }  # fmt: skip
+    }
     parts = [text.format(found[key]) for key, text in names.items() if found.get(key) is not None]
     console.print(", ".join(parts) or "no round yet", soft_wrap=True)

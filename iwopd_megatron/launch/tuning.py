@@ -12,39 +12,65 @@ from dataclasses import dataclass
 from iwopd_megatron.config.models import Layout
 
 GENERATION = {
-    "a100": "ampere", "h20": "hopper", "h100-80": "hopper", "h200": "hopper", "b200": "blackwell",
+    "a100": "ampere",
+    "h20": "hopper",
+    "h100-80": "hopper",
+    "h200": "hopper",
+    "b200": "blackwell",
     "cpu": "cpu",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
-class Place:
-    """What the rows below look at. `layout`: of a Megatron world; None for rollout servers."""
+class RoleHardware:
+    """A role's GPUs and layout, which decide its variables. `layout`: None for rollout servers."""
 
     gpu: str
     layout: Layout | None
 
     @property
     def generation(self) -> str:
+        """Return the architecture of its GPUs, e.g. hopper; cpu where it has none."""
         return GENERATION[self.gpu]
 
     @property
     def is_megatron(self) -> bool:
+        """Return whether its processes are ranks of a Megatron world on GPUs."""
         return self.layout is not None and self.generation != "cpu"
 
     @property
+    def has_tensor_parallel(self) -> bool:
+        """Return whether it is a Megatron world on GPUs that cuts layers over ranks."""
+        return self.is_megatron and self.layout is not None and self.layout.tp > 1
+
+    @property
+    def has_pipeline_parallel(self) -> bool:
+        """Return whether it is a Megatron world on GPUs whose ranks hold different layers."""
+        return self.is_megatron and self.layout is not None and self.layout.pp > 1
+
+    @property
+    def has_context_parallel(self) -> bool:
+        """Return whether it is a Megatron world on GPUs that cuts sequences over ranks."""
+        return self.is_megatron and self.layout is not None and self.layout.cp > 1
+
+    @property
     def must_order_kernels(self) -> bool:
-        """Megatron overlaps tp and cp communication with matrix products up to Hopper."""
-        old = self.generation in ("ampere", "hopper")
-        return self.is_megatron and old and (self.layout.tp > 1 or self.layout.cp > 1)
+        """Return whether communication must start before the matrix product that hides it.
+
+        Megatron overlaps tp and cp communication that way up to Hopper.
+        """
+        is_old = self.generation in ("ampere", "hopper")
+        return is_old and (self.has_tensor_parallel or self.has_context_parallel)
 
 
 @dataclass(frozen=True)
 class Row:
+    """A variable, its value, why, and the roles it holds for."""
+
     name: str
     value: str
     reason: str
-    holds: Callable[[Place], bool]
+    holds: Callable[[RoleHardware], bool]
 
 
 ROWS = (
@@ -80,20 +106,23 @@ ROWS = (
         lambda p: p.is_megatron),
     Row("NCCL_P2P_NET_CHUNKSIZE", "2097152",
         "pipeline stages exchange few large messages; larger chunks fill the network",
-        lambda p: p.is_megatron and p.layout.pp > 1),
+        lambda p: p.has_pipeline_parallel),
     Row("NVTE_FWD_LAYERNORM_SM_MARGIN", "16",
         "TransformerEngine's norms leave multiprocessors to the communication beside them",
-        lambda p: p.is_megatron and p.layout.tp > 1),
-    Row("NVTE_BWD_LAYERNORM_SM_MARGIN", "16", "as forward",
-        lambda p: p.is_megatron and p.layout.tp > 1),
+        lambda p: p.has_tensor_parallel),
+    Row("NVTE_BWD_LAYERNORM_SM_MARGIN", "16", "as forward", lambda p: p.has_tensor_parallel),
 )  # fmt: skip
 
 
 def rows(gpu: str, layout: Layout | None) -> list[Row]:
-    """The rows that hold for a role; no two of one name."""
-    place = Place(gpu, layout)
-    return [row for row in ROWS if row.holds(place)]
+    """Return the rows that hold for a role; no two have one name.
+
+    gpu: a key of GENERATION; layout: of the role's Megatron world, None for rollout servers.
+    """
+    hardware = RoleHardware(gpu, layout)
+    return [row for row in ROWS if row.holds(hardware)]
 
 
 def variables(gpu: str, layout: Layout | None) -> dict[str, str]:
+    """Return the rows of `rows` as an environment."""
     return {row.name: row.value for row in rows(gpu, layout)}

@@ -64,11 +64,11 @@ def test_world_over_two_nodes_restarts_together(agents, tmp_path):
     job = agents(*roles)
     nodes = [job.start("teacher", "--node", str(node)) for node in (0, 1)]
     until(lambda: job.status("teacher").get("state") == "ready")
-    first = job.board.read("teacher.world_0")["port"]
+    first = job.rendezvous.read("teacher.world_0")["port"]
     os.kill(int(starts(tmp_path)[0][1]), signal.SIGKILL)
     until(lambda: len(starts(tmp_path)) == 2 and job.status("teacher").get("restarts") == 1)
     until(lambda: job.status("teacher", 1).get("restarts") == 1)
-    assert job.board.read("teacher.world_1")["port"] != first
+    assert job.rendezvous.read("teacher.world_1")["port"] != first
     assert all(node.poll() is None for node in nodes)
 
 
@@ -113,7 +113,7 @@ def test_warning_stops_the_trainer_and_nothing_else(agents, tmp_path):
     job = agents(trainer(tmp_path), service(tmp_path, "teacher"))
     teacher, train = job.start("teacher"), job.start("trainer")
     told(tmp_path, 1)
-    (job.board.folder / "stop").touch()
+    (job.rendezvous.folder / "stop").touch()
     assert train.wait(60) == 75
     assert teacher.wait(60) == 75  # the job's code, once the trainer has decided it
     assert "asks its ranks to save and stop" in job.log()
