@@ -138,7 +138,7 @@ class DistillationTerms(Terms):
 
 
 class PolicyTerms(DistillationTerms):
-    """The policy loss (Eq. 67): the advantage, ExOPD's where set, times weights of the plain gap."""
+    """The policy loss (Eq. 67) of ExOPD's advantages, weighted by the plain gaps' weights."""
 
     @cached_property
     def advantage_N(self) -> torch.Tensor:
