@@ -78,7 +78,7 @@ def write_summary(out: Path, summary: dict[str, Any]) -> Path:
 
 
 def print_table(summary: dict[str, Any], file: TextIO | None = None) -> None:
-    """Print what was found, and the arms of `report_summary.summarise`, as the page has them.
+    """Print what was found, and the arms of `report.summary.summarise`, as the page has them.
 
     file: default stdout.
     """
