@@ -1,6 +1,6 @@
 """Predicted against published: memory, training, decoding and whole rounds, with the errors.
 
-Lines marked * set a rate of plan_hardware.Rates; medians are over all others.
+Lines marked * set a rate of plan.hardware.Rates; medians are over all others.
 """
 
 import json

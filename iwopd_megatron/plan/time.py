@@ -3,7 +3,7 @@
 Every product takes the longer of its arithmetic (FLOP / FLOP/s) and its weights' way through memory
 (bytes / bytes/s), the roofline of Williams et al., CACM 52(4), 2009; attention, saved activations,
 gradient sums and communication are added, since nothing here overlaps them unless said. A peak
-counts with the share of it that is reached (hardware.Rates). In the formulas
+counts with the share of it that is reached (plan.hardware.Rates). In the formulas
 
     h = hidden size             q = query heads x head size     k = key-value heads x head size
     f = width of the MLP        V = vocabulary                  E, K = experts, experts a token
