@@ -77,18 +77,29 @@ class Sandbox:
         return self._run({"mode": "stdin", "code": code}, text, seconds)
 
     def call(
-        self, code: str, function: str, inputs: list[Any], seconds: list[float], in_all: float,
-        methods: bool = False, max_items: int | None = None,
-    ) -> list[tuple[Any, float]]:  # fmt: skip
-        """[(result, seconds)] of `function(*input)` for every input; ProgramError if any fails.
+        self,
+        code: str,
+        function: str,
+        inputs: list[Any],
+        seconds: list[float],
+        in_all: float,
+        methods: bool = False,
+        max_items: int | None = None,
+    ) -> list[tuple[Any, float]]:
+        """Return (result, seconds) of `function(*input)` for each input; ProgramError if one fails.
 
         seconds: limit of each input; in_all: of all together; methods: those of a class Solution
         go first; max_items: of a larger result comes a digest.
         """
         job = {
-            "mode": "call", "code": code, "function": function, "seconds": seconds,
-            "inputs": encode(inputs), "methods": methods, "max_items": max_items,
-        }  # fmt: skip
+            "mode": "call",
+            "code": code,
+            "function": function,
+            "seconds": seconds,
+            "inputs": encode(inputs),
+            "methods": methods,
+            "max_items": max_items,
+        }
         outcome = self._run(job, "", in_all)
         if outcome.status != "ok":
             raise ProgramError(outcome.reason, outcome.passed)
@@ -102,7 +113,7 @@ class Sandbox:
             raise ProgramError("it writes among the results of its calls") from None
 
     def check_asserts(self, code: str, asserts: list[str], seconds: float) -> None:
-        """ProgramError unless the assertions hold after the program, which may not end early."""
+        """Raise ProgramError unless the assertions hold after the program, which must not exit."""
         token = secrets.token_hex(16)
         job = {"mode": "asserts", "code": code, "asserts": asserts, "token": token}
         outcome = self._run(job, "", seconds)
@@ -123,18 +134,26 @@ class Sandbox:
             given.write(text.encode("utf-8", "replace"))
             given.seek(0)
             job |= {
-                "memory_mb": self.memory_mb, "seconds_in_all": seconds, "output_mb": OUTPUT_MB,
-                "parent": os.getpid(), "file": str(program), "started": writer.fileno(),
+                "memory_mb": self.memory_mb,
+                "seconds_in_all": seconds,
+                "output_mb": OUTPUT_MB,
+                "parent": os.getpid(),
+                "file": str(program),
+                "started": writer.fileno(),
                 "preamble": self.preamble,
-            }  # fmt: skip
+            }
             job_file.write_text(json.dumps(job), encoding="utf-8")
             before = _seconds_of_children()
             process = subprocess.Popen(
                 [sys.executable, "-I", CHILD, str(job_file)],
-                stdin=given, stdout=written, stderr=errors, cwd=self.folder,
+                stdin=given,
+                stdout=written,
+                stderr=errors,
+                cwd=self.folder,
                 env={"PATH": os.defpath, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-                start_new_session=True, pass_fds=(writer.fileno(),),
-            )  # fmt: skip
+                start_new_session=True,
+                pass_fds=(writer.fileno(),),
+            )
             writer.close()
             code = _end_of(process, seconds * WALL)
             output, said = (_content(file) for file in (written, errors))
@@ -158,13 +177,16 @@ def _content(file: Any) -> str:
 
 
 def _seconds_of_children() -> float:
-    """Processor seconds of all processes that this one started and that ended."""
+    """Return the processor seconds of all processes that this one started and that ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def _end_of(process: subprocess.Popen[bytes], seconds: float) -> int:
-    """Its exit code; that of a processor limit if it takes longer than these wall seconds."""
+    """Return a process's exit code; -SIGXCPU if it takes longer than these wall seconds.
+
+    The process and all that it started are gone afterwards.
+    """
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -176,7 +198,10 @@ def _end_of(process: subprocess.Popen[bytes], seconds: float) -> int:
 
 
 def _not_started(code: int, said: str) -> Exception:
-    """Why no program ran: this machine can run none, or something went wrong this once."""
+    """Return the error that says why no program ran.
+
+    UserError where this machine can run none, SandboxError where something went wrong this once.
+    """
     if code == NO_SANDBOX:
         return UserError(
             "programs in answers run only under seccomp on Linux x86-64, which this machine "
@@ -187,7 +212,7 @@ def _not_started(code: int, said: str) -> Exception:
 
 
 def _explained(code: int, said: str, memory_mb: int) -> tuple[str, int]:
-    """What sandbox_child.py wrote of a failure in words, and how many tests went well before."""
+    """Return what sandbox_child.py wrote of a failure, in words, and how many tests passed."""
     try:
         failure = json.loads(said)
         kind, text, passed = str(failure["kind"]), str(failure["text"]), int(failure["passed"])
@@ -207,6 +232,6 @@ def _explained(code: int, said: str, memory_mb: int) -> tuple[str, int]:
 
 @contextlib.contextmanager
 def sandbox(memory_mb: int = 4096, preamble: bool = False) -> Iterator[Sandbox]:
-    """A sandbox in a temporary folder."""
+    """Make a sandbox in a temporary folder that is removed at the end."""
     with tempfile.TemporaryDirectory(prefix="iwopd-") as folder:
         yield Sandbox(Path(folder), memory_mb, preamble)
