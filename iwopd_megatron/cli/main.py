@@ -29,7 +29,7 @@ from iwopd_megatron.config.load import load_recipe
 from iwopd_megatron.config.models import Layout
 from iwopd_megatron.config.preflight import check_layout
 from iwopd_megatron.config.recipe import Recipe
-from iwopd_megatron.data.preflight import check_before_start
+from iwopd_megatron.data.before_start import check_before_start
 from iwopd_megatron.data.prompts import load_tokenizer
 from iwopd_megatron.data.training_set import load_training_set
 from iwopd_megatron.errors import RecipeError, UserError

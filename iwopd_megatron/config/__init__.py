@@ -8,12 +8,9 @@ __all__ = [
     "cluster",
     "data",
     "doctor",
-    "explain",
     "load",
     "loss",
     "models",
     "preflight",
-    "preflight_rollout",
-    "preflight_scorers",
     "recipe",
 ]

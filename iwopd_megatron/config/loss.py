@@ -47,6 +47,8 @@ class TopK(Section):
 
 
 class Loss(Section):
+    """The objective, its advantage, the weights of its tokens, and which tokens it reads."""
+
     objective: Literal["policy", "topk_kl"] = Field(
         "policy",
         description="policy: the sampled token's advantage (the paper); topk_kl: "
