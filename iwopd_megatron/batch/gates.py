@@ -10,6 +10,7 @@ import torch
 
 from iwopd_megatron.batch.trajectory import Trajectory
 from iwopd_megatron.errors import GateError
+from iwopd_megatron.hf.config import HfConfig
 
 TRUNCATION_ROUNDS = 10  # whose mean is the usual share of truncated answers
 
@@ -38,7 +39,7 @@ def rollouts(
             )
 
 
-def routes(samples: list[Trajectory], hf: Mapping[str, Any]) -> None:
+def routes(samples: list[Trajectory], hf: HfConfig) -> None:
     """Every answer brings the engine's experts for all its inputs and layers."""
     for sample in samples:
         expected = sample.inputs, hf.num_hidden_layers, hf.num_experts_per_tok

@@ -1,4 +1,4 @@
-"""The recipe's models: folder, dtype and layout over processes. `Section` is every section's base."""
+"""The recipe's models: folder, dtype and layout. `Section` is the base of every section."""
 
 from __future__ import annotations
 

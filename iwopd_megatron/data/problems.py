@@ -47,6 +47,13 @@ class Problem:
         return [(m["role"], m["content"]) for m in (*self.before, asked, *self.after)]
 
     @property
+    def target(self) -> str:
+        """The response that a model is fine-tuned on; ValueError where the row has none."""
+        if self.response is None:
+            raise ValueError(f"{self.place or 'a problem'} has no response to fine-tune on")
+        return self.response
+
+    @property
     def grader(self) -> str:
         """The name of its grader: its own, or its source."""
         return self.own_grader or self.source

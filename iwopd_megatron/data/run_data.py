@@ -102,7 +102,7 @@ def check_responses(recipe: Recipe, training: TrainingSet, tokenizer: Any) -> No
     hf, end = read_hf_config(recipe.student.hf), end_id(recipe.student.hf, tokenizer)
     fits = min(hf.context_length, recipe.train.microbatch_tokens or hf.context_length)
     for problem, ids in training.problems:
-        response = response_ids(problem.response, end, tokenizer)
+        response = response_ids(problem.target, end, tokenizer)
         check_ids(response, hf.vocab_size, f"{problem.place}: the response", tokenizer)
         if len(ids) + len(response) > fits + 1:
             raise RecipeError(

@@ -69,7 +69,10 @@ class TrainingSet:
         return out
 
     def check(self, limit: int) -> None:
-        """Refuse a source of which nothing is left; RecipeError says why. limit: a prompt's tokens."""
+        """Refuse a source of which nothing is left; RecipeError says why.
+
+        limit: tokens of the longest prompt.
+        """
         for counts in self.counts:
             if counts.too_long and not counts.kept:
                 raise RecipeError(
@@ -120,20 +123,18 @@ def read_training_rows(recipe: Recipe, examine: bool = False) -> Rows:
     data = recipe.data
     sources = [_read(source, not recipe.is_distilling) for source in map(resolve, data.train)]
     problems = [problem for _, part in sources for problem in part]
-    removes = data.remove_duplicates, data.remove_contaminated
-    twice = duplicates(problems) if removes[0] or examine else None
+    twice = duplicates(problems) if data.remove_duplicates or examine else None
     seen = None
-    if removes[1] or examine:
+    if data.remove_contaminated or examine:
         seen = contaminated(problems, held_out_problems(recipe))
     first = 0
     for counts, part in sources:
         places = slice(first, first := first + len(part))
         counts.duplicate = sum(twice[places]) if twice is not None else None
         counts.contaminated = sum(seen[places]) if seen is not None else None
-    is_removed = [
-        bool((removes[0] and twice[place]) or (removes[1] and seen[place]))
-        for place in range(len(problems))
-    ]
+    reasons = ((data.remove_duplicates, twice), (data.remove_contaminated, seen))
+    marks = [found for is_reason, found in reasons if is_reason and found is not None]
+    is_removed = [any(mark[place] for mark in marks) for place in range(len(problems))]
     return Rows(sources, is_removed)
 
 
@@ -151,14 +152,14 @@ def encode_rows(recipe: Recipe, rows: Rows, tokenizer: Any) -> TrainingSet:
             counts.lengths.append(len(ids))
             if len(ids) > limit:
                 counts.too_long += 1
-            elif not recipe.is_distilling and not _has_room(recipe, problem.response, tokenizer):
+            elif not recipe.is_distilling and not _has_room(recipe, problem.target, tokenizer):
                 counts.long_response += 1
             else:
                 kept.append((problem, ids))
         counts.kept = len(kept) - before
-    train = recipe.data.train
-    shares = None if train[0].share is None else [source.share for source in train]
-    return TrainingSet(kept, [counts for counts, _ in rows.sources], shares)
+    # every source has a share, or none has: the data section refuses anything else
+    shares = [source.share for source in recipe.data.train if source.share is not None]
+    return TrainingSet(kept, [counts for counts, _ in rows.sources], shares or None)
 
 
 def _has_room(recipe: Recipe, response: str, tokenizer: Any) -> bool:

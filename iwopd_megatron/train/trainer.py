@@ -219,7 +219,7 @@ class Trainer:
         """The next problems with the responses of the data file."""
         samples, end = [], end_id(self.recipe.student.hf, self.tokenizer)
         for place, (problem, ids) in enumerate(self.collector.take()):
-            response = response_ids(problem.response, end, self.tokenizer)
+            response = response_ids(problem.target, end, self.tokenizer)
             samples.append(self.supervision.masked(Trajectory(place, ids, response)))
         return samples
 
