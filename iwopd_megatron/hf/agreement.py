@@ -15,7 +15,7 @@ from iwopd_megatron.errors import GateError
 def same_vocabulary(
     student: Path, teacher: Path, student_tokenizer: Any, teacher_tokenizer: Any
 ) -> None:
-    """Refuse a teacher whose tokenizer has other ids than the student's, or another EOS; GateError."""
+    """Refuse a teacher whose tokenizer has other ids or another EOS than the student's."""
     if student_tokenizer.get_vocab() != teacher_tokenizer.get_vocab():
         ours, theirs = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
         token = min(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))

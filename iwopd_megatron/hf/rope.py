@@ -38,7 +38,7 @@ class Rope:
     truncate: bool = True
 
     def essentials(self) -> dict[str, Any]:
-        """Return what differs from the defaults: {"rope_theta": ..., "rope": {...}}, for manifests."""
+        """Return what differs from the defaults, as {"rope_theta": ..., "rope": {...}}."""
         default = Rope(self.theta)
         changed = {k: v for k, v in vars(self).items() if v != getattr(default, k)}
         return {"rope_theta": self.theta} | ({"rope": changed} if changed else {})
