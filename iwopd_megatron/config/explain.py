@@ -74,7 +74,7 @@ def _wanted(error: Any, key: str, annotation: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as a recipe spells it, shortened."""
+    """Return a value as a recipe spells it, shortened to LONGEST characters."""
     if value is None or value == "":
         return "empty"
     if isinstance(value, bool):

@@ -73,11 +73,13 @@ class PromptOrder:
     """The order of one source: every epoch permuted anew, or in file order."""
 
     def __init__(self, count: int, seed: int | str, shuffle: bool = True):
+        """Start at the first of `count` problems."""
         self.count, self.seed, self.shuffle = count, seed, shuffle
         self.cursor = 0
         self._epoch: tuple[int, list[int]] = (-1, [])
 
     def take(self, number: int) -> list[int]:
+        """Return the next `number` problem indices, and move the cursor past them."""
         taken = [self.at(self.cursor + i) for i in range(number)]
         self.cursor += number
         return taken
@@ -102,6 +104,7 @@ class MixedOrder:
     BLOCK = 100
 
     def __init__(self, counts: list[int], shares: list[float], seed: int, shuffle: bool = True):
+        """Start at the first problem; `counts` and `shares` of each source, shares to 1 %."""
         self.orders = [
             PromptOrder(count, f"{seed}-source-{i}", shuffle) for i, count in enumerate(counts)
         ]
@@ -112,6 +115,7 @@ class MixedOrder:
         self._block: tuple[int, list[tuple[int, int]]] = (-1, [])
 
     def take(self, number: int) -> list[int]:
+        """Return the next `number` problem indices, and move the cursor past them."""
         taken = [self._at(self.cursor + i) for i in range(number)]
         self.cursor += number
         return taken

@@ -124,7 +124,7 @@ class GradingPool:
     """At most `workers` grading processes, started when first needed."""
 
     def __init__(self, workers: int, seconds: float):
-        """`seconds` of processor time is what the grading of one submission may take."""
+        """Take the limits; `seconds` of processor time is what grading one submission may take."""
         self.count, self.seconds = workers, seconds
         self.workers: list[GradingWorker] = []
 

@@ -5,7 +5,7 @@ of any file, no signal to another process; memory, processor time, wall time and
 bounded. Not guaranteed: files that this user may read can be read (nothing leaves but the
 output), and an old kernel's bugs are not ours to close. Elsewhere programs are refused, not run.
 
-A program's own failure is an Outcome or a ProgramError; whatever keeps a program from being run is
+A program's own failure is an ProgramOutcome or a ProgramError; whatever keeps a program from being run is
 a SandboxError.
 """
 
@@ -40,6 +40,7 @@ class ProgramError(Exception):
     """The program fails, and why; `passed` tests went well before."""
 
     def __init__(self, reason: str, passed: int = 0):
+        """Take the reason in words, and how many tests passed before."""
         super().__init__(reason)
         self.passed = passed
 
@@ -49,7 +50,7 @@ class SandboxError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ProgramOutcome:
     """How a program ended: `ok`, `failed` (its exit code is not 0) or `timeout`; its output.
 
     `reason` says in words why it is not ok, and `passed` how many tests went well.
@@ -72,7 +73,7 @@ class Sandbox:
     memory_mb: int = 4096
     preamble: bool = False
 
-    def read_stdin(self, code: str, text: str, seconds: float) -> Outcome:
+    def read_stdin(self, code: str, text: str, seconds: float) -> ProgramOutcome:
         """Run a program on this standard input, as `__main__`."""
         return self._run({"mode": "stdin", "code": code}, text, seconds)
 
@@ -121,7 +122,7 @@ class Sandbox:
             early = "it ends its process before its tests are done"
             raise ProgramError(outcome.reason or early, outcome.passed)
 
-    def _run(self, job: dict[str, Any], text: str, seconds: float) -> Outcome:
+    def _run(self, job: dict[str, Any], text: str, seconds: float) -> ProgramOutcome:
         program, job_file = self.folder / "answer.py", self.folder / "job.json"
         program.write_text(job["code"], encoding="utf-8", errors="replace", newline="")
         ends = os.pipe()
@@ -168,7 +169,7 @@ class Sandbox:
             reason = f"it exceeds its limit of {seconds:g} processor seconds"
         if code and len(output) >= OUTPUT_MB * 2**20:
             reason = f"it writes more than {OUTPUT_MB} MB"
-        return Outcome(status, output, reason, passed)
+        return ProgramOutcome(status, output, reason, passed)
 
 
 def _content(file: Any) -> str:
