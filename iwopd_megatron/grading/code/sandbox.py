@@ -5,8 +5,8 @@ of any file, no signal to another process; memory, processor time, wall time and
 bounded. Not guaranteed: files that this user may read can be read (nothing leaves but the
 output), and an old kernel's bugs are not ours to close. Elsewhere programs are refused, not run.
 
-A program's own failure is an ProgramOutcome or a ProgramError; whatever keeps a program from being run is
-a SandboxError.
+A program's own failure is a ProgramOutcome or a ProgramError; whatever keeps a program from being
+run is a SandboxError.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class ProgramOutcome:
 
 @dataclass(frozen=True)
 class Sandbox:
-    """Runs programs within limits, in processor seconds; their folder has nothing but them.
+    """A runner of programs within limits, in processor seconds; their folder has nothing but them.
 
     `preamble`: programs find the names that LiveCodeBench and PRIME import in front of them.
     """
