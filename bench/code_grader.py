@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from iwopd_megatron.grading.graders import grade
-from iwopd_megatron.grading.pool import Answer
+from iwopd_megatron.grading.pool import Submission
 
 # The solution has a scope of its own, so that one which calls itself calls the right one.
 MUTANT = """
@@ -50,7 +50,7 @@ def main() -> None:
     for name, codes in programs.items():
         start = time.perf_counter()
         tried = [i for i, row in enumerate(rows) if "plus" not in name or row["plus_input"]]
-        asked = [Answer("code", f"```python\n{codes[i]}\n```", answers[i]) for i in tried]
+        asked = [Submission("code", f"```python\n{codes[i]}\n```", answers[i]) for i in tried]
         grades = [found.right for found in grade(asked)]
         print(f"{name:32} {sum(grades):6.0f} {len(grades):5} {time.perf_counter() - start:7.1f}")
         is_right = name == "canonical"

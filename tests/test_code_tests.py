@@ -7,7 +7,12 @@ import pytest
 from iwopd_megatron.config.data import Source
 from iwopd_megatron.data.sources import read_source
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.grading.code.cases import Calls, Prints, check_tests, read_tests
+from iwopd_megatron.grading.code.cases import (
+    CallCases,
+    StdinCases,
+    check_test_cases,
+    read_test_cases,
+)
 from iwopd_megatron.grading.code.grader import is_right
 
 EVALPLUS = {
@@ -30,7 +35,7 @@ PROGRAM = "```python\ndef f(x):\n    return 2 * x\n```"
     ],
 )  # fmt: skip
 def test_good_answers(answer):
-    check_tests(json.dumps(answer))
+    check_test_cases(json.dumps(answer))
 
 
 REFUSED = {  # name: (answer, words of the sentence)
@@ -93,7 +98,7 @@ def test_refused(name):
     answer, words = REFUSED[name]
     text = answer if isinstance(answer, str) else json.dumps(answer)
     with pytest.raises(RecipeError, match=words) as error:
-        check_tests(text)
+        check_test_cases(text)
     assert "\n" not in str(error.value)
     with pytest.raises(RecipeError, match=words):  # and never right, nor a silent 0
         is_right(PROGRAM, text)
@@ -122,8 +127,8 @@ def test_refused_where_rows_are_read(tmp_path, name):
     ],
 )  # fmt: skip
 def test_texts_of_json_lines(given, expected, arguments, value):
-    tests = read_tests(json.dumps({"fn_name": "f", "inputs": [given], "outputs": [expected]}))
-    assert tests == Calls("f", [arguments], [value])
+    tests = read_test_cases(json.dumps({"fn_name": "f", "inputs": [given], "outputs": [expected]}))
+    assert tests == CallCases("f", [arguments], [value])
 
 
 def test_calls_given_as_texts_are_graded():
@@ -134,7 +139,7 @@ def test_calls_given_as_texts_are_graded():
 
 def test_lists_are_lines_on_standard_input():
     answer = {"inputs": [["1", "2"], 3], "outputs": [["3", "4"], "5"]}
-    assert read_tests(json.dumps(answer)) == Prints(["1\n2", "3"], ["3\n4", "5"])
+    assert read_test_cases(json.dumps(answer)) == StdinCases(["1\n2", "3"], ["3\n4", "5"])
 
 
 @pytest.mark.parametrize(
@@ -148,4 +153,4 @@ def test_lists_are_lines_on_standard_input():
 )  # fmt: skip
 def test_tests_that_cannot_be_meant(answer, words):
     with pytest.raises(RecipeError, match=words):
-        read_tests(answer)
+        read_test_cases(answer)

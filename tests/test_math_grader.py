@@ -14,7 +14,7 @@ from iwopd_megatron.grading import pool as grading_pool
 from iwopd_megatron.grading import worker as grading_worker
 from iwopd_megatron.grading.graders import GRADERS, check_answer, grade
 from iwopd_megatron.grading.math.grader import is_right, last_boxed
-from iwopd_megatron.grading.pool import Answer, Grade, Pool, count_trouble, describe
+from iwopd_megatron.grading.pool import Grade, GradingPool, Submission, count_trouble, describe
 
 RIGHT = [  # (content of the box, reference answer)
     (r"\frac{1}{2}", "0.5"), (r"\dfrac12", r"\frac{1}{2}"), ("1/2", r"\frac{1}{2}"),
@@ -68,8 +68,8 @@ def test_no_box_is_wrong():
     assert not is_right(r"First \boxed{4}, no: \boxed{3}", "4")
 
 
-TOWER = Answer("math", r"\boxed{9^{9^{9^{9^{9}}}}}", "1")  # as long as it takes to write it out
-FOUR = Answer("math", r"\boxed{2+2}", "4")
+TOWER = Submission("math", r"\boxed{9^{9^{9^{9^{9}}}}}", "1")  # as long as it takes to write it out
+FOUR = Submission("math", r"\boxed{2+2}", "4")
 
 
 @pytest.mark.parametrize("limit", ["processor", "wall"])
@@ -77,11 +77,11 @@ def test_pool_survives_a_hang(monkeypatch, limit):
     """Either limit alone ends it: each test gives the other one hours."""
     monkeypatch.setattr(grading_pool, "WALL", {"processor": 10_000, "wall": 4e-4}[limit])
     monkeypatch.setattr(grading_pool, "LEAST_WALL", 0)
-    pool = Pool(workers=1, seconds={"processor": 2, "wall": 10_000}[limit])
+    pool = GradingPool(workers=1, seconds={"processor": 2, "wall": 10_000}[limit])
     try:
         assert pool.grade([FOUR]) == [Grade(1.0)]
         monkeypatch.setattr(grading_pool, "STARTUP", 20.0)
-        found = pool.grade([TOWER, FOUR, Answer("math", r"\boxed{5}", "4"), FOUR])
+        found = pool.grade([TOWER, FOUR, Submission("math", r"\boxed{5}", "4"), FOUR])
         assert [grade.right for grade in found] == [0, 1, 0, 1]
         kind = {"processor": "cut at 2 s", "wall": "cut after 4 s of waiting"}[limit]
         assert [grade.trouble for grade in found] == [kind, "", "", ""]
@@ -90,7 +90,7 @@ def test_pool_survives_a_hang(monkeypatch, limit):
 
 
 def test_pool_survives_a_crash():
-    pool = Pool(workers=1, seconds=60)
+    pool = GradingPool(workers=1, seconds=60)
     try:
         assert pool.grade([FOUR]) == [Grade(1.0)]
         pool.workers[0].process.kill()
@@ -112,16 +112,16 @@ def test_what_a_grader_raises_is_trouble(monkeypatch):
     with reader, writer, selectors.DefaultSelector() as busy:
         writer.write(json.dumps(result).encode() + b"\n")
         writer.flush()
-        worker = SimpleNamespace(process=SimpleNamespace(stdout=reader), received=b"", place=0)
+        worker = SimpleNamespace(grades=reader, received=b"", place=0, become_idle=lambda: None)
         busy.register(reader, selectors.EVENT_READ, worker)
         grades = [Grade(1.0)]
-        Pool(1, 2)._read(worker, busy, grades)
+        GradingPool(1, 2)._read(worker, busy, grades)
     assert grades == [Grade(0.0, "raised ZeroDivisionError")]
 
 
 def test_what_cannot_be_read_is_wrong_and_no_trouble():
-    assert grade([Answer("math", r"\boxed{\frac{)_^}", r"\frac{(}{")]) == [Grade(0.0)]
-    assert grade([Answer("math", r"\boxed{)_^(}", r"\frac{(}{")]) == [Grade(0.0)]
+    assert grade([Submission("math", r"\boxed{\frac{)_^}", r"\frac{(}{")]) == [Grade(0.0)]
+    assert grade([Submission("math", r"\boxed{)_^(}", r"\frac{(}{")]) == [Grade(0.0)]
 
 
 def test_trouble_in_words():
@@ -133,14 +133,14 @@ def test_trouble_in_words():
 
 
 def test_grades_are_in_order_whatever_kinds():
-    toy = Answer("selection_sort", "abbb", "ab")
-    answers = [FOUR, toy, Answer("math", r"\boxed{5}", "4"), FOUR]
+    toy = Submission("selection_sort", "abbb", "ab")
+    answers = [FOUR, toy, Submission("math", r"\boxed{5}", "4"), FOUR]
     assert [found.right for found in grade(answers)] == [1, 0, 0, 1]
 
 
 def test_unknown_grader():
     with pytest.raises(RecipeError, match="no grader 'poetry'; known graders: math, code"):
-        grade([Answer("poetry", "", "")])
+        grade([Submission("poetry", "", "")])
 
 
 def test_workers_die_with_their_parent(tmp_path):
@@ -150,11 +150,11 @@ def test_workers_die_with_their_parent(tmp_path):
     import sys
 
     script = (
-        "from iwopd_megatron.grading.pool import Answer, Pool\n"
-        "pool = Pool(1, 600)\n"
-        f"pool.grade([Answer(*{tuple(FOUR)!r})])\n"
+        "from iwopd_megatron.grading.pool import GradingPool, Submission\n"
+        "pool = GradingPool(1, 600)\n"
+        f"pool.grade([Submission(*{tuple(FOUR)!r})])\n"
         "print(pool.workers[0].process.pid, flush=True)\n"
-        f"pool.grade([Answer(*{tuple(TOWER)!r})])\n"
+        f"pool.grade([Submission(*{tuple(TOWER)!r})])\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     worker = int(parent.stdout.readline())

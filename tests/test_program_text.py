@@ -5,7 +5,7 @@ import textwrap
 
 import pytest
 
-from iwopd_megatron.grading.code.cases import read_tests
+from iwopd_megatron.grading.code.cases import read_test_cases
 from iwopd_megatron.grading.code.evalplus_text import longest_program, needed_part
 from iwopd_megatron.grading.code.grader import find_program, is_right
 
@@ -81,7 +81,7 @@ def response(name: str, code: str) -> str:
 @pytest.mark.parametrize("tests", [CALLS, EVALPLUS, STDIN], ids=["calls", "evalplus", "stdin"])
 def test_program_is_found(name, tests):
     code = READER if tests == STDIN else RIGHT
-    found = find_program(response(name, code), read_tests(tests))
+    found = find_program(response(name, code), read_test_cases(tests))
     assert found.strip() == code.strip()
 
 
@@ -96,7 +96,7 @@ NONE = {
 @pytest.mark.parametrize("name", list(NONE))
 @pytest.mark.parametrize("tests", [CALLS, STDIN], ids=["calls", "stdin"])
 def test_no_program(name, tests):
-    assert find_program(NONE[name], read_tests(tests)) is None
+    assert find_program(NONE[name], read_test_cases(tests)) is None
     assert not is_right(NONE[name], tests)
 
 
@@ -125,18 +125,18 @@ def test_several_blocks(tests, texts, right):
 def test_fences_inside_the_program_are_its_own():
     example = "    ```\n    f(1)\n    ```\n    ```python\n    f(2)\n"
     code = f'def f(x):\n    """As in\n{example}    """\n    return 2 * x\n'
-    assert find_program(fenced(code), read_tests(CALLS)) == code
+    assert find_program(fenced(code), read_test_cases(CALLS)) == code
     assert is_right(fenced(code), EVALPLUS)
 
 
 def test_code_in_comments_ends_nothing():
     code = "# as in ```f(1)```\ndef f(x):\n    return 2 * x  # or ```x + x```\n"
-    assert find_program(fenced(code), read_tests(CALLS)) == code
+    assert find_program(fenced(code), read_test_cases(CALLS)) == code
 
 
 def test_blank_lines_of_texts_stay():
     code = "def f(x):\n    s = '''\n   \n'''\n    return s\n"
-    assert find_program(inside(fenced(code), "  "), read_tests(CALLS)) == code
+    assert find_program(inside(fenced(code), "  "), read_test_cases(CALLS)) == code
 
 
 @pytest.mark.parametrize(

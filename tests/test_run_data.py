@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from iwopd_megatron.cli.main import app
 from iwopd_megatron.config.load import load_recipe
+from iwopd_megatron.data.before_start import check_before_launch
 from iwopd_megatron.data.benchmarks import Benchmark
-from iwopd_megatron.data.preflight import check_before_launch
 from iwopd_megatron.data.run_data import asked, check_room, load_all, load_run_data
 from iwopd_megatron.data.sources import read_source
 from iwopd_megatron.errors import RecipeError
@@ -151,7 +151,7 @@ def test_launching_looks_at_rows_without_a_tokenizer(tmp_path, damaged):
     code = (
         "import sys; from pathlib import Path;"
         "from iwopd_megatron.config.load import load_recipe;"
-        "from iwopd_megatron.data.preflight import check_before_launch;"
+        "from iwopd_megatron.data.before_start import check_before_launch;"
         f"assert check_before_launch(load_recipe(Path({RECIPE!r}))) == [];"
         "names = {'torch', 'numpy', 'transformers', 'datasets', 'pyarrow'};"
         "print(names & set(sys.modules))"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from iwopd_megatron.data.preflight import check_before_launch, check_before_start
+from iwopd_megatron.data.before_start import check_before_launch, check_before_start
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.files.lock import locked
 from iwopd_megatron.files.outputs import check_folder

@@ -26,12 +26,12 @@ def grade_math(
     from iwopd_megatron.grading.graders import grade
     from iwopd_megatron.grading.math.boxes import last_boxed
     from iwopd_megatron.grading.math.grader import explain
-    from iwopd_megatron.grading.pool import Answer
+    from iwopd_megatron.grading.pool import Submission
 
     if not reference.strip():
         raise RecipeError("the reference answer is empty; write what the answer should be.")
     response = answer if last_boxed(answer) is not None else f"\\boxed{{{answer}}}"
-    found = grade([Answer("math", response, reference)])[0]
+    found = grade([Submission("math", response, reference)])[0]
     reason = f"grading was {found.trouble}" if found.trouble else explain(response, reference)
     _tell(bool(found.right), reason)
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from iwopd_megatron.config.load import load_recipe, read_recipe
-from iwopd_megatron.data.preflight import check_before_launch
+from iwopd_megatron.data.before_start import check_before_launch
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.files.outputs import check_folder
 from iwopd_megatron.launch.launch import newest_folder

@@ -13,7 +13,7 @@ import typer
 
 from iwopd_megatron.config.load import load_recipe
 from iwopd_megatron.config.recipe import Recipe
-from iwopd_megatron.data.preflight import check_before_start
+from iwopd_megatron.data.before_start import check_before_start
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.files.lock import locked
 from iwopd_megatron.files.outputs import check_folder

@@ -8,13 +8,10 @@ __all__ = [
     "cluster",
     "data",
     "doctor",
-    "explain",
     "load",
     "loss",
     "models",
     "preflight",
-    "preflight_rollout",
-    "preflight_scorers",
     "recipe",
     "starter",
 ]

@@ -9,7 +9,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from iwopd_megatron.config.models import NonNegativeInt, PositiveInt, Section
+from iwopd_megatron.config.models import NonNegativeInt, PositiveInt, Section, Service
+from iwopd_megatron.errors import RecipeError
 
 ROLES = ("trainer", "teacher", "rollout")
 
@@ -25,12 +26,14 @@ class Cluster(Section):
 
     @property
     def gpus(self) -> int:
+        """GPUs of all roles."""
         return self.trainer + self.teacher + self.rollout
 
     @property
     def nodes(self) -> list[dict[str, int]]:
         """GPUs of each role on every node: whole nodes first, parts of nodes packed together."""
-        whole, shared = [], []
+        whole: list[dict[str, int]] = []
+        shared: list[dict[str, int]] = []
         for role in sorted(ROLES, key=lambda role: -getattr(self, role)):
             gpus = getattr(self, role)
             whole += [{role: self.gpus_per_node}] * (gpus // self.gpus_per_node)
@@ -49,5 +52,32 @@ class Cluster(Section):
         return [role for role in ROLES if getattr(self, role) > size and getattr(self, role) % size]
 
     def nodes_of(self, role: str) -> int:
-        """Nodes a role is on; 0 where it has no GPUs of its own."""
+        """Return the number of nodes a role is on; 0 where it has no GPUs of its own."""
         return sum(role in node for node in self.nodes)
+
+    def service_shares(self, services: dict[str, Service]) -> dict[str, int]:
+        """Return how many of `teacher`'s GPUs each of these services gets, by its teacher's key.
+
+        As many as it asks for; without `processes` an even part of what the others leave.
+        RecipeError where they ask for more or fewer than there are, or nothing is left to share.
+        """
+        total = self.teacher
+        if not services:
+            raise RecipeError(
+                f"cluster.teacher={total} gives GPUs to a teacher service, but no teacher has one; "
+                "add teacher.service, or write cluster.teacher=0."
+            )
+        asked = {key: service.processes for key, service in services.items() if service.processes}
+        silent = [key for key in services if key not in asked]
+        left = total - sum(asked.values())
+        if not silent and left:
+            words = " and ".join(f"{key}.service.processes={n}" for key, n in asked.items())
+            differ = "differs" if len(asked) == 1 else f"sum to {total - left}, which differs"
+            remedy = f"processes={total}" if len(asked) == 1 else f"cluster.teacher={total - left}"
+            raise RecipeError(f"{words} {differ} from cluster.teacher={total}; write {remedy}.")
+        if silent and (left < len(silent) or left % len(silent)):
+            raise RecipeError(
+                f"cluster.teacher={total} leaves {max(0, left)} GPUs for {' and '.join(silent)}, "
+                f"which cannot share them evenly; write {silent[0]}.service.processes=N."
+            )
+        return {key: asked.get(key) or left // len(silent) for key in services}

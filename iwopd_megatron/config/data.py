@@ -48,15 +48,18 @@ class Source(Section):
 
     @property
     def title(self) -> str:
+        """How sentences name it: its dataset's name, or its path."""
         return str(self.name or self.path)
 
 
 def _as_list(value: Any) -> Any:
-    """A path alone is a list of one source."""
+    """Return a path alone as a list of one source, anything else as it is."""
     return [{"path": value}] if isinstance(value, (str, Path)) else value
 
 
 class Data(Section):
+    """The problems of a run, and how they are asked."""
+
     train: Annotated[list[Source], BeforeValidator(_as_list)] = Field(
         min_length=1,
         description="JSONL with question, answer, difficulty, source (and response for sft), "

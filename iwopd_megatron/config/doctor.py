@@ -1,6 +1,6 @@
 """The objective linter: what a recipe's loss is, and which of its settings do not do what they say.
 
-Recipes that cannot mean what they say are refused in preflight.py; these can run. No torch.
+Recipes that cannot run as written are refused in preflight.py; these can. No torch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ AGGREGATIONS = {
 
 
 def objective_line(recipe: Recipe) -> str:
-    """What a run minimises, in one line."""
+    """Return in one line what a run minimises."""
     loss, weighting = recipe.loss, recipe.loss.weighting
     if not recipe.is_distilling:
         what = "negative log-likelihood of given responses"
@@ -57,9 +57,9 @@ def objective_line(recipe: Recipe) -> str:
 
 
 def findings(recipe: Recipe) -> list[str]:
-    """One sentence for each setting that does nothing, or not what its name says.
+    """Return a sentence for each setting that does nothing, or not what its name says.
 
-    Of a setting that the recipe leaves at its default nothing is said.
+    Settings that the recipe leaves at their defaults are passed over.
     """
     if not recipe.is_distilling:
         return []
@@ -70,7 +70,7 @@ def findings(recipe: Recipe) -> list[str]:
 
 
 def long_prompts(dropped: int, total: int, limit: int) -> list[str]:
-    """Whether the length filter leaves out too much of the data."""
+    """Return a sentence if the length filter leaves out more than LONG_PROMPT_SHARE, in a list."""
     if dropped <= LONG_PROMPT_SHARE * total:
         return []
     return [

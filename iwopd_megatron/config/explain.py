@@ -10,26 +10,36 @@ from pydantic import BaseModel, ValidationError
 
 # What belongs there, by the beginning of pydantic's name of the error.
 WANTED = {
-    "int": "an integer", "float": "a number", "finite_number": "a finite number",
-    "bool": "true or false", "string": "text; quote what is not", "path": "a path",
-    "list": "a list, e.g. [a, b]", "tuple": "a list, e.g. [a, b]",
+    "int": "an integer",
+    "float": "a number",
+    "finite_number": "a finite number",
+    "bool": "true or false",
+    "string": "text; quote what is not",
+    "path": "a path",
+    "list": "a list, e.g. [a, b]",
+    "tuple": "a list, e.g. [a, b]",
     "greater_than_equal": "a number greater than or equal to {ge}",
     "greater_than": "a number greater than {gt}",
     "less_than_equal": "a number less than or equal to {le}",
     "less_than": "a number less than {lt}",
-    "literal_error": "one of {expected}", "too_short": "a list of {min_length} or more",
-    "too_long": "a list of {max_length} or fewer", "recursion_loop": "what does not hold itself",
-}  # fmt: skip
+    "literal_error": "one of {expected}",
+    "too_short": "a list of {min_length} or more",
+    "too_long": "a list of {max_length} or fewer",
+    "recursion_loop": "what does not hold itself",
+}
 LONGEST = 60  # characters of a value that are shown
 
 
 def explain(invalid: ValidationError, root: type[BaseModel], is_recipe: bool = True) -> str:
-    """The first problem of a tree that is no `root`. is_recipe: the command line has its keys."""
+    """Return a sentence on the first problem of a tree that is no `root`.
+
+    is_recipe: its keys can be given on the command line too, which the sentence then says.
+    """
     error = invalid.errors()[0]
     parts, annotation = _place(root, error["loc"])
     key, kind = ".".join(parts), error["type"]
     if kind == "extra_forbidden":
-        return _unknown(key, str(error["loc"][-1]), _section(annotation))
+        return _unknown(key, str(error["loc"][-1]), _section(annotation) or root)
     if kind == "missing" and not isinstance(error["loc"][-1], int):
         where = f" to the recipe or write {key}=... on the command line" if is_recipe else ""
         return f"'{key}' is missing; add it{where}."
@@ -64,7 +74,7 @@ def _wanted(error: Any, key: str, annotation: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as a recipe spells it, shortened."""
+    """Return a value as a recipe spells it, shortened to LONGEST characters."""
     if value is None or value == "":
         return "empty"
     if isinstance(value, bool):
@@ -78,9 +88,9 @@ def shown(value: Any) -> str:
 
 
 def _place(root: type[BaseModel], path: tuple[str | int, ...]) -> tuple[list[str], Any]:
-    """The keys of an error's place that a recipe has, and the type of what stands there.
+    """Return the keys of an error's path that exist in `root`, and the type of what stands there.
 
-    Pydantic adds the members of a union, and the key that is unknown.
+    Pydantic's paths have more: the members of a union, and the key that is unknown.
     """
     parts, annotation = [], root
     for part in path:
@@ -93,7 +103,7 @@ def _place(root: type[BaseModel], path: tuple[str | int, ...]) -> tuple[list[str
 
 
 def _inner(annotation: Any, part: str | int) -> Any:
-    """The type of a part of this type; None if it has no such part."""
+    """Return the type of a part of a type; None if it has no such part."""
     for option in _options(annotation):
         if get_origin(option) in (dict, list, tuple):
             return get_args(option)[-1]

@@ -6,10 +6,11 @@ names the key and says what to write instead.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from iwopd_megatron.config.explain import explain
 from iwopd_megatron.config.preflight import check
@@ -25,11 +26,15 @@ from iwopd_megatron.files.shipped import (
 )
 from iwopd_megatron.files.yaml_file import parse_yaml, read_yaml
 
+Root = TypeVar("Root", bound=BaseModel)
 READ = ("hf", "path", "train", "eval")  # keys whose paths may be those of shipped files
 
 
-def load_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
-    """Read YAML, apply `a.b=value` overrides (YAML syntax), and check everything checkable."""
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe of a YAML file with `a.b=value` overrides (YAML syntax), checked.
+
+    RecipeError for the first thing that cannot run, in its models' folders too.
+    """
     recipe = read_recipe(path, overrides)
     check(recipe)
     check_scorers(recipe)
@@ -37,8 +42,11 @@ def load_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
     return recipe
 
 
-def read_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
-    """`load_recipe` without looking at models and data: for planning away from the cluster."""
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe as `load_recipe` does, without a look at models and data.
+
+    For planning on a machine that has neither.
+    """
     path = find_recipe(path)
     tree = _read_tree(path)
     base = tree.pop("extends", None)
@@ -65,7 +73,7 @@ def _with_shipped_value(key: str, value: Any) -> Any:
 
 
 def _read_base(path: Path, base: Any) -> dict[str, Any]:
-    """What a recipe's `extends: other.yaml` names, a file beside it."""
+    """Return the tree of the file that a recipe's `extends: other.yaml` names, beside it."""
     if not isinstance(base, str):
         raise RecipeError(f"recipe {path}: 'extends' is {base!r}; name one YAML file beside it.")
     tree = _read_tree(path.parent / base)
@@ -78,7 +86,7 @@ def _read_base(path: Path, base: Any) -> dict[str, Any]:
 
 
 def _merge(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `tree`, section by section; lists and null replace."""
+    """Return `base` with the values of `tree`, section by section; lists and null replace."""
     merged = dict(base)
     for key, value in tree.items():
         both = isinstance(value, dict) and isinstance(base.get(key), dict)
@@ -95,15 +103,33 @@ def _read_tree(path: Path) -> dict[str, Any]:
 
 
 def parse_recipe(tree: dict[str, Any], where: str) -> Recipe:
-    """Validate types and key names; the first problem becomes a RecipeError."""
+    """Return a tree as a recipe; RecipeError, beginning with `where`, for an unfit key or value."""
+    return parse_tree(tree, Recipe, where)
+
+
+def parse_answering_recipe(tree: dict[str, Any], where: str) -> Recipe:
+    """Return a tree as a recipe of which only the rollouts run: its engine and servers are checked.
+
+    RecipeError as `parse_recipe`, and for what the engine cannot do.
+    """
+    recipe = parse_recipe(tree, where)
+    check_rollout(recipe)
+    return recipe
+
+
+def parse_tree(tree: dict[str, Any], root: type[Root], where: str, is_recipe: bool = True) -> Root:
+    """Return a tree of settings as `root`; RecipeError for the first unfit key or value.
+
+    is_recipe: the command line can set its keys, which the sentence then says.
+    """
     try:
-        return Recipe.model_validate(tree)
+        return root.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError(f"{where}: {explain(error, Recipe)}") from None
+        raise RecipeError(f"{where}: {explain(error, root, is_recipe)}") from None
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set one key of a recipe from `a.b=value`."""
+    """Set one key of a recipe's tree from `a.b=value`; RecipeError if it is no such thing."""
     key, equals, value = override.partition("=")
     *parents, leaf = key.split(".")
     if not equals or not all([*parents, leaf]):

@@ -1,4 +1,4 @@
-"""The recipe's models: where they lie, their type, and how each is cut over processes."""
+"""The recipe's models: folder, dtype and layout. `Section` is the base of every section."""
 
 from __future__ import annotations
 
@@ -20,8 +20,12 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _number_is_no_bool(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML reads yes, no, on and off as true and false, and Python takes those for 1 and 0."""
-        kind = cls.model_fields[info.field_name].annotation
+        """Refuse true and false for a number.
+
+        YAML reads yes, no, on and off as true and false, and Python takes those for 1 and 0.
+        """
+        field = cls.model_fields.get(info.field_name or "")
+        kind = None if field is None else field.annotation
         kinds = get_args(kind) or (kind,)
         if isinstance(value, bool) and bool not in kinds and {int, float} & set(kinds):
             raise ValueError("write a number; YAML reads yes, no, on and off as true and false")
@@ -42,7 +46,7 @@ class Layout(Section):
 
     @property
     def unit(self) -> int:
-        """Smallest number of processes this layout fits on; a world is a multiple of it."""
+        """The smallest number of processes this layout fits on; a world is a multiple of it."""
         return math.lcm(self.tp * self.cp, self.ep * self.etp) * self.pp
 
     @property
@@ -57,11 +61,15 @@ class Layout(Section):
 
 
 class Model(Section):
+    """A model: its Hugging Face folder and the dtype it is held in."""
+
     hf: Path = Field(description="Hugging Face folder: config.json, tokenizer, safetensors")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="parameter and matrix-product type")
 
 
 class Student(Model):
+    """The model that is trained: its layout, its start and what its backward pass recomputes."""
+
     parallel: Layout = Layout()
     random_init: int | None = Field(
         None, ge=0, lt=2**63, description="seed: start from random weights, not from hf's tensors"
@@ -108,6 +116,7 @@ class Service(Section):
 
     @property
     def world(self) -> int:
+        """Processes of the service's world."""
         return self.processes or self.parallel.unit
 
 
@@ -132,4 +141,5 @@ class Teacher(Frozen):
 
     @property
     def is_remote(self) -> bool:
+        """Whether a server scores, running already or started here."""
         return bool(self.urls) or self.service is not None

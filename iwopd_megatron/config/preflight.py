@@ -1,20 +1,20 @@
-"""What can be refused before any process starts: folders, layouts, sizes. Imports no torch."""
+"""What is refused of a recipe before any process starts: folders, layouts, sizes. No torch."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.hf.config import HfConfig
 from iwopd_megatron.hf.folder import check_model
 
 if TYPE_CHECKING:
-    from iwopd_megatron.config.models import Layout
-    from iwopd_megatron.config.recipe import Recipe
+    from iwopd_megatron.config.models import Frozen, Layout, Service
+    from iwopd_megatron.config.recipe import Recipe, Train
 
 
 def check(recipe: Recipe) -> None:
-    """Refuse what cannot run: missing files, impossible layouts, a world of the wrong size.
+    """Refuse what cannot run: missing files, impossible layouts, a wrong world size; RecipeError.
 
     `preflight_scorers` does it for teachers and base student, `preflight_rollout` for servers.
     """
@@ -31,7 +31,7 @@ def check(recipe: Recipe) -> None:
 
 
 def _check_loss(recipe: Recipe, hf: HfConfig) -> None:
-    """Refuse objectives that cannot mean what they say."""
+    """Refuse objectives that cannot be what the recipe calls them."""
     loss = recipe.loss
     if loss.advantage == "topk_kl":
         raise RecipeError(
@@ -91,7 +91,7 @@ def _check_sizes(recipe: Recipe, hf: HfConfig) -> None:
 
 
 def check_context(recipe: Recipe, hf: HfConfig, role: str) -> None:
-    """Refuse samples longer than a model's context."""
+    """Refuse samples longer than a model's context; RecipeError names its `role`."""
     longest = recipe.rollout.max_prompt_tokens + recipe.rollout.max_response_tokens
     if longest > hf.context_length:
         raise RecipeError(
@@ -101,17 +101,20 @@ def check_context(recipe: Recipe, hf: HfConfig, role: str) -> None:
         )
 
 
-def _packing_sections(recipe: Recipe) -> dict[str, Any]:
-    """Sections with a `microbatch_tokens`, by name."""
-    sections: dict[str, Any] = {"train": recipe.train} | recipe.named_teachers
+def _packing_sections(recipe: Recipe) -> dict[str, Train | Frozen | Service]:
+    """Return the sections with a `microbatch_tokens`, by name."""
+    sections: dict[str, Train | Frozen | Service] = {"train": recipe.train}
+    sections |= recipe.named_teachers
     for role, teacher in recipe.named_teachers.items():
         if teacher.service is not None:
             sections[f"{role}.service"] = teacher.service
-    return sections | ({"base": recipe.base} if recipe.base is not None else {})
+    if recipe.base is not None:
+        sections["base"] = recipe.base
+    return sections
 
 
 def check_world(layout: Layout, world: int, key: str) -> None:
-    """Refuse a number of processes that the layout does not divide."""
+    """Refuse a number of processes that the layout does not divide; RecipeError names the `key`."""
     if world % layout.unit:
         raise RecipeError(
             f"{key}={world} is not a multiple of {layout.unit}, what the layout "
@@ -120,12 +123,12 @@ def check_world(layout: Layout, world: int, key: str) -> None:
 
 
 def describe(layout: Layout) -> str:
-    """`tp2 ep2`: the axes larger than one."""
+    """Return the axes larger than one in words, e.g. `tp2 ep2`."""
     return " ".join(f"{name}{size}" for name, size in layout if size > 1) or "of one process"
 
 
 def check_layout(layout: Layout, hf: HfConfig, role: str) -> None:
-    """Refuse degrees that do not divide the model."""
+    """Refuse degrees that do not divide the model; RecipeError names its `role`."""
     experts = hf.num_experts
     rules = [
         ("tp", layout.tp, "num_attention_heads", hf.num_attention_heads),
@@ -153,3 +156,16 @@ def check_layout(layout: Layout, hf: HfConfig, role: str) -> None:
         )
     if layout.vpp > 1 and layout.pp == 1:
         raise RecipeError(f"{role}: vpp={layout.vpp} needs pp >= 2; write vpp=1 or pp=2.")
+
+
+def check_service_sizes(recipe: Recipe) -> None:
+    """Refuse teacher services whose GPUs do not suit their layout; RecipeError."""
+    sizes = recipe.service_processes
+    for key, size in sizes.items():
+        layout = recipe.services[key].parallel
+        if size % layout.unit:
+            name = "cluster.teacher" if len(sizes) == 1 else f"{key}.service.processes"
+            raise RecipeError(
+                f"{name}={size} is not a multiple of {layout.unit}, what the layout "
+                f"{describe(layout)} needs; write {-(-size // layout.unit) * layout.unit}."
+            )

@@ -1,4 +1,4 @@
-"""What can be refused of rollout servers before any process starts. Imports no torch."""
+"""What is refused of rollout servers before any process starts. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def check_rollout(recipe: Recipe) -> None:
-    """Refuse settings that the engine does not have, and servers that cannot be."""
+    """Refuse rollout settings that the engine does not have, and servers that cannot be started."""
     rollout, servers = recipe.rollout, recipe.rollout.servers
     if rollout.engine == "hf":
         _check_embedded(recipe)
@@ -51,7 +51,7 @@ def check_rollout(recipe: Recipe) -> None:
 
 
 def _check_plain(recipe: Recipe) -> None:
-    """Servers hold a scaled folder's weights scaled, and the trainer sends them plain ones."""
+    """Refuse scaled weights: servers hold them scaled, and the trainer sends plain ones."""
     folder, engine = recipe.student.hf, recipe.rollout.engine
     if read_hf_config(folder).quantization is not None:
         raise RecipeError(
@@ -62,7 +62,7 @@ def _check_plain(recipe: Recipe) -> None:
 
 
 def _check_replay(recipe: Recipe) -> None:
-    """Refuse to replay experts that nobody chooses or nobody tells."""
+    """Refuse to replay experts that the student does not have or the engine does not return."""
     if not read_hf_config(recipe.student.hf).num_experts:
         raise RecipeError(
             f"rollout.routing_replay needs a student with experts, and {recipe.student.hf} is "
@@ -77,7 +77,7 @@ def _check_replay(recipe: Recipe) -> None:
 
 
 def _check_vllm(recipe: Recipe) -> None:
-    """With top_p < 1 its log-probs are of the tokens left only."""
+    """Refuse top_p < 1: vLLM's log-probs are then of the tokens left only."""
     rollout = recipe.rollout
     if rollout.top_p < 1:
         raise RecipeError(
@@ -87,7 +87,7 @@ def _check_vllm(recipe: Recipe) -> None:
 
 
 def _check_embedded(recipe: Recipe) -> None:
-    """The embedded engine has no servers, and its weights are the trainer's own."""
+    """Refuse what needs servers; the embedded engine's weights are the trainer's own."""
     rollout = recipe.rollout
     if rollout.routing_replay:
         _check_replay(recipe)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from iwopd_megatron.config.preflight import check_context, check_layout, check_world, describe
+from iwopd_megatron.config.preflight import check_context, check_layout, check_world
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.hf.config import HfConfig, read_hf_config
 from iwopd_megatron.hf.folder import check_model, eos_ids
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def check_scorers(recipe: Recipe) -> None:
-    """Refuse models that cannot score the student's tokens, and settings they cannot have."""
+    """Refuse teachers and base students that cannot score the student's tokens; RecipeError."""
     if recipe.teacher is not None and recipe.teachers:
         raise RecipeError(
             "the recipe has teacher and teachers; keep teacher for one that scores every problem, "
@@ -32,7 +31,7 @@ def check_scorers(recipe: Recipe) -> None:
 
 
 def _check_model(recipe: Recipe, model: Frozen, role: str, weights: bool = True) -> HfConfig:
-    """Its config.json; it must be of the student's vocabulary."""
+    """Return a scoring model's config.json; refuse another vocabulary than the student's."""
     ours, theirs = read_hf_config(recipe.student.hf), check_model(model.hf, weights)
     if theirs.vocab_size != ours.vocab_size:
         raise RecipeError(
@@ -79,51 +78,8 @@ def _check_service(service: Service, hf: HfConfig, role: str) -> None:
         )
 
 
-def service_processes(recipe: Recipe) -> dict[str, int]:
-    """Processes of every teacher service that a launch starts, by the teacher's key.
-
-    As many as it asks for; without `processes` an even part of what the others leave of
-    cluster.teacher, or where that is 0 the fewest its layout fits on.
-    """
-    services, total = recipe.services, recipe.cluster.teacher if recipe.cluster else 0
-    if not total:
-        return {key: service.world for key, service in services.items()}
-    if not services:
-        raise RecipeError(
-            f"cluster.teacher={total} gives GPUs to a teacher service, but no teacher has one; "
-            "add teacher.service, or write cluster.teacher=0."
-        )
-    asked = {key: service.processes for key, service in services.items() if service.processes}
-    silent = [key for key in services if key not in asked]
-    left = total - sum(asked.values())
-    if not silent and left:
-        words = " and ".join(f"{key}.service.processes={n}" for key, n in asked.items())
-        differ = "differs" if len(asked) == 1 else f"sum to {total - left}, which differs"
-        remedy = f"processes={total}" if len(asked) == 1 else f"cluster.teacher={total - left}"
-        raise RecipeError(f"{words} {differ} from cluster.teacher={total}; write {remedy}.")
-    if silent and (left < len(silent) or left % len(silent)):
-        raise RecipeError(
-            f"cluster.teacher={total} leaves {max(0, left)} GPUs for {' and '.join(silent)}, which "
-            f"cannot share them evenly; write {silent[0]}.service.processes=N."
-        )
-    return {key: asked.get(key) or left // len(silent) for key in services}
-
-
-def check_service_sizes(recipe: Recipe) -> None:
-    """Refuse services whose part of cluster.teacher does not suit their layout."""
-    sizes = service_processes(recipe)
-    for key, size in sizes.items():
-        layout = recipe.services[key].parallel
-        if size % layout.unit:
-            name = "cluster.teacher" if len(sizes) == 1 else f"{key}.service.processes"
-            raise RecipeError(
-                f"{name}={size} is not a multiple of {layout.unit}, what the layout "
-                f"{describe(layout)} needs; write {-(-size // layout.unit) * layout.unit}."
-            )
-
-
 def _check_topk(recipe: Recipe) -> None:
-    """The top K of an embedded teacher lies in the micro-batches of the samples it scored."""
+    """Refuse top K of embedded teachers that do not share the student's micro-batches."""
     for role, teacher in recipe.named_teachers.items():
         if teacher.microbatch_tokens is not None:
             raise RecipeError(
@@ -135,13 +91,3 @@ def _check_topk(recipe: Recipe) -> None:
                 f"loss.objective=topk_kl needs several teachers to be servers, and {role} is "
                 f"embedded; give it urls or a service."
             )
-
-
-def check_sources(recipe: Recipe, sources: Iterable[str]) -> None:
-    """Refuse problems that no teacher scores."""
-    missing = sorted(set(sources) - recipe.teachers.keys()) if recipe.teachers else []
-    if missing:
-        raise RecipeError(
-            f"data.train has problems of source '{missing[0]}', but there are teachers "
-            f"only for {', '.join(sorted(recipe.teachers))}; add teachers.{missing[0]}."
-        )

@@ -20,6 +20,8 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Train(Section):
+    """Rounds, their size, and the optimiser."""
+
     rounds: PositiveInt = Field(100, description="rounds of rollout and training")
     prompts_per_round: PositiveInt = Field(1024, description="prompts, one response each")
     minibatches: PositiveInt = Field(
@@ -44,6 +46,8 @@ class Train(Section):
 
 
 class Evaluate(Section):
+    """When and on what the student is evaluated, and how it answers."""
+
     every: PositiveInt = Field(
         10, description="rounds between evaluations; also before the first and after the last"
     )
@@ -59,6 +63,8 @@ class Evaluate(Section):
 
 
 class Checkpoint(Section):
+    """When checkpoints are written, and how many are kept."""
+
     every: PositiveInt | None = Field(
         50, description="rounds between checkpoints; null: only when stopped"
     )
@@ -69,6 +75,8 @@ class Checkpoint(Section):
 
 
 class Wandb(Section):
+    """Where metrics go in Weights & Biases."""
+
     project: str = Field(description="W&B project")
     entity: str | None = Field(None, description="team or user; default: the account's own")
     group: str | None = Field(None, description="what the runs of a comparison share")
@@ -78,6 +86,8 @@ class Wandb(Section):
 
 
 class Gates(Section):
+    """Limits at which a run stops: figures that would mean that it trains on something wrong."""
+
     max_drift: float = Field(
         0.5, gt=0, description="stop when mean |trainer - engine| log-prob exceeds this (nats)"
     )
@@ -128,15 +138,18 @@ class Recipe(Section):
 
     @property
     def world(self) -> int:
+        """Processes of the trainer's world."""
         gpus = self.cluster.trainer if self.cluster else None
         return self.processes or gpus or self.student.parallel.unit
 
     @property
     def is_distilling(self) -> bool:
+        """Whether there is a teacher; without one given responses are trained on."""
         return self.teacher is not None or bool(self.teachers)
 
     @property
     def thinks_in_evaluation(self) -> bool:
+        """Whether the chat template of held-out problems is told to enable thinking."""
         own = self.evaluate.enable_thinking
         return self.data.enable_thinking if own is None else own
 
@@ -152,6 +165,17 @@ class Recipe(Section):
         """Teacher services that a launch starts, by the teacher's key."""
         teachers = self.named_teachers.items()
         return {key: one.service for key, one in teachers if one.service and not one.urls}
+
+    @property
+    def service_processes(self) -> dict[str, int]:
+        """Processes of every teacher service that a launch starts, by the teacher's key.
+
+        Its share of cluster.teacher (`Cluster.service_shares`, which may raise RecipeError), or
+        where that is 0 as many as it asks for, else the fewest its layout fits on.
+        """
+        if self.cluster is None or not self.cluster.teacher:
+            return {key: service.world for key, service in self.services.items()}
+        return self.cluster.service_shares(self.services)
 
     @property
     def steps_per_round(self) -> int:

@@ -36,6 +36,8 @@ class Servers(Section):
 
 
 class Rollout(Section):
+    """The engine, its servers, how weights reach them, and how answers are sampled."""
+
     engine: Literal["hf", "sglang", "vllm"] = Field(
         "hf", description="hf: embedded, split over the ranks; sglang, vllm: see servers"
     )

@@ -4,4 +4,12 @@ In come the recipe's data section and a tokenizer; out goes a `RunData`: what a 
 and is evaluated on, or one sentence about the first row that cannot be used.
 """
 
-__all__ = ["benchmarks", "preflight", "problems", "prompts", "run_data", "sources", "training_set"]
+__all__ = [
+    "before_start",
+    "benchmarks",
+    "problems",
+    "prompts",
+    "run_data",
+    "sources",
+    "training_set",
+]

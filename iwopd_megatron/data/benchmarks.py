@@ -17,10 +17,10 @@ from iwopd_megatron.data.problems import Problem
 from iwopd_megatron.data.prompts import Prompts
 from iwopd_megatron.data.sources import read_source, resolve
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.grading.math import grader as math_grader
+from iwopd_megatron.grading.math.grader import SUFFIX
 
 TOY, TOY_PROBLEMS = "toy", 512
-_MATH = {"columns": {"question": "problem"}, "source": "math", "suffix": math_grader.SUFFIX}
+_MATH = {"columns": {"question": "problem"}, "source": "math", "suffix": SUFFIX}
 HUB = {
     "aime24": Source(name="HuggingFaceH4/aime_2024", **_MATH),
     "aime25": Source(name="MathArena/aime_2025", **_MATH),
@@ -35,7 +35,7 @@ EVALPLUS = {  # files, at the path in EvalPlus's own environment variable
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Problems, their prompts' ids, and whether one greedy answer each is what counts."""
+    """Held-out problems and the token ids of their prompts."""
 
     name: str
     problems: list[Problem]
@@ -43,15 +43,19 @@ class Benchmark:
 
     @property
     def is_greedy(self) -> bool:
+        """Whether one greedy answer to each problem is what counts: all are programs."""
         return all(problem.grader == "code" for problem in self.problems)
 
     def asked(self, prompts: Prompts) -> Benchmark:
-        """The same with its prompts."""
+        """Return the benchmark with the token ids of its prompts."""
         return replace(self, prompts=[prompts.encode(problem) for problem in self.problems])
 
 
 def load_benchmark(name: str, own: dict[str, Source]) -> Benchmark:
-    """A benchmark by name; `own` are the recipe's and the command line's, which go first."""
+    """Return a benchmark by name, without prompts; RecipeError for an unknown name or an unfit row.
+
+    own: the recipe's and the command line's benchmarks, which go before known ones.
+    """
     if name == TOY and name not in own:
         rows = islice(toy_task.problems(toy_task.EVAL_SEED), TOY_PROBLEMS)
         return Benchmark(name, [Problem(**row) for row in rows])
@@ -59,12 +63,15 @@ def load_benchmark(name: str, own: dict[str, Source]) -> Benchmark:
 
 
 def is_on_hub(name: str, own: dict[str, Source]) -> bool:
-    """Whether a benchmark is no file of this machine's."""
+    """Return whether a benchmark is a dataset of the Hugging Face hub, no file of this machine."""
     return own[name].path is None if name in own else name in HUB
 
 
 def with_path(name: str, path: Path, own: dict[str, Source]) -> Source:
-    """A benchmark's source, read from `path`; rows of a benchmark nobody knows are our own."""
+    """Return a benchmark's source with its rows at `path`.
+
+    Rows of an unknown benchmark have the columns of `Problem`.
+    """
     if name in EVALPLUS and name not in own:
         return Source(name="evalplus", path=path)
     known = own.get(name) or HUB.get(name)

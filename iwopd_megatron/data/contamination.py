@@ -16,7 +16,7 @@ _WORD = re.compile(r"[^\W_]+")
 
 
 def duplicates(problems: list[Problem]) -> list[bool]:
-    """Whether an earlier problem asks the same, blanks aside."""
+    """Return for each problem whether an earlier one asks the same, blanks aside."""
     seen: set[tuple[tuple[str, str], ...]] = set()
     out = []
     for problem in problems:
@@ -27,7 +27,7 @@ def duplicates(problems: list[Problem]) -> list[bool]:
 
 
 def contaminated(problems: list[Problem], held_out: Iterable[Problem]) -> list[bool]:
-    """Whether a problem shares an n-gram with a held-out one."""
+    """Return for each problem whether it shares WORDS words in a row with a held-out one."""
     known = {gram for problem in held_out for gram in _problem_grams(problem)}
     return [not known.isdisjoint(_problem_grams(problem)) for problem in problems]
 

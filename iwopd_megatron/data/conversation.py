@@ -21,7 +21,7 @@ WRITTEN_OUT = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:"
 
 @dataclass(frozen=True)
 class Conversation:
-    """`question` is what the user says last, between the messages `before` and `after` it."""
+    """A row's messages: `question` is what the user says last, `before` and `after` the others."""
 
     before: tuple[Message, ...]
     question: str
@@ -30,9 +30,9 @@ class Conversation:
 
 
 def read_conversation(value: list[Any], where: str) -> Conversation:
-    """The messages of a row at `where`; RecipeError names the message that no model can be asked.
+    """Return the messages of a row; a last one of an assistant's is taken off as the response.
 
-    A last message of an assistant's is taken off as the response.
+    where: the row's place. RecipeError names the message that no model can be asked.
     """
     messages = [
         _message(item, f"{where}: message {number}") for number, item in enumerate(value, 1)
@@ -54,12 +54,12 @@ def read_conversation(value: list[Any], where: str) -> Conversation:
 
 
 def is_written_out(text: str) -> bool:
-    """Whether a text is a list of messages as JSON or Python, not a question."""
+    """Return whether a text is a list of messages written as JSON or Python, not a question."""
     return WRITTEN_OUT.match(text) is not None
 
 
 def _message(item: Any, where: str) -> Message:
-    """One message with a known role and a text."""
+    """Return a message with a known role and a text; RecipeError for any other."""
     if not isinstance(item, dict):
         raise RecipeError(f"{where} is {item!r:.80}, not an object with role and content.")
     given = {key: value for key, value in item.items() if value is not None}
@@ -79,7 +79,7 @@ def _message(item: Any, where: str) -> Message:
 
 
 def _text(content: Any, where: str) -> str:
-    """A content, or the texts of its parts one after the other, as chat templates join them."""
+    """Return a message's text: a content, or its parts' texts joined as chat templates do."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):

@@ -21,7 +21,10 @@ WHOLE = "*"  # as a column: the row as it is
 def read_problem(
     row: dict[str, Any], where: str, source: Source, need_response: bool = False
 ) -> Problem:
-    """The problem of a row at `where`; `need_response` to fine-tune on it."""
+    """Return the problem of a row; RecipeError, beginning with its place `where`, if it is unfit.
+
+    need_response: it must have a response to fine-tune on, and may have a blank answer.
+    """
     fields = _mapped(row, where, source)
     asked = _asked(fields["question"], where)
     _check_text(fields["source"], f"{where}: source")
@@ -42,7 +45,7 @@ def read_problem(
 
 
 def value_at(row: Any, key: str) -> Any:
-    """The value at a dotted key, the row itself at WHOLE; None if there is none."""
+    """Return the value at a dotted key, the row itself at WHOLE; None if there is none."""
     if key == WHOLE:
         return row
     for part in key.split("."):
@@ -53,12 +56,12 @@ def value_at(row: Any, key: str) -> Any:
 
 
 def _is_native(source: Source) -> bool:
-    """Whether the rows are this package's own: no mapping, no name, no fixed source."""
+    """Return whether a source's rows have this package's columns: no mapping, name or source."""
     return not (source.columns or source.name or source.source)
 
 
 def _mapped(row: dict[str, Any], where: str, source: Source) -> dict[str, Any]:
-    """The row's fields by their own names; those that every row needs are there."""
+    """Return a row's fields by their names in `Problem`; RecipeError where a needed one lacks."""
     needed = ["question", "answer"]
     if source.source is None:
         needed.append("source")
@@ -78,7 +81,7 @@ def _mapped(row: dict[str, Any], where: str, source: Source) -> dict[str, Any]:
 
 
 def _asked(question: Any, where: str) -> Conversation:
-    """A question as the only message, or the row's own messages."""
+    """Return the messages of a question column: a text is the only one."""
     if isinstance(question, list):
         asked = read_conversation(question, where)
     else:
@@ -94,7 +97,7 @@ def _asked(question: Any, where: str) -> Conversation:
 
 
 def _check_text(value: Any, what: str, may_be_blank: bool = False) -> None:
-    """RecipeError unless it is a text that a tokenizer and a file take."""
+    """Refuse what is not a text that a tokenizer and a file can take; RecipeError names `what`."""
     if not isinstance(value, str):
         raise RecipeError(f"{what} {value!r:.80} is not a text.")
     if not (may_be_blank or value.strip()):
@@ -111,7 +114,7 @@ def _check_text(value: Any, what: str, may_be_blank: bool = False) -> None:
 def _response(
     given: Any, said: str | None, where: str, source: Source, is_needed: bool
 ) -> str | None:
-    """The response column's, or what an assistant said last."""
+    """Return the response: the column's, or what an assistant said last; None without one."""
     if given is not None and said is not None and given != said:
         raise RecipeError(
             f"{where} has a response and ends with another of an assistant's; keep one of them."
@@ -128,7 +131,7 @@ def _response(
 
 
 def _answer(answer: Any, where: str, may_be_blank: bool) -> str:
-    """The reference as a text; objects and lists as JSON."""
+    """Return the reference answer as a text; objects and lists as JSON."""
     if answer is None:
         raise RecipeError(f"{where}: answer is null.")
     if isinstance(answer, float) and not math.isfinite(answer):

@@ -28,13 +28,13 @@ class Problem:
 
     @property
     def messages(self) -> list[Message]:
-        """What a model is asked; a last message of an assistant's is not among them."""
+        """The messages that a model is asked, prefix and suffix included, without the response."""
         asked = {"role": "user", "content": self.prefix + self.question + self.suffix}
         return [*self.before, asked, *self.after]
 
     @property
     def prompt(self) -> str:
-        """The same for a reader."""
+        """The messages as one text for a reader."""
         messages = self.messages
         if len(messages) == 1:
             return messages[0]["content"]
@@ -47,7 +47,15 @@ class Problem:
         return [(m["role"], m["content"]) for m in (*self.before, asked, *self.after)]
 
     @property
+    def target(self) -> str:
+        """The response that a model is fine-tuned on; ValueError where the row has none."""
+        if self.response is None:
+            raise ValueError(f"{self.place or 'a problem'} has no response to fine-tune on")
+        return self.response
+
+    @property
     def grader(self) -> str:
+        """The name of its grader: its own, or its source."""
         return self.own_grader or self.source
 
 
@@ -57,25 +65,27 @@ class Order(Protocol):
     cursor: int
 
     def take(self, number: int) -> list[int]:
-        """The next `number` problem indices."""
+        """Return the next `number` problem indices, and move the cursor past them."""
         ...
 
 
 class PromptOrder:
-    """One source: every epoch permuted anew (or in file order)."""
+    """The order of one source: every epoch permuted anew, or in file order."""
 
     def __init__(self, count: int, seed: int | str, shuffle: bool = True):
+        """Start at the first of `count` problems."""
         self.count, self.seed, self.shuffle = count, seed, shuffle
         self.cursor = 0
         self._epoch: tuple[int, list[int]] = (-1, [])
 
     def take(self, number: int) -> list[int]:
+        """Return the next `number` problem indices, and move the cursor past them."""
         taken = [self.at(self.cursor + i) for i in range(number)]
         self.cursor += number
         return taken
 
     def at(self, position: int) -> int:
-        """The index at a place of the endless order."""
+        """Return the index at a place of the endless order."""
         epoch, place = divmod(position, self.count)
         if self._epoch[0] != epoch:
             order = list(range(self.count))
@@ -86,7 +96,7 @@ class PromptOrder:
 
 
 class MixedOrder:
-    """Several sources by share: every BLOCK prompts hold exactly each one's share, shuffled.
+    """The order of several sources: every BLOCK prompts hold each one's share exactly, shuffled.
 
     Sources lie behind one another in the list of problems. Each goes through epochs of its own.
     """
@@ -94,6 +104,7 @@ class MixedOrder:
     BLOCK = 100
 
     def __init__(self, counts: list[int], shares: list[float], seed: int, shuffle: bool = True):
+        """Start at the first problem; `counts` and `shares` of each source, shares to 1 %."""
         self.orders = [
             PromptOrder(count, f"{seed}-source-{i}", shuffle) for i, count in enumerate(counts)
         ]
@@ -104,6 +115,7 @@ class MixedOrder:
         self._block: tuple[int, list[tuple[int, int]]] = (-1, [])
 
     def take(self, number: int) -> list[int]:
+        """Return the next `number` problem indices, and move the cursor past them."""
         taken = [self._at(self.cursor + i) for i in range(number)]
         self.cursor += number
         return taken
@@ -124,7 +136,7 @@ class MixedOrder:
 
 
 def _round_to(total: int, shares: list[float]) -> list[int]:
-    """Whole numbers in proportion to the shares that sum to `total`, by largest remainders."""
+    """Return whole numbers that sum to `total`, in proportion to shares, by largest remainders."""
     exact = [total * share / sum(shares) for share in shares]
     out = [int(x) for x in exact]
     by_remainder = sorted(range(len(shares)), key=lambda i: out[i] - exact[i])

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a Hugging Face folder."""
+    """Return the tokenizer of a Hugging Face folder; RecipeError if it cannot be loaded."""
     from transformers import AutoTokenizer
 
     try:
@@ -33,14 +33,14 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def training_prompts(recipe: Recipe, tokenizer: Any) -> Prompts:
-    """How a recipe puts the problems that it trains on."""
+    """Return how a recipe asks the problems that it trains on."""
     return Prompts(
         tokenizer, recipe.data.enable_thinking, "data.enable_thinking", _vocabulary(recipe)
     )
 
 
 def evaluation_prompts(recipe: Recipe, tokenizer: Any) -> Prompts:
-    """How a recipe puts held-out problems."""
+    """Return how a recipe asks held-out problems."""
     section = "data" if recipe.evaluate.enable_thinking is None else "evaluate"
     return Prompts(
         tokenizer, recipe.thinks_in_evaluation, f"{section}.enable_thinking", _vocabulary(recipe)
@@ -52,7 +52,7 @@ def _vocabulary(recipe: Recipe) -> int:
 
 
 class Prompts:
-    """How problems are put to a model: through its chat template, plain where it has none."""
+    """How a model is asked problems: through its chat template, plain where it has none."""
 
     def __init__(
         self,
@@ -61,9 +61,10 @@ class Prompts:
         setting: str = "",
         vocabulary: int | None = None,
     ):
-        """`setting` is the recipe's key that switches thinking on; refused if that does nothing.
+        """Take a tokenizer; RecipeError if its template ignores an enabled thinking.
 
-        `vocabulary` is the model's: a prompt with another id is refused.
+        setting: the recipe's key that enables thinking, for that sentence. vocabulary: the model's
+        size; a prompt with a larger id is refused.
         """
         self.tokenizer, self.enable_thinking = tokenizer, enable_thinking
         self.vocabulary = vocabulary
@@ -76,7 +77,7 @@ class Prompts:
             )
 
     def encode(self, problem: Problem) -> list[int]:
-        """The ids of a prompt, up to where the answer begins; RecipeError names the row."""
+        """Return a prompt's token ids, up to where the answer begins; RecipeError names the row."""
         messages = problem.messages
         if self.tokenizer.chat_template:
             text = self._rendered(messages, problem.place)
@@ -104,7 +105,7 @@ class Prompts:
         return self._apply(messages, self.enable_thinking, place)
 
     def _left_out(self, roles: tuple[str, ...], place: str) -> int | None:
-        """The first message that the template does not write when they are of these roles."""
+        """Return the first message that the template leaves out of messages of these roles."""
         if roles not in self._seen:
             texts = [f"text {number} of {len(roles)}" for number in range(len(roles))]
             probe = [{"role": r, "content": c} for r, c in zip(roles, texts, strict=True)]
@@ -116,9 +117,11 @@ class Prompts:
     def _apply(self, messages: list[Message], enable_thinking: bool, place: str) -> str:
         try:
             return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True,
+                messages,
+                tokenize=False,
+                add_generation_prompt=True,
                 enable_thinking=enable_thinking,
-            )  # fmt: skip
+            )
         except Exception as error:  # whatever the template's own code raises
             words = " ".join(str(error).split())[:200].rstrip(".")
             raise RecipeError(
@@ -126,7 +129,7 @@ class Prompts:
             ) from None
 
     def _reads_thinking(self) -> bool:
-        """Whether a prompt with thinking differs from one without."""
+        """Return whether a prompt with thinking differs from one without."""
         if not self.tokenizer.chat_template:
             return False
         probe = [{"role": "user", "content": "?"}]

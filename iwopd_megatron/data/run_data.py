@@ -12,23 +12,26 @@ from typing import Any
 
 from iwopd_megatron.config import doctor
 from iwopd_megatron.config.data import Source
-from iwopd_megatron.config.preflight_scorers import check_sources
 from iwopd_megatron.config.recipe import Recipe
 from iwopd_megatron.data.benchmarks import Benchmark, is_on_hub, load_benchmark
 from iwopd_megatron.data.problems import Problem
 from iwopd_megatron.data.prompts import evaluation_prompts, load_tokenizer
-from iwopd_megatron.data.sources import read_source, resolve
+from iwopd_megatron.data.sources import check_sources, read_source, resolve
 from iwopd_megatron.data.training_set import TrainingSet, encode_rows, read_training_rows
 from iwopd_megatron.errors import GateError, RecipeError
 from iwopd_megatron.grading.graders import check_graders
-from iwopd_megatron.hf import agreement as gates_start
+from iwopd_megatron.hf.agreement import same_chat_template, same_vocabulary
 from iwopd_megatron.hf.answer_end import check_answer_end, check_ids, end_id, response_ids
 from iwopd_megatron.hf.config import read_hf_config
 
 
 @dataclass(frozen=True)
 class RunData:
-    """`main`: the first problems of data.eval; `named`: evaluate.benchmarks, by name."""
+    """What a run trains on and is evaluated on, encoded.
+
+    main: the first problems of data.eval; named: evaluate.benchmarks, by name; notes: sentences on
+    what was left out or may be meant otherwise.
+    """
 
     training: TrainingSet
     main: Benchmark | None
@@ -37,7 +40,10 @@ class RunData:
 
 
 def load_run_data(recipe: Recipe, tokenizer: Any = None) -> RunData:
-    """RecipeError, one sentence, for whatever is wrong in the files; starts and writes nothing."""
+    """Read, check and encode all of a recipe's problems; start and write nothing.
+
+    RecipeError for the first thing that is wrong in the files. tokenizer: the student's, if loaded.
+    """
     rows = read_training_rows(recipe)
     check_problems(recipe, rows.problems)
     main, named = read_evaluation(recipe)
@@ -55,18 +61,18 @@ def check_tokenizers(recipe: Recipe, tokenizer: Any) -> None:
     try:
         for teacher in recipe.named_teachers.values():
             theirs = load_tokenizer(teacher.hf)
-            gates_start.same_vocabulary(student, teacher.hf, tokenizer, theirs)
+            same_vocabulary(student, teacher.hf, tokenizer, theirs)
             if recipe.gates.same_chat_template:
-                gates_start.same_chat_template(student, teacher.hf, tokenizer, theirs)
+                same_chat_template(student, teacher.hf, tokenizer, theirs)
         if recipe.base_model is not None:
             theirs = load_tokenizer(recipe.base_model.hf)
-            gates_start.same_vocabulary(student, recipe.base_model.hf, tokenizer, theirs)
+            same_vocabulary(student, recipe.base_model.hf, tokenizer, theirs)
     except GateError as error:  # nothing has begun: the recipe is wrong, not the run
         raise RecipeError(str(error)) from None
 
 
 def load_all(recipes: list[Recipe]) -> list[RunData]:
-    """One for each recipe; those that ask the same problems in the same way share it."""
+    """Return the data of each recipe; those that ask the same problems in the same way share it."""
     found: dict[str, RunData] = {}
     out = []
     for recipe in recipes:
@@ -81,7 +87,7 @@ def load_all(recipes: list[Recipe]) -> list[RunData]:
 def check_training(recipe: Recipe, training: TrainingSet, tokenizer: Any) -> list[str]:
     """Refuse sources of which nothing is left, and responses that cannot be trained on.
 
-    Returns notes on what is left out of others.
+    Returns notes on what is left out of other sources.
     """
     limit = recipe.rollout.max_prompt_tokens
     training.check(limit)
@@ -96,7 +102,7 @@ def check_responses(recipe: Recipe, training: TrainingSet, tokenizer: Any) -> No
     hf, end = read_hf_config(recipe.student.hf), end_id(recipe.student.hf, tokenizer)
     fits = min(hf.context_length, recipe.train.microbatch_tokens or hf.context_length)
     for problem, ids in training.problems:
-        response = response_ids(problem.response, end, tokenizer)
+        response = response_ids(problem.target, end, tokenizer)
         check_ids(response, hf.vocab_size, f"{problem.place}: the response", tokenizer)
         if len(ids) + len(response) > fits + 1:
             raise RecipeError(
@@ -107,19 +113,19 @@ def check_responses(recipe: Recipe, training: TrainingSet, tokenizer: Any) -> No
 
 
 def check_problems(recipe: Recipe, problems: list[Problem]) -> None:
-    """Refuse problems that nobody scores or grades."""
+    """Refuse problems that no teacher scores or no grader grades; RecipeError."""
     check_sources(recipe, {problem.source for problem in problems})
     if recipe.is_distilling:
         check_gradable(problems)
 
 
 def check_gradable(problems: list[Problem]) -> None:
-    """Refuse the first problem of a kind that nothing here grades."""
+    """Refuse problems whose grader there is not; RecipeError names the first."""
     check_graders({problem.grader: problem.place for problem in reversed(problems)})
 
 
 def check_rows(recipe: Recipe) -> list[str]:
-    """Check all rows on this machine, without a tokenizer; titles of what is not here."""
+    """Check all rows on this machine, without a tokenizer; return the titles of hub datasets."""
     sources = [resolve(source) for source in recipe.data.train]
     problems = []
     for source in sources:
@@ -135,7 +141,7 @@ def check_rows(recipe: Recipe) -> list[str]:
 
 
 def read_evaluation(recipe: Recipe) -> tuple[Benchmark | None, dict[str, Benchmark]]:
-    """The problems of data.eval, and of evaluate.benchmarks; not encoded."""
+    """Return the benchmarks of data.eval and evaluate.benchmarks (by name), not encoded."""
     main = None
     if recipe.data.eval is not None:
         problems = read_source(Source(path=recipe.data.eval))[0]
@@ -150,20 +156,23 @@ def read_evaluation(recipe: Recipe) -> tuple[Benchmark | None, dict[str, Benchma
 def encode_evaluation(
     recipe: Recipe, main: Benchmark | None, named: dict[str, Benchmark], tokenizer: Any
 ) -> tuple[Benchmark | None, dict[str, Benchmark]]:
-    """The same with their prompts, which must leave room for an answer."""
+    """Return the benchmarks with their prompts, which must leave room for an answer."""
     found = asked(
-        recipe, ([main] if main else []) + list(named.values()),
-        recipe.rollout.max_response_tokens, "rollout.max_response_tokens={}", tokenizer,
-    )  # fmt: skip
+        recipe,
+        ([main] if main else []) + list(named.values()),
+        recipe.rollout.max_response_tokens,
+        "rollout.max_response_tokens={}",
+        tokenizer,
+    )
     return (found.pop(0) if main else None), dict(zip(named, found, strict=True))
 
 
 def asked(
     recipe: Recipe, benchmarks: list[Benchmark], limit: int, setting: str, tokenizer: Any = None
 ) -> list[Benchmark]:
-    """Benchmarks with the prompts of the recipe's student, gradable, and with room for answers.
+    """Return benchmarks with the prompts of the recipe's student; RecipeError for an unfit problem.
 
-    limit: tokens of an answer; setting: how that is written, "key={}".
+    limit: tokens of an answer, for which there must be room; setting: how it is written, "key={}".
     """
     if not benchmarks:
         return []
@@ -177,7 +186,10 @@ def asked(
 
 
 def check_room(recipe: Recipe, benchmark: Benchmark, limit: int, setting: str) -> None:
-    """Refuse prompts after which an answer of `limit` tokens does not fit; setting: "key={}"."""
+    """Refuse prompts after which an answer of `limit` tokens does not fit; RecipeError.
+
+    setting: how the limit is written, "key={}".
+    """
     rollout, longest = recipe.rollout, max(map(len, benchmark.prompts))
     room = read_hf_config(recipe.student.hf).context_length
     if longest + limit > room:

@@ -6,36 +6,45 @@ is a text or a list of messages. Whatever is wrong with a row is one sentence th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from iwopd_megatron.config.data import Source
+from iwopd_megatron.config.recipe import Recipe
 from iwopd_megatron.data.problem_row import FIELDS, WHOLE, read_problem, value_at
 from iwopd_megatron.data.problems import Problem
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.files.jsonl import Row, read_jsonl
 from iwopd_megatron.grading.graders import check_answer
-from iwopd_megatron.grading.math import grader as math_grader
+from iwopd_megatron.grading.math.grader import SUFFIX
 
-KNOWN = {
+KNOWN: dict[str, dict[str, Any]] = {
     "deepmath": {
-        "name": "zwhe99/DeepMath-103K", "columns": {"answer": "final_answer"}, "source": "math",
-        "min_difficulty": 6.0, "suffix": math_grader.SUFFIX,
+        "name": "zwhe99/DeepMath-103K",
+        "columns": {"answer": "final_answer"},
+        "source": "math",
+        "min_difficulty": 6.0,
+        "suffix": SUFFIX,
     },
     "eurus_code": {
-        "name": "PRIME-RL/Eurus-2-RL-Data", "where": {"ability": "code"}, "source": "code",
+        "name": "PRIME-RL/Eurus-2-RL-Data",
+        "where": {"ability": "code"},
+        "source": "code",
         "columns": {"question": "prompt", "answer": "reward_model.ground_truth"},
     },
     "evalplus": {
-        "columns": {"question": "prompt", "answer": WHOLE}, "source": "code",
+        "columns": {"question": "prompt", "answer": WHOLE},
+        "source": "code",
         "prefix": "Please provide a self-contained Python script that solves the following "
-        "problem in a markdown code block:\n```\n", "suffix": "\n```",
+        "problem in a markdown code block:\n```\n",
+        "suffix": "\n```",
     },
-}  # fmt: skip
+}
 
 
 def resolve(source: Source) -> Source:
-    """The source with what its known name implies; keys that are given win."""
+    """Return the source with what its known name implies; keys that are given win."""
     known = KNOWN.get(source.name or "")
     if known is None:
         return source
@@ -43,8 +52,25 @@ def resolve(source: Source) -> Source:
     return Source.model_validate(known | given)
 
 
+def check_sources(recipe: Recipe, sources: Iterable[str]) -> None:
+    """Refuse kinds of problems that no teacher scores; RecipeError names the first.
+
+    sources: the `source` of every problem.
+    """
+    missing = sorted(set(sources) - recipe.teachers.keys()) if recipe.teachers else []
+    if missing:
+        raise RecipeError(
+            f"data.train has problems of source '{missing[0]}', but there are teachers "
+            f"only for {', '.join(sorted(recipe.teachers))}; add teachers.{missing[0]}."
+        )
+
+
 def read_source(source: Source, need_response: bool = False) -> tuple[list[Problem], int, int]:
-    """(problems, rows read, of those too easy) of a source with its defaults filled in."""
+    """Return (problems, rows read, rows of them that are too easy) of a resolved source.
+
+    need_response: rows must have a response to fine-tune on. RecipeError for the first unfit row,
+    and for a source without problems.
+    """
     problems, easy, count = [], 0, 0
     for where, row in read_rows(source):
         if any(value_at(row, key) != value for key, value in source.where.items()):
@@ -74,7 +100,7 @@ def _place(source: Source) -> str:
 
 
 def read_rows(source: Source) -> Iterator[Row]:
-    """All rows of a source, in order."""
+    """Yield all rows of a source, in order, each with its place."""
     if source.path is None:
         yield from _from_hub(source)
         return
@@ -127,7 +153,7 @@ def _from_hub(source: Source) -> Iterator[Row]:
 
 
 def _columns(source: Source) -> set[str]:
-    """Top-level columns that are read; the others of a big file stay on disk."""
+    """Return the top-level columns that are read; the others of a big file stay on disk."""
     mapped = [source.columns.get(field, field) for field in FIELDS]
     return {key.partition(".")[0] for key in [*mapped, *source.where]}
 

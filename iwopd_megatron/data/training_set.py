@@ -20,7 +20,7 @@ Encoded = tuple[Problem, list[int]]
 
 @dataclass
 class Counts:
-    """What became of a source's rows; `duplicate` and `contaminated` None where nobody looked."""
+    """What became of a source's rows; `duplicate` and `contaminated` are None if not looked for."""
 
     title: str
     rows: int
@@ -36,7 +36,10 @@ class Counts:
 
 @dataclass
 class TrainingSet:
-    """Problems with their prompts' token ids, one source behind the other."""
+    """Problems with the token ids of their prompts, one source after the other.
+
+    shares: of each source in the mix; None for as many as there are.
+    """
 
     problems: list[Encoded]
     counts: list[Counts]
@@ -44,11 +47,12 @@ class TrainingSet:
 
     @property
     def too_long(self) -> int:
+        """Prompts that are left out because they are too long."""
         return sum(counts.too_long for counts in self.counts)
 
     @property
     def notes(self) -> list[str]:
-        """What was done to rows without being asked for."""
+        """Sentences on what was done to rows without being asked for."""
         out = []
         for counts in self.counts:
             rows = f"of {counts.rows} rows of {counts.title}"
@@ -65,7 +69,10 @@ class TrainingSet:
         return out
 
     def check(self, limit: int) -> None:
-        """RecipeError if nothing is left of a source."""
+        """Refuse a source of which nothing is left; RecipeError says why.
+
+        limit: tokens of the longest prompt.
+        """
         for counts in self.counts:
             if counts.too_long and not counts.kept:
                 raise RecipeError(
@@ -84,7 +91,7 @@ class TrainingSet:
                 )
 
     def order(self, seed: int, shuffle: bool) -> Order:
-        """Their order, the same for every run with this seed and data."""
+        """Return the problems' order, the same for every run with this seed and data."""
         if self.shares is None:
             return PromptOrder(len(self.problems), seed, shuffle)
         return MixedOrder([counts.kept for counts in self.counts], self.shares, seed, shuffle)
@@ -92,45 +99,47 @@ class TrainingSet:
 
 @dataclass
 class Rows:
-    """A recipe's problems, one source behind the other, and which of them are left out."""
+    """A recipe's problems, one source after the other, and which of them are left out."""
 
     sources: list[tuple[Counts, list[Problem]]]
     is_removed: list[bool]
 
     @property
     def problems(self) -> list[Problem]:
+        """The problems of all sources."""
         return [problem for _, part in self.sources for problem in part]
 
 
 def load_training_set(recipe: Recipe, tokenizer: Any, examine: bool = False) -> TrainingSet:
-    """Read, filter and encode; `examine` looks for duplicates and contamination in any case."""
+    """Read, filter and encode a recipe's training problems.
+
+    examine: look for duplicates and contamination also where the recipe does not ask for it.
+    """
     return encode_rows(recipe, read_training_rows(recipe, examine), tokenizer)
 
 
 def read_training_rows(recipe: Recipe, examine: bool = False) -> Rows:
-    """Everything that needs no tokenizer."""
+    """Do all of `load_training_set` that needs no tokenizer."""
     data = recipe.data
     sources = [_read(source, not recipe.is_distilling) for source in map(resolve, data.train)]
     problems = [problem for _, part in sources for problem in part]
-    removes = data.remove_duplicates, data.remove_contaminated
-    twice = duplicates(problems) if removes[0] or examine else None
+    twice = duplicates(problems) if data.remove_duplicates or examine else None
     seen = None
-    if removes[1] or examine:
+    if data.remove_contaminated or examine:
         seen = contaminated(problems, held_out_problems(recipe))
     first = 0
     for counts, part in sources:
         places = slice(first, first := first + len(part))
         counts.duplicate = sum(twice[places]) if twice is not None else None
         counts.contaminated = sum(seen[places]) if seen is not None else None
-    is_removed = [
-        bool((removes[0] and twice[place]) or (removes[1] and seen[place]))
-        for place in range(len(problems))
-    ]
+    reasons = ((data.remove_duplicates, twice), (data.remove_contaminated, seen))
+    marks = [found for is_reason, found in reasons if is_reason and found is not None]
+    is_removed = [any(mark[place] for mark in marks) for place in range(len(problems))]
     return Rows(sources, is_removed)
 
 
 def encode_rows(recipe: Recipe, rows: Rows, tokenizer: Any) -> TrainingSet:
-    """The problems that are not left out, and whose prompts are not too long."""
+    """Encode the problems that are not left out; count and leave out those that are too long."""
     limit, prompts = recipe.rollout.max_prompt_tokens, training_prompts(recipe, tokenizer)
     kept: list[Encoded] = []
     is_removed = iter(rows.is_removed)
@@ -143,18 +152,18 @@ def encode_rows(recipe: Recipe, rows: Rows, tokenizer: Any) -> TrainingSet:
             counts.lengths.append(len(ids))
             if len(ids) > limit:
                 counts.too_long += 1
-            elif not recipe.is_distilling and not _has_room(recipe, problem.response, tokenizer):
+            elif not recipe.is_distilling and not _has_room(recipe, problem.target, tokenizer):
                 counts.long_response += 1
             else:
                 kept.append((problem, ids))
         counts.kept = len(kept) - before
-    train = recipe.data.train
-    shares = None if train[0].share is None else [source.share for source in train]
-    return TrainingSet(kept, [counts for counts, _ in rows.sources], shares)
+    # every source has a share, or none has: the data section refuses anything else
+    shares = [source.share for source in recipe.data.train if source.share is not None]
+    return TrainingSet(kept, [counts for counts, _ in rows.sources], shares or None)
 
 
 def _has_room(recipe: Recipe, response: str, tokenizer: Any) -> bool:
-    """Whether a response and its EOS are no longer than what an engine may write."""
+    """Return whether a response and its EOS are no longer than what an engine may write."""
     limit = recipe.rollout.max_response_tokens - 1
     if len(response.encode()) <= limit:  # a token has a byte at least
         return True
@@ -168,7 +177,7 @@ def _read(source: Source, need_response: bool) -> tuple[Counts, list[Problem]]:
 
 
 def held_out_problems(recipe: Recipe) -> list[Problem]:
-    """Problems of data.eval and data.held_out."""
+    """Return the problems of data.eval and data.held_out."""
     own, out = recipe.data.benchmarks, []
     if recipe.data.eval is not None:
         out += read_source(Source(path=recipe.data.eval))[0]

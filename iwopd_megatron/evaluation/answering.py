@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from iwopd_megatron.config.load import parse_recipe
+from iwopd_megatron.config.load import parse_answering_recipe
 from iwopd_megatron.config.models import Model
-from iwopd_megatron.config.preflight_rollout import check_rollout
 from iwopd_megatron.config.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -39,9 +38,7 @@ def answering_recipe(
         "out": str(out), "evaluate": written["evaluate"],
         "data": {key: written["data"][key] for key in ("train", "enable_thinking")},
     }  # fmt: skip
-    answering = parse_recipe(tree, "--engine")
-    check_rollout(answering)
-    return answering
+    return parse_answering_recipe(tree, "--engine")
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ from iwopd_megatron.evaluation.evaluate import STREAM
 from iwopd_megatron.evaluation.pass_at_k import summarise
 from iwopd_megatron.files.run_files import write_whole
 from iwopd_megatron.grading.graders import grade
-from iwopd_megatron.grading.pool import Answer, Grade
+from iwopd_megatron.grading.pool import Grade, Submission
 from iwopd_megatron.rollout.engine import Prompt, RolloutEngine, Sampling
 from iwopd_megatron.runtime.parallel import Parallel
 
@@ -162,7 +162,9 @@ def _grade(benchmark: Benchmark, answers: Answers, places: list[Place]) -> list[
     """The lines of samples.jsonl at these places; a truncated answer is wrong."""
     found = [(benchmark.problems[place[0]], answers.found[place]) for place in places]
     whole = [i for i, (_, answer) in enumerate(found) if not answer["truncated"]]
-    asked = [Answer(found[i][0].grader, found[i][1]["response"], found[i][0].answer) for i in whole]
+    asked = [
+        Submission(found[i][0].grader, found[i][1]["response"], found[i][0].answer) for i in whole
+    ]
     grades = dict(zip(whole, grade(asked), strict=True))
     return [
         {"prompt": problem.prompt, "answer": problem.answer[:ANSWER_CHARACTERS]}

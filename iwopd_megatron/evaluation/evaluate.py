@@ -13,7 +13,7 @@ from iwopd_megatron.data.benchmarks import Benchmark
 from iwopd_megatron.data.problems import Problem
 from iwopd_megatron.data.run_data import RunData
 from iwopd_megatron.grading.graders import grade
-from iwopd_megatron.grading.pool import Answer, Grade, count_trouble
+from iwopd_megatron.grading.pool import Grade, Submission, count_trouble
 from iwopd_megatron.rollout.engine import Prompt, RolloutEngine, Sampling
 from iwopd_megatron.runtime.parallel import gather
 
@@ -85,7 +85,7 @@ def grade_samples(
     mine = list(zip(samples, problems, strict=True))[rank::world]
     texts = tokenizer.batch_decode([s.response_ids for s, _ in mine], skip_special_tokens=True)
     whole = [i for i, (sample, _) in enumerate(mine) if not sample.truncated]
-    answers = [Answer(mine[i][1].grader, texts[i], mine[i][1].answer) for i in whole]
+    answers = [Submission(mine[i][1].grader, texts[i], mine[i][1].answer) for i in whole]
     own = dict(zip(whole, grade(answers), strict=True))
     parts = gather([own.get(i, Grade(0.0)) for i in range(len(mine))])
     return [parts[i % world][i // world] for i in range(len(samples))]

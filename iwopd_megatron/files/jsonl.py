@@ -33,7 +33,7 @@ FORMATS = (
 
 
 def read_jsonl(file: Path) -> Iterator[Row]:
-    """The objects of a file, each with `FILE line N`; RecipeError for anything else in it."""
+    """Yield the objects of a file, each with `FILE line N`; RecipeError for anything else in it."""
     try:
         with file.open("rb") as lines:  # only b"\n" ends one: strings may hold other separators
             yield from _rows(file, lines)
@@ -65,7 +65,7 @@ def _refuse_formats(file: Path, start: bytes) -> None:
 
 
 def _refuse_documents(file: Path, first: bytes) -> None:
-    """One JSON value for the whole file, on one line or over many."""
+    """Refuse a file that is one JSON value, on one line or over many; RecipeError."""
     if first.startswith(b"["):
         raise RecipeError(
             f"{file} is a JSON array, not JSON lines; write one object a line: "

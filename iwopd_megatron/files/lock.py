@@ -51,7 +51,7 @@ def _holder(descriptor: int) -> tuple[str, str]:
 
 
 def _may_live(host: str, pid: str) -> bool:
-    """Whether the holder that a lock's text names may be alive."""
+    """Return whether the holder that a lock's text names may be alive."""
     if not pid.isdigit() or host != socket.gethostname():
         return bool(host)
     try:

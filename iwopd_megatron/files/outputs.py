@@ -17,7 +17,10 @@ PROBE_BYTES = 4096
 
 
 def check_folder(folder: Path, option: str) -> None:
-    """Refuse an output folder, there or not yet, that takes no files. option: e.g. out, --out."""
+    """Refuse an output folder, there or not yet, that takes no files; RecipeError.
+
+    option: how the user names it, e.g. out, --out.
+    """
     made: list[Path] = []
     try:
         missing = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
@@ -39,7 +42,10 @@ def check_folder(folder: Path, option: str) -> None:
 
 
 def check_file(file: Path, option: str) -> None:
-    """Refuse an output file whose folder is not there or takes no files."""
+    """Refuse an output file whose folder is not there or takes no files; RecipeError.
+
+    option: how the user names it.
+    """
     try:
         if file.is_dir():
             raise RecipeError(f"{option}={file} is a folder; name a file.")

@@ -24,9 +24,9 @@ _local = threading.local()
 
 
 def return_large_blocks() -> None:
-    """From now on freed blocks of a megabyte go back to the system at once (glibc).
+    """Make glibc give freed blocks of a megabyte or more back to the system at once.
 
-    Its allocator would keep those of many sizes in pieces, more the longer a conversion runs.
+    It would keep blocks of many sizes in pieces, more the longer a conversion runs.
     """
     if sys.platform == "linux":
         mmap_threshold = -3
@@ -35,8 +35,8 @@ def return_large_blocks() -> None:
 
 
 def raw(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, without a copy."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    """Return the bytes of a contiguous CPU tensor, without a copy."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 class OutputFile:
@@ -48,7 +48,7 @@ class OutputFile:
     """
 
     def __init__(self, path: Path, size: int):
-        """New, or one that an interrupted run left, as it is."""
+        """Open a file of `size` bytes: a new one, or one that an interrupted run left, as it is."""
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         os.ftruncate(self._descriptor, size)
         self._direct: int | None = None
@@ -56,26 +56,31 @@ class OutputFile:
             self._direct = os.open(path, os.O_RDWR | getattr(os, "O_DIRECT", 0))
 
     def write(self, data: memoryview | bytes, position: int) -> None:
-        """All of `data` at a position. Any thread."""
+        """Write all of `data` at a position in bytes. Any thread may call it."""
         data = memoryview(data)
         first, last = -position % PAGE, (position + len(data)) // PAGE * PAGE - position
         if self._direct is None or first >= last:
-            first = last = 0
+            _pwrite(self._descriptor, data, position)
+            return
         _pwrite(self._descriptor, data[:first], position)
         _pwrite(self._descriptor, data[last:], position + last)
-        stage = _stage() if first < last else memoryview(b"")
-        for a in range(first, last, STAGE):
-            part = data[a : min(a + STAGE, last)]
+        self._write_pages(self._direct, data[first:last], position + first)
+
+    def _write_pages(self, direct: int, pages: memoryview, position: int) -> None:
+        """Write whole pages past the page cache, through this thread's aligned buffer."""
+        stage = _stage()
+        for start in range(0, len(pages), STAGE):
+            part = pages[start : start + STAGE]
             stage[: len(part)] = part
             try:
-                _pwrite(self._direct, stage[: len(part)], position + a)
+                _pwrite(direct, stage[: len(part)], position + start)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
-                _pwrite(self._descriptor, part, position + a)  # the disk has larger pages
+                _pwrite(self._descriptor, part, position + start)  # the disk has larger pages
 
     def read(self, position: int, nbytes: int) -> torch.Tensor:
-        """Bytes of the file as uint8 [nbytes], from the disk rather than the page cache."""
+        """Return bytes of the file as uint8 [nbytes], from the disk rather than the page cache."""
         first = position // PAGE * PAGE
         buffer = mmap.mmap(-1, -(-(position + nbytes - first) // PAGE) * PAGE or PAGE)
         descriptor = self._descriptor if self._direct is None else self._direct
@@ -88,20 +93,21 @@ class OutputFile:
         return torch.frombuffer(buffer, dtype=torch.uint8, count=nbytes, offset=position - first)
 
     def close(self) -> None:
+        """Close the file; what was written need not be on disk yet (`flush`)."""
         os.close(self._descriptor)
         if self._direct is not None:
             os.close(self._direct)
 
 
 def _pwrite(descriptor: int, data: memoryview, position: int) -> None:
-    """pwrite takes at most 2 GiB at a time."""
+    """Write all of `data`; one call of pwrite takes at most 2 GiB."""
     done = 0
     while done < len(data):
         done += os.pwrite(descriptor, data[done:], position + done)
 
 
 def _stage() -> memoryview:
-    """This thread's buffer of STAGE bytes; O_DIRECT asks for memory that begins a page."""
+    """Return this thread's buffer of STAGE bytes, aligned to a page as O_DIRECT needs it."""
     if not hasattr(_local, "stage"):
         _local.stage = mmap.mmap(-1, STAGE)
     return memoryview(_local.stage)
@@ -111,7 +117,7 @@ def _stage() -> memoryview:
 def complete_folder(
     out: Path, nbytes: int, force: bool, sources: tuple[Path, ...] = ()
 ) -> Iterator[Path]:
-    """A sibling folder to write into, flushed to disk and renamed to `out` at the end.
+    """Give a sibling folder to write into; flush it to disk and rename it to `out` at the end.
 
     Until then `out` is as it was. The sibling stays after an interruption, for the next run to go
     on with, and goes away after an error that the next run would meet again. RecipeError if `out`
@@ -158,7 +164,10 @@ def _rename(partial: Path, out: Path) -> None:
 
 
 def check_free(out: Path, nbytes: int, force: bool, sources: tuple[Path, ...]) -> None:
-    """Refuse what would overwrite or not fit, before anything is written."""
+    """Refuse an output folder that would overwrite something or does not fit; RecipeError.
+
+    As `complete_folder`, but before anything is written.
+    """
     if out.exists() and not force:
         raise RecipeError(f"{out} already exists; choose another folder, or add --force.")
     if out.exists() and not is_own(out):
@@ -185,7 +194,7 @@ def _size(nbytes: int) -> str:
 
 
 def is_own(folder: Path) -> bool:
-    """Whether a folder may be replaced: empty, or with a model's or a checkpoint's own file."""
+    """Return whether a folder may be replaced: it is empty, or a model's or a checkpoint's."""
     if not folder.is_dir():
         return False
     known = ("config.json", "metadata.json", "manifest.json")

@@ -20,7 +20,7 @@ Keys = Mapping[str, type | tuple[type, ...]]
 
 
 def read_records(path: Path, keys: Keys | None = None) -> list[dict[str, Any]]:
-    """The records of a file, NaN as None; a damaged last line is left out with a note.
+    """Return the records of a file, NaN as None; a damaged last line is left out with a note.
 
     keys: what every record has, and its type. RecipeError names a damaged line before the last.
     """
@@ -39,7 +39,7 @@ def read_records(path: Path, keys: Keys | None = None) -> list[dict[str, Any]]:
 
 
 def _parsed(line: str, keys: Keys) -> tuple[dict[str, Any], str | None]:
-    """A record, or what is wrong with it."""
+    """Return (record, None), or ({}, what is wrong with it)."""
     try:
         record = json.loads(line, parse_constant=lambda _: None)
     except ValueError:
@@ -56,13 +56,13 @@ def _parsed(line: str, keys: Keys) -> tuple[dict[str, Any], str | None]:
 
 @cache
 def _note(text: str) -> None:
-    """Once a process, by rank 0."""
+    """Print a note, once in a process and by rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
         print(f"note: {text}", file=sys.stderr)
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
-    """Add one line, whole: after an OSError (a full disk) the file is what it was."""
+    """Add a record as one whole line: after an OSError (a full disk) the file is what it was."""
     left = json.dumps(record, ensure_ascii=False).encode("utf-8", errors="backslashreplace") + b"\n"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
@@ -78,7 +78,7 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
 
 
 def _end_of_lines(descriptor: int) -> int:
-    """The file's size, once half a line that a crash left behind is gone."""
+    """Cut off half a line that a crash left behind, and return the file's size in bytes."""
     size = os.fstat(descriptor).st_size
     if not size or os.pread(descriptor, 1, size - 1) == b"\n":
         return size
@@ -91,7 +91,7 @@ def _end_of_lines(descriptor: int) -> int:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The one object of a .json file that a run wrote; RecipeError where it is damaged."""
+    """Return the object of a .json file that a run wrote; RecipeError where it is damaged."""
     found, damage = _parsed(path.read_text("utf-8", errors="replace"), {})
     if damage is not None:
         raise RecipeError(f"{path} is damaged: {damage}; remove it.")
@@ -99,7 +99,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is complete or not there."""
+    """Write a file that is complete or not there at all."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

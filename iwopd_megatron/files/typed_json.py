@@ -18,6 +18,7 @@ class TypedJson:
     """A JSON object and the file (or part of it) that error sentences name."""
 
     def __init__(self, content: dict[str, Any], file: Path | str):
+        """Take an object; `file` is how sentences name it."""
         self.content, self.file = content, file
 
     def _get(self, key: str, default: Any) -> Any:
@@ -29,28 +30,28 @@ class TypedJson:
         return RecipeError(f"{self.file}: {key}={self.content.get(key)!r} must be {wanted}.")
 
     def count(self, key: str, default: Any = _REQUIRED) -> int:
-        """Return a whole number above 0."""
+        """Return the whole number above 0 at a key; RecipeError for anything else."""
         value = self._get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise self._refuse(key, "a whole number above 0")
         return value
 
     def number(self, key: str, default: Any = _REQUIRED) -> float:
-        """Return a finite number above 0."""
+        """Return the finite number above 0 at a key; RecipeError for anything else."""
         value = self._get(key, default)
         if not _is_number(value) or value <= 0:
             raise self._refuse(key, "a number above 0")
         return float(value)
 
     def flag(self, key: str, default: Any = _REQUIRED) -> bool:
-        """Return true or false."""
+        """Return the true or false at a key; RecipeError for anything else."""
         value = self._get(key, default)
         if not isinstance(value, bool):
             raise self._refuse(key, "true or false")
         return value
 
     def ids(self, key: str) -> tuple[int, ...]:
-        """Return token ids: none where the key is missing or null, one, or a list of them."""
+        """Return the token ids at a key, one or a list; none where it is missing or null."""
         value = self.content.get(key)
         found = [] if value is None else value if isinstance(value, list) else [value]
         if any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in found):

@@ -11,7 +11,7 @@ from iwopd_megatron.errors import RecipeError
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses what YAML would let pass: a key written twice, and keys that are no words."""
+    """A YAML loader that refuses a key written twice and keys that are not texts."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -28,7 +28,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text; ValueError says what is wrong with it, and in which line."""
+    """Return the value of a YAML text; ValueError says what is wrong with it, and in which line."""
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
@@ -50,9 +50,9 @@ def _problem(error: yaml.MarkedYAMLError) -> str:
 
 
 def read_yaml(path: Path, what: str, remedy: str = "") -> dict[str, Any]:
-    """The tree of a YAML file; {} if it is empty. `what`, e.g. recipe: how a sentence names it.
+    """Return the tree of a YAML file, {} if it is empty; RecipeError if it cannot be read.
 
-    remedy: what to write where there is no such file.
+    what: how sentences name it, e.g. recipe. remedy: what to write where there is no such file.
     """
     try:
         if not path.exists():

@@ -1,7 +1,7 @@
-"""Is an answer right? Graders of mathematics and programs, in processes that may hang or crash.
+"""Grading: graders of mathematics and programs, in processes that may hang or crash.
 
-In come a response and its problem's reference answer; out goes a `Grade`, right or wrong and
-why.
+In comes a `Submission`, a response and its problem's reference answer; out goes a `Grade`: 1.0 or
+0.0, and what kept the grader from finding out.
 """
 
 __all__ = ["graders", "pool"]

@@ -1,4 +1,4 @@
-"""Is an answer right? One grader per kind of problem: its `grader`, or else its `source`.
+"""The graders by name. A problem's grader is its `grader`, or else its `source`.
 
 To add one, write a function (response, answer) -> bool and give it a name in GRADERS; a function
 in CHECKS refuses answers of its problems when their rows are read.
@@ -13,10 +13,10 @@ from functools import cache
 
 from iwopd_megatron import toy_task
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.grading.code import cases as code_tests
 from iwopd_megatron.grading.code import grader as code_grader
+from iwopd_megatron.grading.code.cases import check_test_cases
 from iwopd_megatron.grading.math import grader as math_grader
-from iwopd_megatron.grading.pool import Answer, Grade, Pool
+from iwopd_megatron.grading.pool import Grade, GradingPool, Submission
 
 GRADERS: dict[str, Callable[[str, str], bool]] = {
     "math": math_grader.is_right,
@@ -24,7 +24,7 @@ GRADERS: dict[str, Callable[[str, str], bool]] = {
     toy_task.SOURCE: toy_task.is_right,
 }
 CHECKS: dict[str, Callable[[str], None]] = {
-    "code": code_tests.check_tests,
+    "code": check_test_cases,
     "math": math_grader.check_reference,
 }
 IN_PROCESS = {toy_task.SOURCE}  # neither hangs nor crashes; all others run in the pool
@@ -34,7 +34,10 @@ SECONDS = 600.0  # around the runs of a program, which have limits of their own
 
 
 def check_graders(names: Mapping[str, str]) -> None:
-    """RecipeError for a kind of problem that nothing here grades; names: with a place of each."""
+    """Refuse the first name that no grader has; RecipeError.
+
+    names: graders, each with a place (file and line) that the error names.
+    """
     for name in sorted(names.keys() - GRADERS.keys()):
         raise RecipeError(
             f"{names[name]}: no grader '{name}'; known graders: {', '.join(GRADERS)}; name one in "
@@ -43,7 +46,7 @@ def check_graders(names: Mapping[str, str]) -> None:
 
 
 def check_answer(grader: str, answer: str, where: str) -> None:
-    """RecipeError that names the row `where`, if its answer is nothing that the grader can use."""
+    """Refuse a reference answer that the grader cannot use; RecipeError names the row `where`."""
     check = CHECKS.get(grader)
     if check is None:
         return
@@ -55,32 +58,35 @@ def check_answer(grader: str, answer: str, where: str) -> None:
 
 @cache
 def prepare(grader: str) -> None:
-    """Import what a grader needs, once a process."""
+    """Import what a grader needs, once in a process."""
     PREPARE.get(grader, lambda: None)()
 
 
-def grade(answers: list[Answer]) -> list[Grade]:
-    """1.0 where the response solves the problem, else 0.0, and what was in the way; in order."""
-    check_graders({answer.grader: "an answer" for answer in answers})
-    grades = [Grade(0.0)] * len(answers)
-    for kind in sorted({answer.grader for answer in answers}):
-        places = [place for place, answer in enumerate(answers) if answer.grader == kind]
-        found = _grade_kind(kind, [answers[i] for i in places])
+def grade(submissions: list[Submission]) -> list[Grade]:
+    """Grade submissions, in order: 1.0 where the response solves the problem, else 0.0.
+
+    RecipeError for the name of a grader that there is not.
+    """
+    check_graders({submission.grader: "an answer" for submission in submissions})
+    grades = [Grade(0.0)] * len(submissions)
+    for kind in sorted({submission.grader for submission in submissions}):
+        places = [i for i, submission in enumerate(submissions) if submission.grader == kind]
+        found = _grade_kind(kind, [submissions[i] for i in places])
         for place, one in zip(places, found, strict=True):
             grades[place] = one
     return grades
 
 
-def _grade_kind(kind: str, answers: list[Answer]) -> list[Grade]:
+def _grade_kind(kind: str, submissions: list[Submission]) -> list[Grade]:
     if kind in IN_PROCESS:
-        return [Grade(float(GRADERS[kind](x.response, x.answer))) for x in answers]
-    return _pool(MATH_SECONDS if kind == "math" else SECONDS).grade(answers)
+        return [Grade(float(GRADERS[kind](x.response, x.answer))) for x in submissions]
+    return _pool(MATH_SECONDS if kind == "math" else SECONDS).grade(submissions)
 
 
 @cache
-def _pool(seconds: float) -> Pool:
-    """One pool a process and time limit; ranks of one machine share its cores."""
+def _pool(seconds: float) -> GradingPool:
+    """Return this process's pool of a time limit; ranks of one machine share its cores."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    pool = Pool(max(1, len(os.sched_getaffinity(0)) // ranks), seconds)
+    pool = GradingPool(max(1, len(os.sched_getaffinity(0)) // ranks), seconds)
     atexit.register(pool.close)
     return pool

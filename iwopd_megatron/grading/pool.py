@@ -19,7 +19,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, NamedTuple
 
 from iwopd_megatron.errors import UserError
 
@@ -28,8 +28,8 @@ LEAST_WALL = 30.0  # a short limit is no shorter than this by the clock
 STARTUP = 60.0  # seconds a new process has for its imports, besides its first answer
 
 
-class Answer(NamedTuple):
-    """What is to be graded, and by which grader."""
+class Submission(NamedTuple):
+    """A response and its reference answer, to be graded by the grader of that name."""
 
     grader: str
     response: str
@@ -37,19 +37,19 @@ class Answer(NamedTuple):
 
 
 class Grade(NamedTuple):
-    """1.0 or 0.0, and what went wrong while it was found, "" if nothing did."""
+    """1.0 or 0.0, and what kept the grader from finding out, "" if nothing did."""
 
     right: float
     trouble: str = ""
 
 
 def count_trouble(grades: Iterable[Grade]) -> Counter[str]:
-    """How often each kind of trouble was met."""
+    """Count each kind of trouble among grades."""
     return Counter(grade.trouble for grade in grades if grade.trouble)
 
 
 def describe(trouble: Counter[str]) -> str:
-    """The counts as a phrase for people, the most frequent first; "" without any."""
+    """Return the counts as a phrase for people, the most frequent first; "" without any."""
     if not trouble:
         return ""
     parts = sorted(trouble.items(), key=lambda item: (-item[1], item[0]))
@@ -57,69 +57,87 @@ def describe(trouble: Counter[str]) -> str:
 
 
 def wall(seconds: float) -> float:
-    """The wall seconds after which an answer is cut that may use `seconds` of processor time."""
+    """Return the wall seconds after which a grading of `seconds` of processor time is cut."""
     return max(WALL * seconds, LEAST_WALL)
 
 
-class Worker:
-    """One process and the answer it is busy with."""
+class GradingWorker:
+    """One process, and the place of the submission that it grades; -1 while it is idle."""
 
     def __init__(self) -> None:
+        """Start the process; it imports what a grader needs when it gets its first submission."""
         package = Path(__file__).parents[2]
         paths = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
         module = [sys.executable, "-W", "ignore", "-m", f"{__package__}.worker"]
         self.process = subprocess.Popen(
             [*module, str(os.getpid())],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
             start_new_session=True,
-        )  # fmt: skip
+        )
+        self._requests, self.grades = _pipe(self.process.stdin), _pipe(self.process.stdout)
         self.place, self.deadline = -1, float("inf")
         self.received, self.patience = b"", STARTUP
 
-    def give(self, place: int, answer: Answer, seconds: float) -> None:
+    def give(self, place: int, submission: Submission, seconds: float) -> None:
+        """Send a submission and set its deadline: `seconds` of processor time as wall time."""
         self.place, self.received = place, b""
         self.deadline = time.monotonic() + wall(seconds) + self.patience
         self.patience = 0.0
-        request = answer._asdict() | {"seconds": seconds}
+        request = submission._asdict() | {"seconds": seconds}
         with contextlib.suppress(BrokenPipeError):  # it crashed: its end is read next
-            self.process.stdin.write(json.dumps(request).encode() + b"\n")
-            self.process.stdin.flush()
+            self._requests.write(json.dumps(request).encode() + b"\n")
+            self._requests.flush()
 
     def last_words(self, seconds: float) -> str:
-        """Why a worker whose output ended has ended."""
+        """Return why a process whose output ended has ended; `seconds` was its limit."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(STARTUP)
         if self.process.returncode == -signal.SIGPROF:
             return f"cut at {seconds:g} s"
         return "crashed"
 
+    def become_idle(self) -> None:
+        """Forget the submission and its deadline."""
+        self.place, self.deadline = -1, float("inf")
+
     def stop(self) -> None:
+        """Kill the process and all that it started, and close its pipes."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
+        for pipe in (self._requests, self.grades):
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
 
 
-class Pool:
-    """`workers` processes, started when first needed; `seconds` of processor time an answer has."""
+def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
+    """Return a pipe of a process that was started with pipes."""
+    if pipe is None:
+        raise ValueError("the process was started without this pipe")
+    return pipe
+
+
+class GradingPool:
+    """At most `workers` grading processes, started when first needed."""
 
     def __init__(self, workers: int, seconds: float):
+        """Take the limits; `seconds` of processor time is what grading one submission may take."""
         self.count, self.seconds = workers, seconds
-        self.workers: list[Worker] = []
+        self.workers: list[GradingWorker] = []
 
-    def grade(self, answers: list[Answer]) -> list[Grade]:
-        """A grade each, in order; an answer whose grading hangs or crashes is wrong."""
-        waiting, grades = deque(enumerate(answers)), [Grade(0.0)] * len(answers)
+    def grade(self, submissions: list[Submission]) -> list[Grade]:
+        """Grade submissions, in order; one whose grading hangs, crashes or raises is wrong."""
+        waiting, grades = deque(enumerate(submissions)), [Grade(0.0)] * len(submissions)
         busy = selectors.DefaultSelector()
         try:
             while waiting or busy.get_map():
                 while waiting and len(busy.get_map()) < self.count:
                     worker = self._idle_worker()
                     worker.give(*waiting.popleft(), self.seconds)
-                    busy.register(worker.process.stdout, selectors.EVENT_READ, worker)
+                    busy.register(worker.grades, selectors.EVENT_READ, worker)
                 at_work = [key.data for key in busy.get_map().values()]
                 patience = min(worker.deadline for worker in at_work) - time.monotonic()
                 for key, _ in busy.select(max(patience, 0)):
@@ -137,15 +155,19 @@ class Pool:
             busy.close()
         return grades
 
-    def _idle_worker(self) -> Worker:
+    def _idle_worker(self) -> GradingWorker:
+        """Return an idle worker, a new one where all are busy."""
         for worker in self.workers:
             if worker.place == -1:
                 return worker
-        self.workers.append(Worker())
+        self.workers.append(GradingWorker())
         return self.workers[-1]
 
-    def _read(self, worker: Worker, busy: Any, grades: list[Grade]) -> None:
-        piece = os.read(worker.process.stdout.fileno(), 65536)
+    def _read(
+        self, worker: GradingWorker, busy: selectors.BaseSelector, grades: list[Grade]
+    ) -> None:
+        """Read what a worker has written, and its grade if that is complete."""
+        piece = os.read(worker.grades.fileno(), 65536)
         worker.received += piece
         if not piece:
             grades[worker.place] = Grade(0.0, worker.last_words(self.seconds))
@@ -155,17 +177,17 @@ class Pool:
             if "error" in result:
                 raise UserError(result["error"])
             grades[worker.place] = Grade(float(result["right"]), result.get("trouble", ""))
-            busy.unregister(worker.process.stdout)
-            worker.place, worker.deadline = -1, float("inf")
+            busy.unregister(worker.grades)
+            worker.become_idle()
 
-    def _drop(self, worker: Worker, busy: Any) -> None:
-        """End a worker; the next answer gets a new process."""
-        busy.unregister(worker.process.stdout)
-        worker.place, worker.deadline = -1, float("inf")
+    def _drop(self, worker: GradingWorker, busy: selectors.BaseSelector) -> None:
+        """End a worker; the next submission gets a new process."""
+        busy.unregister(worker.grades)
+        worker.become_idle()
         worker.stop()
         self.workers.remove(worker)
 
     def close(self) -> None:
-        """End all workers; the pool may be used again."""
+        """End all worker processes; the pool may be used again."""
         while self.workers:
             self.workers.pop().stop()

@@ -20,6 +20,7 @@ MEMORY = 4 * 2**30  # bytes of address space
 
 
 def main() -> None:
+    """Grade the submissions on standard input until it ends; argv[1] is the pool's process id."""
     parent = int(sys.argv[1])
     die_with_parent()
     if os.getppid() != parent:  # it died before we asked
@@ -41,6 +42,7 @@ def main() -> None:
 
 
 def _grade(grader: str, response: str, answer: str) -> dict[str, Any]:
+    """Return {"right", maybe "trouble"}, or {"error": a sentence that ends the run}."""
     from iwopd_megatron.grading.graders import GRADERS
 
     try:

@@ -12,7 +12,6 @@ __all__ = [
     "fingerprint",
     "flops",
     "folder",
-    "headers",
     "known_models",
     "rope",
     "rotary",

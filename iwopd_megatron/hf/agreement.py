@@ -1,4 +1,4 @@
-"""Truth gates before the first round: student, teachers and servers mean the same by every id.
+"""Gates before the first round: student, teachers and servers mean the same by every token id.
 
 Each raises GateError with one sentence.
 """
@@ -15,7 +15,7 @@ from iwopd_megatron.errors import GateError
 def same_vocabulary(
     student: Path, teacher: Path, student_tokenizer: Any, teacher_tokenizer: Any
 ) -> None:
-    """Teacher and student must give every id the same meaning, EOS included."""
+    """Refuse a teacher whose tokenizer has other ids or another EOS than the student's."""
     if student_tokenizer.get_vocab() != teacher_tokenizer.get_vocab():
         ours, theirs = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
         token = min(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
@@ -34,7 +34,7 @@ def same_vocabulary(
 def same_chat_template(
     student: Path, teacher: Path, student_tokenizer: Any, teacher_tokenizer: Any
 ) -> None:
-    """A teacher reads prompts as the student's template wrote them."""
+    """Refuse a teacher whose chat template is not the student's, which prompts are written with."""
     if student_tokenizer.chat_template != teacher_tokenizer.chat_template:
         raise GateError(
             f"the chat templates of {student} and {teacher} differ, so the teacher reads prompts "
@@ -50,9 +50,9 @@ def served_teacher(
     teacher: Mapping[str, Any],
     same_template: bool = True,
 ) -> None:
-    """A scoring server holds the recipe's teacher, and gives every id the student's meaning.
+    """Refuse a scoring server that does not hold the recipe's teacher, or whose ids mean others.
 
-    All three as `fingerprint.identity`; what a server does not tell is not compared.
+    info, student, teacher: as `fingerprint.identity`; what a server does not tell is not compared.
     """
     if info.get("vocab_size", student["vocab_size"]) != student["vocab_size"]:
         raise GateError(
@@ -85,7 +85,10 @@ def served_teacher(
 
 
 def server_fits(url: str, info: Mapping[str, Any], longest: int, temperature: float) -> None:
-    """A scoring server can score what rollouts will write, at their temperature."""
+    """Refuse a scoring server that cannot score rollouts of `longest` tokens at their temperature.
+
+    info: the server's /model_info.
+    """
     if temperature != 1 and not info.get("has_logprob_temperature"):
         raise GateError(
             f"the server at {url} scores at temperature 1 only, as SGLang does, but "
@@ -101,9 +104,9 @@ def server_fits(url: str, info: Mapping[str, Any], longest: int, temperature: fl
 
 
 def served_student(url: str, info: Mapping[str, Any], student: Mapping[str, Any]) -> None:
-    """A rollout server holds a model of the student's shapes and tokens, as far as it tells.
+    """Refuse a rollout server whose model is not the student, as far as it tells.
 
-    info, student: see `fingerprint.identity`.
+    info, student: as `fingerprint.identity`.
     """
     for key, what in (
         ("vocab_size", "vocabulary size"),

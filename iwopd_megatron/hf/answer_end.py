@@ -54,7 +54,7 @@ def turn_end_id(tokenizer: Any) -> int | None:
 
 
 def check_answer_end(folder: Path, tokenizer: Any, is_taught: bool = False) -> list[str]:
-    """Compare what is said to end answers with what engines stop at; notes on what differs.
+    """Compare what tokenizer and template end answers with to what engines stop at; return notes.
 
     RecipeError if nothing agrees, unless the model `is_taught` its end (`end_id`) first.
     """
@@ -86,7 +86,7 @@ def _vocabulary(folder: Path) -> int:
 
 
 def check_ids(ids: list[int], vocabulary: int, where: str, tokenizer: Any) -> None:
-    """Refuse a text with a token that the model has no row for."""
+    """Refuse ids not below the model's vocabulary size; RecipeError names their text `where`."""
     if ids and max(ids) >= vocabulary:
         token = max(ids)
         raise RecipeError(
@@ -97,7 +97,7 @@ def check_ids(ids: list[int], vocabulary: int, where: str, tokenizer: Any) -> No
 
 
 def _said(tokenizer: Any) -> dict[str, int]:
-    """What ends an answer by the tokenizer's files."""
+    """Return the ids that end an answer by the tokenizer's files, by what says so."""
     found = {
         "the tokenizer's eos_token": tokenizer.eos_token_id,
         "the chat template's end of a turn": turn_end_id(tokenizer),

@@ -19,14 +19,24 @@ from iwopd_megatron.hf.folder import eos_ids
 FOLDER = "hf"  # of a checkpoint
 # Files of a model folder that do not go with it: its weights, and what describes them.
 NO_COMPANION = (
-    ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json",
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".index.json",
     "manifest.json",
-)  # fmt: skip
+)
 SCALING = ("quantization_config", "compression_config")  # of config.json
 
 
 def copy_companions(template: Path, folder: Path) -> None:
-    """Copy all of a model folder that is no weight; config.json without how weights were scaled."""
+    """Copy all files of a model folder but its weights and hidden ones.
+
+    The copied config.json does not say how weights were scaled: exported ones are plain.
+    """
     for file in template.rglob("*"):
         place = file.relative_to(template)
         is_hidden = any(part.startswith(".") for part in place.parts)
@@ -49,14 +59,17 @@ def set_eos_ids(folder: Path, ids: Collection[int]) -> None:
 
 
 def write_companions(template: Path, folder: Path, eos_ids: Collection[int]) -> None:
-    """Copy a template's companions; they name `eos_ids`, if any, as what ends an answer."""
+    """Copy a template's companions; `eos_ids`, if any, become the ids that end an answer."""
     copy_companions(template, folder)
     if eos_ids:
         set_eos_ids(folder, eos_ids)
 
 
 def template_of(checkpoint: Path, given: Path | None) -> Path:
-    """The folder with a checkpoint's companions: the one given, or its own."""
+    """Return the folder with a checkpoint's companions: the one given, or its own.
+
+    RecipeError where the checkpoint has none.
+    """
     if given is not None:
         return given
     own = checkpoint / FOLDER

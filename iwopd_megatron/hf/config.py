@@ -1,4 +1,4 @@
-"""The typed description of a model, made once from its config.json; every module reads this one.
+"""The typed description of a model (`HfConfig`), made from its config.json; every room reads it.
 
 Where config.json says a thing twice, transformers' choice holds (configuration_utils.py,
 modeling_rope_utils.py and the models' configuration files, 5.23.0). Imports no torch.
@@ -19,17 +19,20 @@ from iwopd_megatron.hf.rope import Rope, read_rope
 MODEL_TYPES = ("qwen3", "qwen3_moe")
 # Settings of which one value is implemented, and what transformers takes where they are missing.
 FIXED: dict[str, Any] = {
-    "attention_bias": False, "use_sliding_window": False, "hidden_act": "silu",
-    "mlp_only_layers": [], "decoder_sparse_step": 1,
+    "attention_bias": False,
+    "use_sliding_window": False,
+    "hidden_act": "silu",
+    "mlp_only_layers": [],
+    "decoder_sparse_step": 1,
     "transformers_weights": None,  # names another weight file than the folder's usual one
-}  # fmt: skip
+}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 NULL_MEANS_DEFAULT = ("mlp_only_layers",)
 
 
 @dataclass(frozen=True)
 class HfConfig:
-    """What of config.json enters the mathematics, under Hugging Face's names.
+    """What config.json says of the mathematics, under Hugging Face's names.
 
     A dense model has `num_experts` 0, and 0 in the other fields of experts.
     """
@@ -51,7 +54,7 @@ class HfConfig:
     num_experts_per_tok: int = 0
     norm_topk_prob: bool = False
     pad_token_id: int | None = None
-    eos_token_ids: tuple[int, ...] = ()  # of config.json; `model_folder.eos_ids` has the last word
+    eos_token_ids: tuple[int, ...] = ()  # of config.json; `folder.eos_ids` has the last word
     dtype: str = "float32"  # as torch names it
     quantization: Quantization | None = None  # how the folder's weights are stored, if not plainly
 
@@ -135,7 +138,7 @@ def parse_hf_config(content: dict[str, Any], file: Path | str) -> HfConfig:
 
 
 def _check_layer_types(config: TypedJson) -> None:
-    """Every layer attends to all earlier positions."""
+    """Refuse layers that do not attend to all earlier positions."""
     types = config.content.get("layer_types")
     layers = config.count("num_hidden_layers")
     if types is not None and types != ["full_attention"] * layers:
@@ -146,7 +149,7 @@ def _check_layer_types(config: TypedJson) -> None:
 
 
 def _experts(config: TypedJson) -> dict[str, Any]:
-    """transformers 5 writes num_local_experts, 4 wrote num_experts; the newer name wins."""
+    """Return the fields of experts; transformers 5's num_local_experts wins over num_experts."""
     newer = config.content.get("num_local_experts") is not None
     return {
         "num_experts": config.count("num_local_experts" if newer else "num_experts"),
@@ -157,21 +160,21 @@ def _experts(config: TypedJson) -> dict[str, Any]:
 
 
 def _key_value_heads(config: TypedJson, model_type: str, heads: int) -> int:
-    """Qwen3's null means as many as there are query heads; Qwen3-MoE has none."""
+    """Return the key-value heads; Qwen3's null means as many as query heads, Qwen3-MoE has none."""
     if model_type == "qwen3" and config.content.get("num_key_value_heads", heads) is None:
         return heads
     return config.count("num_key_value_heads")
 
 
 def _head_dim(config: TypedJson, model_type: str, heads: int) -> int:
-    """Qwen3-MoE derives it from the hidden size where it is missing; null is no size for either."""
+    """Return the size of a head; Qwen3-MoE derives a missing one from the hidden size."""
     if model_type == "qwen3_moe" and "head_dim" not in config.content:
         return config.count("hidden_size") // heads
     return config.count("head_dim")
 
 
 def _dtype(content: dict[str, Any], file: Path | str) -> str:
-    """transformers 5 writes dtype, 4 wrote torch_dtype."""
+    """Return the dtype's name: transformers 5 writes dtype, 4 wrote torch_dtype."""
     found = content.get("dtype") or content.get("torch_dtype") or "float32"
     if found not in DTYPES:
         raise RecipeError(f"{file}: dtype={found!r} must be one of {', '.join(DTYPES)}.")
@@ -179,7 +182,7 @@ def _dtype(content: dict[str, Any], file: Path | str) -> str:
 
 
 def _pad_id(config: TypedJson) -> int | None:
-    """None where config.json names no pad token."""
+    """Return the pad token's id; None where config.json names none."""
     found = config.ids("pad_token_id")
     if len(found) > 1:
         raise RecipeError(f"{config.file}: pad_token_id={list(found)} must be one id.")

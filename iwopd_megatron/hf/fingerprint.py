@@ -1,4 +1,4 @@
-"""What must agree between two models for one to score the other's tokens, small enough to send."""
+"""Fingerprints of a model's tokenizer and config, small enough for a server to tell."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 import xxhash
 from transformers import AutoTokenizer
 
+from iwopd_megatron.hf.config import read_hf_config, read_json
 from iwopd_megatron.hf.folder import eos_ids
 
 
 def tokenizer_fingerprints(tokenizer: Any) -> dict[str, str]:
-    """xxh3 of the sorted vocabulary, the special tokens and the chat template, 16 digits each."""
+    """Return xxh3 of sorted vocabulary, special tokens and chat template, in 16 hex digits each."""
     parts = {
         "vocabulary": sorted(tokenizer.get_vocab().items()),
         "special_tokens": sorted(tokenizer.special_tokens_map.items()),
@@ -23,20 +24,22 @@ def tokenizer_fingerprints(tokenizer: Any) -> dict[str, str]:
 
 
 def identity(folder: Path, tokenizer: Any) -> dict[str, Any]:
-    """What a server at this Hugging Face folder tells about its model; JSON types only."""
-    config = json.loads((folder / "config.json").read_text())
+    """Return what a server of this Hugging Face folder tells about its model; JSON types only.
+
+    Keys: vocab_size, eos_token_ids, tokenizer, tokenizer_fingerprint, config_fingerprint.
+    """
     tokens = tokenizer_fingerprints(tokenizer)
     return {
-        "vocab_size": config["vocab_size"],
+        "vocab_size": read_hf_config(folder).vocab_size,
         "eos_token_ids": sorted(eos_ids(folder)),
         "tokenizer": tokens,
         "tokenizer_fingerprint": _digest(tokens),
-        "config_fingerprint": _digest(config),
+        "config_fingerprint": _digest(read_json(folder, "config.json")),
     }
 
 
 def with_identity(info: dict[str, Any]) -> dict[str, Any]:
-    """A server's /model_info with what it leaves out but its folder tells, if it can be read here.
+    """Add to a server's /model_info the `identity` of its folder, if that can be read here.
 
     SGLang names its model's and tokenizer's folders and nothing more.
     """

@@ -10,7 +10,7 @@ from iwopd_megatron.hf.config import HfConfig
 
 
 def token_products(hf: HfConfig) -> int:
-    """Multiply-adds of one token with the layers' active weights; without embedding and head."""
+    """Return the multiply-adds of a token with the layers' active weights, no embedding or head."""
     hidden, head = hf.hidden_size, hf.head_dim
     queries, groups = hf.num_attention_heads, hf.num_key_value_heads
     attention = hidden * head * (2 * queries + 2 * groups)
@@ -23,10 +23,10 @@ def token_products(hf: HfConfig) -> int:
 
 
 def attention_products(hf: HfConfig, length: int) -> int:
-    """Multiply-adds of causal attention over one sequence of `length` tokens."""
+    """Return the multiply-adds of causal attention over one sequence of `length` tokens."""
     return hf.num_hidden_layers * hf.num_attention_heads * hf.head_dim * length**2
 
 
 def attention_cost(hf: HfConfig) -> float:
-    """a of a sequence's cost L + a * L^2, in tokens: at L = 1 / a attention is half of the work."""
+    """Return a of a sequence's cost L + a * L^2 in tokens: at L = 1 / a attention is half of it."""
     return attention_products(hf, 1) / token_products(hf)

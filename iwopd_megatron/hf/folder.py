@@ -1,4 +1,4 @@
-"""Is a Hugging Face folder fit to be read? What every command asks before anything starts.
+"""The checks of a Hugging Face folder that every command makes before anything starts.
 
 Every tensor that config.json implies, no other, in its shape and a dtype that can be read; scales
 beside scaled weights; a tied head that is the embedding. Reads headers and, of a tied model that
@@ -15,25 +15,33 @@ from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.files.typed_json import TypedJson
 from iwopd_megatron.hf.config import HfConfig, read_hf_config, read_json
 from iwopd_megatron.hf.headers import Stored, stored_tensors
-from iwopd_megatron.hf.quantization import SCALE_DTYPES, SCALED
+from iwopd_megatron.hf.quantization import SCALE_DTYPES, SCALED, Quantization
 from iwopd_megatron.hf.shapes import EMBEDDING, HEAD, hf_names, hf_shape
 
 PLAIN = ("F64", "F32", "BF16", "F16")
 BLOCK = 2**24  # bytes compared at a time
 
 
+class Scales(NamedTuple):
+    """A scaled weight's scales: their tensor, and the rows and columns that one scale is for."""
+
+    name: str
+    stored: Stored
+    block: tuple[int, int]
+    rounds_product: bool  # see Quantization
+
+
 class Weight(NamedTuple):
-    """A weight as it is stored; a scaled one with its scales and the block each is for."""
+    """A weight as it is stored; `scales` is None for a plain one."""
 
     stored: Stored
-    scale: Stored | None = None
-    block: tuple[int, int] | None = None
+    scales: Scales | None = None
 
 
 def check_model(folder: Path, weights: bool = True) -> HfConfig:
     """Return a model's description; RecipeError if its folder is unfit.
 
-    Config and tokenizer files are looked at, and weights where they are wanted.
+    Looks at config and tokenizer files, and at the weights' headers if `weights`.
     """
     hf = read_hf_config(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
@@ -46,12 +54,15 @@ def check_model(folder: Path, weights: bool = True) -> HfConfig:
 
 
 def check_weights(folder: Path, hf: HfConfig) -> None:
-    """Refuse weights that config.json does not describe; RecipeError names the first."""
+    """Refuse weights that config.json does not imply; RecipeError names the first.
+
+    Refuses a tied model too that stores a head other than its embedding.
+    """
     _check_tied_head(folder, hf, find_weights(folder, hf))
 
 
 def find_weights(folder: Path, hf: HfConfig) -> dict[str, Weight]:
-    """Every weight of the folder by name, a tied model's second copy of its head included.
+    """Return every weight of the folder by name, a tied model's second copy of its head included.
 
     RecipeError where a tensor is missing, extra, or of a shape or dtype that config.json does
     not imply.
@@ -64,9 +75,8 @@ def find_weights(folder: Path, hf: HfConfig) -> dict[str, Weight]:
     stored = stored_tensors(folder)
     names = list(hf_names(hf)) + [HEAD] * (hf.tie_word_embeddings and HEAD in stored)
     found = {name: _weight(folder, hf, name, stored) for name in names}
-    scaled = [name for name in names if found[name].scale]
-    used = {*names, *(hf.quantization.scale_of(name) for name in scaled)}
-    extra = sorted(stored.keys() - used)
+    scaled = [weight.scales.name for weight in found.values() if weight.scales is not None]
+    extra = sorted(stored.keys() - {*names, *scaled})
     if extra:
         raise RecipeError(
             f"{folder} has the tensor '{extra[0]}', which its config.json does not imply."
@@ -77,6 +87,11 @@ def find_weights(folder: Path, hf: HfConfig) -> dict[str, Weight]:
             f"{SCALED} with scales; remove it there."
         )
     return found
+
+
+def stored_weights(folder: Path) -> dict[str, Weight]:
+    """Return every tensor of the folder's weight files by name, unchecked, as a plain weight."""
+    return {name: Weight(own) for name, own in stored_tensors(folder).items()}
 
 
 def _weight(folder: Path, hf: HfConfig, name: str, stored: dict[str, Stored]) -> Weight:
@@ -92,29 +107,32 @@ def _weight(folder: Path, hf: HfConfig, name: str, stored: dict[str, Stored]) ->
             f"{folder}: {name} is {own.dtype}; only {', '.join(PLAIN)}, and matrices of {SCALED} "
             "with scales, can be read: use a folder of the model in one of these."
         )
-    return _scaled_weight(folder, hf, name, stored)
-
-
-def _scaled_weight(folder: Path, hf: HfConfig, name: str, stored: dict[str, Stored]) -> Weight:
-    own = stored[name]
     if hf.quantization is None:
         raise RecipeError(
             f"{folder}: {name} is {own.dtype}, but config.json has no quantization_config that "
             "says how it is scaled; copy the model's original config.json."
         )
-    scale_name = hf.quantization.scale_of(name)
+    return Weight(own, _scales(folder, hf.quantization, name, stored))
+
+
+def _scales(
+    folder: Path, quantization: Quantization, name: str, stored: dict[str, Stored]
+) -> Scales:
+    """Return the scales of a scaled weight; RecipeError where they are missing or unfit."""
+    own = stored[name]
+    scale_name = quantization.scale_of(name)
     scale = stored.get(scale_name)
     if scale is None:
         raise RecipeError(
             f"{folder}: {name} is {own.dtype} and its scales '{scale_name}' are missing."
         )
-    block = hf.quantization.block(own.shape, scale.shape)
+    block = quantization.block(own.shape, scale.shape)
     if scale.dtype not in SCALE_DTYPES or block is None:
         raise RecipeError(
             f"{folder}: {scale_name} is {scale.dtype} {scale.shape}, which config.json's "
             f"quantization_config does not imply for a weight of {own.shape}."
         )
-    return Weight(own, scale, block)
+    return Scales(scale_name, scale, block, quantization.rounds_product)
 
 
 def _check_tied_head(folder: Path, hf: HfConfig, weights: dict[str, Weight]) -> None:
@@ -123,8 +141,8 @@ def _check_tied_head(folder: Path, hf: HfConfig, weights: dict[str, Weight]) -> 
         return
     ours, theirs = weights[EMBEDDING], weights[HEAD]
     is_same = ours.stored.dtype == theirs.stored.dtype and _same_bytes(ours.stored, theirs.stored)
-    if is_same and ours.scale is not None:
-        is_same = _same_bytes(ours.scale, theirs.scale)
+    if is_same and ours.scales is not None and theirs.scales is not None:
+        is_same = _same_bytes(ours.scales.stored, theirs.scales.stored)
     if not is_same:
         raise RecipeError(
             f"{folder}: {HEAD} differs from {EMBEDDING} although config.json ties them; "
@@ -146,7 +164,10 @@ def _pieces(stored: Stored) -> Iterator[bytes]:
 
 
 def eos_ids(folder: Path) -> set[int]:
-    """Ids that end an answer: generation_config.json's where it names any, or config.json's."""
+    """Return the ids that end an answer: generation_config.json's, or config.json's without any.
+
+    RecipeError where neither names one.
+    """
     hf, file = read_hf_config(folder), folder / "generation_config.json"
     ids = hf.eos_token_ids
     if file.is_file():

@@ -17,16 +17,30 @@ from iwopd_megatron.errors import RecipeError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BITS = {
-    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8,
-    "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "F64": 64,
+    "F32": 32,
+    "F16": 16,
+    "BF16": 16,
+    "I64": 64,
+    "I32": 32,
+    "I16": 16,
+    "I8": 8,
+    "U64": 64,
+    "U32": 32,
+    "U16": 16,
+    "U8": 8,
+    "BOOL": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
     "F4": 4,
-}  # fmt: skip
+}
 LFS = b"version https://git-lfs"
 LONGEST_HEADER = 100_000_000  # bytes; the library's own limit
 
 
 class Stored(NamedTuple):
-    """One tensor: its file, dtype as safetensors names it, shape, and its bytes' place there."""
+    """A stored tensor: file, dtype as safetensors names it, shape, and its bytes [start, stop)."""
 
     file: Path
     dtype: str
@@ -36,7 +50,7 @@ class Stored(NamedTuple):
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor of the folder's weight files by name; RecipeError where they are unfit.
+    """Return every tensor of the folder's weight files by name; RecipeError where they are unfit.
 
     As transformers chooses: `model.safetensors` where it exists, whatever an index beside it
     says, or else the files that the index names.
@@ -63,7 +77,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
 
 def _instead(folder: Path) -> str:
-    """What lies there instead of weights, and what to do."""
+    """Return what the folder has instead of readable weights, and what to do, as a phrase."""
     shards = sorted(folder.glob("*.safetensors"))
     if shards:
         return f"without its index {shards[0].name} is not read: copy the original index too"
@@ -92,7 +106,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def read_header(file: Path) -> dict[str, Stored]:
-    """Every tensor of a safetensors file; RecipeError if the file is cut short or damaged."""
+    """Return every tensor of a safetensors file by name; RecipeError if it is cut or damaged."""
     try:
         with file.open("rb") as stream:
             size = file.stat().st_size
@@ -124,7 +138,7 @@ def _stored(file: Path, entry: dict[str, Any], base: int) -> Stored:
 
 
 def _check_cover(tensors: dict[str, Stored], start: int, size: int) -> None:
-    """The tensors' bytes lie one after the other up to the end of the file."""
+    """Refuse tensors whose bytes overlap, leave gaps or do not reach the end of the file."""
     end = start
     for stored in sorted(tensors.values(), key=lambda stored: (stored.start, stored.stop)):
         if stored.start != end:

@@ -17,18 +17,21 @@ from iwopd_megatron.toy_task import MODELS, toy_config
 
 @cache
 def known_models() -> dict[str, dict[str, Any]]:
-    """{folder name: configuration}"""
+    """Return the raw content of published config.json files by folder name."""
     return json.loads(Path(__file__).with_suffix(".json").read_text())
 
 
 @cache
 def known_model(name: str) -> HfConfig:
-    """The published configuration of a model; KeyError for an unknown name."""
+    """Return the published configuration of a model; KeyError for an unknown name."""
     return parse_hf_config(known_models()[name], f"known_models.json: {name}")
 
 
 def planning_config(folder: Path) -> HfConfig:
-    """The folder's config.json, or where there is no folder the published one of its name."""
+    """Return the description of a folder's model, or of the known model of its name.
+
+    RecipeError where there is neither.
+    """
     if folder.exists():
         return read_hf_config(folder)
     if folder.parent.name == "toy_task" and folder.name in MODELS:  # what 'iwopd toy-task' writes

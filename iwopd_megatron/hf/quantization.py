@@ -17,14 +17,13 @@ from iwopd_megatron.errors import RecipeError
 SCALED = "F8_E4M3"
 SCALE_DTYPES = ("F32", "BF16", "F16")
 FORMATS = ("float-quantized", "naive-quantized")
-# Whole weight, one row, or all rows: `Strategy` below stands for them with None as "all there are".
-Strategy = tuple[int | None, int | None]  # rows and columns that one scale is for
+Strategy = tuple[int | None, int | None]  # rows and columns that one scale is for; None: all
 TENSOR, ROW = (None, None), (1, None)
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the folder's scaled weights are read.
+    """How a folder's scaled weights are stored.
 
     `rounds_product`: compressed-tensors rounds Q * S to the scale's dtype before the model's.
     """
@@ -35,11 +34,11 @@ class Quantization:
     rounds_product: bool
 
     def scale_of(self, name: str) -> str:
-        """The name of a weight's scales."""
+        """Return the name of the tensor with a weight's scales."""
         return name.removesuffix("weight") + self.scale_name
 
     def block(self, shape: tuple[int, ...], scale: tuple[int, ...]) -> tuple[int, int] | None:
-        """Rows and columns one scale is for, or None if no strategy gives scales this shape."""
+        """Return the rows and columns one scale is for; None if no strategy gives this shape."""
         for rows, columns in self.strategies:
             block = rows or shape[0], columns or shape[1]
             grid = -(-shape[0] // block[0]), -(-shape[1] // block[1])
@@ -109,7 +108,7 @@ def _read_compressed_tensors(settings: dict[str, Any], where: str) -> Quantizati
 
 
 def _group_strategy(group: dict[str, Any], outer_format: str | None, where: str) -> Strategy:
-    """One group's strategy; RecipeError unless its weights are symmetric 8-bit floats."""
+    """Return one group's strategy; RecipeError unless its weights are symmetric 8-bit floats."""
     if not isinstance(group, dict):
         raise RecipeError(f"{where}={group!r} must be an object.")
     form = group.get("format") or outer_format
@@ -128,7 +127,7 @@ def _group_strategy(group: dict[str, Any], outer_format: str | None, where: str)
 
 
 def _section(settings: dict[str, Any], key: str, where: str) -> dict[str, Any]:
-    """A part of the settings; empty where it is missing or null."""
+    """Return a part of the settings; empty where it is missing or null."""
     found = settings.get(key)
     if found is not None and not isinstance(found, dict):
         raise RecipeError(f"{where}: {key}={found!r} must be an object.")

@@ -38,7 +38,7 @@ class Rope:
     truncate: bool = True
 
     def essentials(self) -> dict[str, Any]:
-        """What differs from the defaults, for manifests: {"rope_theta": ..., "rope": {...}}."""
+        """Return what differs from the defaults, as {"rope_theta": ..., "rope": {...}}."""
         default = Rope(self.theta)
         changed = {k: v for k, v in vars(self).items() if v != getattr(default, k)}
         return {"rope_theta": self.theta} | ({"rope": changed} if changed else {})
@@ -87,9 +87,13 @@ def _read_llama3(rope: TypedJson, positions: int) -> Rope:
             f"{rope.file}: low_freq_factor={low:g} must be below high_freq_factor={high:g}."
         )
     return Rope(
-        rope.number("rope_theta"), "llama3", rope.number("factor"),
-        rope.count("original_max_position_embeddings"), low, high,
-    )  # fmt: skip
+        rope.number("rope_theta"),
+        "llama3",
+        rope.number("factor"),
+        rope.count("original_max_position_embeddings"),
+        low,
+        high,
+    )
 
 
 def _read_yarn(rope: TypedJson, positions: int) -> Rope:
@@ -104,15 +108,18 @@ def _read_yarn(rope: TypedJson, positions: int) -> Rope:
         for key, default in (("beta_fast", 32.0), ("beta_slow", 1.0))
     }
     return Rope(
-        rope.number("rope_theta"), "yarn", factor, original,
+        rope.number("rope_theta"),
+        "yarn",
+        factor,
+        original,
         attention_factor=_attention_factor(rope, factor),
         truncate=rope.flag("truncate", True),
         **optional,
-    )  # fmt: skip
+    )
 
 
 def _attention_factor(rope: TypedJson, factor: float) -> float:
-    """YaRN's factor on cosine and sine, arXiv 2309.00071 Eq. 22, or as the settings give it."""
+    """Return YaRN's factor on cosine and sine, as given or by arXiv 2309.00071 Eq. 22."""
     if rope.content.get("attention_factor") is not None:
         return rope.number("attention_factor")
     if rope.content.get("mscale") and rope.content.get("mscale_all_dim"):
@@ -126,5 +133,8 @@ def _mscale(factor: float, mscale: float) -> float:
 
 
 _READERS = {
-    "default": _read_default, "linear": _read_linear, "llama3": _read_llama3, "yarn": _read_yarn,
-}  # fmt: skip
+    "default": _read_default,
+    "linear": _read_linear,
+    "llama3": _read_llama3,
+    "yarn": _read_yarn,
+}

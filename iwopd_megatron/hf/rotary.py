@@ -34,7 +34,7 @@ def turn(angle: torch.Tensor, rope: Rope, dtype: torch.dtype) -> tuple[torch.Ten
 
 
 def _llama3(plain: torch.Tensor, rope: Rope) -> torch.Tensor:
-    """Long waves are stretched by the factor, short ones kept, those between blended."""
+    """Stretch long waves by the factor, keep short ones and blend those between."""
     wavelength = 2 * math.pi / plain
     rotations = rope.original_positions / wavelength  # within the original context
     span = rope.high_freq_factor - rope.low_freq_factor
@@ -43,7 +43,10 @@ def _llama3(plain: torch.Tensor, rope: Rope) -> torch.Tensor:
 
 
 def _yarn(plain: torch.Tensor, rope: Rope, head_dim: int) -> torch.Tensor:
-    """YaRN, arXiv 2309.00071: a ramp over the pairs between beta_fast and beta_slow rotations."""
+    """Blend stretched and kept by a ramp between beta_fast and beta_slow rotations (YaRN).
+
+    arXiv 2309.00071.
+    """
     low, high = (_pair_with(n, rope, head_dim) for n in (rope.beta_fast, rope.beta_slow))
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)

@@ -13,7 +13,7 @@ _MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 def hf_names(hf: HfConfig) -> Iterator[str]:
-    """Names of the tensors that config.json implies; a tied head is not one."""
+    """Yield the names of the tensors that config.json implies; a tied head is not one."""
     yield EMBEDDING
     for layer in range(hf.num_hidden_layers):
         parts = [f"self_attn.{x}" for x in _ATTENTION] + list(_NORMS)
@@ -29,15 +29,22 @@ def hf_names(hf: HfConfig) -> Iterator[str]:
 
 
 def hf_shape(name: str, hf: HfConfig) -> tuple[int, ...]:
-    """The shape that config.json implies for a Hugging Face tensor."""
+    """Return the shape that config.json implies for a Hugging Face tensor."""
     hidden, head = hf.hidden_size, hf.head_dim
     queries, keys = hf.num_attention_heads * head, hf.num_key_value_heads * head
     ffn = hf.moe_intermediate_size if ".experts." in name else hf.intermediate_size
     shapes = {
-        "embed_tokens": (hf.vocab_size, hidden), "lm_head": (hf.vocab_size, hidden),
-        "q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden),
-        "o_proj": (hidden, queries), "q_norm": (head,), "k_norm": (head,),
+        "embed_tokens": (hf.vocab_size, hidden),
+        "lm_head": (hf.vocab_size, hidden),
+        "q_proj": (queries, hidden),
+        "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden),
+        "o_proj": (hidden, queries),
+        "q_norm": (head,),
+        "k_norm": (head,),
         "gate": (hf.num_experts, hidden),
-        "gate_proj": (ffn, hidden), "up_proj": (ffn, hidden), "down_proj": (hidden, ffn),
-    }  # fmt: skip
+        "gate_proj": (ffn, hidden),
+        "up_proj": (ffn, hidden),
+        "down_proj": (hidden, ffn),
+    }
     return shapes.get(name.split(".")[-2], (hidden,))

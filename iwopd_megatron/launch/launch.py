@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from iwopd_megatron.config.models import Layout
-from iwopd_megatron.config.preflight_scorers import check_service_sizes, service_processes
+from iwopd_megatron.config.preflight import check_service_sizes
 from iwopd_megatron.config.recipe import Recipe
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.launch.profile import Profile
@@ -49,7 +49,7 @@ def make_job(recipe: Recipe, profile: Profile, folder: Path) -> Job:
     command = [*program, "train" if recipe.is_distilling else "sft", snapshot, "--resume"]
     roles = [_role(profile, TRAINER, recipe.world, 1, recipe.student.parallel, command)]
     check_service_sizes(recipe)
-    for key, processes in service_processes(recipe).items():
+    for key, processes in recipe.service_processes.items():
         roles.append(_teacher(recipe, profile, program, snapshot, key, processes))
     if recipe.rollout.engine != "hf" and not recipe.rollout.servers.urls:
         roles.append(_rollout(recipe, profile, [*program, "serve-rollout", snapshot]))

@@ -9,9 +9,9 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from iwopd_megatron.config.explain import explain
+from iwopd_megatron.config.load import parse_tree
 from iwopd_megatron.config.models import NonNegativeInt, PositiveInt, Section
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.files.shipped import PROFILES
@@ -105,12 +105,7 @@ def load_profile(name: str) -> Profile:
     path = Path(name) if name.endswith((".yaml", ".yml")) else PROFILES / f"{name}.yaml"
     shipped = ", ".join(sorted(file.stem for file in PROFILES.glob("*.yaml"))) or "none here"
     tree = read_yaml(path, "cluster profile", f"write a file's path, or one of: {shipped}")
-    try:
-        profile = Profile.model_validate(tree)
-    except ValidationError as error:
-        raise RecipeError(
-            f"cluster profile {path}: {explain(error, Profile, is_recipe=False)}"
-        ) from None
+    profile = parse_tree(tree, Profile, f"cluster profile {path}", is_recipe=False)
     _check(profile, path)
     return profile
 

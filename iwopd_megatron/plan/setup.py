@@ -8,8 +8,7 @@ from typing import Any
 
 from iwopd_megatron.config.cluster import Cluster
 from iwopd_megatron.config.models import Layout
-from iwopd_megatron.config.preflight import check_layout, describe
-from iwopd_megatron.config.preflight_scorers import check_service_sizes, service_processes
+from iwopd_megatron.config.preflight import check_layout, check_service_sizes, describe
 from iwopd_megatron.config.recipe import Recipe
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.hf.known_models import planning_config
@@ -79,7 +78,7 @@ class Setup:
     @cached_property
     def services(self) -> dict[str, int]:
         """GPUs of every teacher service, by the teacher's key."""
-        return service_processes(self.recipe)
+        return self.recipe.service_processes
 
     @cached_property
     def gpus(self) -> dict[str, int]:

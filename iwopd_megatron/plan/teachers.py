@@ -10,9 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from iwopd_megatron.config.models import Layout, Teacher
-from iwopd_megatron.config.preflight_scorers import check_sources
 from iwopd_megatron.config.recipe import Recipe
-from iwopd_megatron.data.sources import resolve
+from iwopd_megatron.data.sources import check_sources, resolve
 from iwopd_megatron.plan.model_size import ModelSize
 
 

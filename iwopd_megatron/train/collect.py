@@ -64,7 +64,7 @@ class Collector:
         """Return the round's problems and the data file's responses to them."""
         taken, end = self.take(), end_id(self.recipe.student.hf, tokenizer)
         samples = [
-            Trajectory(place, ids, response_ids(_response(problem), end, tokenizer))
+            Trajectory(place, ids, response_ids(problem.target, end, tokenizer))
             for place, (problem, ids) in enumerate(taken)
         ]
         return [problem for problem, _ in taken], samples
@@ -119,10 +119,3 @@ class Collector:
             self.on_sample(sample)
 
         return keep
-
-
-def _response(problem: Problem) -> str:
-    """Return the response of a row to fine-tune on; the reader refuses rows without one."""
-    if problem.response is None:
-        raise ValueError(f"{problem.place} has no response")
-    return problem.response

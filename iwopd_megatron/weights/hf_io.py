@@ -17,8 +17,7 @@ from safetensors.torch import save_file
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.hf.companions import write_companions
 from iwopd_megatron.hf.config import HfConfig, read_hf_config
-from iwopd_megatron.hf.folder import Weight, find_weights
-from iwopd_megatron.hf.headers import Stored, stored_tensors
+from iwopd_megatron.hf.folder import find_weights, stored_weights
 from iwopd_megatron.hf.shapes import HEAD
 from iwopd_megatron.runtime.parallel import Parallel
 from iwopd_megatron.weights.scaled_tensors import ScaledSlice
@@ -31,7 +30,7 @@ class HfTensors(Mapping):
     """Weights of a folder by name, as lazy slices: only the bytes that are indexed are read.
 
     Scaled weights (FP8) come out multiplied, in `scaled_dtype` where it is given, else fp32. The
-    folder is checked when it is opened (`model_folder.find_weights`), unless `is_checked` is false:
+    folder is checked when it is opened (`hf.folder.find_weights`), unless `is_checked` is false:
     then all its tensors are here as they are stored, if its config does not say how they are
     scaled. A tied head that is stored as well is not among them unless `with_tied_head`.
     """
@@ -47,30 +46,27 @@ class HfTensors(Mapping):
         if is_checked or self.hf.quantization:
             self._weights = find_weights(folder, self.hf)
         else:
-            self._weights = {name: Weight(own) for name, own in stored_tensors(folder).items()}
+            self._weights = stored_weights(folder)
         if self.hf.tie_word_embeddings and not with_tied_head:
             self._weights.pop(HEAD, None)
         self._handles: dict[Path, Any] = {}
 
     def __getitem__(self, name: str) -> Any:
         weight = self._weights[name]
-        own = self._open(weight.stored).get_slice(name)
-        if weight.scale is None:
+        own = self._open(weight.stored.file).get_slice(name)
+        scales = weight.scales
+        if scales is None:
             return own
-        scale_name = self.hf.quantization.scale_of(name)
-        scale = self._open(weight.scale).get_tensor(scale_name)
-        rounds = self.hf.quantization.rounds_product
-        return ScaledSlice(own, scale, weight.block, self.scaled_dtype, rounds)
+        scale = self._open(scales.stored.file).get_tensor(scales.name)
+        return ScaledSlice(own, scale, scales.block, self.scaled_dtype, scales.rounds_product)
 
-    def _open(self, stored: Stored) -> Any:
-        if stored.file not in self._handles:
+    def _open(self, file: Path) -> Any:
+        if file not in self._handles:
             try:
-                self._handles[stored.file] = safe_open(stored.file, framework="pt")
+                self._handles[file] = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise RecipeError(
-                    f"{stored.file} cannot be read as safetensors: {error}."
-                ) from None
-        return self._handles[stored.file]
+                raise RecipeError(f"{file} cannot be read as safetensors: {error}.") from None
+        return self._handles[file]
 
     def __contains__(self, name: object) -> bool:
         return name in self._weights

@@ -22,7 +22,7 @@ from iwopd_megatron.batch.packing import Packer
 from iwopd_megatron.batch.trajectory import Trajectory
 from iwopd_megatron.config.load import load_recipe
 from iwopd_megatron.config.models import Frozen, Layout
-from iwopd_megatron.data.preflight import check_before_start
+from iwopd_megatron.data.before_start import check_before_start
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.hf.config import read_hf_config
 from iwopd_megatron.parity.hf_reference import hf_model

@@ -1,6 +1,6 @@
-"""Programs in answers: found in the response, run in a sandbox, compared with the problem's tests.
+"""Programs in answers: found in the response and run in a sandbox on the problem's test cases.
 
-In come a response and the problem's tests; out goes a verdict. A program never runs in this
+In come a response and the problem's test cases; out goes a verdict. A program never runs in this
 process.
 """
 

@@ -1,4 +1,4 @@
-"""What a program is tested with: the answer of a code problem, read and checked.
+"""The test cases of a code problem: its reference answer, read and checked.
 
 An answer is one JSON object of one of these shapes:
     {"task_id", "entry_point", "prompt", "canonical_solution", "base_input", "plus_input", "atol"}
@@ -23,9 +23,7 @@ from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.grading.code.program_text import parse
 from iwopd_megatron.grading.code.sandbox_values import long_numbers
 
-EVALPLUS_KEYS = (
-    "task_id", "entry_point", "prompt", "canonical_solution", "base_input", "plus_input", "atol",
-)  # fmt: skip
+EVALPLUS_KEYS = "task_id entry_point prompt canonical_solution base_input plus_input atol".split()
 SHAPES = (
     "the keys inputs and outputs (and fn_name for calls of a function), or asserts, or those of "
     "EvalPlus's files"
@@ -33,8 +31,8 @@ SHAPES = (
 
 
 @dataclass(frozen=True)
-class EvalPlus:
-    """A problem of EvalPlus; `text` is the answer that it was read from."""
+class EvalPlusCases:
+    """Base and plus test cases of EvalPlus; `text` is the answer that they were read from."""
 
     text: str
     task_id: str
@@ -49,16 +47,16 @@ class EvalPlus:
 
 
 @dataclass(frozen=True)
-class Prints:
-    """Texts on standard input, and what a program has to print."""
+class StdinCases:
+    """Texts on standard input, and what a program has to print for each."""
 
     inputs: list[str]
     outputs: list[str]
 
 
 @dataclass(frozen=True)
-class Calls:
-    """Lists of arguments of a function or method, and what it has to return."""
+class CallCases:
+    """Lists of arguments of a function or method, and what it has to return for each."""
 
     function: str
     inputs: list[list[Any]]
@@ -66,30 +64,31 @@ class Calls:
 
 
 @dataclass(frozen=True)
-class Asserts:
+class AssertCases:
     """Statements that hold after the program; `functions` are the names that they call."""
 
     asserts: list[str]
     functions: frozenset[str]
 
 
-Tests = EvalPlus | Prints | Calls | Asserts
+TestCases = EvalPlusCases | StdinCases | CallCases | AssertCases
 
 
-def check_tests(answer: str) -> None:
-    """RecipeError with what is wrong, if the answer is not tests that a program can be run with."""
-    read_tests(answer)
+def check_test_cases(answer: str) -> None:
+    """Refuse an answer that no program can be tested with; RecipeError says what is wrong."""
+    read_test_cases(answer)
 
 
 _KEYS = (
-    {"asserts"}, {"task_id", "canonical_solution", "base_input", "plus_input"},
+    {"asserts"},
+    {"task_id", "canonical_solution", "base_input", "plus_input"},
     {"inputs", "outputs"},
-)  # fmt: skip
+)
 
 
 @long_numbers()
-def read_tests(answer: str) -> Tests:
-    """The tests of an answer; RecipeError if it holds none."""
+def read_test_cases(answer: str) -> TestCases:
+    """Return the test cases of an answer; RecipeError if it holds none, or faulty ones."""
     try:
         found = json.loads(answer, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
@@ -127,7 +126,7 @@ def _kind(value: Any) -> str:
 
 
 def _list(found: dict[str, Any], key: str) -> list[Any]:
-    """A list with something in it."""
+    """Return the list at a key; RecipeError unless it has something in it."""
     if key not in found:
         raise RecipeError(f"answer lacks '{key}'; a code problem needs {SHAPES}.")
     if not isinstance(found[key], list):
@@ -143,7 +142,7 @@ def _name(value: Any, key: str) -> str:
     return value
 
 
-def _pairs(found: dict[str, Any]) -> Prints | Calls:
+def _pairs(found: dict[str, Any]) -> StdinCases | CallCases:
     inputs, outputs = _list(found, "inputs"), _list(found, "outputs")
     if len(inputs) != len(outputs):
         raise RecipeError(
@@ -154,14 +153,14 @@ def _pairs(found: dict[str, Any]) -> Prints | Calls:
         wanted = [_text(x, f"outputs[{i}]") for i, x in enumerate(outputs)]
         if not any(text.strip() for text in wanted):
             raise RecipeError("answer: all outputs are blank; every silent program would be right.")
-        return Prints(texts, wanted)
+        return StdinCases(texts, wanted)
     name = _name(found["fn_name"], "fn_name")
     pairs = [_call(*pair, i) for i, pair in enumerate(zip(inputs, outputs, strict=True))]
-    return Calls(name, [given for given, _ in pairs], [expected for _, expected in pairs])
+    return CallCases(name, [given for given, _ in pairs], [expected for _, expected in pairs])
 
 
 def _text(value: Any, where: str) -> str:
-    """A text as it is, a list as lines."""
+    """Return a text as it is, a list as lines; RecipeError for anything else."""
     lines = value if isinstance(value, list) else [value]
     for line in lines:
         if isinstance(line, bool) or not isinstance(line, (str, int, float)):
@@ -173,7 +172,7 @@ def _text(value: Any, where: str) -> str:
 
 
 def _call(given: Any, expected: Any, place: int) -> tuple[list[Any], Any]:
-    """Arguments and result, both JSON in LiveCodeBench's way where the arguments are a text."""
+    """Return arguments and result; LiveCodeBench's texts, one argument a line, read as JSON."""
     if isinstance(given, list):
         return given, expected
     if not isinstance(given, str):
@@ -197,7 +196,7 @@ def _value(text: str, where: str) -> Any:
         ) from None
 
 
-def _asserts(found: Any) -> Asserts:
+def _asserts(found: Any) -> AssertCases:
     texts = _list({"asserts": found}, "asserts")
     functions: set[str] = set()
     for place, text in enumerate(texts):
@@ -209,7 +208,7 @@ def _asserts(found: Any) -> Asserts:
             raise RecipeError(f"answer: asserts[{place}] {text[:80]!r} tests nothing.")
         calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
         functions |= {call.id for call in calls if isinstance(call, ast.Name)}
-    return Asserts(texts, frozenset(functions))
+    return AssertCases(texts, frozenset(functions))
 
 
 def _parsed(code: Any, where: str) -> ast.Module:
@@ -225,7 +224,7 @@ def _parsed(code: Any, where: str) -> ast.Module:
     return tree
 
 
-def _evalplus(found: dict[str, Any], answer: str) -> EvalPlus:
+def _evalplus(found: dict[str, Any], answer: str) -> EvalPlusCases:
     for key in EVALPLUS_KEYS:
         if key not in found:
             raise RecipeError(f"answer lacks '{key}', which a line of EvalPlus's files has.")
@@ -247,4 +246,4 @@ def _evalplus(found: dict[str, Any], answer: str) -> EvalPlus:
     tree = _parsed(reference, "prompt + canonical_solution")
     if function not in {getattr(node, "name", None) for node in tree.body}:
         raise RecipeError(f"answer: the canonical solution does not define {function}.")
-    return EvalPlus(answer, task, function, reference, base, plus, found["atol"])
+    return EvalPlusCases(answer, task, function, reference, base, plus, found["atol"])

@@ -29,9 +29,9 @@ IMPORTS = (ast.Import, ast.ImportFrom)
 
 
 def longest_program(response: str, function: str) -> str | None:
-    """The longest part of the response, or of its fenced blocks, that parses; None without one.
+    """Return the longest part of a response or of its fenced blocks that parses; None without one.
 
-    Blocks that define the function go first.
+    Blocks that define the function go before others.
     """
     blocks, text = find_blocks(response)
     wanted = frozenset([function])
@@ -46,7 +46,10 @@ def _weight(text: str) -> int:
 
 
 def _longest_part(text: str) -> str:
-    """Of consecutive lines that parse, those of most weight; a part begins with a statement."""
+    """Return the consecutive lines that parse with the most that are not blank.
+
+    A part begins with a statement.
+    """
     lines, first, best, tries = text.split("\n"), 0, "", 0
     while first < len(lines) and tries < MOST_TRIES:
         last = first
@@ -60,7 +63,7 @@ def _longest_part(text: str) -> str:
 
 
 def _may_begin(line: str) -> bool:
-    """Whether a line is no error by itself, other than that it ends too early."""
+    """Return whether a line is no error by itself, other than that it ends too early."""
     try:
         parse(line)
     except SyntaxError as error:
@@ -71,7 +74,10 @@ def _may_begin(line: str) -> bool:
 
 
 def _end_of_part(lines: list[str], first: int) -> int:
-    """The end of the longest part from a line on; what has a syntax error has it however long."""
+    """Return the end of the longest part that parses from the line `first` on.
+
+    A part with a syntax error is tried again up to the line of the error.
+    """
     last = len(lines)
     while last > first:
         try:
@@ -86,9 +92,10 @@ def _end_of_part(lines: list[str], first: int) -> int:
 
 
 def needed_part(code: str, function: str) -> str:
-    """A program without the statements that its entry point does not need; lines keep their number.
+    """Return a program without the statements that its entry point does not need.
 
-    The program as it is where it does not compile or does not define the function.
+    Lines keep their numbers. A program that does not compile, or does not define the function, is
+    returned as it is.
     """
     code = code.replace("\r\n", "\n").replace("\r", "\n")
     try:
@@ -100,7 +107,8 @@ def needed_part(code: str, function: str) -> str:
     changes = [_names_changed(statement, effects) for statement in statements]
     if not any(function in names for names in changes):
         return code
-    names, kept = {function, RECURSION}, set()
+    names = {function, RECURSION}
+    kept: set[int] = set()
     if set().union(*uses) & BY_NAME:
         names |= {x.name for x in statements if isinstance(x, DEFINITIONS)}
     while new := {i for i, x in enumerate(changes) if x & names} - kept:
@@ -115,11 +123,11 @@ def needed_part(code: str, function: str) -> str:
 def _lines(statement: ast.stmt) -> range:
     decorators = getattr(statement, "decorator_list", [])
     first = min([statement.lineno, *(decorator.lineno for decorator in decorators)])
-    return range(first, statement.end_lineno + 1)
+    return range(first, (statement.end_lineno or statement.lineno) + 1)
 
 
 def _without_repetitions(statements: list[ast.stmt]) -> list[ast.stmt]:
-    """Of functions of one name the first that returns something, or else the last."""
+    """Keep of functions of one name the first that has a return statement, or else the last."""
     named: dict[str, list[ast.stmt]] = {}
     for statement in statements:
         if isinstance(statement, FUNCTIONS):
@@ -132,7 +140,7 @@ def _without_repetitions(statements: list[ast.stmt]) -> list[ast.stmt]:
 
 
 def _names_used(statement: ast.stmt) -> set[str]:
-    """Names that are not a function's own, wherever in the statement."""
+    """Return the names in a statement that are not a function's own."""
     module = ast.Module([statement], [])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -145,7 +153,7 @@ def _names_in(code: CodeType) -> set[str]:
 
 
 def _effects_of_calls(statements: list[ast.stmt]) -> dict[str, set[str]]:
-    """The names that calls of a program's functions change; other functions change none."""
+    """Return the names that calls of a program's functions change; other functions change none."""
     effects: dict[str, set[str]] = {name: set() for name in dir(builtins)}
     for statement in statements:
         if isinstance(statement, DEFINITIONS):
@@ -169,7 +177,7 @@ def _imported(nodes: list[Any]) -> set[str]:
 
 
 def _names_changed(statement: ast.stmt, effects: dict[str, set[str]]) -> set[str]:
-    """Names that a statement defines or assigns, or that its calls may change."""
+    """Return the names that a statement defines or assigns, or that its calls may change."""
     if isinstance(statement, DEFINITIONS):
         decorators = [x.func if isinstance(x, ast.Call) else x for x in statement.decorator_list]
         return {statement.name} | {_root(x) for x in decorators if isinstance(x, ast.Attribute)}
@@ -190,9 +198,16 @@ def _touched(statement: ast.stmt, effects: dict[str, set[str]]) -> set[str]:
         elif isinstance(node, ast.Call):
             receiver = [node.func] if isinstance(node.func, ast.Attribute) else []
             names |= {_root(x) for x in [*receiver, *node.args]} - effects.keys()
-            called = getattr(node.func, "attr", None) or getattr(node.func, "id", "")
+            called = _called_name(node.func)
             names |= {RECURSION} if called == RECURSION else effects.get(called, set())
     return names - {""}
+
+
+def _called_name(function: ast.expr) -> str:
+    """Return the name of a called function or method; '' where there is none."""
+    if isinstance(function, ast.Attribute):
+        return function.attr
+    return function.id if isinstance(function, ast.Name) else ""
 
 
 def _is_main_guard(statement: ast.stmt) -> bool:
@@ -202,7 +217,7 @@ def _is_main_guard(statement: ast.stmt) -> bool:
 
 
 def _root(node: ast.AST) -> str:
-    """The name at the start of x.y[z]; '' where there is none."""
+    """Return the name at the start of x.y[z]; '' where there is none."""
     while isinstance(node, (ast.Attribute, ast.Subscript, ast.Starred)):
         node = node.value
     return getattr(node, "id", "")

@@ -34,12 +34,13 @@ FENCE = re.compile(r"(?P<before>.*?)(?P<fence>(?<!`)`{3,}+|(?<!~)~{3,}+)(?P<info
 MARKER = re.compile(r"[\s>]*(?:(?:[-*+]|\d+[.)])\s+)?")  # of a quotation, a list
 QUOTED = re.compile(r"\s*>[ \t]?")
 PYTHON = re.compile(r"(i|c)?py(thon)?[\d.]*|pypy[\d.]*", re.IGNORECASE)
+LANGUAGE = re.compile(r"[\s{.]*([\w+#.-]*)")  # after a fence
 READS_INPUT = re.compile(r"\binput\s*[(),]|\bstdin\b|\bopen\(\s*0|\bos\.read\b|\bfileinput\b")
 
 
 @dataclass
-class Block:
-    """A fenced block: its language, '' without one, and its lines."""
+class FencedBlock:
+    """A fenced code block of Markdown: its language, '' without one, and its lines."""
 
     language: str
     fence: str
@@ -49,18 +50,19 @@ class Block:
 
     @property
     def is_python(self) -> bool:
+        """Whether its language is a name of Python."""
         return PYTHON.fullmatch(self.language) is not None
 
     @property
     def text(self) -> str:
-        """The code without the indentation of its first line."""
+        """The code, with the indentation of its first line taken off every line."""
         lines = [QUOTED.sub("", x, count=1) for x in self.lines] if self.is_quoted else self.lines
         first = next((line for line in lines if line.strip()), "")
         margin = first[: len(first) - len(first.lstrip())]
         return "".join(line.removeprefix(margin) + "\n" for line in lines)
 
     def ends_at(self, line: str) -> bool:
-        """Whether a line is the closing fence; one deep inside the code is not."""
+        """Return whether a line is the closing fence; one deep inside the code is not."""
         bare = QUOTED.sub("", line, count=1) if self.is_quoted else line
         is_deep = _indent(bare) >= self.indent + 4
         run = bare.strip()
@@ -68,15 +70,23 @@ class Block:
 
 
 def last_program(response: str, is_wanted: Callable[[str], bool]) -> str | None:
-    """The program as PRIME finds it: a block that is wanted goes first; None without one."""
+    """Return the last program of a response as PRIME does; None without one.
+
+    Blocks that `is_wanted` go before others.
+    """
     blocks, text = find_blocks(response)
     if not blocks:
         return text if text.strip() and parses(text) else None
-    return (choose(blocks, is_wanted) or [None])[-1]
+    programs = choose(blocks, is_wanted)
+    return programs[-1] if programs else None
 
 
-def choose(blocks: list[Block], is_wanted: Callable[[str], bool]) -> list[str]:
-    """Programs among blocks: those wanted of Python, or of no language, or all of the best kind."""
+def choose(blocks: list[FencedBlock], is_wanted: Callable[[str], bool]) -> list[str]:
+    """Return the texts of the blocks that are programs, by the first rule that finds any.
+
+    Blocks of Python that are wanted, wanted ones without a language, all of Python, all without a
+    language, and those of other languages that parse as Python, wanted ones first.
+    """
     python = [block.text for block in blocks if block.is_python]
     untagged = [block.text for block in blocks if not block.language]
     others = [x.text for x in blocks if x.text.strip() and parses(x.text)]
@@ -91,26 +101,26 @@ def choose(blocks: list[Block], is_wanted: Callable[[str], bool]) -> list[str]:
 
 
 def defines(code: str, functions: frozenset[str]) -> bool:
-    """Whether a text seems to define one of these functions or methods."""
+    """Return whether a text seems to define one of these functions or methods."""
     names = "|".join(map(re.escape, functions))
     pattern = rf"^[ \t]*(?:async\s+)?(?:def|class)\s+(?:{names})\b|^(?:{names})\s*="
     return bool(names) and re.search(pattern, code, re.MULTILINE) is not None
 
 
 def reads_input(code: str) -> bool:
-    """Whether a text seems to read standard input, which an example of its use does not."""
+    """Return whether a text seems to read standard input, which an example of its use does not."""
     return READS_INPUT.search(code) is not None
 
 
 def parse(code: str) -> ast.Module:
-    """The syntax tree of a text; SyntaxError and others of `ast.parse` if it is not Python."""
+    """Return the syntax tree of a text; raise as `ast.parse` does if it is not Python."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of an escape in somebody's string
         return ast.parse(code)
 
 
 def parses(code: str) -> bool:
-    """Whether a text is Python."""
+    """Return whether a text is Python."""
     try:
         parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -118,8 +128,8 @@ def parses(code: str) -> bool:
     return True
 
 
-def find_blocks(response: str) -> tuple[list[Block], str]:
-    """The fenced blocks of a response, in order, and the response without its drafts."""
+def find_blocks(response: str) -> tuple[list[FencedBlock], str]:
+    """Return the fenced blocks of a response, in order, and the response without its drafts."""
     text = DRAFT.sub("", response.replace("\r\n", "\n"))
     text = END_OF_DRAFT.split(text)[-1] if END_OF_DRAFT.search(text) else text
     blocks = _scan(text)
@@ -127,8 +137,8 @@ def find_blocks(response: str) -> tuple[list[Block], str]:
     return (_scan(pages[-1].text) if pages else []) or blocks, text
 
 
-def _scan(text: str) -> list[Block]:
-    blocks: list[Block] = []
+def _scan(text: str) -> list[FencedBlock]:
+    blocks: list[FencedBlock] = []
     is_open = False
     for line in text.split("\n"):
         opened = _opening(line, blocks[-1] if is_open else None)
@@ -140,8 +150,8 @@ def _scan(text: str) -> list[Block]:
     return blocks
 
 
-def _add(block: Block, line: str) -> bool:
-    """Put a line into a block; whether the block goes on."""
+def _add(block: FencedBlock, line: str) -> bool:
+    """Put a line into a block, and return whether the block goes on."""
     if block.ends_at(line):
         return False
     bare = line.rstrip()
@@ -153,13 +163,16 @@ def _add(block: Block, line: str) -> bool:
     return True
 
 
-def _opening(line: str, inside: Block | None) -> Block | None:
-    """The block that a line opens; within another one it names a language, and is not deep."""
+def _opening(line: str, inside: FencedBlock | None) -> FencedBlock | None:
+    """Return the block that a line opens; None if it opens none.
+
+    Within another block a line opens one only if it names a language and is not deep.
+    """
     found = FENCE.match(line)
     if found is None:
         return None
     language = _language(found["info"])
-    marker = MARKER.match(found["before"])[0]
+    marker = _marker(found["before"])
     is_first = marker == found["before"]  # on its line
     indent = len(marker) if is_first else _indent(line)
     if not is_first and not (PYTHON.fullmatch(language) and found["fence"][0] == "`"):
@@ -168,12 +181,19 @@ def _opening(line: str, inside: Block | None) -> Block | None:
         is_next = language and found["fence"] == inside.fence and indent < inside.indent + 4
         if not is_next or not is_first:
             return None
-    return Block(language, found["fence"], indent, ">" in marker)
+    return FencedBlock(language, found["fence"], indent, ">" in marker)
 
 
 def _language(info: str) -> str:
-    """The first word after the fence: `python`, `{.python}`, `python:main.py`, `python title=x`."""
-    return re.match(r"[\s{.]*([\w+#.-]*)", info)[1].lower()
+    """Return the first word behind a fence: `python`, `{.python}`, `python:main.py`."""
+    found = LANGUAGE.match(info)
+    return found[1].lower() if found else ""
+
+
+def _marker(text: str) -> str:
+    """Return the blanks and marks of a quotation or a list at the start of a line."""
+    found = MARKER.match(text)
+    return found[0] if found else ""
 
 
 def _indent(line: str) -> int:

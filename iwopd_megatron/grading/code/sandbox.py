@@ -5,8 +5,8 @@ of any file, no signal to another process; memory, processor time, wall time and
 bounded. Not guaranteed: files that this user may read can be read (nothing leaves but the
 output), and an old kernel's bugs are not ours to close. Elsewhere programs are refused, not run.
 
-A program's own failure is an Outcome or a ProgramError; whatever keeps a program from being run is
-a SandboxError.
+A program's own failure is a ProgramOutcome or a ProgramError; whatever keeps a program from being
+run is a SandboxError.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class ProgramError(Exception):
     """The program fails, and why; `passed` tests went well before."""
 
     def __init__(self, reason: str, passed: int = 0):
+        """Take the reason in words, and how many tests passed before."""
         super().__init__(reason)
         self.passed = passed
 
@@ -49,7 +50,7 @@ class SandboxError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ProgramOutcome:
     """How a program ended: `ok`, `failed` (its exit code is not 0) or `timeout`; its output.
 
     `reason` says in words why it is not ok, and `passed` how many tests went well.
@@ -63,7 +64,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Sandbox:
-    """Runs programs within limits, in processor seconds; their folder has nothing but them.
+    """A runner of programs within limits, in processor seconds; their folder has nothing but them.
 
     `preamble`: programs find the names that LiveCodeBench and PRIME import in front of them.
     """
@@ -72,23 +73,34 @@ class Sandbox:
     memory_mb: int = 4096
     preamble: bool = False
 
-    def read_stdin(self, code: str, text: str, seconds: float) -> Outcome:
+    def read_stdin(self, code: str, text: str, seconds: float) -> ProgramOutcome:
         """Run a program on this standard input, as `__main__`."""
         return self._run({"mode": "stdin", "code": code}, text, seconds)
 
     def call(
-        self, code: str, function: str, inputs: list[Any], seconds: list[float], in_all: float,
-        methods: bool = False, max_items: int | None = None,
-    ) -> list[tuple[Any, float]]:  # fmt: skip
-        """[(result, seconds)] of `function(*input)` for every input; ProgramError if any fails.
+        self,
+        code: str,
+        function: str,
+        inputs: list[Any],
+        seconds: list[float],
+        in_all: float,
+        methods: bool = False,
+        max_items: int | None = None,
+    ) -> list[tuple[Any, float]]:
+        """Return (result, seconds) of `function(*input)` for each input; ProgramError if one fails.
 
         seconds: limit of each input; in_all: of all together; methods: those of a class Solution
         go first; max_items: of a larger result comes a digest.
         """
         job = {
-            "mode": "call", "code": code, "function": function, "seconds": seconds,
-            "inputs": encode(inputs), "methods": methods, "max_items": max_items,
-        }  # fmt: skip
+            "mode": "call",
+            "code": code,
+            "function": function,
+            "seconds": seconds,
+            "inputs": encode(inputs),
+            "methods": methods,
+            "max_items": max_items,
+        }
         outcome = self._run(job, "", in_all)
         if outcome.status != "ok":
             raise ProgramError(outcome.reason, outcome.passed)
@@ -102,7 +114,7 @@ class Sandbox:
             raise ProgramError("it writes among the results of its calls") from None
 
     def check_asserts(self, code: str, asserts: list[str], seconds: float) -> None:
-        """ProgramError unless the assertions hold after the program, which may not end early."""
+        """Raise ProgramError unless the assertions hold after the program, which must not exit."""
         token = secrets.token_hex(16)
         job = {"mode": "asserts", "code": code, "asserts": asserts, "token": token}
         outcome = self._run(job, "", seconds)
@@ -110,7 +122,7 @@ class Sandbox:
             early = "it ends its process before its tests are done"
             raise ProgramError(outcome.reason or early, outcome.passed)
 
-    def _run(self, job: dict[str, Any], text: str, seconds: float) -> Outcome:
+    def _run(self, job: dict[str, Any], text: str, seconds: float) -> ProgramOutcome:
         program, job_file = self.folder / "answer.py", self.folder / "job.json"
         program.write_text(job["code"], encoding="utf-8", errors="replace", newline="")
         ends = os.pipe()
@@ -123,18 +135,26 @@ class Sandbox:
             given.write(text.encode("utf-8", "replace"))
             given.seek(0)
             job |= {
-                "memory_mb": self.memory_mb, "seconds_in_all": seconds, "output_mb": OUTPUT_MB,
-                "parent": os.getpid(), "file": str(program), "started": writer.fileno(),
+                "memory_mb": self.memory_mb,
+                "seconds_in_all": seconds,
+                "output_mb": OUTPUT_MB,
+                "parent": os.getpid(),
+                "file": str(program),
+                "started": writer.fileno(),
                 "preamble": self.preamble,
-            }  # fmt: skip
+            }
             job_file.write_text(json.dumps(job), encoding="utf-8")
             before = _seconds_of_children()
             process = subprocess.Popen(
                 [sys.executable, "-I", CHILD, str(job_file)],
-                stdin=given, stdout=written, stderr=errors, cwd=self.folder,
+                stdin=given,
+                stdout=written,
+                stderr=errors,
+                cwd=self.folder,
                 env={"PATH": os.defpath, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-                start_new_session=True, pass_fds=(writer.fileno(),),
-            )  # fmt: skip
+                start_new_session=True,
+                pass_fds=(writer.fileno(),),
+            )
             writer.close()
             code = _end_of(process, seconds * WALL)
             output, said = (_content(file) for file in (written, errors))
@@ -149,7 +169,7 @@ class Sandbox:
             reason = f"it exceeds its limit of {seconds:g} processor seconds"
         if code and len(output) >= OUTPUT_MB * 2**20:
             reason = f"it writes more than {OUTPUT_MB} MB"
-        return Outcome(status, output, reason, passed)
+        return ProgramOutcome(status, output, reason, passed)
 
 
 def _content(file: Any) -> str:
@@ -158,13 +178,16 @@ def _content(file: Any) -> str:
 
 
 def _seconds_of_children() -> float:
-    """Processor seconds of all processes that this one started and that ended."""
+    """Return the processor seconds of all processes that this one started and that ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def _end_of(process: subprocess.Popen[bytes], seconds: float) -> int:
-    """Its exit code; that of a processor limit if it takes longer than these wall seconds."""
+    """Return a process's exit code; -SIGXCPU if it takes longer than these wall seconds.
+
+    The process and all that it started are gone afterwards.
+    """
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -176,7 +199,10 @@ def _end_of(process: subprocess.Popen[bytes], seconds: float) -> int:
 
 
 def _not_started(code: int, said: str) -> Exception:
-    """Why no program ran: this machine can run none, or something went wrong this once."""
+    """Return the error that says why no program ran.
+
+    UserError where this machine can run none, SandboxError where something went wrong this once.
+    """
     if code == NO_SANDBOX:
         return UserError(
             "programs in answers run only under seccomp on Linux x86-64, which this machine "
@@ -187,7 +213,7 @@ def _not_started(code: int, said: str) -> Exception:
 
 
 def _explained(code: int, said: str, memory_mb: int) -> tuple[str, int]:
-    """What sandbox_child.py wrote of a failure in words, and how many tests went well before."""
+    """Return what sandbox_child.py wrote of a failure, in words, and how many tests passed."""
     try:
         failure = json.loads(said)
         kind, text, passed = str(failure["kind"]), str(failure["text"]), int(failure["passed"])
@@ -207,6 +233,6 @@ def _explained(code: int, said: str, memory_mb: int) -> tuple[str, int]:
 
 @contextlib.contextmanager
 def sandbox(memory_mb: int = 4096, preamble: bool = False) -> Iterator[Sandbox]:
-    """A sandbox in a temporary folder."""
+    """Make a sandbox in a temporary folder that is removed at the end."""
     with tempfile.TemporaryDirectory(prefix="iwopd-") as folder:
         yield Sandbox(Path(folder), memory_mb, preamble)

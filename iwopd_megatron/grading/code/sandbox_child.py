@@ -31,9 +31,25 @@ for name in ("sandbox_filter", "sandbox_values"):
 
 # What LiveCodeBench and PRIME import in front of a program: all names of these, in this order ...
 STARRED = (
-    "string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random",
-    "statistics", "itertools", "functools", "operator", "io", "sys", "json", "builtins", "typing",
-)  # fmt: skip
+    "string",
+    "re",
+    "datetime",
+    "collections",
+    "heapq",
+    "bisect",
+    "copy",
+    "math",
+    "random",
+    "statistics",
+    "itertools",
+    "functools",
+    "operator",
+    "io",
+    "sys",
+    "json",
+    "builtins",
+    "typing",
+)
 UNNAMED = {"builtins", "typing"}  # ... and these modules themselves, without the last two
 RECURSION_LIMIT = 600_000  # PRIME's; LiveCodeBench's is 50,000
 
@@ -47,6 +63,7 @@ class Missing(Exception):
 
 
 def main() -> None:
+    """Run the job in the file argv[1]; what it says goes to standard output and standard error."""
     sys.set_int_max_str_digits(0)  # data was made before Python had this limit
     with open(sys.argv[1], encoding="utf-8") as file:
         job = json.load(file)
@@ -75,7 +92,7 @@ def main() -> None:
 
 
 def _module(name: str, path: str) -> ModuleType:
-    """An empty module, which `import __main__`, pickle, dataclasses and typing find."""
+    """Make an empty module, which `import __main__`, pickle, dataclasses and typing find."""
     module = ModuleType(name)
     module.__dict__.update({"__file__": path, "__builtins__": builtins})
     sys.modules[name] = sys.modules["__main__"] = module
@@ -83,8 +100,8 @@ def _module(name: str, path: str) -> ModuleType:
 
 
 def _preamble() -> dict[str, Any]:
-    """The names that those harnesses provide; the program's own ones take their places."""
-    names = {}
+    """Return the names that LiveCodeBench and PRIME provide; a program may define them anew."""
+    names: dict[str, Any] = {}
     for module in map(importlib.import_module, STARRED):
         public = getattr(module, "__all__", None) or [x for x in vars(module) if x[0] != "_"]
         names |= {name: getattr(module, name) for name in public}
@@ -92,7 +109,7 @@ def _preamble() -> dict[str, Any]:
 
 
 def _count(tests: Iterator[None], path: str, errors: int, is_main: bool) -> None:
-    """Run the tests; the first failure goes to `errors` with the number of those before it."""
+    """Run the tests; write the first failure to the descriptor `errors`, with how many passed."""
     passed = 0
     try:
         for _ in tests:
@@ -116,7 +133,7 @@ def _count(tests: Iterator[None], path: str, errors: int, is_main: bool) -> None
 
 
 def _described(error: BaseException, path: str) -> dict[str, Any]:
-    """What Python would say of it, and the last line of the program that it passed."""
+    """Return what Python says of an error, and the last line of the program that it passed."""
     line = error.lineno if isinstance(error, SyntaxError) and error.filename == path else None
     for frame, number in traceback.walk_tb(error.__traceback__):
         if frame.f_code.co_filename == path:
@@ -130,13 +147,13 @@ def _compiled(job: dict[str, Any]) -> CodeType:
 
 
 def run(job: dict[str, Any], module: ModuleType, report: Any) -> Iterator[None]:
-    """The program alone, on its standard input."""
+    """Run the program on its standard input: one test."""
     exec(_compiled(job), module.__dict__)
     yield
 
 
 def call(job: dict[str, Any], module: ModuleType, report: Any) -> Iterator[None]:
-    """One line an input: the encoded result and its processor seconds; ends at a failure."""
+    """Call the function with each input; write a line [encoded result, processor seconds]."""
     provided = dict(module.__dict__)
     code = _compiled(job)
     exec(code, module.__dict__)
@@ -155,7 +172,7 @@ def call(job: dict[str, Any], module: ModuleType, report: Any) -> Iterator[None]
 def _function(
     job: dict[str, Any], module: ModuleType, code: CodeType, provided: dict[str, Any]
 ) -> Callable[..., Any]:
-    """The method of class Solution where those count, or else the program's function."""
+    """Return the method of class Solution where those count, or else the program's function."""
     name, scope = job["function"], module.__dict__
     if job["methods"] and hasattr(scope.get("Solution"), name):
         return getattr(scope["Solution"](), name)
@@ -166,7 +183,7 @@ def _function(
 
 
 def check_asserts(job: dict[str, Any], module: ModuleType, report: Any) -> Iterator[None]:
-    """The token of the job, if no assertion failed."""
+    """Run the program and its assertions; write the job's token if all held."""
     exec(_compiled(job), module.__dict__)
     for text in job.pop("asserts"):
         exec(compile(text, "<assert>", "exec", dont_inherit=True), module.__dict__)

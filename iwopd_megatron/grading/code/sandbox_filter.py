@@ -38,13 +38,16 @@ EPERM, ENOSYS = 1, 38
 
 
 def limit(job: dict[str, Any]) -> None:
-    """Memory, processor time, size of files (the output), no core dump; dies with its parent."""
+    """Limit this process's memory, processor time, files and output; it dies with its parent."""
     memory, cpu = job["memory_mb"] * 2**20, math.ceil(job["seconds_in_all"])
     for name, value in (
-        (resource.RLIMIT_AS, memory), (resource.RLIMIT_CPU, cpu), (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_FSIZE, job["output_mb"] * 2**20), (resource.RLIMIT_NOFILE, 32),
+        (resource.RLIMIT_AS, memory),
+        (resource.RLIMIT_CPU, cpu),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_FSIZE, job["output_mb"] * 2**20),
+        (resource.RLIMIT_NOFILE, 32),
         (resource.RLIMIT_STACK, min(memory, 2**26)),
-    ):  # fmt: skip
+    ):
         resource.setrlimit(name, (value, value))
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
@@ -53,7 +56,7 @@ def limit(job: dict[str, Any]) -> None:
 
 
 def confine() -> None:
-    """Install the filter for good; exits with NO_SANDBOX where that is impossible."""
+    """Install the filter for good; exit with NO_SANDBOX where that is impossible."""
     if platform.machine() != "x86_64" or sys.platform != "linux":
         os._exit(NO_SANDBOX)
     program = b"".join(struct.pack("HBBI", *step) for step in _filter())
@@ -68,7 +71,10 @@ def confine() -> None:
 
 
 def _filter() -> list[tuple[int, int, int, int]]:
-    """Classic BPF over struct seccomp_data: nr at 0, architecture at 4, arguments from 16."""
+    """Return the filter's steps (code, jump if true, jump if false, constant).
+
+    Classic BPF over struct seccomp_data: nr at 0, architecture at 4, arguments from 16.
+    """
     load, equal, is_any_bit, give = 0x20, 0x15, 0x45, 0x06
     allow, kill, error = 0x7FFF0000, 0x80000000, 0x00050000
     x86_64, not_read_only, new_thread = 0xC000003E, 0o3 | os.O_CREAT | os.O_TRUNC, 0x00010000
@@ -76,18 +82,28 @@ def _filter() -> list[tuple[int, int, int, int]]:
     temporary_file = 0x400000
     for number, argument in ((OPEN, 1), (OPENAT, 2)):
         steps += [
-            (equal, 0, 4, number), (load, 0, 0, 16 + 8 * argument),
-            (is_any_bit, 0, 1, not_read_only | temporary_file), (give, 0, 0, error | EPERM),
+            (equal, 0, 4, number),
+            (load, 0, 0, 16 + 8 * argument),
+            (is_any_bit, 0, 1, not_read_only | temporary_file),
+            (give, 0, 0, error | EPERM),
             (give, 0, 0, allow),
-        ]  # fmt: skip
+        ]
     steps += [
-        (equal, 0, 4, CLONE), (load, 0, 0, 16),
-        (is_any_bit, 1, 0, new_thread), (give, 0, 0, error | EPERM), (give, 0, 0, allow),
-    ]  # fmt: skip
+        (equal, 0, 4, CLONE),
+        (load, 0, 0, 16),
+        (is_any_bit, 1, 0, new_thread),
+        (give, 0, 0, error | EPERM),
+        (give, 0, 0, allow),
+    ]
     steps += [  # reading a limit has no new one: both halves of the pointer are 0
-        (equal, 0, 6, PRLIMIT64), (load, 0, 0, 32), (equal, 0, 3, 0), (load, 0, 0, 36),
-        (equal, 0, 1, 0), (give, 0, 0, allow), (give, 0, 0, error | EPERM),
-    ]  # fmt: skip
+        (equal, 0, 6, PRLIMIT64),
+        (load, 0, 0, 32),
+        (equal, 0, 3, 0),
+        (load, 0, 0, 36),
+        (equal, 0, 1, 0),
+        (give, 0, 0, allow),
+        (give, 0, 0, error | EPERM),
+    ]
     steps += [(equal, 0, 1, CLONE3), (give, 0, 0, error | ENOSYS)]  # glibc then uses clone
     for number in ALLOWED.values():
         steps += [(equal, 0, 1, number), (give, 0, 0, allow)]

@@ -12,17 +12,24 @@ import fractions
 import hashlib
 import marshal
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 MAX_ITEMS = 100_000  # of a result; of a larger one only a digest leaves the sandbox
 MAX_DIGITS = 200_000  # of a number that goes in or out; Python's own limit is 4300
 
+CONTAINERS: tuple[tuple[str, type[Collection[Any]]], ...] = (
+    ("list", list),
+    ("tuple", tuple),
+    ("set", set),
+    ("frozenset", frozenset),
+)
+
 
 @contextlib.contextmanager
 def long_numbers() -> Iterator[None]:
-    """Numbers of up to MAX_DIGITS are read and written while this lasts; also a decorator."""
+    """Let integers of up to MAX_DIGITS be read and written meanwhile; also a decorator."""
     before = sys.get_int_max_str_digits()
     sys.set_int_max_str_digits(MAX_DIGITS)
     try:
@@ -32,7 +39,7 @@ def long_numbers() -> Iterator[None]:
 
 
 def encode(value: Any, max_items: int | None = None) -> Any:
-    """A value as JSON: containers as [kind, items]; subclasses as what they derive from.
+    """Return a value as JSON: containers as [kind, items], subclasses as what they derive from.
 
     With `max_items`, a larger one is ["digest", SHA-256], equal for equal values of equal types.
     """
@@ -41,9 +48,9 @@ def encode(value: Any, max_items: int | None = None) -> Any:
         return ["digest", hashlib.sha256(marshal.dumps(value, 0)).hexdigest()]
     if value is None or type(value) in (bool, int, float, str):
         return value
-    for kind, items in (("list", list), ("tuple", tuple), ("set", set), ("frozenset", frozenset)):
-        if isinstance(value, items):
-            return [kind, [encode(item) for item in items.__iter__(value)]]
+    for kind, container in CONTAINERS:
+        if isinstance(value, container):  # its own __iter__, not that of a subclass
+            return [kind, [encode(item) for item in container.__iter__(value)]]
     if isinstance(value, collections.deque):
         return ["deque", [encode(item) for item in value]]
     if isinstance(value, dict):
@@ -56,9 +63,9 @@ def encode(value: Any, max_items: int | None = None) -> Any:
         return ["range", [value.start, value.stop, value.step]]
     if isinstance(value, (decimal.Decimal, fractions.Fraction)):
         return [type(value).__name__.lower(), str(value)]
-    for kind in (int, float, str):
-        if isinstance(value, kind):
-            return kind(value)
+    for scalar in (int, float, str):
+        if isinstance(value, scalar):
+            return scalar(value)
     if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
         items = value.tolist()  # a scalar's is a plain number
         return ["array", encode(items)] if isinstance(items, list) else encode(items)
@@ -66,7 +73,7 @@ def encode(value: Any, max_items: int | None = None) -> Any:
 
 
 def _items(value: Any, enough: int) -> int:
-    """Values inside a value; counting stops soon after `enough`."""
+    """Count the values inside a value; stop soon after `enough`."""
     if not isinstance(value, (list, tuple, dict, set, frozenset)):
         return 1
     count = 0
@@ -78,18 +85,18 @@ def _items(value: Any, enough: int) -> int:
 
 
 @dataclass(frozen=True)
-class Digest:
-    """Stands for a large value; equal to that of an equal one."""
+class ValueDigest:
+    """A stand-in for a large value; equal to that of an equal one."""
 
     sha256: str
 
 
 class Opaque:
-    """Stands for a value that is no data: not None, and equal to nothing."""
+    """A stand-in for a value that is no data: not None, and equal to nothing else."""
 
 
 def decode(data: Any) -> Any:
-    """What `encode` was given."""
+    """Return what `encode` was given, or a stand-in for it."""
     if not isinstance(data, list):
         return data
     kind, content = data
@@ -103,8 +110,12 @@ def decode(data: Any) -> Any:
 
         return numpy.array(decode(content))
     simple = {
-        "bytes": bytes.fromhex, "complex": lambda x: complex(*x), "range": lambda x: range(*x),
-        "decimal": decimal.Decimal, "fraction": fractions.Fraction, "opaque": lambda _: Opaque(),
-        "digest": Digest,
-    }  # fmt: skip
+        "bytes": bytes.fromhex,
+        "complex": lambda x: complex(*x),
+        "range": lambda x: range(*x),
+        "decimal": decimal.Decimal,
+        "fraction": fractions.Fraction,
+        "opaque": lambda _: Opaque(),
+        "digest": ValueDigest,
+    }
     return simple[kind](content)

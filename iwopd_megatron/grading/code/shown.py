@@ -8,7 +8,7 @@ MOST = 120  # characters
 
 
 def shown(value: Any) -> str:
-    """How Python writes a value, its middle left out if that is long."""
+    """Return how Python writes a value, its middle left out if that is longer than MOST."""
     text = repr(value)
     half = MOST // 2 - 3
     return text if len(text) <= MOST else f"{text[:half]} ... {text[-half:]}"

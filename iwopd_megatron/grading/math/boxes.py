@@ -21,13 +21,13 @@ BETWEEN = re.compile(
 
 
 def last_boxed(text: str) -> str | None:
-    """What stands in the last complete box, nested braces and all; None without one."""
+    """Return what stands in the last complete box, nested braces and all; None without one."""
     boxes = _boxes(text, most=1)
     return boxes[0][2] if boxes else None
 
 
 def last_boxes(text: str) -> list[str]:
-    """The boxes side by side at the end of a text, in their order; often only one."""
+    """Return the contents of the boxes side by side at the end of a text, in their order."""
     found = _boxes(text, most=12)
     run = found[:1]
     for box in found[1:]:
@@ -39,7 +39,7 @@ def last_boxes(text: str) -> list[str]:
 
 
 def _boxes(text: str, most: int) -> list[tuple[int, int, str]]:
-    """(start, end, content) of complete boxes, the last one first."""
+    """Return (start, end, content) of at most `most` complete boxes, the last one first."""
     found: list[tuple[int, int, str]] = []
     for match in reversed(list(COMMAND.finditer(text))):
         box = _content(text, match.end())
@@ -51,7 +51,7 @@ def _boxes(text: str, most: int) -> list[tuple[int, int, str]]:
 
 
 def _content(text: str, start: int) -> tuple[int, str] | None:
-    """Where the box that opens at `start` ends, and what it holds."""
+    """Return (end, content) of the box that opens at `start`; None if it is not complete."""
     if text[start : start + 1] != "{":
         bare = BARE.match(text, start)
         return (bare.end(), bare.group()) if bare else None
@@ -60,7 +60,10 @@ def _content(text: str, start: int) -> tuple[int, str] | None:
 
 
 def closing(text: str, start: int) -> int | None:
-    """The place of the brace that closes the one at `start`; `\\{` and `\\}` are no grouping."""
+    """Return the place of the brace that closes the one at `start`; None without one.
+
+    `\\{` and `\\}` are no grouping.
+    """
     depth, place = 0, start
     while place < len(text):
         if text[place] == "\\":

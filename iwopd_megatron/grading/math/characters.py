@@ -1,4 +1,4 @@
-"""Unicode mathematics as LaTeX: every rule of math_normalise sees one alphabet."""
+"""Unicode mathematics as LaTeX: every rule of `normalise` sees one alphabet."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ RADICAND = re.compile(
 
 
 def latex_of(text: str) -> str:
-    """The same text with LaTeX commands and ASCII in place of mathematical Unicode."""
+    """Return the text with LaTeX commands and ASCII in place of mathematical Unicode."""
     text = "".join(_narrow(character) for character in text)
     text = FRACTION.sub(_fraction, text)
     text = RADICAND.sub(_root, text)
@@ -55,7 +55,7 @@ def latex_of(text: str) -> str:
 
 
 def _narrow(character: str) -> str:
-    """Full-width characters as ASCII; mathematical bold and italic as plain."""
+    """Return a full-width, bold or italic character as a plain one, another as it is."""
     code = ord(character)
     if 0xFF01 <= code <= 0xFFE6 or 0x1D400 <= code <= 0x1D7FF:
         return unicodedata.normalize("NFKC", character)

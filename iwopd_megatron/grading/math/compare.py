@@ -42,7 +42,7 @@ MARKED = re.compile(r"\\text|\\circ|%|\\\$|_|\d\s*[A-Za-z]{2}")
 
 
 def equal(answer: Reading, reference: Reading) -> bool:
-    """Whether the answer says what the reference does."""
+    """Return whether the answer says what the reference does."""
     if not answer.whole or not reference.whole:
         return False
     if _bare(answer.whole) == _bare(reference.whole):
@@ -67,21 +67,21 @@ def equal(answer: Reading, reference: Reading) -> bool:
 
 
 def _equation(reading: Reading) -> str:
-    """The whole equation of an answer that is one, else ""."""
+    """Return the whole equation of an answer that is one, else ""."""
     if reading.name:
         return f"{reading.name}={reading.value}"
     return reading.value if "=" in reading.value else ""
 
 
 def _letters(answer: Reading, reference: Reading) -> bool | None:
-    """A choice by its letter, where both have one."""
+    """Compare choices by their letters; None unless both have one."""
     if answer.letter and reference.letter:
         return answer.letter == reference.letter
     return None
 
 
 def _words(answer: Reading, reference: Reading) -> bool | None:
-    """Words by their meaning, where either answer must be words."""
+    """Compare words by their meaning; None where neither answer must be words."""
     if ORDER.fullmatch(answer.value) and ORDER.fullmatch(reference.value):
         return _bare(answer.value) == _bare(reference.value)
     if not (math_words.is_word(answer.value) or math_words.is_word(reference.value)):
@@ -91,7 +91,7 @@ def _words(answer: Reading, reference: Reading) -> bool | None:
 
 
 def _systems(answer: Reading, reference: Reading) -> bool | None:
-    """Values by their names, or in their order beside a tuple."""
+    """Compare values by their names, or in their order beside a tuple; None for other answers."""
     mine, theirs = (named_values(x.name, x.value) for x in (answer, reference))
     if mine and theirs and mine.keys() == theirs.keys():
         return all(equal(read(mine[name]), read(theirs[name])) for name in mine)
@@ -104,33 +104,41 @@ def _systems(answer: Reading, reference: Reading) -> bool | None:
 
 
 def _pairs(answer: Reading, reference: Reading) -> Iterator[tuple[str, str]]:
-    """Values to compare: as they stand, and in every other reading."""
+    """Yield pairs of values to compare: as they stand, and in every other reading."""
     mine, theirs = both_signs(answer.value), both_signs(reference.value)
     if {answer.unit, reference.unit} != {"degree", "rad"}:
         yield _radians(mine), _radians(theirs)
     if (answer.unit == "percent") != (reference.unit == "percent"):
-        yield tuple(
-            rf"\frac{{{x}}}{{100}}" if side.unit == "percent" else x
-            for x, side in ((mine, answer), (theirs, reference))
-        )
+        yield _hundredths(mine, answer.unit), _hundredths(theirs, reference.unit)
     if (answer.unit == "degree") != (reference.unit == "degree"):
-        yield tuple(
-            rf"({x})\frac{{\pi}}{{180}}" if side.unit == "degree" else x
-            for x, side in ((mine, answer), (theirs, reference))
-        )
+        yield _angle(mine, answer.unit), _angle(theirs, reference.unit)
     if "^\\circ" in mine + theirs and not FUNCTION.search(mine + theirs):
         yield mine.replace("^\\circ", ""), theirs.replace("^\\circ", "")
     if LOGARITHM.search(mine) or LOGARITHM.search(theirs):
         yield LOGARITHM.sub(r"\\ln", mine), LOGARITHM.sub(r"\\ln", theirs)
     yield from _commas(answer, reference)
     for x, y in ((mine, theirs), (theirs, mine)):
-        if COLUMN.fullmatch(x) and inside(y, "(", ")"):
-            column = "(" + COLUMN.fullmatch(x)[1].replace(r"\\", ",") + ")"
+        matrix = COLUMN.fullmatch(x)
+        if matrix and inside(y, "(", ")"):
+            column = "(" + matrix[1].replace(r"\\", ",") + ")"
             yield (column, y) if x is mine else (y, column)
 
 
+def _hundredths(value: str, unit: str) -> str:
+    """Return a percentage as a fraction, another value as it is."""
+    return rf"\frac{{{value}}}{{100}}" if unit == "percent" else value
+
+
+def _angle(value: str, unit: str) -> str:
+    """Return an angle in degrees as a multiple of pi, another value as it is."""
+    return rf"({value})\frac{{\pi}}{{180}}" if unit == "degree" else value
+
+
 def _commas(answer: Reading, reference: Reading) -> Iterator[tuple[str, str]]:
-    """Readings of commas between digits, which normalise has taken for groups of thousands."""
+    """Yield pairs in which commas between digits are read as a list, or as a decimal comma.
+
+    `normalise` has taken them for groups of thousands.
+    """
     for mine, theirs in ((answer, reference), (reference, answer)):
         written = re.sub(r"\s", "", mine.raw)
         if GROUPED.match(written) or INDIAN.match(written):
@@ -144,13 +152,14 @@ def _commas(answer: Reading, reference: Reading) -> Iterator[tuple[str, str]]:
 
 
 def _radians(text: str) -> str:
-    """Angles in degrees within an expression as multiples of pi."""
+    """Return an expression with the angles in degrees within it as multiples of pi."""
     if not FUNCTION.search(text):
         return text
     return re.sub(
         r"(\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\}|\([^()]*\)|\{[^{}]*\})\s*\^\\circ",
-        r"(\\frac{\1\\pi}{180})", text,
-    )  # fmt: skip
+        r"(\\frac{\1\\pi}{180})",
+        text,
+    )
 
 
 def _same_value(answer: str, reference: str) -> bool:
@@ -179,7 +188,10 @@ def _is_tuple(text: str) -> bool:
 
 
 def _same_members(answer: Reading, reference: Reading) -> bool:
-    """Lists member by member, for members that have units, bases or words."""
+    """Return whether two lists agree member by member.
+
+    Only for members that have units, bases or words.
+    """
     if not MARKED.search(answer.whole + reference.whole):
         return False
     mine, theirs = (members(inside(x.whole, r"\{", r"\}") or x.whole) for x in (answer, reference))

@@ -1,8 +1,8 @@
 """Math answers: the last box of a response against the reference answer.
 
-math_boxes finds the box, math_normalise gives an answer one spelling, math_readings takes it apart,
-math_compare compares (by math_units, math_words, math_kinds, math_regions), math-verify judges
-expressions (math_values), and math_guards refuses what it takes for equal too easily.
+`boxes` finds the box, `normalise` gives an answer one spelling, `readings` takes it apart,
+`compare` compares (by `units`, `words`, `kinds`, `regions`), math-verify judges expressions
+(`values`), and `guards` refuses what it takes for equal too easily.
 
 No time limit here (math-verify's uses signals, which a C loop ignores): grading runs in a process
 that is killed.
@@ -27,7 +27,7 @@ def prepare() -> None:
 
 
 def is_right(response: str, answer: str) -> bool:
-    """Whether the last box holds the answer; a response without a box is wrong."""
+    """Return whether the last box of a response holds the answer; without a box it is wrong."""
     content = last_boxed(response)
     if content is None:
         return False
@@ -55,7 +55,10 @@ def check_reference(answer: str) -> None:
 
 
 def explain(response: str, answer: str) -> str:
-    """How both sides were read and whether they agree, as a phrase; the response has a box."""
+    """Return in a phrase how both sides were read and whether they agree.
+
+    For responses that have a box.
+    """
     reference = last_boxed(answer) or answer
     right = is_right(response, answer)
     one = last_boxed(response)
@@ -72,5 +75,5 @@ def explain(response: str, answer: str) -> str:
 
 
 def is_equal(content: str, answer: str) -> bool:
-    """Whether two LaTeX answers mean the same."""
+    """Return whether two LaTeX answers mean the same."""
     return math_compare.equal(read(content), read(answer))

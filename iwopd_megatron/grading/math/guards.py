@@ -18,7 +18,10 @@ PLACES, SIGNIFICANT, SIGNIFICANT_BESIDE_EXACT = 6, 6, 5
 
 
 def decimals(answer: str, reference: str) -> bool | None:
-    """Whether two decimals as written are equal or one is the other rounded; None for others."""
+    """Return whether two decimals as written are equal or one is the other rounded.
+
+    None where either text is no decimal.
+    """
     import sympy
 
     if not all(re.fullmatch(r"[-+]?\d*\.\d+", text) for text in (answer, reference)):
@@ -36,7 +39,7 @@ def decimals(answer: str, reference: str) -> bool | None:
 
 
 def agree(answer: Any, reference: Any) -> bool:
-    """Whether nothing speaks against two values that math-verify takes for equal."""
+    """Return whether two sympy values that math-verify takes for equal pass the guards."""
     import sympy
 
     if isinstance(answer, sympy.Equality) and isinstance(reference, sympy.Equality):
@@ -55,7 +58,10 @@ def agree(answer: Any, reference: Any) -> bool:
 
 
 def _same_equations(answer: Any, reference: Any) -> bool:
-    """math-verify takes two equations without solutions for equal, whatever they say."""
+    """Return whether two equations say the same in the same letters.
+
+    math-verify takes two equations without solutions for equal, whatever they say.
+    """
     import sympy
 
     if answer.lhs == reference.lhs:
@@ -96,27 +102,27 @@ def _agree(answer: Any, reference: Any) -> bool:
 
 
 def _exact(value: Any) -> Any:
-    """Decimals as the fractions that they write."""
+    """Return a value with its decimals replaced by the fractions that they write."""
     import sympy
 
     return value.xreplace({x: sympy.Rational(str(x)) for x in value.atoms(sympy.Float)})
 
 
 def _rounded(left: Any, right: Any) -> bool:
-    """Whether one is the other rounded, with enough places and figures."""
-    places = [_places(x) for x in (left, right)]
-    if None in places:  # one does not terminate: math-verify has compared six places
-        decimal = left if places[1] is None else right
+    """Return whether one rational is the other rounded, with enough places and figures."""
+    mine, theirs = _places(left), _places(right)
+    if mine is None or theirs is None:  # it does not terminate: math-verify has compared six places
+        decimal = left if theirs is None else right
         return _figures(decimal) >= SIGNIFICANT_BESIDE_EXACT and _is_close(left, right, ROUNDED)
-    short, long = (left, right) if places[0] < places[1] else (right, left)
-    kept = min(places)
+    short, long = (left, right) if mine < theirs else (right, left)
+    kept = min(mine, theirs)
     if kept < PLACES or _figures(short) < SIGNIFICANT:
         return False
     return abs(short - long) * 2 * 10**kept <= 1
 
 
 def _places(value: Any) -> int | None:
-    """Decimal places of a rational; None if it does not terminate."""
+    """Return the decimal places of a rational; None if it does not terminate."""
     rest, twos, fives = value.q, 0, 0
     while rest % 2 == 0:
         rest, twos = rest // 2, twos + 1
@@ -126,13 +132,16 @@ def _places(value: Any) -> int | None:
 
 
 def _figures(value: Any) -> int:
-    """Significant figures of a terminating decimal as written."""
+    """Return the significant figures of a terminating decimal as written; 0 for others."""
     places = _places(value) if value.is_Rational else None
     return 0 if places is None else len(str(abs(value.p) * 10**places // value.q))
 
 
 def _is_close(left: Any, right: Any, tolerance: float) -> bool:
-    """|left - right| relative to the larger one; nothing is said of what has no number."""
+    """Return whether |left - right| is within `tolerance` times the larger one.
+
+    True where either has no numerical value.
+    """
     if not (left.is_number and right.is_number):
         return True
     if left.is_infinite or right.is_infinite or left.is_zero or right.is_zero:

@@ -8,11 +8,10 @@ minutes, and in the half of the day where the reference names it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from typing import NamedTuple
 
-BASES = dict(zip(
-    "two three four five six seven eight nine ten eleven twelve".split(), range(2, 13), strict=True
-)) | {"sixteen": 16}  # fmt: skip
+_NAMES = "two three four five six seven eight nine ten eleven twelve".split()
+BASES = {name: base for base, name in enumerate(_NAMES, 2)} | {"sixteen": 16}
 TEXT = r"(?:\\text\s*\{\s*)?"
 NUMERAL = re.compile(
     rf"\(?\s*{TEXT}([\dA-F]*\d[\dA-F]*|[A-F]{{2,}})\s*\}}?\s*\)?\s*(?:_\s*\{{?\s*{TEXT}\(?(?:base\s*\}}?\s*)?(\d+|[a-z]+)\)?\s*\}}?\s*\}}?"
@@ -27,8 +26,16 @@ TIME = re.compile(
 )
 
 
+class Congruence(NamedTuple):
+    """`subject = residues (mod modulus)`; the subject is "" where there is none."""
+
+    subject: str
+    residues: frozenset[int | str]
+    modulus: str
+
+
 def compare(answer: str, reference: str) -> bool | None:
-    """Whether two normalised answers of one of these kinds agree; None if neither is of any."""
+    """Return whether two normalised answers of one kind agree; None if neither is of any."""
     for kind in (_times, _congruences, _numerals):
         verdict = kind(answer, reference)
         if verdict is not None:
@@ -37,7 +44,7 @@ def compare(answer: str, reference: str) -> bool | None:
 
 
 def is_one(text: str) -> bool:
-    """Whether a normalised answer is of one of these kinds."""
+    """Return whether a normalised answer is of one of these kinds."""
     return any(pattern.fullmatch(text) for pattern in (TIME, MODULUS, NUMERAL))
 
 
@@ -61,31 +68,33 @@ def _base(numeral: re.Match[str]) -> int | str:
 
 def _congruences(answer: str, reference: str) -> bool | None:
     mine, theirs = _congruence(answer), _congruence(reference)
-    if mine is None and theirs is None:
-        return None
-    if mine is None or theirs is None:
-        has, other = (mine, reference) if mine else (theirs, answer)
-        # a residue alone, where the congruence says of nothing that it is one
-        return has[0] == "" and re.fullmatch(r"-?\d+", other) is not None and (
-            _residues(other, has[2]) == has[1]
-        )  # fmt: skip
-    named = mine[0] and theirs[0]
-    return mine[1:] == theirs[1:] and (not named or mine[0] == theirs[0])
+    if mine is not None and theirs is not None:
+        named = mine.subject and theirs.subject
+        is_same = (mine.residues, mine.modulus) == (theirs.residues, theirs.modulus)
+        return is_same and (not named or mine.subject == theirs.subject)
+    if mine is not None:
+        return _is_its_residue(mine, reference)
+    return None if theirs is None else _is_its_residue(theirs, answer)
 
 
-def _congruence(text: str) -> tuple[str, frozenset[int | str], str] | None:
-    """(what is congruent, residues, modulus)."""
+def _is_its_residue(congruence: Congruence, number: str) -> bool:
+    """Return whether a number alone is the residue of a congruence without a subject."""
+    is_lone = congruence.subject == "" and re.fullmatch(r"-?\d+", number) is not None
+    return is_lone and _residues(number, congruence.modulus) == congruence.residues
+
+
+def _congruence(text: str) -> Congruence | None:
     match = MODULUS.fullmatch(text)
     if match is None:
         return None
     left, equivalent, right = match[1].rpartition(r"\equiv")
     if not equivalent:
         left, _, right = match[1].rpartition("=")
-    return left.replace(" ", ""), _residues(right, match[2]), match[2]
+    return Congruence(left.replace(" ", ""), _residues(right, match[2]), match[2])
 
 
 def _residues(text: str, modulus: str) -> frozenset[int | str]:
-    """Members of a list, reduced where they are numbers."""
+    """Return the members of a list, reduced by the modulus where they are numbers."""
     text = re.sub(r"\\text\s*\{\s*(?:or|and)\s*\}|\bor\b|\\[{}]", ",", text)
     found: set[int | str] = set()
     for part in filter(None, (piece.replace(" ", "") for piece in text.split(","))):
@@ -101,6 +110,6 @@ def _times(answer: str, reference: str) -> bool | None:
     mine, theirs = TIME.fullmatch(answer), TIME.fullmatch(reference)
     if not (mine and theirs):
         return None
-    same: Callable[[int], bool] = lambda i: int(mine[i] or 0) == int(theirs[i] or 0)  # noqa: E731
+    is_same = all(int(mine[i] or 0) == int(theirs[i] or 0) for i in (1, 2, 3))
     half = not mine[4] or not theirs[4] or mine[4].lower() == theirs[4].lower()
-    return same(1) and same(2) and same(3) and half
+    return is_same and half

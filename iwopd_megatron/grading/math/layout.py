@@ -43,7 +43,7 @@ CONTINUES = re.compile(r"\s*(?:[=<>+\-]|\\(?:le|ge|approx|equiv|cdot|times|ne)\b
 
 
 def unwrap(text: str) -> str:
-    """The same answer without fonts, colours and environments; a matrix is always a pmatrix."""
+    """Return the answer without fonts, colours and environments; a matrix becomes a pmatrix."""
     text = PAINT.sub(" ", text)
     text = ENVIRONMENT.sub(_lines, SYSTEM.sub(_lines, text))
     text = ROMAN.sub(
@@ -58,14 +58,14 @@ def unwrap(text: str) -> str:
 
 
 def strip_braces(text: str) -> str:
-    """Without braces that enclose the whole text and group nothing."""
+    """Return the text without braces that enclose all of it."""
     while text.startswith("{") and closing(text, 0) == len(text) - 1:
         text = text[1:-1].strip()
     return text
 
 
 def _lines(match: re.Match[str]) -> str:
-    """Lines as a list, or as one line where the next goes on with a relation."""
+    """Join the lines of an environment to a list, or to one line where a relation goes on."""
     out = ""
     for line in re.split(r"\\\\(?:\[[^\]]*\])?", match[2].replace("&", " ")):
         if line.strip():

@@ -10,7 +10,7 @@ OPEN, CLOSE = "([{", ")]}"
 
 
 def members(text: str) -> list[str]:
-    """What commas, semicolons and `or` outside all brackets divide; one member without any."""
+    """Return what commas, semicolons and `or` outside all brackets divide: at least one member."""
     found, depth, start, place = [], 0, 0, 0
     while place < len(text):
         depth += (text[place] in OPEN) - (text[place] in CLOSE)
@@ -25,7 +25,7 @@ def members(text: str) -> list[str]:
 
 
 def inside(text: str, opening: str, closing: str) -> str | None:
-    """What one pair of brackets around the whole text holds; None if none encloses all of it."""
+    """Return what one pair of brackets around the whole text holds; None if none encloses it."""
     text = text.strip()
     if not (text.startswith(opening) and text.endswith(closing) and len(text) > len(opening)):
         return None
@@ -38,7 +38,10 @@ def inside(text: str, opening: str, closing: str) -> str | None:
 
 
 def named_values(name: str, value: str) -> dict[str, str] | None:
-    """`x = 1, y = 2` or `(x, y) = (1, 2)` by name; None but for several names, each once."""
+    """Return the values of `x = 1, y = 2` or `(x, y) = (1, 2)` by name.
+
+    None unless there are several names, each once.
+    """
     names, values = (members(inside(text, "(", ")") or "") for text in (name, value))
     if len(names) == len(values) > 1 and all(map(VARIABLE.fullmatch, names)):
         pairs = list(zip(names, values, strict=True))
@@ -51,7 +54,7 @@ def named_values(name: str, value: str) -> dict[str, str] | None:
 
 
 def both_signs(text: str) -> str:
-    """A list in which every member with `\\pm` or `\\mp` stands twice, its signs taken together."""
+    """Return a list with every member with `\\pm` or `\\mp` twice, its signs taken together."""
     if not re.search(r"\\[pm]m(?![a-zA-Z])|\\mp(?![a-zA-Z])", text):
         return text
     inner = inside(text, r"\{", r"\}")

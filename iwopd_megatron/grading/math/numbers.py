@@ -20,16 +20,22 @@ MOST_DOUBLE_FACTORIAL = 3000
 
 
 def plain_numbers(text: str) -> str:
-    """Numbers as digits, decimal points, fractions and powers of ten."""
+    """Rewrite numbers with digits, decimal points, fractions and powers of ten only."""
     for spelling in (
-        _fractions, _separators, _repeating, _scientific, _mixed, _words, _double_factorials,
-    ):  # fmt: skip
+        _fractions,
+        _separators,
+        _repeating,
+        _scientific,
+        _mixed,
+        _words,
+        _double_factorials,
+    ):
         text = spelling(text)
     return text
 
 
 def _separators(text: str) -> str:
-    """Groups of three digits joined; `{,}` before anything else is a decimal comma."""
+    """Join groups of three digits; `{,}` before anything else is a decimal comma."""
     text = re.sub(r"(?<=\d)\s*\{\s*,\s*\}\s*(?=\d{3}(?:\D|$))", "", text)
     text = re.sub(r"(?<=\d)\{\s*,\s*\}(?=\d)", ".", text)
     # blanks and apostrophes between groups of three
@@ -53,13 +59,14 @@ def _separators(text: str) -> str:
 
 
 def _repeating(text: str) -> str:
-    """`0.1\\overline{6}` as a fraction, and `0.333\\ldots`, where a figure ends three times."""
+    """Rewrite `0.1\\overline{6}`, and `0.333\\ldots` with a figure three times, as fractions."""
     # two dots mark the first and the last figure that repeat
     text = re.sub(r"\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?", r"\\overline{\1\2\3}", text)
     text = re.sub(
         r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot|overbar)\s*\{?(\d+)\}?|\((\d+)\))",
-        lambda m: _fraction(m[1], m[2], m[3] or m[4]), text,
-    )  # fmt: skip
+        lambda m: _fraction(m[1], m[2], m[3] or m[4]),
+        text,
+    )
     dots = r"(?:\\(?:ldots|dots|cdots)\s*|\.\.\.)"
     return re.sub(rf"(\d*)\.(\d*?)(\d+?)\3\3+{dots}", lambda m: _fraction(m[1], m[2], m[3]), text)
 
@@ -71,15 +78,16 @@ def _fraction(whole: str, fixed: str, repeated: str) -> str:
 
 
 def _scientific(text: str) -> str:
-    """`1.5e3` and `1.5E+3`, as programs print them."""
+    """Rewrite `1.5e3` and `1.5E+3`, as programs print them, as products with a power of ten."""
     return re.sub(
         r"(?<![\w.\\])(\d+(?:\.\d+)?)[eE]([+-]?)0*(\d+)(?![\w.])",
-        lambda m: rf"{m[1]}\cdot 10^{{{m[2].strip('+')}{m[3]}}}", text,
-    )  # fmt: skip
+        lambda m: rf"{m[1]}\cdot 10^{{{m[2].strip('+')}{m[3]}}}",
+        text,
+    )
 
 
 def _fractions(text: str) -> str:
-    """One command for fractions of every size, and braces around both parts."""
+    """Rewrite fractions, binomials and roots with one command each and braces around arguments."""
     text = re.sub(r"\\(?:[dtc]|nice|s|x|flat)frac(?![a-zA-Z])", r"\\frac", text)
     text = re.sub(r"\^\{?(\d+)\}?\s*/\s*_\{?(\d+)\}?", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\{([^{}]*)\\over\s+([^{}]*)\}", r"\\frac{\1}{\2}", text)
@@ -95,13 +103,14 @@ def _fractions(text: str) -> str:
 
 
 def _braced(text: str, command: str, count: int) -> str:
-    """`\\frac\\pi4` and `\\sqrt2` with braces around what TeX takes for their arguments."""
+    """Put braces around what TeX takes for arguments, as in `\\frac\\pi4` and `\\sqrt2`."""
     place = text.rfind(command)
     while place != -1:
         after = place + len(command)
         if not text[after : after + 1].isalpha():
             option = OPTION.match(text, after)
-            head, rest = option[0], text[option.end() :]
+            head = option[0] if option else ""
+            rest = text[after + len(head) :]
             for _ in range(count):
                 argument, rest = _argument(rest)
                 head += argument
@@ -111,7 +120,7 @@ def _braced(text: str, command: str, count: int) -> str:
 
 
 def _argument(text: str) -> tuple[str, str]:
-    """(one argument in braces, what follows); nothing is added where nothing can be one."""
+    """Return (the first argument in braces, what follows); ("", text) where there is none."""
     text = text.lstrip()
     if text.startswith("{"):
         end = closing(text, 0)
@@ -121,21 +130,22 @@ def _argument(text: str) -> tuple[str, str]:
 
 
 def _mixed(text: str) -> str:
-    """`1 1/2` is one and a half, `1\\frac12` too."""
+    """Rewrite mixed numbers: `1 1/2` is one and a half, `1\\frac12` too."""
     text = re.sub(r"(?<![\d.,/^_{])(\d+) (\d+)\s*/\s*(\d+)(?![\d/.])", r"\1\\frac{\2}{\3}", text)
     return re.sub(r"(?<=\d) (?=\\frac\{\d+\}\{\d+\})", "", text)
 
 
 def _words(text: str) -> str:
-    """`5\\text{ million}` is five times a power of ten."""
+    """Rewrite `5\\text{ million}` as five times a power of ten."""
     return re.sub(
         rf"(?<=\d)\s*(\\text\s*\{{\s*)?({'|'.join(POWERS)})\b\s*(\}}?)",
-        lambda m: rf"\cdot 10^{{{POWERS[m[2]]}}}" + (m[1] or "" if not m[3] else ""), text,
-    )  # fmt: skip
+        lambda m: rf"\cdot 10^{{{POWERS[m[2]]}}}" + (m[1] or "" if not m[3] else ""),
+        text,
+    )
 
 
 def _double_factorials(text: str) -> str:
-    """`5!!` is 5 * 3 * 1, no factorial of a factorial."""
+    """Compute double factorials: `5!!` is 5 * 3 * 1, no factorial of a factorial."""
 
     def product(match: re.Match[str]) -> str:
         number = int(match[1])

@@ -61,7 +61,7 @@ class Reading(NamedTuple):
 
 
 def read(text: str) -> Reading:
-    """The reading of LaTeX as it stands in a box or a data file."""
+    """Return the parts of LaTeX as it stands in a box or a data file."""
     whole = normalise(text)
     letter, rest = math_words.choice(whole)
     rest = rest or whole
@@ -76,7 +76,7 @@ def read(text: str) -> Reading:
 
 
 def _name(text: str) -> tuple[str, str]:
-    """(what stands before an equals sign, what stands behind the last one)."""
+    """Return (what stands before an equals sign or "", what stands behind the last one)."""
     match = NAME.fullmatch(text)
     if not match or RELATION.search(text) or len(members(match[2])) > 1:
         return "", text
@@ -86,13 +86,13 @@ def _name(text: str) -> tuple[str, str]:
 
 
 def _without_free(text: str) -> str:
-    """Without a last clause that lets letters be any number."""
+    """Return the text without a last clause that lets letters be any number."""
     match = FREE.search(text)
     return text[: match.start()] if match and match.start() else text
 
 
 def _family(text: str) -> str:
-    """Without the domain of a letter for all integers, which is called k."""
+    """Return the text without the domain of a letter for all integers; the letter becomes k."""
     match = FAMILY.search(text)
     if not match or not match.start():
         return text
@@ -100,12 +100,12 @@ def _family(text: str) -> str:
 
 
 def describe(text: str) -> str:
-    """How an answer was read, for people."""
+    """Return in words for people how an answer was read."""
     reading = read(text)
     value = parse(reading.value)
     shown = reading.value or reading.whole or "nothing"
     if math_words.is_word(reading.value):
-        shown = math_words.word(reading.value)
+        shown = math_words.word(reading.value) or shown
     elif len(shown) > 1 and not math_kinds.is_one(reading.value) and is_exact(value):
         shown = str(value)
     choice = f"({reading.letter}) " if reading.letter and reading.letter != reading.value else ""

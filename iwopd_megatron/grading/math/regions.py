@@ -21,11 +21,12 @@ FRENCH = re.compile(r"([\[\]])([^\[\](),;]*)([,;])([^\[\](),;]*)([\[\]])")
 
 
 _REALS = r"\\mathbb\{R\}\s*"
+# parts of the real line by their symbols, as patterns, and as intervals for `re.sub`
 HALVES = {
-    re.compile(_REALS + r"(?:\^\s*\{?\s*\+\s*\}?|_\s*\{?\s*(?:>\s*0|\+)\s*\}?)"): r"(0,\infty)",
-    re.compile(_REALS + r"(?:\^\s*\{?\s*-\s*\}?|_\s*\{?\s*<\s*0\s*\}?)"): r"(-\infty,0)",
-    re.compile(_REALS + r"_\s*\{?\s*\\ge\s*0\s*\}?"): r"[0,\infty)",
-    re.compile(_REALS + r"\^\s*\{?\s*(?:\*|\\ast|\\times)\s*\}?"): r"\mathbb{R}\setminus\{0\}",
+    re.compile(_REALS + r"(?:\^\s*\{?\s*\+\s*\}?|_\s*\{?\s*(?:>\s*0|\+)\s*\}?)"): r"(0,\\infty)",
+    re.compile(_REALS + r"(?:\^\s*\{?\s*-\s*\}?|_\s*\{?\s*<\s*0\s*\}?)"): r"(-\\infty,0)",
+    re.compile(_REALS + r"_\s*\{?\s*\\ge\s*0\s*\}?"): r"[0,\\infty)",
+    re.compile(_REALS + r"\^\s*\{?\s*(?:\*|\\ast|\\times)\s*\}?"): r"\\mathbb{R}\\setminus\\{0\\}",
 }
 
 
@@ -37,7 +38,7 @@ class Region(NamedTuple):
 
 
 def plain_intervals(text: str) -> str:
-    """Reversed brackets as round ones, semicolons in brackets as commas."""
+    """Rewrite reversed brackets as round ones, and semicolons in brackets as commas."""
     if re.search(r"^\s*\]|\[\s*$|\\cup\s*\]|\[\s*\\cup", text):
         text = FRENCH.sub(
             lambda m: (
@@ -49,12 +50,12 @@ def plain_intervals(text: str) -> str:
         # a comma beside semicolons is a decimal comma
         text = re.sub(r"(?<=\d),(?=\d)", ".", text).replace(";", ",")
     for pattern, interval in HALVES.items():
-        text = pattern.sub(lambda _, found=interval: found, text)
+        text = pattern.sub(interval, text)
     return text.replace(r"+\infty", r"\infty")
 
 
 def same_region(answer: str, reference: str) -> bool:
-    """Whether both describe the same set of reals, one of them by a condition or a union."""
+    """Return whether both describe the same set of reals."""
     mine, theirs = region(answer), region(reference)
     if (
         mine is None
@@ -68,7 +69,7 @@ def same_region(answer: str, reference: str) -> bool:
 
 
 def region(text: str) -> Region | None:
-    """What a condition, an interval or a union of them describes; None for anything else."""
+    """Return the set that a condition, an interval or a union describes; None for other texts."""
     import sympy
 
     letter = ""
@@ -87,13 +88,17 @@ def region(text: str) -> Region | None:
 
 
 def _condition(text: str) -> Region | None:
-    """Alternatives joined by `or`; commas within one narrow it, unless nothing were left."""
+    """Return the set of alternatives joined by `or`, all in one letter; None for other texts.
+
+    Commas within an alternative narrow it, unless nothing were left: then they widen it.
+    """
     import sympy
 
     found, letters = sympy.S.EmptySet, set()
     for alternative in re.split(r"\s+or\s+|\\cup(?![a-zA-Z])", text):
-        parts = [_chain(part) for part in alternative.split(",")]
-        if not all(parts):
+        chains = [_chain(part) for part in alternative.split(",")]
+        parts = [chain for chain in chains if chain is not None]
+        if len(parts) < len(chains):
             return None
         letters |= {part.letter for part in parts}
         both = sympy.Intersection(*(part.numbers for part in parts))
@@ -102,7 +107,7 @@ def _condition(text: str) -> Region | None:
 
 
 def _chain(text: str) -> Region | None:
-    """One relation or a chain like `1 < x \\le 2` in one letter, solved."""
+    """Solve one relation or a chain like `1 < x \\le 2` in one letter; None for other texts."""
     import sympy
 
     pieces = RELATION.split(text)

@@ -13,28 +13,56 @@ import re
 from typing import NamedTuple
 
 UNITS = {
-    "m": "m meter meters metre metres", "cm": "cm centimeter centimeters centimetre centimetres",
-    "mm": "mm millimeter millimeters millimetre millimetres", "dm": "dm decimeter decimeters",
-    "km": "km kilometer kilometers kilometre kilometres", "in": "in inch inches",
-    "ft": "ft foot feet", "yd": "yd yard yards", "mi": "mi mile miles",
-    "g": "g gram grams gramme grammes", "kg": "kg kilogram kilograms kilo kilos",
+    "m": "m meter meters metre metres",
+    "cm": "cm centimeter centimeters centimetre centimetres",
+    "mm": "mm millimeter millimeters millimetre millimetres",
+    "dm": "dm decimeter decimeters",
+    "km": "km kilometer kilometers kilometre kilometres",
+    "in": "in inch inches",
+    "ft": "ft foot feet",
+    "yd": "yd yard yards",
+    "mi": "mi mile miles",
+    "g": "g gram grams gramme grammes",
+    "kg": "kg kilogram kilograms kilo kilos",
     "mg": "mg milligram milligrams",
-    "ton": "ton tons tonne tonnes", "lb": "lb lbs pound pounds", "oz": "oz ounce ounces",
-    "s": "s sec secs second seconds", "min": "min mins minute minutes", "h": "h hr hrs hour hours",
-    "ms": "ms millisecond milliseconds", "day": "day days", "week": "week weeks",
+    "ton": "ton tons tonne tonnes",
+    "lb": "lb lbs pound pounds",
+    "oz": "oz ounce ounces",
+    "s": "s sec secs second seconds",
+    "min": "min mins minute minutes",
+    "h": "h hr hrs hour hours",
+    "ms": "ms millisecond milliseconds",
+    "day": "day days",
+    "week": "week weeks",
     "month": "month months",
-    "year": "year years yr yrs", "L": "l liter liters litre litres",
+    "year": "year years yr yrs",
+    "L": "l liter liters litre litres",
     "mL": "ml milliliter milliliters",
-    "gal": "gal gallon gallons", "mi/h": "mph", "km/h": "kmh kph kmph",
+    "gal": "gal gallon gallons",
+    "mi/h": "mph",
+    "km/h": "kmh kph kmph",
     "rad": "rad rads radian radians",
-    "degree": "deg degree degrees", "percent": "percent percentage pct",
+    "degree": "deg degree degrees",
+    "percent": "percent percentage pct",
     "dollar": "dollar dollars usd",
-    "cent": "cent cents", "euro": "euro euros eur", "yen": "yen", "rupee": "rupee rupees rs",
-    "K": "kelvin kelvins", "degreeC": "celsius", "degreeF": "fahrenheit", "N": "n newton newtons",
-    "J": "j joule joules", "W": "w watt watts", "V": "v volt volts", "A": "ampere amperes amp amps",
-    "Hz": "hz hertz", "Pa": "pa pascal pascals", "mol": "mol mole moles", "acre": "acre acres",
+    "cent": "cent cents",
+    "euro": "euro euros eur",
+    "yen": "yen",
+    "rupee": "rupee rupees rs",
+    "K": "kelvin kelvins",
+    "degreeC": "celsius",
+    "degreeF": "fahrenheit",
+    "N": "n newton newtons",
+    "J": "j joule joules",
+    "W": "w watt watts",
+    "V": "v volt volts",
+    "A": "ampere amperes amp amps",
+    "Hz": "hz hertz",
+    "Pa": "pa pascal pascals",
+    "mol": "mol mole moles",
+    "acre": "acre acres",
     "ha": "ha hectare hectares",
-}  # fmt: skip
+}
 CANONICAL = {spelling: unit for unit, group in UNITS.items() for spelling in group.split()}
 SIGNS = {r"\$": "dollar", "€": "euro", "£": "pound sterling", "¥": "yen", "₹": "rupee"}
 LIST_WORDS = r"(?:and|or|if|for|where|when|with|mod|not|else|otherwise)\b"
@@ -55,14 +83,14 @@ QUOTIENT = re.compile(
 
 
 class Quantity(NamedTuple):
-    """A value's LaTeX and its unit: a known one, "" without, "?" where the words name none."""
+    """A value's LaTeX and its unit: a name of UNITS, "" without one, "?" for unknown words."""
 
     value: str
     unit: str
 
 
 def split_unit(text: str) -> Quantity:
-    """What stands before a unit at the end (or after a currency sign), and the unit."""
+    """Split a normalised answer into its value and the unit at its end or before it (currency)."""
     text = re.sub(r"^\\text\s*\{\s*(-?[\d./,]+)\s+([^{}]*)\}", r"\1 \\text{\2}", text)
     text = re.sub(r"^\\text\s*\{\s*(-?[\d./,]+)\s*\}$", r"\1", text)
     text = re.sub(r"\\text\s*\{\s*(\\\$|[€£¥₹])\s*\}", r"\1", text)
@@ -83,7 +111,7 @@ def split_unit(text: str) -> Quantity:
 
 
 def _plain(text: str) -> re.Match[str] | None:
-    """A match of words that are a unit, or no product of letters."""
+    """Return (value, words) of words that are a unit or no product of letters; None for others."""
     match = PLAIN.fullmatch(text)
     if match and all(_is_noun(word, match[1]) for word in re.split(r"[ /]+", match[2].strip())):
         return match
@@ -91,7 +119,10 @@ def _plain(text: str) -> re.Match[str] | None:
 
 
 def _is_noun(word: str, value: str) -> bool:
-    """Letters in alphabetical order are factors; one is a unit beside a plain number only."""
+    """Return whether a word names something: letters in alphabetical order are factors instead.
+
+    A single letter is a unit beside a plain number only.
+    """
     letters = re.sub(r"\W.*", "", word)
     if len(letters) == 1:
         return letters in "mgshL" and re.fullmatch(r"-?[\d.]+", value) is not None
@@ -100,7 +131,7 @@ def _is_noun(word: str, value: str) -> bool:
 
 
 def agree(answer: str, reference: str) -> bool:
-    """Whether the answer's unit is the reference's, as far as both name a known one."""
+    """Return whether the answer's unit is the reference's, as far as both name a known one."""
     if {answer, reference} == {"degree", "rad"}:
         return True  # the values are compared in radians
     if "?" in (answer, reference) or not reference or not answer or answer == reference:
@@ -109,7 +140,7 @@ def agree(answer: str, reference: str) -> bool:
 
 
 def _name(text: str) -> str:
-    """A unit's one name, e.g. `m/s^2`; "?" for other words."""
+    """Return the one name of a unit in words, e.g. `m/s^2`; "?" for other words."""
     text = re.sub(r"\\text\s*\{([^{}]*(?:\{\d\})?)\}", r"\1", text).replace(r"\cdot", " ")
     text = re.sub(r"[{}.\s]+", " ", text).replace(" ^", "^").replace("^ ", "^").strip().lower()
     text = re.sub(r"\bper\b", "/", text)
@@ -117,12 +148,12 @@ def _name(text: str) -> str:
     return "/".join(parts) if all(parts) else "?"
 
 
-def _factor(text: str) -> str | None:
-    """One factor's name with its power; None if it is no unit."""
+def _factor(text: str) -> str:
+    """Return one factor's name with its power; "" if it is no unit."""
     power = ""
     for words, figure in (("square|sq|squared", "2"), ("cubic|cu|cubed", "3")):
         if re.search(rf"\b(?:{words})\b", text):
             text, power = re.sub(rf"\s*\b(?:{words})\b\s*", "", text), f"^{figure}"
     if match := re.fullmatch(r"([a-z]+)\s*\^?(\d)", text):
         text, power = match[1], f"^{match[2]}"
-    return CANONICAL[text] + power.replace("^1", "") if text in CANONICAL else None
+    return CANONICAL[text] + power.replace("^1", "") if text in CANONICAL else ""

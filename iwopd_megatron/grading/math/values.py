@@ -19,7 +19,7 @@ MOST_MEMBERS = 64  # of a list that is matched member by member; longer ones are
 
 @lru_cache(maxsize=64)
 def parse(latex: str) -> Any:
-    """A sympy object; None for what cannot be read, or only by guessing."""
+    """Return LaTeX as a sympy object; None for what cannot be read, or only by guessing."""
     from math_verify import parse as engine
 
     # sympy cannot read some answers: no news to anyone
@@ -28,14 +28,17 @@ def parse(latex: str) -> Any:
     if not latex or re.search(r"\d\s+\d|\d\s*\\text\s*\{\s*\d", latex):
         return None
     found = engine(
-        BOXED + latex + "}", extraction_config=_targets(), parsing_timeout=None,
-        fallback_mode="no_fallback", extraction_mode="first_match",
-    )  # fmt: skip
+        BOXED + latex + "}",
+        extraction_config=_targets(),
+        parsing_timeout=None,
+        fallback_mode="no_fallback",
+        extraction_mode="first_match",
+    )
     return _canonical(found[0], latex) if found else None
 
 
 def is_exact(value: Any) -> bool:
-    """Whether a sympy object is an expression without decimals."""
+    """Return whether a sympy object is an expression without decimals."""
     import sympy
 
     return isinstance(value, sympy.Expr) and not value.has(sympy.Float)
@@ -53,7 +56,10 @@ def _targets() -> list[Any]:
 
 
 def _canonical(value: Any, latex: str) -> Any:
-    """One symbol for each letter whatever math-verify assumed of it; i is the imaginary unit."""
+    """Return a value with one real symbol for each letter, whatever math-verify assumed of it.
+
+    i becomes the imaginary unit, unless it is an index.
+    """
     import sympy
 
     if not isinstance(value, (sympy.Basic, sympy.MatrixBase)):
@@ -73,7 +79,10 @@ def _canonical(value: Any, latex: str) -> Any:
 
 
 def _replaced(value: Any, change: dict[Any, Any]) -> Any:
-    """Equations and lists keep their shape: sympy would say that x = (0, 1) is false."""
+    """Replace symbols within a value; equations and lists keep their shape.
+
+    sympy itself would say that x = (0, 1) is false.
+    """
     import sympy
     from sympy.core.relational import Relational
 
@@ -90,7 +99,7 @@ def _replaced(value: Any, change: dict[Any, Any]) -> Any:
 
 
 def same(answer: Any, reference: Any) -> bool:
-    """Whether two sympy objects are equal: math-verify says so and no guard objects."""
+    """Return whether two sympy objects are equal: math-verify says so and no guard objects."""
     import sympy
 
     if isinstance(answer, sympy.Equality) and isinstance(reference, sympy.Equality):
@@ -123,7 +132,7 @@ def same(answer: Any, reference: Any) -> bool:
 
 
 def _same_members(answer: list[Any], reference: list[Any]) -> bool:
-    """Whether every member has its own counterpart on the other side."""
+    """Return whether every member has its own counterpart on the other side."""
     if len(answer) != len(reference):
         return False
     rest = list(reference)

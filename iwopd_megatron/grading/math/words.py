@@ -10,33 +10,69 @@ from __future__ import annotations
 import re
 
 SAME = {  # one name for each meaning; the other spellings beside it
-    "yes": (), "no": (), "true": ("correct",), "false": ("incorrect", "not true"),
+    "yes": (),
+    "no": (),
+    "true": ("correct",),
+    "false": ("incorrect", "not true"),
     "none": (
-        "no solution", "no solutions", "no real solution", "no real solutions", "no such values",
-        "there is no solution", "there are no solutions", "no integer solutions", "empty set",
-        "the empty set", "empty", "has no solution", "there are none", "no solution exists",
-        "no solutions exist", "no integer solution", "no roots", "no real roots",
+        "no solution",
+        "no solutions",
+        "no real solution",
+        "no real solutions",
+        "no such values",
+        "there is no solution",
+        "there are no solutions",
+        "no integer solutions",
+        "empty set",
+        "the empty set",
+        "empty",
+        "has no solution",
+        "there are none",
+        "no solution exists",
+        "no solutions exist",
+        "no integer solution",
+        "no roots",
+        "no real roots",
     ),
     "does not exist": (
-        "dne", "doesn't exist", "doesnt exist", "the limit does not exist", "limit does not exist",
-        "it does not exist", "not exist", "d n e", "no limit", "the limit doesn't exist",
+        "dne",
+        "doesn't exist",
+        "doesnt exist",
+        "the limit does not exist",
+        "limit does not exist",
+        "it does not exist",
+        "not exist",
+        "d n e",
+        "no limit",
+        "the limit doesn't exist",
     ),
     "infinitely many": (
-        "infinitely many solutions", "infinite solutions", "infinite number of solutions",
-        "infinitely many solution", "there are infinitely many",
+        "infinitely many solutions",
+        "infinite solutions",
+        "infinite number of solutions",
+        "infinitely many solution",
+        "there are infinitely many",
     ),
     "undefined": ("not defined", "is undefined"),
     "converges": (
-        "convergent", "converge", "it converges", "the series converges", "is convergent",
+        "convergent",
+        "converge",
+        "it converges",
+        "the series converges",
+        "is convergent",
     ),
     "diverges": ("divergent", "diverge", "it diverges", "the series diverges", "is divergent"),
     "infinity": ("infinite", "positive infinity", "+infinity", "diverges to infinity"),
     "impossible": ("not possible", "it is impossible"),
     "all real numbers": (
-        "all reals", "all real", "every real number", "any real number", "real numbers",
+        "all reals",
+        "all real",
+        "every real number",
+        "any real number",
+        "real numbers",
         "the set of all real numbers",
     ),
-}  # fmt: skip
+}
 MEANING = {spelling: name for name, group in SAME.items() for spelling in (name, *group)}
 LATEX = {"none": r"\emptyset", "infinity": r"\infty", "all real numbers": r"(-\infty,\infty)"}
 _UP_TO_TWELVE = "zero one two three four five six seven eight nine ten eleven twelve".split()
@@ -54,7 +90,10 @@ OPERATOR = re.compile(r"[-+*/=^<>_,(]|\\(?:cdot|times|cup|cap|le|ge|ne|in|or)\b|
 
 
 def word(text: str) -> str | None:
-    """The meaning of an answer in words, its letters if the meaning is unknown; None for others."""
+    """Return the meaning of an answer in words: a key of SAME, or its letters if it is unknown.
+
+    None for an answer that is no words.
+    """
     if re.search(r"[\d=<>^_+*/()\[\]]|\\(?!text\b|infty|emptyset)", text):
         return None
     letters = text.replace(r"\emptyset", " none ").replace(r"\infty", " infinity ")
@@ -66,7 +105,7 @@ def word(text: str) -> str | None:
 
 
 def is_word(text: str) -> bool:
-    """Whether a text must be words: set as text, known here, or several long ones."""
+    """Return whether a text must be words: set as text, known here, or several long ones."""
     letters = word(text)
     if letters is None or re.fullmatch(r"\\text\s*\{\s*\w\s*\}|-?\s*\\infty|\\emptyset", text):
         return False
@@ -78,7 +117,7 @@ def is_word(text: str) -> bool:
 
 
 def as_latex(text: str) -> str:
-    """Words that have a symbol (infinity, none, all reals, small numbers) as that symbol."""
+    """Return words that have a symbol (infinity, none, all reals, small numbers) as that symbol."""
     sign = "-" if re.match(r"-|\\text\s*\{\s*(?:-|minus|negative)", text) else ""
     letters = word(
         re.sub(r"minus |negative |^\s*-|\{\s*-", lambda m: "{" if "{" in m[0] else "", text)
@@ -89,7 +128,7 @@ def as_latex(text: str) -> str:
 
 
 def choice(text: str) -> tuple[str, str]:
-    """(letter of a choice in capitals or "", what stands beside it)."""
+    """Return (letter of a choice in capitals or "", what stands beside it)."""
     match = CHOICE.fullmatch(text)
     if match is None:
         return "", text

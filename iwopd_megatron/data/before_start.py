@@ -1,6 +1,6 @@
-"""What is found wrong in files before anything starts: no world, no server, no folder is there yet.
+"""The data of runs that are about to start: read before there is any process or folder.
 
-`preflight` refuses what a recipe says; this opens what the recipe names.
+config's preflight refuses what a recipe says; this reads the problems that the recipe names.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from iwopd_megatron.runtime.quiet import quiet
 
 
 def check_before_start(recipes: list[Recipe]) -> list[RunData]:
-    """The data of runs that are about to start here; RecipeError if one of them cannot."""
+    """Return the data of runs that are about to start here; RecipeError if one of them cannot."""
     quiet()
     return load_all(recipes)
 
 
 def check_before_launch(recipe: Recipe) -> list[str]:
-    """Refuse a job whose rows are wrong, as far as they lie here; notes on what was not looked at.
+    """Refuse a job whose rows are wrong, as far as they lie here; return notes on the others.
 
-    Needs no tokenizer: a login node may have no transformers. Prompts are encoded by the job.
+    Needs no tokenizer: a login node may have no transformers. The job itself encodes the prompts.
     """
     try:
         unread = check_rows(recipe)
