@@ -15,8 +15,8 @@ from iwopd_megatron.hf.config import read_hf_config
 from iwopd_megatron.hf.headers import stored_tensors
 from iwopd_megatron.models.gpt import build_model
 from iwopd_megatron.runtime.parallel import initialise
-from iwopd_megatron.weights import hf_io, sync
-from iwopd_megatron.weights.hf_io import (
+from iwopd_megatron.weights import hf_reader, sync
+from iwopd_megatron.weights.hf_reader import (
     HfTensors,
     load_shards,
     named_views,
@@ -208,7 +208,7 @@ def greedy_shards(tensors: dict, limit: int) -> int:
 @pytest.mark.parametrize("shard_bytes", [None, 100_000])
 def test_written_folder_loads_in_transformers(folders, tmp_path, monkeypatch, shard_bytes):
     if shard_bytes:
-        monkeypatch.setattr(hf_io, "SHARD_BYTES", shard_bytes)
+        monkeypatch.setattr(hf_reader, "SHARD_BYTES", shard_bytes)
     for source in folders:
         out, tensors = tmp_path / source.name, on_disk(source)
         out.mkdir()

@@ -24,7 +24,7 @@ from iwopd_megatron.models.optimizer import build_optimizer, wrap_data_parallel
 from iwopd_megatron.parity.hf_reference import hf_model, make_samples, max_error
 from iwopd_megatron.runtime.local_world import local_context
 from iwopd_megatron.runtime.parallel import initialise, shutdown
-from iwopd_megatron.weights.hf_io import HfTensors, load_shards, named_views
+from iwopd_megatron.weights.hf_reader import HfTensors, load_shards, named_views
 from iwopd_megatron.weights.table import entries
 
 LENGTHS = [24, 17, 32, 20, 28, 19, 24, 32]  # inputs; any two are more than the longest

@@ -8,7 +8,7 @@ import torch
 
 from iwopd_megatron.hf.config import parse_hf_config
 from iwopd_megatron.hf.shapes import hf_names, hf_shape
-from iwopd_megatron.weights.hf_io import named_views
+from iwopd_megatron.weights.hf_reader import named_views
 from iwopd_megatron.weights.table import blocks, entries
 from iwopd_megatron.weights.torch_dist import block_shape, expected_tensors
 

@@ -28,7 +28,7 @@ from iwopd_megatron.rollout.engine import Prompt
 from iwopd_megatron.runtime.local_world import local_context
 from iwopd_megatron.runtime.parallel import initialise, shutdown
 from iwopd_megatron.train.journal import Journal
-from iwopd_megatron.weights.hf_io import HfTensors, load_shards, named_views
+from iwopd_megatron.weights.hf_reader import HfTensors, load_shards, named_views
 from iwopd_megatron.weights.table import entries
 
 LENGTHS = [24, 17, 32, 20, 28, 19, 24]  # inputs; an odd number, so that a rank has fewer

@@ -23,7 +23,7 @@ from iwopd_megatron.parity.hf_reference import hf_model
 from iwopd_megatron.plan.model import ModelSize
 from iwopd_megatron.runtime.parallel import initialise, shutdown
 from iwopd_megatron.weights.convert import hf_to_megatron, megatron_to_hf
-from iwopd_megatron.weights.hf_io import HfTensors, load_shards, save_folder
+from iwopd_megatron.weights.hf_reader import HfTensors, load_shards, save_folder
 from iwopd_megatron.weights.table import blocks
 
 BF16 = torch.bfloat16

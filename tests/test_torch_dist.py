@@ -22,7 +22,7 @@ from iwopd_megatron.train.saver import Saver
 from iwopd_megatron.weights import pieces, torch_dist
 from iwopd_megatron.weights.blob import data_start, envelope, serialise
 from iwopd_megatron.weights.convert import hf_to_megatron, megatron_to_hf
-from iwopd_megatron.weights.hf_io import HfTensors, load_shards
+from iwopd_megatron.weights.hf_reader import HfTensors, load_shards
 from iwopd_megatron.weights.table import blocks
 
 

@@ -20,7 +20,7 @@ from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.hf.config import read_hf_config
 from iwopd_megatron.parity.hf_reference import hf_model
 from iwopd_megatron.weights import manifest
-from iwopd_megatron.weights.hf_io import HfTensors
+from iwopd_megatron.weights.hf_reader import HfTensors
 from iwopd_megatron.weights.manifest import DTYPES, Digest, entry
 from iwopd_megatron.weights.pieces import LIMIT
 

@@ -20,7 +20,7 @@ from iwopd_megatron.config.recipe import Train
 from iwopd_megatron.hf.config import HfConfig, read_hf_config
 from iwopd_megatron.loss.policy import token_denominator
 from iwopd_megatron.loss.weighting import token_weights
-from iwopd_megatron.weights.hf_io import HfTensors, named_views
+from iwopd_megatron.weights.hf_reader import HfTensors, named_views
 
 # Adam's first step is lr * g / (|g| + eps): eps must exceed float noise of a gradient near zero.
 TRAIN = Train(lr=1e-3, rounds=10, eps=1e-5)

@@ -24,7 +24,7 @@ from iwopd_megatron.models.optimizer import build_optimizer, wrap_data_parallel
 from iwopd_megatron.parity.hf_reference import LOSS, TRAIN, Reference, max_error, mean_error
 from iwopd_megatron.runtime.megatron import gather_from_sequence_parallel_region
 from iwopd_megatron.runtime.parallel import Parallel, gather, initialise
-from iwopd_megatron.weights.hf_io import HfTensors, load_shards
+from iwopd_megatron.weights.hf_reader import HfTensors, load_shards
 from iwopd_megatron.weights.table import entries
 
 # fp32, absolute; the gradient norm relative

@@ -23,7 +23,7 @@ from iwopd_megatron.models.router_load import RouterLoad
 from iwopd_megatron.runtime.parallel import Parallel
 from iwopd_megatron.train import checkpoint
 from iwopd_megatron.train.saver import Saver
-from iwopd_megatron.weights.hf_io import HfTensors, load_shards, random_weights
+from iwopd_megatron.weights.hf_reader import HfTensors, load_shards, random_weights
 from iwopd_megatron.weights.sync import WeightStream
 
 

@@ -22,7 +22,7 @@ from iwopd_megatron.hf.folder import check_weights
 from iwopd_megatron.hf.shapes import EMBEDDING, HEAD, hf_shape
 from iwopd_megatron.weights import manifest, pieces, safetensors_file, torch_dist
 from iwopd_megatron.weights.continuation import Parts, Record, identity, run
-from iwopd_megatron.weights.hf_io import HfTensors
+from iwopd_megatron.weights.hf_reader import HfTensors
 from iwopd_megatron.weights.manifest import DTYPE_NAMES, DTYPES
 from iwopd_megatron.weights.pieces import Piece, cut
 from iwopd_megatron.weights.safetensors_file import SafetensorsWriter

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from iwopd_megatron.files.rawfile import OutputFile, raw
-from iwopd_megatron.weights.hf_io import SHARD_BYTES
+from iwopd_megatron.weights.hf_reader import SHARD_BYTES
 from iwopd_megatron.weights.manifest import DTYPES
 
 

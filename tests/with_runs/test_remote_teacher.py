@@ -30,7 +30,7 @@ from iwopd_megatron.teacher.embedded import EmbeddedScorer
 from iwopd_megatron.teacher.teachers import Teachers
 from iwopd_megatron.train.supervision import Supervision
 from iwopd_megatron.train.trainer import Trainer
-from iwopd_megatron.weights.hf_io import HfTensors
+from iwopd_megatron.weights.hf_reader import HfTensors
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
 RECIPE = ROOT / "recipes/demo_tiny_moe.yaml"
