@@ -15,16 +15,13 @@ from iwopd_megatron.hf.config import read_hf_config
 from iwopd_megatron.hf.headers import stored_tensors
 from iwopd_megatron.models.gpt import build_model
 from iwopd_megatron.runtime.parallel import initialise
-from iwopd_megatron.weights import hf_reader, sync
-from iwopd_megatron.weights.hf_reader import (
-    HfTensors,
-    load_shards,
-    named_views,
-    random_weights,
-    save_folder,
-)
+from iwopd_megatron.weights import shards, sync
+from iwopd_megatron.weights.hf_reader import HfTensors, load_shards
+from iwopd_megatron.weights.hf_writer import save_folder
+from iwopd_megatron.weights.sharding import GATED, QKV
 from iwopd_megatron.weights.sync import WeightStream
-from iwopd_megatron.weights.table import GATED, QKV, entries
+from iwopd_megatron.weights.table import mapped_parameters
+from iwopd_megatron.weights.transformers_views import named_views, random_weights
 
 
 @pytest.fixture(scope="session")
@@ -49,16 +46,16 @@ def check_round_trip(folders) -> None:
         hf, whole, lazy = read_hf_config(folder), on_disk(folder), HfTensors(folder)
         assert set(lazy) == set(whole) and len(lazy) == len(whole)
         covered = []
-        for entry in entries(*build_model(hf, parallel), hf):
-            covered += entry.hf_names if not entry.is_copy else []
+        for mapped in mapped_parameters(*build_model(hf, parallel), hf):
+            covered += mapped.hf_names if not mapped.is_copy else []
             for sources in (whole, lazy):  # whole tensors, and slices of a file
-                tensors = [sources[name] for name in entry.hf_names]
-                assert entry.cut.shard(tensors, 0, 1, hf).shape == entry.parameter.shape
+                tensors = [sources[name] for name in mapped.hf_names]
+                assert mapped.sharding.shard(tensors, 0, 1, hf).shape == mapped.parameter.shape
                 for size in (1, 2):
-                    parts = [entry.cut.shard(tensors, rank, size, hf) for rank in range(size)]
-                    back = entry.cut.unshard(parts, hf)
-                    expected = {name: whole[name] for name in entry.hf_names}
-                    assert_same(dict(zip(entry.hf_names, back, strict=True)), expected)
+                    parts = [mapped.sharding.shard(tensors, rank, size, hf) for rank in range(size)]
+                    back = mapped.sharding.unshard(parts, hf)
+                    expected = {name: whole[name] for name in mapped.hf_names}
+                    assert_same(dict(zip(mapped.hf_names, back, strict=True)), expected)
         assert sorted(covered) == sorted(whole)  # every tensor of the folder, once
 
 
@@ -165,7 +162,7 @@ def test_a_parameter_without_a_row_is_named(tmp_path):
     chunk = torch.nn.Module()
     chunk.strange = torch.nn.Parameter(torch.zeros(1))
     with pytest.raises(KeyError, match="no row for Megatron parameter strange"):
-        list(entries(chunk, SimpleNamespace(tie_word_embeddings=False)))
+        list(mapped_parameters(chunk, SimpleNamespace(tie_word_embeddings=False)))
 
 
 def test_unreadable_folders(tmp_path):
@@ -208,7 +205,7 @@ def greedy_shards(tensors: dict, limit: int) -> int:
 @pytest.mark.parametrize("shard_bytes", [None, 100_000])
 def test_written_folder_loads_in_transformers(folders, tmp_path, monkeypatch, shard_bytes):
     if shard_bytes:
-        monkeypatch.setattr(hf_reader, "SHARD_BYTES", shard_bytes)
+        monkeypatch.setattr(shards, "SHARD_BYTES", shard_bytes)
     for source in folders:
         out, tensors = tmp_path / source.name, on_disk(source)
         out.mkdir()

@@ -45,9 +45,11 @@ def check_model(folder: Path, weights: bool = True) -> HfConfig:
     return hf
 
 
-def check_weights(folder: Path, hf: HfConfig) -> None:
-    """Refuse weights that config.json does not describe; RecipeError names the first."""
-    _check_tied_head(folder, hf, find_weights(folder, hf))
+def check_weights(folder: Path, hf: HfConfig) -> dict[str, Weight]:
+    """Return what `find_weights` does; RecipeError too if a tied head is not the embedding."""
+    weights = find_weights(folder, hf)
+    _check_tied_head(folder, hf, weights)
+    return weights
 
 
 def find_weights(folder: Path, hf: HfConfig) -> dict[str, Weight]:
