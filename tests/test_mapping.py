@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save_file
 from worlds import run_world
 
@@ -229,6 +230,29 @@ def test_written_folder_loads_in_transformers(folders, tmp_path, monkeypatch, sh
             assert files == ["model.safetensors"]
         assert_same({name: x[:] for name, x in HfTensors(out).items()}, tensors)
         assert_same(reloaded(out), tensors)
+
+
+CUTS = [[10], [10, 10, 10], [3, 25, 4, 9, 2], [30, 1], [1, 30], [30, 40, 2, 2], [5, 50, 16, 20]]
+
+
+@pytest.mark.parametrize("sizes", CUTS, ids=str)
+def test_a_stream_is_cut_as_transformers_cuts_all_tensors(sizes, moe_folder, tmp_path, monkeypatch):
+    """A tensor above the limit has a file of its own; the one begun before it goes on."""
+    monkeypatch.setattr(shards, "SHARD_BYTES", 20)
+    tensors = {f"x{i}": torch.full((n,), i, dtype=torch.uint8) for i, n in enumerate(sizes)}
+    save_folder(tmp_path / "out", iter(tensors.items()), moe_folder)
+    expected = split_torch_state_dict_into_shards(tensors, max_shard_size=20)
+    shards_on_disk = {f.name: load_file(f) for f in (tmp_path / "out").glob("*.safetensors")}
+    assert {file: set(shard) for file, shard in shards_on_disk.items()} == {
+        file: set(names) for file, names in expected.filename_to_tensors.items()
+    }
+    assert_same({k: x for shard in shards_on_disk.values() for k, x in shard.items()}, tensors)
+    index = tmp_path / "out" / "model.safetensors.index.json"
+    assert index.exists() == expected.is_sharded
+    if expected.is_sharded:
+        written = json.loads(index.read_text())
+        assert written["weight_map"] == expected.tensor_to_filename
+        assert written["metadata"] == expected.metadata == {"total_size": sum(sizes)}
 
 
 def test_random_weights(moe_folder, tied_folder):

@@ -75,7 +75,8 @@ def test_a_writer_that_dies_ends_the_run_with_a_sentence(whole, tmp_path):
     out = tmp_path / "run"
     script = (
         "import os, signal, sys\n"
-        "from iwopd_megatron.cli import main as cli; from iwopd_megatron.train import megatron_save\n"
+        "from iwopd_megatron.cli import main as cli\n"
+        "from iwopd_megatron.train import megatron_save\n"
         "def dies(*args, **kwargs): os.kill(os.getpid(), signal.SIGKILL)\n"
         "megatron_save.filesystem_async.FileSystemWriterAsync.write_preloaded_data = dies\n"
         "cli.main()"
