@@ -38,17 +38,25 @@ class Rehearsal:
         """Return config.json of the smallest model that this layout divides."""
         axes = self.layout
         config = dict(
-            vocab_size=512, hidden_size=64, intermediate_size=128,
+            vocab_size=512,
+            hidden_size=64,
+            intermediate_size=128,
             num_hidden_layers=max(2, axes.pp * axes.vpp),
-            num_attention_heads=2 * max(2, axes.tp), num_key_value_heads=max(2, axes.tp),
-            head_dim=16, max_position_embeddings=256, rms_norm_eps=1e-6,
-            tie_word_embeddings=self.is_tied, pad_token_id=0,
-        )  # fmt: skip
+            num_attention_heads=2 * max(2, axes.tp),
+            num_key_value_heads=max(2, axes.tp),
+            head_dim=16,
+            max_position_embeddings=256,
+            rms_norm_eps=1e-6,
+            tie_word_embeddings=self.is_tied,
+            pad_token_id=0,
+        )
         if self.is_moe:
             config |= dict(
-                num_experts=max(8, axes.ep), num_experts_per_tok=2, norm_topk_prob=True,
+                num_experts=max(8, axes.ep),
+                num_experts_per_tok=2,
+                norm_topk_prob=True,
                 moe_intermediate_size=32 * axes.etp,
-            )  # fmt: skip
+            )
         return config
 
     def samples(self) -> list[Trajectory]:

@@ -1,7 +1,7 @@
 """Hugging Face folder <-> Megatron `torch_dist` checkpoint, byte for byte, in bounded memory.
 
 One worker (a thread) takes one block at a time: a layer's, an expert's weight. A block moves in
-pieces of at most LIMIT bytes from mapped file to planned position, and no dtype is ever cast.
+pieces of at most PIECE_BYTES from mapped file to planned position, and no dtype is ever cast.
 An interrupted conversion goes on where it stopped (continuation.py).
 """
 

@@ -24,10 +24,19 @@ NAME = "manifest.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # Fields of HfConfig that change what a model computes, beside its rotary settings.
 ESSENTIALS = (
-    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-    "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps",
-    "max_position_embeddings", "num_experts", "tie_word_embeddings",
-)  # fmt: skip
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "num_experts",
+    "tie_word_embeddings",
+)
 EXPERT_ESSENTIALS = ("moe_intermediate_size", "num_experts_per_tok", "norm_topk_prob")
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

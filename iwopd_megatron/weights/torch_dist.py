@@ -2,7 +2,8 @@
 
 A checkpoint holds global tensors by name, each as chunks (offset, size) in `__*.distcp` files;
 `.metadata` says where. Layers are stacked on the first dim, a layer's experts on the second.
-Chunks may be cut anywhere, so one written here is one piece (pieces.py).
+Chunks may be cut anywhere, so one written here is one piece (pieces.py). torch's writer begins its
+files anew; here an interrupted conversion finds each chunk in its planned place.
 
 `native` names are checked against Megatron's own load and save in every layout. `te` names differ
 in the norms; TransformerEngine does not run on a CPU: bench/gpu_checkpoint.py checks them on a GPU.

@@ -1,7 +1,8 @@
 """Read any row range of a `torch_dist` checkpoint's global tensors, whatever layout cut its chunks.
 
-Files are mapped, not read: where one chunk holds all that is asked for, nothing is copied. Plain
-blobs are found by their envelope (see blob.py); torch.load reads any other.
+Files are mapped, not read: where one chunk holds all that is asked for, nothing is copied (torch's
+reader loads a whole chunk for any part of it). Plain blobs are found by their envelope (see
+blob.py); torch.load reads any other.
 `.metadata` is a pickle, as torch reads it: open only checkpoints that you trust.
 """
 
