@@ -25,9 +25,9 @@ import torch
 
 from iwopd_megatron.hf.config import parse_hf_config
 from iwopd_megatron.hf.shapes import hf_names, hf_shape
-from iwopd_megatron.weights import safetensors_file
+from iwopd_megatron.weights import shards
 from iwopd_megatron.weights.convert import hf_to_megatron, megatron_to_hf
-from iwopd_megatron.weights.safetensors_file import SafetensorsWriter
+from iwopd_megatron.weights.safetensors_file import SafetensorsPlan, SafetensorsWriter
 
 CONFIG = dict(
     model_type="qwen3_moe", vocab_size=32768, hidden_size=2048, intermediate_size=6144,
@@ -49,17 +49,17 @@ def write_model(folder: Path, config: dict, layers: int) -> int:
     config = config | {"num_hidden_layers": layers}
     (folder / "config.json").write_text(json.dumps(config))
     hf = parse_hf_config(config, "config.json")
-    safetensors_file.SHARD_BYTES = 10**9
-    writer, random = SafetensorsWriter(), numpy.random.default_rng(0)
+    shards.SHARD_BYTES = 10**9
+    plan, random = SafetensorsPlan(), numpy.random.default_rng(0)
     shapes = {name: hf_shape(name, hf) for name in hf_names(hf)}
     for name, shape in shapes.items():
-        writer.add(name, shape, "BF16")
-    writer.open(folder)
+        plan.add(name, shape, "BF16")
+    writer = SafetensorsWriter(plan, folder)
     for name, shape in shapes.items():
         data = bytearray(random.bytes(2 * torch.Size(shape).numel()))
         writer.write(name, torch.frombuffer(data, dtype=torch.bfloat16).view(shape), 0)
-    writer.finish()
-    return writer.nbytes
+    writer.close()
+    return plan.nbytes
 
 
 def anonymous_mb() -> float:

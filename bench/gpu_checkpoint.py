@@ -29,7 +29,7 @@ from iwopd_megatron.runtime.megatron import dist_checkpointing
 from iwopd_megatron.runtime.parallel import initialise, shutdown
 from iwopd_megatron.weights import torch_dist
 from iwopd_megatron.weights.convert import hf_to_megatron, megatron_to_hf
-from iwopd_megatron.weights.hf_io import HfTensors, load_shards
+from iwopd_megatron.weights.hf_reader import HfTensors, load_shards
 
 
 def write_models(folder: Path) -> list[Path]:

@@ -27,7 +27,7 @@ from iwopd_megatron.models.optimizer import build_optimizer, wrap_data_parallel
 from iwopd_megatron.parity import hf_reference
 from iwopd_megatron.runtime.local_world import local_context, start_local
 from iwopd_megatron.runtime.parallel import initialise
-from iwopd_megatron.weights.hf_io import HfTensors, load_shards
+from iwopd_megatron.weights.hf_reader import HfTensors, load_shards
 
 FOLDER = Path("recipes/demo/student")
 TRAIN = Train(rounds=1000, lr=1e-5)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from iwopd_megatron.hf.config import parse_hf_config
-from iwopd_megatron.weights.table import QKV
+from iwopd_megatron.weights.sharding import QKV
 
 
 def on_disk(folder: Path) -> dict[str, torch.Tensor]:

@@ -30,9 +30,9 @@ from iwopd_megatron.cli import main as cli
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.files import rawfile
 from iwopd_megatron.parity.check import compare, read_side
-from iwopd_megatron.weights import pieces, safetensors_file
+from iwopd_megatron.weights import pieces, shards
 from iwopd_megatron.weights.convert import hf_to_megatron, megatron_to_hf
-from iwopd_megatron.weights.torch_dist_reader import Reader
+from iwopd_megatron.weights.torch_dist_reader import CheckpointReader
 
 
 def assert_same_bytes(got: dict, want: dict) -> None:
@@ -49,8 +49,8 @@ def test_there_and_back(
     moe_folder, dense_folder, tied_folder, tmp_path, monkeypatch, dtype, names, files, workers,
     limit,
 ):  # fmt: skip
-    monkeypatch.setattr(pieces, "LIMIT", limit)
-    monkeypatch.setattr(safetensors_file, "SHARD_BYTES", 10 * limit)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", limit)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 10 * limit)
     for template in (moe_folder, dense_folder, tied_folder):
         tensors = random_bits(on_disk(template), dtype)
         source = write_folder(tmp_path / template.name, template, tensors, files)
@@ -86,7 +86,7 @@ def test_transformers_loads_what_is_exported(tmp_path, monkeypatch):
     """Its tokenizer too; several shards, and the very same logits."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    monkeypatch.setattr(safetensors_file, "SHARD_BYTES", 200_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 200_000)
     source, back = Path(__file__).parents[1] / "recipes/demo/student", tmp_path / "b"
     hf_to_megatron(source, tmp_path / "m")
     megatron_to_hf(tmp_path / "m", back, source)
@@ -305,7 +305,7 @@ def export_refused(match: str, checkpoint: Path, template: Path) -> None:
 def test_unfit_checkpoints(checkpoint, moe_folder, dense_folder, tmp_path):
     file = checkpoint / "__0_0.distcp"
     whole = file.read_bytes()
-    place = Reader(checkpoint).places
+    place = CheckpointReader(checkpoint).places
     at = max(x.offset for x in place.values() if x.relative_path == file.name) - 2000
     file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
     export_refused("the files are damaged", checkpoint, moe_folder)

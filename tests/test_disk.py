@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from iwopd_megatron.cli.worker import _explain
 from iwopd_megatron.errors import DiskError, GateError, RecipeError
 from iwopd_megatron.records.disk import TORN, disk_reason, disk_told
-from iwopd_megatron.train.saver import _write_buckets
+from iwopd_megatron.train.megatron_save import PlannedFiles
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/x/metrics.jsonl")
 
@@ -71,7 +71,7 @@ def test_a_writer_that_finds_a_full_disk_fails_with_its_error():
     item = WriteItem(index=MetadataIndex("x"), type=WriteItemType.TENSOR)
     bucket = ("/dev/full", "key", ([], [(item, torch.zeros(100_000))]))
     with pytest.raises((OSError, RuntimeError)) as failed:
-        _write_buckets([_StorageWriterTransforms()], [bucket])
+        list(PlannedFiles([_StorageWriterTransforms()], [bucket]).write())
     assert disk_reason(failed.value) in (os.strerror(errno.ENOSPC), TORN)
 
 

@@ -16,7 +16,7 @@ from iwopd_megatron.rollout.embedded import HfEngine, _causal_mask, _sample, _un
 from iwopd_megatron.rollout.engine import Prompt, Sampling
 from iwopd_megatron.runtime.local_world import local_context
 from iwopd_megatron.runtime.parallel import initialise, shutdown
-from iwopd_megatron.weights.hf_io import HfTensors
+from iwopd_megatron.weights.hf_reader import HfTensors
 
 LENGTHS, MAX_TOKENS, VOCAB = [3, 17, 9, 25, 1, 6, 12], 20, 512
 TEMPERATURES = (0.0, 0.7, 1.0)

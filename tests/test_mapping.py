@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save_file
 from worlds import run_world
 
@@ -15,16 +16,13 @@ from iwopd_megatron.hf.config import read_hf_config
 from iwopd_megatron.hf.headers import stored_tensors
 from iwopd_megatron.models.gpt import build_model
 from iwopd_megatron.runtime.parallel import initialise
-from iwopd_megatron.weights import hf_io, sync
-from iwopd_megatron.weights.hf_io import (
-    HfTensors,
-    load_shards,
-    named_views,
-    random_weights,
-    save_folder,
-)
+from iwopd_megatron.weights import shards, sync
+from iwopd_megatron.weights.hf_reader import HfTensors, load_shards
+from iwopd_megatron.weights.hf_writer import save_folder
+from iwopd_megatron.weights.sharding import GATED, QKV
 from iwopd_megatron.weights.sync import WeightStream
-from iwopd_megatron.weights.table import GATED, QKV, entries
+from iwopd_megatron.weights.table import mapped_parameters
+from iwopd_megatron.weights.transformers_views import named_views, random_weights
 
 
 @pytest.fixture(scope="session")
@@ -49,16 +47,16 @@ def check_round_trip(folders) -> None:
         hf, whole, lazy = read_hf_config(folder), on_disk(folder), HfTensors(folder)
         assert set(lazy) == set(whole) and len(lazy) == len(whole)
         covered = []
-        for entry in entries(*build_model(hf, parallel), hf):
-            covered += entry.hf_names if not entry.is_copy else []
+        for mapped in mapped_parameters(*build_model(hf, parallel), hf):
+            covered += mapped.hf_names if not mapped.is_copy else []
             for sources in (whole, lazy):  # whole tensors, and slices of a file
-                tensors = [sources[name] for name in entry.hf_names]
-                assert entry.cut.shard(tensors, 0, 1, hf).shape == entry.parameter.shape
+                tensors = [sources[name] for name in mapped.hf_names]
+                assert mapped.sharding.shard(tensors, 0, 1, hf).shape == mapped.parameter.shape
                 for size in (1, 2):
-                    parts = [entry.cut.shard(tensors, rank, size, hf) for rank in range(size)]
-                    back = entry.cut.unshard(parts, hf)
-                    expected = {name: whole[name] for name in entry.hf_names}
-                    assert_same(dict(zip(entry.hf_names, back, strict=True)), expected)
+                    parts = [mapped.sharding.shard(tensors, rank, size, hf) for rank in range(size)]
+                    back = mapped.sharding.unshard(parts, hf)
+                    expected = {name: whole[name] for name in mapped.hf_names}
+                    assert_same(dict(zip(mapped.hf_names, back, strict=True)), expected)
         assert sorted(covered) == sorted(whole)  # every tensor of the folder, once
 
 
@@ -165,7 +163,7 @@ def test_a_parameter_without_a_row_is_named(tmp_path):
     chunk = torch.nn.Module()
     chunk.strange = torch.nn.Parameter(torch.zeros(1))
     with pytest.raises(KeyError, match="no row for Megatron parameter strange"):
-        list(entries(chunk, SimpleNamespace(tie_word_embeddings=False)))
+        list(mapped_parameters(chunk, SimpleNamespace(tie_word_embeddings=False)))
 
 
 def test_unreadable_folders(tmp_path):
@@ -208,7 +206,7 @@ def greedy_shards(tensors: dict, limit: int) -> int:
 @pytest.mark.parametrize("shard_bytes", [None, 100_000])
 def test_written_folder_loads_in_transformers(folders, tmp_path, monkeypatch, shard_bytes):
     if shard_bytes:
-        monkeypatch.setattr(hf_io, "SHARD_BYTES", shard_bytes)
+        monkeypatch.setattr(shards, "SHARD_BYTES", shard_bytes)
     for source in folders:
         out, tensors = tmp_path / source.name, on_disk(source)
         out.mkdir()
@@ -232,6 +230,29 @@ def test_written_folder_loads_in_transformers(folders, tmp_path, monkeypatch, sh
             assert files == ["model.safetensors"]
         assert_same({name: x[:] for name, x in HfTensors(out).items()}, tensors)
         assert_same(reloaded(out), tensors)
+
+
+CUTS = [[10], [10, 10, 10], [3, 25, 4, 9, 2], [30, 1], [1, 30], [30, 40, 2, 2], [5, 50, 16, 20]]
+
+
+@pytest.mark.parametrize("sizes", CUTS, ids=str)
+def test_a_stream_is_cut_as_transformers_cuts_all_tensors(sizes, moe_folder, tmp_path, monkeypatch):
+    """A tensor above the limit has a file of its own; the one begun before it goes on."""
+    monkeypatch.setattr(shards, "SHARD_BYTES", 20)
+    tensors = {f"x{i}": torch.full((n,), i, dtype=torch.uint8) for i, n in enumerate(sizes)}
+    save_folder(tmp_path / "out", iter(tensors.items()), moe_folder)
+    expected = split_torch_state_dict_into_shards(tensors, max_shard_size=20)
+    shards_on_disk = {f.name: load_file(f) for f in (tmp_path / "out").glob("*.safetensors")}
+    assert {file: set(shard) for file, shard in shards_on_disk.items()} == {
+        file: set(names) for file, names in expected.filename_to_tensors.items()
+    }
+    assert_same({k: x for shard in shards_on_disk.values() for k, x in shard.items()}, tensors)
+    index = tmp_path / "out" / "model.safetensors.index.json"
+    assert index.exists() == expected.is_sharded
+    if expected.is_sharded:
+        written = json.loads(index.read_text())
+        assert written["weight_map"] == expected.tensor_to_filename
+        assert written["metadata"] == expected.metadata == {"total_size": sum(sizes)}
 
 
 def test_random_weights(moe_folder, tied_folder):

@@ -14,7 +14,7 @@ from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.hf.folder import check_model, check_weights, eos_ids
 from iwopd_megatron.parity.hf_reference import hf_model
 from iwopd_megatron.weights.convert import hf_to_megatron
-from iwopd_megatron.weights.hf_io import HfTensors
+from iwopd_megatron.weights.hf_reader import HfTensors
 
 HEAD, EMBEDDING, Q = (
     "lm_head.weight", "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight",

@@ -24,8 +24,9 @@ from iwopd_megatron.models.optimizer import build_optimizer, wrap_data_parallel
 from iwopd_megatron.parity.hf_reference import hf_model, make_samples, max_error
 from iwopd_megatron.runtime.local_world import local_context
 from iwopd_megatron.runtime.parallel import initialise, shutdown
-from iwopd_megatron.weights.hf_io import HfTensors, load_shards, named_views
-from iwopd_megatron.weights.table import entries
+from iwopd_megatron.weights.hf_reader import HfTensors, load_shards
+from iwopd_megatron.weights.table import mapped_parameters
+from iwopd_megatron.weights.transformers_views import named_gradients
 
 LENGTHS = [24, 17, 32, 20, 28, 19, 24, 32]  # inputs; any two are more than the longest
 UNPACKED, PACKED = 32, 120  # token budgets of a micro-batch: one sample, or several
@@ -137,7 +138,7 @@ def references(moe_folder):
             ids = torch.tensor([sample.prompt_ids + sample.response_ids])
             logits = model(ids[:, :-1]).logits[0, len(sample.prompt_ids) - 1 :]
             naive_loss(loss, sample, logits, len(read), tokens, support).backward()
-        found[name] = samples, support, named_views(model, gradients=True)
+        found[name] = samples, support, named_gradients(model)
     return found
 
 
@@ -183,10 +184,10 @@ def check_layouts(folder, layouts, references, queue):
             )
             expected = []
             for chunk in chunks:
-                for entry in entries(chunk, hf):
-                    axis = parallel.etp if entry.is_expert else parallel.tp
-                    sources = [whole[x] for x in entry.hf_names]
-                    expected.append(entry.cut.shard(sources, axis.rank, axis.size, hf))
+                for mapped in mapped_parameters(chunk, hf):
+                    axis = parallel.etp if mapped.is_expert else parallel.tp
+                    sources = [whole[x] for x in mapped.hf_names]
+                    expected.append(mapped.sharding.shard(sources, axis.rank, axis.size, hf))
             relative = max(
                 ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
                 for a, b in zip(packed, unpacked, strict=True)

@@ -8,9 +8,9 @@ import torch
 
 from iwopd_megatron.hf.config import parse_hf_config
 from iwopd_megatron.hf.shapes import hf_names, hf_shape
-from iwopd_megatron.weights.hf_io import named_views
-from iwopd_megatron.weights.table import blocks, entries
+from iwopd_megatron.weights.table import mapped_parameters, weight_blocks
 from iwopd_megatron.weights.torch_dist import block_shape, expected_tensors
+from iwopd_megatron.weights.transformers_views import named_views
 
 # config.json of the published models, what shapes depend on
 COMMON = dict(
@@ -55,7 +55,7 @@ def test_every_tensor_has_one_place(model):
     total = sum(x.numel() for x in tensors.values())
     assert total / 1e9 == pytest.approx(BILLIONS[size], rel=2e-3)
     for names in ("native", "te"):
-        found = [(name, block) for block in blocks(hf, names) for name in block.hf_names]
+        found = [(name, block) for block in weight_blocks(hf, names) for name in block.hf_names]
         assert sorted(name for name, _ in found) == sorted(tensors) == sorted(hf_names(hf))
         assert {name: hf_shape(name, hf) for name, _ in found} == {
             name: tuple(x.shape) for name, x in tensors.items()
@@ -66,7 +66,7 @@ def test_every_tensor_has_one_place(model):
 
 def shards(block, hf, tensors, size):
     sources = [tensors[name] for name in block.hf_names]
-    return [block.cut.shard(sources, rank, size, hf) for rank in range(size)]
+    return [block.sharding.shard(sources, rank, size, hf) for rank in range(size)]
 
 
 @pytest.mark.parametrize("degree", [1, 2, 4])
@@ -74,13 +74,13 @@ def test_cuts_over_tensor_parallel_ranks_join_again(degree, model):
     """tp for what every token meets, etp for experts: equal shards, whose join is the whole."""
     _, hf, tensors = model
     layers = {0, hf.num_hidden_layers - 1}
-    checked = [b for b in blocks(hf) if not b.place or b.place[0] in layers]
+    checked = [b for b in weight_blocks(hf) if not b.place or b.place[0] in layers]
     for block in checked:
         parts = shards(block, hf, tensors, degree)
         assert len({tuple(x.shape) for x in parts}) == 1
         if degree == 1:
             assert tuple(parts[0].shape) == block_shape(block, hf)
-        back = block.cut.unshard(parts, hf)
+        back = block.sharding.unshard(parts, hf)
         assert [tuple(x.shape) for x in back] == [hf_shape(name, hf) for name in block.hf_names]
         is_cut = parts[0].numel() * degree == sum(x.numel() for x in back)
         assert is_cut or "norm" in block.key or "router" in block.key
@@ -96,17 +96,17 @@ def test_experts_and_layers_are_dealt_without_gaps(model):
             for rank in range(ep if experts else 1):
                 local = range(rank * experts // ep, (rank + 1) * experts // ep)
                 chunk = stand_in(hf, stage, stages, list(local), is_first_rank=rank == 0)
-                seen += [name for entry in entries(chunk, hf) if not entry.is_copy
-                         for name in entry.hf_names]  # fmt: skip
+                seen += [name for mapped in mapped_parameters(chunk, hf) if not mapped.is_copy
+                         for name in mapped.hf_names]  # fmt: skip
         assert sorted(seen) == sorted(tensors)
 
 
 def stand_in(hf, stage, stages, local, is_first_rank):
-    """Megatron's parameter names of one rank of one stage, as `entries` reads them of a model."""
+    """Megatron's parameter names of one rank of one stage, as `mapped_parameters` reads them."""
     count = hf.num_hidden_layers // stages
     first = stage * count
     names = []
-    for block in blocks(replace(hf, num_hidden_layers=1)):
+    for block in weight_blocks(replace(hf, num_hidden_layers=1)):
         is_expert = len(block.place) == 2
         if block.place and (is_expert or is_first_rank):
             if is_expert and block.place[1] not in local:

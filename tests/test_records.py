@@ -24,7 +24,7 @@ from iwopd_megatron.runtime.local_world import local_context
 from iwopd_megatron.runtime.parallel import initialise, shutdown
 from iwopd_megatron.train.progress import Progress
 from iwopd_megatron.train.trainer import Trainer
-from iwopd_megatron.weights.hf_io import HfTensors, load_shards
+from iwopd_megatron.weights.hf_reader import HfTensors, load_shards
 
 ROOT = Path(__file__).parent.parent
 LENGTHS = [24, 17, 32, 20, 28, 19, 24]

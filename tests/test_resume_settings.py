@@ -21,7 +21,7 @@ from iwopd_megatron.runtime.parallel import initialise
 from iwopd_megatron.train import checkpoint
 from iwopd_megatron.train.compare import Arm
 from iwopd_megatron.train.saver import Saver
-from iwopd_megatron.weights.hf_io import HfTensors, load_shards
+from iwopd_megatron.weights.hf_reader import HfTensors, load_shards
 
 # A recipe with a value at every key, so that each can be changed.
 SERVICE = {"parallel": {}, "processes": 1}

@@ -28,8 +28,9 @@ from iwopd_megatron.rollout.engine import Prompt
 from iwopd_megatron.runtime.local_world import local_context
 from iwopd_megatron.runtime.parallel import initialise, shutdown
 from iwopd_megatron.train.journal import Journal
-from iwopd_megatron.weights.hf_io import HfTensors, load_shards, named_views
-from iwopd_megatron.weights.table import entries
+from iwopd_megatron.weights.hf_reader import HfTensors, load_shards
+from iwopd_megatron.weights.table import mapped_parameters
+from iwopd_megatron.weights.transformers_views import named_gradients
 
 LENGTHS = [24, 17, 32, 20, 28, 19, 24]  # inputs; an odd number, so that a rank has fewer
 UNPACKED, PACKED = 32, 120  # token budgets of a micro-batch: one sample, or several
@@ -107,7 +108,7 @@ def make_reference(folder):
         logp = response_logp(model, sample)
         scores.append(logp.detach())
         (-logp.sum() / tokens).backward()
-    return samples, scores, named_views(model, gradients=True)
+    return samples, scores, named_gradients(model)
 
 
 @pytest.fixture(scope="module")
@@ -124,11 +125,11 @@ def errors(schedule, optimizer, chunks, hf, budget, reference):
     schedule.accumulate(optimizer, batches, length, LikelihoodObjective())
     pairs = []
     for chunk in chunks:
-        for entry in entries(chunk, hf):
-            axis = parallel.etp if entry.is_expert else parallel.tp
-            sources = [whole[name] for name in entry.hf_names]
-            expected = entry.cut.shard(sources, axis.rank, axis.size, hf)
-            pairs.append((entry.parameter.main_grad, expected))
+        for mapped in mapped_parameters(chunk, hf):
+            axis = parallel.etp if mapped.is_expert else parallel.tp
+            sources = [whole[name] for name in mapped.hf_names]
+            expected = mapped.sharding.shard(sources, axis.rank, axis.size, hf)
+            pairs.append((mapped.parameter.main_grad, expected))
     scale = max(grad.abs().max().item() for grad in whole.values())
     logps = [(torch.tensor(ours), theirs) for ours, theirs in zip(found, scores, strict=True)]
     return max_error(logps), max_error(pairs) / scale

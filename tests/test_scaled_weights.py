@@ -23,8 +23,9 @@ from iwopd_megatron.parity.hf_reference import hf_model
 from iwopd_megatron.plan.model_size import ModelSize
 from iwopd_megatron.runtime.parallel import initialise, shutdown
 from iwopd_megatron.weights.convert import hf_to_megatron, megatron_to_hf
-from iwopd_megatron.weights.hf_io import HfTensors, load_shards, save_folder
-from iwopd_megatron.weights.table import blocks
+from iwopd_megatron.weights.hf_reader import HfTensors, load_shards
+from iwopd_megatron.weights.hf_writer import save_folder
+from iwopd_megatron.weights.table import weight_blocks
 
 BF16 = torch.bfloat16
 # how they are scaled: block, quantization_config, name of the scales, their dtype
@@ -75,11 +76,11 @@ def test_whole_tensors_are_those_of_the_twin(pair, dtype):
 def test_every_cut_of_every_layout_is_that_of_the_twin(pair):
     twin, found = expected(pair[0], torch.float32), HfTensors(pair[0])
     hf = read_hf_config(pair[0])
-    for block in blocks(hf):
+    for block in weight_blocks(hf):
         for size in (1, 2):
             for rank in range(size):
                 ours, theirs = (
-                    block.cut.shard([source[name] for name in block.hf_names], rank, size, hf)
+                    block.sharding.shard([source[name] for name in block.hf_names], rank, size, hf)
                     for source in (found, twin)
                 )
                 assert torch.equal(ours, theirs), (block.key, rank, size)

@@ -22,8 +22,8 @@ from iwopd_megatron.train.saver import Saver
 from iwopd_megatron.weights import pieces, torch_dist
 from iwopd_megatron.weights.blob import data_start, envelope, serialise
 from iwopd_megatron.weights.convert import hf_to_megatron, megatron_to_hf
-from iwopd_megatron.weights.hf_io import HfTensors, load_shards
-from iwopd_megatron.weights.table import blocks
+from iwopd_megatron.weights.hf_reader import HfTensors, load_shards
+from iwopd_megatron.weights.table import weight_blocks
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def converted(folders, tmp_path_factory):
     """Each folder's checkpoint, cut into many pieces by a small limit."""
     out = tmp_path_factory.mktemp("converted")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "LIMIT", 3000)
+        patch.setattr(pieces, "PIECE_BYTES", 3000)
         patch.setattr(torch_dist, "FILE_BYTES", 200_000)
         for folder in folders:
             hf_to_megatron(folder, out / folder.name)
@@ -187,25 +187,25 @@ def test_stacks_are_what_the_table_says(moe_folder, dense_folder):
         hf, tensors = read_hf_config(folder), load_file(folder / "model.safetensors")
         seen = set()
         for names in ("native", "te"):
-            all_blocks = list(blocks(hf, names))
+            all_blocks = list(weight_blocks(hf, names))
             assert sorted(x for b in all_blocks for x in b.hf_names) == sorted(tensors)
             for block in all_blocks:
                 sources = [tensors[name] for name in block.hf_names]
                 assert [tuple(x.shape) for x in sources] == [
                     hf_shape(name, hf) for name in block.hf_names
                 ]
-                whole = block.cut.shard(sources, 0, 1, hf)
+                whole = block.sharding.shard(sources, 0, 1, hf)
                 assert tuple(whole.shape) == torch_dist.block_shape(block, hf)
-                assert torch.equal(whole, torch.cat(sources)) == block.cut.is_stack
-                seen.add(block.cut.is_stack)
+                assert torch.equal(whole, torch.cat(sources)) == block.sharding.is_stack
+                seen.add(block.sharding.is_stack)
         assert seen == {True, False}
 
 
 def test_te_names(moe_folder, dense_folder):
     """What TransformerEngine renames: norms inside the linear that follows."""
     moe, dense = (
-        {block.key for block in blocks(read_hf_config(folder), "te")}
-        - {block.key for block in blocks(read_hf_config(folder), "native")}
+        {block.key for block in weight_blocks(read_hf_config(folder), "te")}
+        - {block.key for block in weight_blocks(read_hf_config(folder), "native")}
         for folder in (moe_folder, dense_folder)
     )
     prefix = "decoder.layers."

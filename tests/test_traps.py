@@ -18,7 +18,7 @@ from iwopd_megatron.runtime.local_world import local_context
 from iwopd_megatron.runtime.parallel import initialise, shutdown
 from iwopd_megatron.train import checkpoint
 from iwopd_megatron.train.saver import Saver
-from iwopd_megatron.weights.hf_io import HfTensors, load_shards
+from iwopd_megatron.weights.hf_reader import HfTensors, load_shards
 
 LENGTHS = [24, 16, 32, 20, 28, 12, 24, 32]
 

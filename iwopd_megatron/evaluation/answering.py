@@ -47,7 +47,7 @@ def answering_engine(
 ) -> Iterator[RolloutEngine]:
     """The engine with the weights of `recipe.student.hf`. Collective."""
     from iwopd_megatron.rollout.make import make_engine
-    from iwopd_megatron.weights.hf_io import whole_tensors
+    from iwopd_megatron.weights.hf_reader import whole_tensors
 
     folder = recipe.student.hf
     engine = make_engine(recipe, parallel, say)

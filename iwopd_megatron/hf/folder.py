@@ -53,12 +53,14 @@ def check_model(folder: Path, weights: bool = True) -> HfConfig:
     return hf
 
 
-def check_weights(folder: Path, hf: HfConfig) -> None:
-    """Refuse weights that config.json does not imply; RecipeError names the first.
+def check_weights(folder: Path, hf: HfConfig) -> dict[str, Weight]:
+    """Return what `find_weights` does, and refuse weights that config.json does not imply.
 
-    Refuses a tied model too that stores a head other than its embedding.
+    RecipeError names the first, or a tied model's stored head that is not its embedding.
     """
-    _check_tied_head(folder, hf, find_weights(folder, hf))
+    weights = find_weights(folder, hf)
+    _check_tied_head(folder, hf, weights)
+    return weights
 
 
 def find_weights(folder: Path, hf: HfConfig) -> dict[str, Weight]:

@@ -20,9 +20,8 @@ from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.hf.config import read_hf_config
 from iwopd_megatron.parity.hf_reference import hf_model
 from iwopd_megatron.weights import manifest
-from iwopd_megatron.weights.hf_io import HfTensors
-from iwopd_megatron.weights.manifest import DTYPES, Digest, entry
-from iwopd_megatron.weights.pieces import LIMIT
+from iwopd_megatron.weights.hf_reader import HfTensors, unchecked_weights
+from iwopd_megatron.weights.manifest import DTYPES, ManifestEntry, hash_tensor
 
 SMALL = 4 * 10**9
 ROWS, TOKENS = 4, 32  # the fixed batch
@@ -34,11 +33,12 @@ class Side:
 
     path: Path
     config: dict[str, Any]
-    tensors: dict[str, dict[str, Any]]
+    tensors: dict[str, ManifestEntry]
     source: HfTensors | None = None  # None for a manifest, which has no bytes
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors' data."""
         return sum(
             math.prod(x["shape"]) * DTYPES[x["dtype"]].itemsize for x in self.tensors.values()
         )
@@ -53,7 +53,10 @@ class Difference:
 
 
 def read_side(path: Path, workers: int = 1) -> Side:
-    """A Hugging Face folder, whose bytes are hashed; or a checkpoint's or a lone manifest."""
+    """Read a Hugging Face folder, whose bytes are hashed, or a checkpoint's or a lone manifest.
+
+    RecipeError if the path is none of them.
+    """
     if not path.exists():
         raise RecipeError(f"{path} does not exist.")
     if not (path / "config.json").is_file():
@@ -63,16 +66,15 @@ def read_side(path: Path, workers: int = 1) -> Side:
         return Side(path, found["config"], found["tensors"])
     hf = read_hf_config(path)
     # what is missing or extra is what a comparison tells
-    tensors = HfTensors(path, getattr(torch, hf.dtype), with_tied_head=True, is_checked=False)
+    source = HfTensors(path, getattr(torch, hf.dtype), unchecked_weights(path))
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        entries = pool.map(lambda name: _hash(tensors, name), list(tensors))
-        return Side(
-            path, manifest.essentials(hf), dict(zip(tensors, entries, strict=True)), tensors
-        )
+        entries = pool.map(lambda name: hash_tensor(source[name], name, path), list(source))
+        tensors = dict(zip(source, entries, strict=True))
+    return Side(path, manifest.essentials(hf), tensors, source)
 
 
 def compare(a: Side, b: Side, tolerance: float = 0.0) -> Difference:
-    """Differences of two models. With a tolerance, weights, logits and KL may differ by that."""
+    """Compare two models; with a tolerance, weights, logits and KL may differ by that."""
     result = Difference({"tensors": len(a.tensors), "different": 0, "max_weight_error": 0.0})
     for key in sorted(a.config.keys() | b.config.keys()):
         if a.config.get(key) != b.config.get(key):
@@ -99,40 +101,33 @@ def compare(a: Side, b: Side, tolerance: float = 0.0) -> Difference:
     return result
 
 
-def _hash(tensors: HfTensors, name: str) -> dict[str, Any]:
-    whole, digest = tensors[name], Digest()
-    shape = whole.get_shape()
-    if whole.get_dtype() not in DTYPES:
-        raise RecipeError(f"{tensors.folder}: {name} is {whole.get_dtype()}, not a plain float.")
-    size = math.prod(shape[1:]) * DTYPES[whole.get_dtype()].itemsize
-    step = max(1, LIMIT // max(1, size))
-    for first in range(0, shape[0], step):
-        digest.update(whole[first : first + step])
-    return entry(shape, whole.get_dtype(), digest.hex())
-
-
 def _explain(
     result: Difference, name: str, a: Side, b: Side, twins: dict[str, str], tolerance: float
 ) -> None:
-    """One sentence on why a tensor differs, unless it does so within the tolerance."""
+    """Add one sentence on why a tensor differs, unless it does so within the tolerance."""
     ours, theirs = a.tensors[name], b.tensors[name]
-    for what in ("shape", "dtype"):
-        if ours[what] != theirs[what]:
-            result.problems.append(f"{name}: {what} is {ours[what]} and {theirs[what]}")
+    pairs = {
+        "shape": (ours["shape"], theirs["shape"]),
+        "dtype": (ours["dtype"], theirs["dtype"]),
+    }
+    for what, (own, other) in pairs.items():
+        if own != other:
+            result.problems.append(f"{name}: {what} is {own} and {other}")
             return
     twin = twins.get(ours["xxh3_64"])
     also = f"; {a.path} has there what {b.path} has as {twin}" if twin else ""
     if a.source is None or b.source is None:
         result.problems.append(f"{name}: bytes differ{also}")
         return
-    error = _largest_error(a.source[name], b.source[name])
+    error = _largest_error(a.source, b.source, name)
     result.figures["max_weight_error"] = max(result.figures["max_weight_error"], error)
     if not error <= tolerance or tolerance == 0:
         result.problems.append(f"{name} differs by {error:.3g}, allowed {tolerance:g}{also}")
 
 
-def _largest_error(ours: Any, theirs: Any) -> float:
-    """NaN counts as infinite."""
+def _largest_error(a: HfTensors, b: HfTensors, name: str) -> float:
+    """Return the largest absolute difference of two folders' tensor; NaN counts as infinite."""
+    ours, theirs = a[name], b[name]
     worst, rows = 0.0, ours.get_shape()[0]
     for first, last in itertools.pairwise([*range(0, rows, 1024), rows]):
         error = (ours[first:last].double() - theirs[first:last].double()).abs().max().item()
@@ -142,7 +137,7 @@ def _largest_error(ours: Any, theirs: Any) -> float:
 
 @torch.no_grad()
 def _outputs(a: Path, b: Path, vocabulary: int) -> tuple[float, float]:
-    """(largest difference of logits, mean KL) on a fixed batch, by transformers in fp32."""
+    """Return (largest difference of logits, mean KL) on a fixed batch, by transformers in fp32."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (ROWS, TOKENS), generator=generator)
     logits = []

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,7 +20,11 @@ from iwopd_megatron.config.recipe import Train
 from iwopd_megatron.hf.config import HfConfig, read_hf_config
 from iwopd_megatron.loss.policy import token_denominator
 from iwopd_megatron.loss.weighting import token_weights
-from iwopd_megatron.weights.hf_io import HfTensors, named_views
+from iwopd_megatron.weights.hf_reader import HfTensors
+from iwopd_megatron.weights.transformers_views import named_gradients, named_views
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Adam's first step is lr * g / (|g| + eps): eps must exceed float noise of a gradient near zero.
 TRAIN = Train(lr=1e-3, rounds=10, eps=1e-5)
@@ -50,7 +54,7 @@ class Reference:
 def make_samples(
     vocab: int, lengths: list[int], pad_id: int | None = None, seed: int = 0
 ) -> list[Trajectory]:
-    """Random prompts (a quarter of each length), responses, and engine and teacher scores.
+    """Make random prompts (a quarter of each length), responses, engine and teacher scores.
 
     `pad_id` occurs in every prompt and in every response.
     """
@@ -68,13 +72,16 @@ def make_samples(
 
 
 def compute_reference(folder: Path, samples: list[Trajectory], bf16: bool = False) -> Reference:
-    """Run transformers on the folder, one sample at a time, with the plain padded formulas."""
+    """Run transformers on the folder, one sample at a time, with the plain padded formulas.
+
+    Two precisions: fp32, and fp64 (or bf16) for its own rounding error.
+    """
     model = hf_model(folder, torch.float32)
     logits, losses = _hf_backward(model, samples)
-    grads = {name: grad.clone() for name, grad in named_views(model, gradients=True).items()}
+    grads = {name: grad.clone() for name, grad in named_gradients(model).items()}
     other = hf_model(folder, torch.bfloat16 if bf16 else torch.float64)
     other_logits, other_losses = _hf_backward(other, samples)
-    other_grads = named_views(other, gradients=True)
+    other_grads = named_gradients(other)
     error = mean_error if bf16 else max_error
     pairs = [(other_grads[name], grad) for name, grad in grads.items()]
     noise = {
@@ -101,8 +108,8 @@ def compute_reference(folder: Path, samples: list[Trajectory], bf16: bool = Fals
 
 def hf_model(
     folder: Path, dtype: torch.dtype, attention: str = "eager", experts: str = "eager"
-) -> torch.nn.Module:
-    """transformers' own model of a folder, with its plain implementations by default.
+) -> PreTrainedModel:
+    """Return transformers' own model of a folder, with its plain implementations by default.
 
     Scaled weights are given to it multiplied: its own readers of them need other packages.
     """
@@ -111,6 +118,7 @@ def hf_model(
 
     logging.disable_progress_bar()
     options = {"dtype": dtype, "attn_implementation": attention}
+    model: PreTrainedModel
     if read_hf_config(folder).quantization is None:
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
     else:
@@ -120,7 +128,7 @@ def hf_model(
     return model
 
 
-def _with_plain_weights(folder: Path, options: dict[str, Any]) -> torch.nn.Module:
+def _with_plain_weights(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config, tensors = AutoConfig.from_pretrained(folder), HfTensors(folder)
@@ -132,9 +140,9 @@ def _with_plain_weights(folder: Path, options: dict[str, Any]) -> torch.nn.Modul
 
 
 def _hf_backward(
-    model: torch.nn.Module, samples: list[Trajectory]
+    model: PreTrainedModel, samples: list[Trajectory]
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Every sample's logits, and what each response token adds to the loss."""
+    """Return every sample's logits, and what each response token adds to the loss."""
     tokens = sum(len(s.response_ids) for s in samples)
     logits, losses = [], []
     for s in samples:
@@ -162,12 +170,12 @@ def _norm(tensors: Iterable[torch.Tensor]) -> float:
 
 
 def mean_error(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """Mean absolute difference over all elements of all pairs."""
+    """Return the mean absolute difference over all elements of all pairs."""
     total = sum((a.double() - b.double()).abs().sum().item() for a, b in pairs)
     return total / max(1, sum(a.numel() for a, _ in pairs))
 
 
 def max_error(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """Largest absolute difference; NaN counts as infinite, so that no comparison passes over it."""
+    """Return the largest absolute difference; NaN counts as infinite, so that it always fails."""
     errors = [(a.double() - b.double()).abs().max().item() for a, b in pairs]
     return max((e if e == e else float("inf") for e in errors), default=0.0)

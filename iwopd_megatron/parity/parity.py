@@ -24,8 +24,8 @@ from iwopd_megatron.models.optimizer import build_optimizer, wrap_data_parallel
 from iwopd_megatron.parity.hf_reference import LOSS, TRAIN, Reference, max_error, mean_error
 from iwopd_megatron.runtime.megatron import gather_from_sequence_parallel_region
 from iwopd_megatron.runtime.parallel import Parallel, gather, initialise
-from iwopd_megatron.weights.hf_io import HfTensors, load_shards
-from iwopd_megatron.weights.table import entries
+from iwopd_megatron.weights.hf_reader import HfTensors, load_shards
+from iwopd_megatron.weights.table import mapped_parameters
 
 # fp32, absolute; the gradient norm relative
 TOLERANCE = {"logits": 5e-6, "grads": 1e-6, "loss": 1e-6, "grad_norm_error": 1e-5, "weights": 1e-5}
@@ -43,7 +43,7 @@ def compare(
     dtype: str = "fp32",
     recompute: str = "none",
 ) -> dict[str, float]:
-    """Differences from the reference, worst of all ranks (fp32 max, bf16 mean). Collective.
+    """Return differences from the reference, worst of all ranks (fp32 max, bf16 mean). Collective.
 
     With and without the distributed optimizer; the gradient norm's difference is relative.
     """
@@ -75,13 +75,13 @@ def compare(
 
 
 def _all_response(sample: Trajectory) -> Trajectory:
-    """The same inputs, every one a loss row: a prompt of one token, the rest response."""
+    """Return the same inputs, every one a loss row: a prompt of one token, the rest response."""
     ids = sample.prompt_ids + sample.response_ids
     return Trajectory(sample.index, ids[:1], ids[1:])
 
 
 def _logit_error(schedule: Schedule, ref: Reference, budget: int, dtype: str) -> float:
-    """This rank's vocabulary columns of all its tokens but padding, against the reference's."""
+    """Compare this rank's vocabulary columns of all its tokens but padding with the reference's."""
     batches, length = Packer(schedule.parallel, budget)([_all_response(s) for s in ref.samples])
     tp = schedule.parallel.tp
     columns = slice(
@@ -112,15 +112,15 @@ def _shard_error(
     dtype: str,
     field: str,
 ) -> float:
-    """`field` of all this rank's parameters against its own cut of the reference's tensors."""
+    """Compare `field` of all this rank's parameters with its own shards of whole tensors."""
     pairs = []
     for chunk in chunks:
-        for entry in entries(chunk, hf):
-            axis = parallel.etp if entry.is_expert else parallel.tp
-            expected = entry.cut.shard(
-                [whole[name] for name in entry.hf_names], axis.rank, axis.size, hf
+        for mapped in mapped_parameters(chunk, hf):
+            axis = parallel.etp if mapped.is_expert else parallel.tp
+            expected = mapped.sharding.shard(
+                [whole[name] for name in mapped.hf_names], axis.rank, axis.size, hf
             )
-            pairs.append((getattr(entry.parameter, field).cpu(), expected))
+            pairs.append((getattr(mapped.parameter, field).cpu(), expected))
     return _worst(_error(pairs, dtype))
 
 
@@ -129,12 +129,12 @@ def _error(pairs: list[tuple[torch.Tensor, torch.Tensor]], dtype: str) -> float:
 
 
 def _worst(error: float) -> float:
-    """The largest error of all ranks; NaN, which max() may pass over, counts as infinite."""
+    """Return the largest error of all ranks; NaN, which max() may pass over, counts as infinite."""
     return max(gather(error if error == error else float("inf")))
 
 
 def failures(result: dict[str, float], ref: Reference, dtype: str) -> list[str]:
-    """One sentence per figure past its tolerance; empty when the layout agrees."""
+    """Return one sentence per figure past its tolerance; none when the layout agrees."""
     limits = {key: NOISE_FACTOR * noise for key, noise in ref.noise.items()}
     if dtype == "fp32":
         largest = max(gradient.abs().max().item() for gradient in ref.grads.values())

@@ -35,31 +35,42 @@ class Rehearsal:
 
     @property
     def config(self) -> dict[str, Any]:
-        """config.json of the smallest model that this layout divides."""
+        """Return config.json of the smallest model that this layout divides."""
         axes = self.layout
         config = dict(
-            vocab_size=512, hidden_size=64, intermediate_size=128,
+            vocab_size=512,
+            hidden_size=64,
+            intermediate_size=128,
             num_hidden_layers=max(2, axes.pp * axes.vpp),
-            num_attention_heads=2 * max(2, axes.tp), num_key_value_heads=max(2, axes.tp),
-            head_dim=16, max_position_embeddings=256, rms_norm_eps=1e-6,
-            tie_word_embeddings=self.is_tied, pad_token_id=0,
-        )  # fmt: skip
+            num_attention_heads=2 * max(2, axes.tp),
+            num_key_value_heads=max(2, axes.tp),
+            head_dim=16,
+            max_position_embeddings=256,
+            rms_norm_eps=1e-6,
+            tie_word_embeddings=self.is_tied,
+            pad_token_id=0,
+        )
         if self.is_moe:
             config |= dict(
-                num_experts=max(8, axes.ep), num_experts_per_tok=2, norm_topk_prob=True,
+                num_experts=max(8, axes.ep),
+                num_experts_per_tok=2,
+                norm_topk_prob=True,
                 moe_intermediate_size=32 * axes.etp,
-            )  # fmt: skip
+            )
         return config
 
     def samples(self) -> list[Trajectory]:
-        """What its layouts are compared on; the pad token is among the ids."""
+        """Return what its layouts are compared on; the pad token is among the ids."""
         from iwopd_megatron.parity.hf_reference import make_samples
 
         return make_samples(self.config["vocab_size"], LENGTHS, self.config["pad_token_id"])
 
 
 def rehearsals(recipe: Recipe, limit: int) -> dict[str, Rehearsal]:
-    """The recipe's layouts by role, each scaled down to `limit` processes. Refuses illegal ones."""
+    """Return the recipe's layouts by role, each scaled down to `limit` processes.
+
+    RecipeError if a layout does not fit its model.
+    """
     student = recipe.student
     models = {"student": (student.hf, student.parallel, student.recompute)}
     for role, teacher in recipe.named_teachers.items():
@@ -82,7 +93,7 @@ def rehearsals(recipe: Recipe, limit: int) -> dict[str, Rehearsal]:
 
 
 def scaled(layout: Layout, limit: int) -> Layout:
-    """The largest axis halved until the layout fits on `limit` processes; vpp at most 2."""
+    """Return a layout of at most `limit` processes: the largest axis is halved; vpp at most 2."""
     axes = dict(layout) | {"vpp": min(2, layout.vpp)}
     while (found := Layout(**axes)).unit > limit:
         axis = max(GIVES_WAY, key=lambda name: axes[name])
@@ -93,7 +104,7 @@ def scaled(layout: Layout, limit: int) -> Layout:
 
 
 def write_model(folder: Path, config: dict[str, Any]) -> None:
-    """A random Hugging Face model in which every kind of weight matters."""
+    """Write a random Hugging Face model in which every kind of weight matters."""
     import torch
     import transformers
     from transformers.utils import logging

@@ -20,7 +20,7 @@ from iwopd_megatron.records.disk import disk_told
 from iwopd_megatron.records.runlog import MetricsLog, append_event, open_log, truncated_shares
 from iwopd_megatron.records.samples import keep_samples
 from iwopd_megatron.runtime.parallel import Parallel
-from iwopd_megatron.weights.hf_io import save_folder
+from iwopd_megatron.weights.hf_writer import save_folder
 
 
 class Recorder:

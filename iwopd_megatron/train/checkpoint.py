@@ -20,14 +20,20 @@ from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.files.run_files import read_object
 from iwopd_megatron.models.optimizer import go_on
 from iwopd_megatron.records.resume import checkpoints
-from iwopd_megatron.runtime.megatron import ShardedObject, dist_checkpointing, unwrap_model
+from iwopd_megatron.runtime.megatron import (
+    OptimizerParamScheduler,
+    ShardedObject,
+    dist_checkpointing,
+    megatron_optimizer,
+    unwrap_model,
+)
 from iwopd_megatron.runtime.parallel import Parallel, gather
 from iwopd_megatron.train.saver import LISTING, Saver, digest
 from iwopd_megatron.weights.torch_dist import METADATA
 
 
 def newest(run: Path, parallel: Parallel, say: Callable[[str], None]) -> Path | None:
-    """The newest sound checkpoint of a run folder; damaged ones are named and skipped. Collective.
+    """Find a run folder's newest sound checkpoint; damaged ones are named and skipped. Collective.
 
     Every rank reads its share of the files once.
     """
@@ -41,7 +47,7 @@ def newest(run: Path, parallel: Parallel, say: Callable[[str], None]) -> Path | 
 
 
 def digest_of(problems: Iterable[tuple[Problem, list[int]]]) -> str:
-    """Of what a run trains on, in its order in the files: prompts, their sources and responses."""
+    """Hash what a run trains on, in its order in the files: prompts, sources and responses."""
     state = xxhash.xxh3_64()
     for problem, ids in problems:
         state.update(repr((ids, problem.source, problem.response)).encode(errors="replace"))
@@ -49,7 +55,7 @@ def digest_of(problems: Iterable[tuple[Problem, list[int]]]) -> str:
 
 
 def _damage(folder: Path, parallel: Parallel) -> str | None:
-    """What is wrong with this rank's share of the files."""
+    """Return what is wrong with this rank's share of the files, None if nothing is."""
     listing = folder / LISTING
     if not listing.is_file():
         return f"{LISTING} is missing."
@@ -71,9 +77,9 @@ def _damage(folder: Path, parallel: Parallel) -> str | None:
 
 def save(
     saver: Saver,
-    chunks: list,
-    optimizer: Any,
-    scheduler: Any,
+    chunks: list[torch.nn.Module],
+    optimizer: megatron_optimizer.MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
     extra: dict[str, Any],
     parallel: Parallel,
 ) -> None:
@@ -84,9 +90,13 @@ def save(
 
 
 def load(
-    folder: Path, chunks: list, optimizer: Any, scheduler: Any, parallel: Parallel
+    folder: Path,
+    chunks: list[torch.nn.Module],
+    optimizer: megatron_optimizer.MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    parallel: Parallel,
 ) -> dict[str, Any]:
-    """Restore a checkpoint into this layout; returns what was saved as `extra`."""
+    """Restore a checkpoint into this layout; return what was saved as `extra`. Collective."""
     state = _state(chunks, optimizer, parallel, is_loading=True)
     saved_world = dist_checkpointing.load_common_state_dict(str(folder))["extra"]["world"]
     if saved_world != parallel.world:
@@ -102,7 +112,13 @@ def load(
     return loaded["extra"]
 
 
-def _state(chunks: list, optimizer: Any, parallel: Parallel, is_loading: bool) -> dict[str, Any]:
+def _state(
+    chunks: list[torch.nn.Module],
+    optimizer: megatron_optimizer.MegatronOptimizer,
+    parallel: Parallel,
+    is_loading: bool,
+) -> dict[str, Any]:
+    """Return what Megatron saves or loads: models, optimiser, this rank's generator."""
     metadata = METADATA | {"dp_cp_group": parallel.dp_cp.group}
     state: dict[str, Any] = {
         f"model{i}": chunk.sharded_state_dict(metadata=metadata)

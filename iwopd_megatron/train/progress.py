@@ -11,7 +11,7 @@ from rich.progress import Progress as RichProgress
 from iwopd_megatron.records.words import percent
 
 if TYPE_CHECKING:
-    from iwopd_megatron.weights.hf_io import Loaded
+    from iwopd_megatron.weights.hf_reader import Loaded
 
 
 class Progress:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import queue
 import shutil
 import signal
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,14 +25,9 @@ from iwopd_megatron.errors import CheckpointError, UserError
 from iwopd_megatron.files.rawfile import flush
 from iwopd_megatron.hf.companions import FOLDER as COMPANIONS
 from iwopd_megatron.records.disk import disk_error, disk_reason, disk_told
-from iwopd_megatron.runtime.megatron import dist_checkpointing, filesystem_async
 from iwopd_megatron.runtime.parallel import Parallel, any_rank, gather
 from iwopd_megatron.runtime.stop import die_with_parent
-from iwopd_megatron.weights.torch_dist import METADATA
-
-# Where Megatron looks for what was written. Its own would be a manager process, which imports
-# everything again and takes seconds.
-filesystem_async._results_queue = queue.Queue()
+from iwopd_megatron.train.megatron_save import MegatronSave, PlannedFiles, Results
 
 LISTING = "files.json"
 OWN_BYTES = 2**20  # more than common.pt, .metadata and the listing of a small model need
@@ -46,8 +41,17 @@ class Failure(NamedTuple):
     reason: str | None = None  # of the disk
 
 
+@dataclass
+class Outcome:
+    """What a rank's writer has done."""
+
+    results: Results = field(default_factory=dict)
+    listing: Listing = field(default_factory=dict)
+    failure: Failure | None = None
+
+
 class Saver:
-    """Writes checkpoints of one run, one at a time, and keeps the newest `keep`."""
+    """The checkpoints of one run, written one at a time; the newest `keep` stay."""
 
     def __init__(
         self,
@@ -70,15 +74,13 @@ class Saver:
         partial = final.with_suffix(".partial")
         with disk_told(self.run):
             self.parallel.on_main(lambda: self._make_room(partial))
-            request = dist_checkpointing.save(
-                state, str(partial), content_metadata=METADATA, async_sharded_save=True
-            )
-        self._pending = _Pending(final, partial, request)
+            save = MegatronSave(state, partial)
+        self._pending = _Pending(final, partial, save, _start_writer(save))
         if not self.in_background:
             self.finish()
 
     def _make_room(self, partial: Path) -> None:
-        """An empty folder to write into; what a crash left of others goes.
+        """Make an empty folder to write into; what a crash left of others is removed.
 
         OSError, before any rank begins, where the disk has no room for the part that rank 0 writes
         alone: later the other ranks would wait for it.
@@ -95,7 +97,7 @@ class Saver:
 
     def poll(self) -> None:
         """Complete the pending checkpoint if all ranks have written theirs. One all-reduce."""
-        if self._pending is not None and not any_rank(not self._pending.is_over()):
+        if self._pending is not None and not any_rank(not self._pending.writer.is_over()):
             self.finish()
 
     def finish(self) -> None:
@@ -106,15 +108,15 @@ class Saver:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        own = pending.outcome()
-        outcomes = gather(own if isinstance(own, Failure) else own[1])
+        own = pending.writer.outcome()
+        outcomes: list[tuple[Failure | None, Listing]] = gather((own.failure, own.listing))
         try:
-            for rank, outcome in enumerate(outcomes):
-                if isinstance(outcome, Failure):
-                    raise self._error(pending.final, rank, outcome)
-            listing = {k: v for outcome in outcomes for k, v in outcome.items()}
+            for rank, (failure, _) in enumerate(outcomes):
+                if failure is not None:
+                    raise self._error(pending.final, rank, failure)
+            listing = {name: entry for _, part in outcomes for name, entry in part.items()}
             with disk_told(self.run):
-                pending.finalise(own[0])
+                pending.save.finalise(own.results)
                 self.parallel.on_main(lambda: self._publish(pending, listing))
         except UserError:
             if self.parallel.is_main:
@@ -130,7 +132,7 @@ class Saver:
         )
 
     def _publish(self, pending: _Pending, listing: Listing) -> None:
-        """List what lies there, rename the folder, remove the oldest."""
+        """Write the listing of all files, rename the folder, remove the oldest checkpoints."""
         for file in pending.partial.rglob("*"):
             name = str(file.relative_to(pending.partial))
             if file.is_file() and name not in listing:
@@ -147,79 +149,87 @@ class Saver:
             shutil.rmtree(old)
 
 
-class _Pending:
-    """A checkpoint whose files a process writes: Megatron's request, and the process."""
+class _Writer:
+    """The process that writes this rank's files."""
 
-    def __init__(self, final: Path, partial: Path, request: Any):
-        self.final, self.partial, self._request = final, partial, request
-        self._connection: Connection | None = None
-        if request.async_fn is None:  # nothing is this rank's to write
-            return
-        transforms = request.async_fn.args[0]
-        _, buckets, self._results = request.async_fn_args
-        buckets = request.preload_fn()
+    def __init__(self, files: PlannedFiles):
+        """Fork it, with the memory as it is now."""
         context = multiprocessing.get_context("fork")
         self._connection, end = context.Pipe(duplex=False)
-        self._process = context.Process(target=_write, args=(transforms, buckets, end))
+        self._process = context.Process(target=_write, args=(files, end))
         self._process.start()
         end.close()  # the writer's is then the only one, and closes with it
 
     def is_over(self) -> bool:
-        return self._connection is None or self._connection.poll()
+        """Return whether it has said what it did, or died."""
+        return self._connection.poll()
 
-    def outcome(self) -> Failure | tuple[Any, Listing]:
-        """What the writer sends at its end."""
-        if self._connection is None:
-            return None, {}
+    def outcome(self) -> Outcome:
+        """Wait for what it sends at its end."""
+        outcome: Outcome | None
         try:
             outcome = self._connection.recv()
         except EOFError:
             outcome = None
         self._process.join()
-        if outcome is None:
-            code = self._process.exitcode
-            name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            return Failure(f"died ({name})")
-        return outcome
-
-    def finalise(self, results: Any) -> None:
-        """Let Megatron write `.metadata` and `metadata.json`. Collective."""
-        if self._connection is not None:
-            self._results.put(results)
-        for function in self._request.finalize_fns:
-            function()
+        if outcome is not None:
+            return outcome
+        code = self._process.exitcode
+        if code is not None and code < 0:
+            return Outcome(failure=Failure(f"died ({signal.Signals(-code).name})"))
+        return Outcome(failure=Failure(f"died (exit code {code})"))
 
 
-def _write(transforms: list, buckets: list, connection: Connection) -> None:
-    """The writer process: all files of this rank, flushed; sends (results, listing), or Failure."""
+class _NoWriter:
+    """Stands for the writer on a rank that has no files to write."""
+
+    def is_over(self) -> bool:
+        """Return True."""
+        return True
+
+    def outcome(self) -> Outcome:
+        """Return that nothing was written and nothing failed."""
+        return Outcome()
+
+
+def _start_writer(save: MegatronSave) -> _Writer | _NoWriter:
+    """Start the writer of this rank's files; this process keeps no copy of their data."""
+    files = save.files()
+    return _NoWriter() if files is None else _Writer(files)
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A checkpoint whose files are being written."""
+
+    final: Path
+    partial: Path
+    save: MegatronSave
+    writer: _Writer | _NoWriter
+
+
+def _write(files: PlannedFiles, connection: Connection) -> None:
+    """Run as the writer process: write all files of this rank, send the Outcome."""
     die_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # a run that is stopped waits for its checkpoint
     try:
-        connection.send(_write_buckets(transforms, buckets))
+        connection.send(_write_files(files))
     except Exception as error:
-        connection.send(Failure(f"failed ({error})", disk_reason(error)))
+        failure = Failure(f"failed ({error})", disk_reason(error))
+        connection.send(Outcome(failure=failure))
 
 
-def _write_buckets(transforms: list, buckets: list) -> tuple[dict[int, Any], Listing]:
-    results, listing = {}, {}
-    for i, bucket in enumerate(buckets):
-        done: queue.Queue = queue.Queue()
-        count: queue.Queue = queue.Queue()
-        count.put(i)
-        filesystem_async.FileSystemWriterAsync.write_preloaded_data(
-            transforms, i, bucket, done, count, use_fsync=True
-        )
-        results[i] = done.get()[1]
-        if isinstance(results[i], Exception):
-            raise results[i]
-        file = Path(bucket[0])
-        listing[file.name] = file.stat().st_size, digest(file)
-    return results, listing
+def _write_files(files: PlannedFiles) -> Outcome:
+    outcome = Outcome()
+    for i, (file, results) in enumerate(files.write()):
+        outcome.results[i] = results
+        outcome.listing[file.name] = file.stat().st_size, digest(file)
+    return outcome
 
 
 def digest(file: Path) -> str:
-    """xxh3_64 of a file."""
+    """Return the xxh3_64 of a file as hexadecimal digits."""
     state = xxhash.xxh3_64()
     with file.open("rb") as stream:
         while block := stream.read(2**24):

@@ -4,4 +4,13 @@ In come safetensors folders, `torch_dist` checkpoints or a living model; out go 
 layout, complete folders, checkpoints, and the stream of new weights for rollout engines.
 """
 
-__all__ = ["convert", "hf_io", "manifest", "pieces", "sync", "table", "torch_dist"]
+__all__ = [
+    "convert",
+    "hf_reader",
+    "hf_writer",
+    "manifest",
+    "sync",
+    "table",
+    "torch_dist",
+    "transformers_views",
+]

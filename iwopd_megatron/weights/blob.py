@@ -11,63 +11,66 @@ import functools
 import io
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import IO
 
 import torch
+from typing_extensions import Buffer
 
-ALIGN = 64
+from iwopd_megatron.weights.torch_internals import DESCRIPTOR, FIRST_DATA
+
 _LARGE = 2**20
 
 
 @dataclass(frozen=True)
 class Envelope:
-    """The bytes before and after the data."""
+    """The bytes of a blob before and after its data."""
 
     before: bytes
     after: bytes
 
     def length(self, nbytes: int) -> int:
+        """Return the whole blob's length around `nbytes` of data."""
         return len(self.before) + nbytes + len(self.after)
 
 
-class _Parts:
-    """A file that keeps what is written to it in parts, and of large ones only their size."""
+class _Parts(io.BytesIO):
+    """A file that keeps what is written to it part by part; of a large part, the data, nothing."""
 
     def __init__(self) -> None:
-        self.parts: list[bytes | int] = []
+        super().__init__()
+        self.parts: list[bytes] = []
 
-    def write(self, part: memoryview) -> int:
-        self.parts.append(bytes(part) if len(part) < _LARGE else len(part))
-        return len(part)
-
-    def flush(self) -> None:
-        """torch.save calls it."""
+    def write(self, part: Buffer, /) -> int:
+        """Keep a part."""
+        view = memoryview(part)
+        self.parts.append(bytes(view) if view.nbytes < _LARGE else b"")
+        return view.nbytes
 
 
 @functools.cache
 def envelope(shape: tuple[int, ...], dtype: torch.dtype, checksums: bool = False) -> Envelope:
-    """Of a contiguous CPU tensor; takes no memory of that size, for no page of it is touched."""
+    """Return the envelope of a contiguous CPU tensor.
+
+    Takes no memory of the tensor's size, for no page of it is touched.
+    """
     is_large = math.prod(shape) * dtype.itemsize >= _LARGE
     file = _Parts()
     _save((torch.empty if is_large else torch.zeros)(shape, dtype=dtype), file, checksums)
-    title = file.parts.index(b"archive/data/0")
+    parts = file.parts
+    title = parts.index(FIRST_DATA)
     # a record is header, title, padding, data, descriptor
-    data = next(
-        i - 1
-        for i, part in enumerate(file.parts)
-        if i > title and isinstance(part, bytes) and part[:4] == b"PK\x07\x08"
-    )
-    return Envelope(b"".join(file.parts[:data]), b"".join(file.parts[data + 1 :]))
+    after = next(i for i in range(title + 1, len(parts)) if parts[i].startswith(DESCRIPTOR))
+    return Envelope(b"".join(parts[: after - 1]), b"".join(parts[after:]))
 
 
-def serialise(thing: Any, checksums: bool = False) -> bytes:
-    """torch.save, without checksums unless asked for."""
+def serialise(thing: object, checksums: bool = False) -> bytes:
+    """Return what torch.save writes, without checksums unless asked for."""
     buffer = io.BytesIO()
     _save(thing, buffer, checksums)
     return buffer.getvalue()
 
 
-def _save(thing: Any, file: Any, checksums: bool) -> None:
+def _save(thing: object, file: IO[bytes], checksums: bool) -> None:
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(checksums)
     torch.save(thing, file)
@@ -75,7 +78,7 @@ def _save(thing: Any, file: Any, checksums: bool) -> None:
 
 
 def data_start(blob: memoryview, shape: tuple[int, ...], dtype: torch.dtype) -> int | None:
-    """Where the raw data of such a tensor begins; None if torch.load has to read this blob."""
+    """Return where such a tensor's data begins in a blob; None if torch.load has to read it."""
     for checksums in (False, True):
         expected = envelope(shape, dtype, checksums)
         whole = expected.length(math.prod(shape) * dtype.itemsize)

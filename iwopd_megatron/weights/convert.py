@@ -1,15 +1,16 @@
 """Hugging Face folder <-> Megatron `torch_dist` checkpoint, byte for byte, in bounded memory.
 
 One worker (a thread) takes one block at a time: a layer's, an expert's weight. A block moves in
-pieces of at most LIMIT bytes from mapped file to planned position, and no dtype is ever cast.
+pieces of at most PIECE_BYTES from mapped file to planned position, and no dtype is ever cast.
 An interrupted conversion goes on where it stopped (continuation.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -20,23 +21,26 @@ from iwopd_megatron.hf.companions import copy_companions, template_of
 from iwopd_megatron.hf.config import HfConfig, read_hf_config
 from iwopd_megatron.hf.folder import check_weights
 from iwopd_megatron.hf.shapes import EMBEDDING, HEAD, hf_shape
-from iwopd_megatron.weights import manifest, pieces, safetensors_file, torch_dist
-from iwopd_megatron.weights.continuation import Parts, Record, identity, run
-from iwopd_megatron.weights.hf_io import HfTensors
+from iwopd_megatron.weights import manifest, pieces, shards, torch_dist
+from iwopd_megatron.weights.continuation import ConversionRecord, Rows, convert_blocks, identity
+from iwopd_megatron.weights.hf_reader import HfTensors
 from iwopd_megatron.weights.manifest import DTYPE_NAMES, DTYPES
-from iwopd_megatron.weights.pieces import Piece, cut
-from iwopd_megatron.weights.safetensors_file import SafetensorsWriter
-from iwopd_megatron.weights.table import Block, blocks
+from iwopd_megatron.weights.pieces import Piece, cut_block
+from iwopd_megatron.weights.safetensors_file import SafetensorsPlan, SafetensorsWriter
+from iwopd_megatron.weights.table import WeightBlock, weight_blocks
 from iwopd_megatron.weights.torch_dist import (
     METADATA,
+    CheckpointPlan,
+    CheckpointWriter,
     Slot,
-    Writer,
     expected_tensors,
     find_names,
     object_keys,
     stacked_shape,
 )
-from iwopd_megatron.weights.torch_dist_reader import Reader
+from iwopd_megatron.weights.torch_dist_reader import CheckpointReader
+
+Chunks: TypeAlias = list[tuple[Piece, Slot]]  # a block's pieces and their places in a checkpoint
 
 
 def hf_to_megatron(
@@ -54,64 +58,73 @@ def hf_to_megatron(
     if names not in ("native", "te"):
         raise RecipeError(f"names={names} is unknown; write native or te.")
     hf = read_hf_config(source)
-    check_weights(source, hf)
-    tensors = HfTensors(source, scaled_dtype=getattr(torch, hf.dtype), with_tied_head=True)
+    weights = check_weights(source, hf)
+    tensors = HfTensors(source, getattr(torch, hf.dtype), weights)
     before = manifest.read(source)
     manifest.verify_config(before, hf, source)
     check_free(out, 0, force, (source,))
-    all_blocks = list(blocks(hf, names))
-    writer, plan = _plan_import(tensors, all_blocks, hf)
-    writer.add_objects(object_keys(hf, names))
-
-    def write(block: Block, steps: list[tuple[Piece, Slot]]) -> Parts:
-        for piece, slot in steps:
-            rows, whole = piece.gather(block, tensors)
-            writer.write(slot, whole)
-            yield from zip(piece.sources, rows, strict=True)
-
-    def written(block: Block, steps: list[tuple[Piece, Slot]]) -> Parts:
-        dtype = DTYPES[tensors[block.hf_names[0]].get_dtype()]
-        for piece, slot in steps:
-            whole = writer.read(slot).view(dtype).view(piece.last - piece.first, -1)
-            yield from zip(piece.sources, piece.scatter(block, whole), strict=True)
-
-    with complete_folder(out, writer.nbytes, force, (source,)) as folder:
-        limits = [pieces.LIMIT, torch_dist.FILE_BYTES]
-        record = Record(folder, identity(source, names=names, limits=limits), say)
-        writer.open(folder)
-        found = run(plan, write, written, hf, record, workers)
+    plan, blocks = _plan_import(tensors, names, hf)
+    plan.add_objects(object_keys(hf, names))
+    with complete_folder(out, plan.nbytes, force, (source,)) as folder:
+        limits = [pieces.PIECE_BYTES, torch_dist.FILE_BYTES]
+        record = ConversionRecord(folder, identity(source, names=names, limits=limits), say)
+        writer = CheckpointWriter(plan, folder)
+        mover = _ToMegatron(tensors, writer)
+        found = convert_blocks(blocks, mover.write, mover.read_back, hf, record, workers)
         if hf.tie_word_embeddings and HEAD in tensors:
             found[HEAD] = found[EMBEDDING]
         manifest.verify_tensors(before, found, source)
         manifest.write(folder, hf, found)
         copy_companions(source, folder / companions.FOLDER)
         writer.finish(METADATA)
-    return {"tensors": len(found), "bytes": writer.nbytes, "kept": record.kept}
+    return {"tensors": len(found), "bytes": plan.nbytes, "kept": record.kept}
+
+
+@dataclass(frozen=True)
+class _ToMegatron:
+    """Moves blocks from a Hugging Face folder into a checkpoint. Any thread."""
+
+    tensors: HfTensors
+    writer: CheckpointWriter
+
+    def write(self, block: WeightBlock, chunks: Chunks) -> Rows:
+        """Write a block; yield the rows of its sources."""
+        for piece, slot in chunks:
+            rows, whole = piece.gather(block, self.tensors)
+            self.writer.write(slot, whole)
+            yield from zip(piece.sources, rows, strict=True)
+
+    def read_back(self, block: WeightBlock, chunks: Chunks) -> Rows:
+        """Yield the rows of a block's sources as the checkpoint holds them."""
+        dtype = DTYPES[self.tensors[block.hf_names[0]].get_dtype()]
+        for piece, slot in chunks:
+            whole = self.writer.read(slot).view(dtype).view(piece.last - piece.first, -1)
+            yield from zip(piece.sources, piece.scatter(block, whole), strict=True)
 
 
 def _plan_import(
-    tensors: HfTensors, all_blocks: list[Block], hf: HfConfig
-) -> tuple[Writer, list[tuple[Block, list[tuple[Piece, Slot]]]]]:
-    """A slot of the checkpoint for every piece. A global tensor has one dtype."""
-    writer, plan = Writer(), []
+    tensors: HfTensors, names: str, hf: HfConfig
+) -> tuple[CheckpointPlan, list[tuple[WeightBlock, Chunks]]]:
+    """Plan a slot of the checkpoint for every piece. A global tensor has one dtype."""
+    plan, planned = CheckpointPlan(), []
     dtypes: dict[str, str] = {}
-    for block in all_blocks:
+    for block in weight_blocks(hf, names):
         for name in block.hf_names:
-            dtype = tensors[name].get_dtype()
-            if dtypes.setdefault(block.key, dtype) != dtype:
+            found = tensors[name].get_dtype()
+            if dtypes.setdefault(block.key, found) != found:
                 raise RecipeError(
-                    f"{tensors.folder}: {name} is {dtype}, the same weight of another layer "
+                    f"{tensors.folder}: {name} is {found}, the same weight of another layer "
                     f"{dtypes[block.key]}; a checkpoint stacks them in one dtype."
                 )
         dtype, whole = DTYPES[dtypes[block.key]], stacked_shape(block, hf)
         lead, rest = len(block.place), whole[len(block.place) + 1 :]
-        steps = []
-        for piece in cut(block, hf, dtype.itemsize):
+        chunks = []
+        for piece in cut_block(block, hf, dtype.itemsize):
             offsets = (*block.place, piece.first, *(0 for _ in rest))
             sizes = (*(1 for _ in range(lead)), piece.last - piece.first, *rest)
-            steps.append((piece, writer.add(block.key, whole, dtype, offsets, sizes)))
-        plan.append((block, steps))
-    return writer, plan
+            chunks.append((piece, plan.add(block.key, whole, dtype, offsets, sizes)))
+        planned.append((block, chunks))
+    return plan, planned
 
 
 def megatron_to_hf(
@@ -129,55 +142,66 @@ def megatron_to_hf(
     `hf_to_megatron` does; RecipeError if it does not fit the template's config.json or its own
     manifest.
     """
-    reader, template = Reader(source), template_of(source, template)
+    reader, template = CheckpointReader(source), template_of(source, template)
     hf = read_hf_config(template)
     before = manifest.read(source)
     manifest.verify_config(before, hf, template)
     check_free(out, 0, force, (source, template))
     names = find_names(reader.tensors)
     _check_shapes(reader, expected_tensors(hf, names))
-    all_blocks = list(blocks(hf, names))
+    all_blocks = list(weight_blocks(hf, names))
     for key, lead in {block.key: len(block.place) for block in all_blocks}.items():
         reader.index(key, lead)
-    writer = SafetensorsWriter()
+    plan, blocks = SafetensorsPlan(), []
     for block in all_blocks:
+        dtype = reader.dtype(block.key)
         for name in block.hf_names:
-            writer.add(name, hf_shape(name, hf), DTYPE_NAMES[reader.dtype(block.key)])
+            plan.add(name, hf_shape(name, hf), DTYPE_NAMES[dtype])
+        blocks.append((block, list(cut_block(block, hf, dtype.itemsize))))
     if hf.tie_word_embeddings and before is not None and HEAD in before["tensors"]:
-        writer.add_copy(HEAD, EMBEDDING)
-    plan = [(block, list(cut(block, hf, reader.dtype(block.key).itemsize))) for block in all_blocks]
+        plan.add_copy(HEAD, EMBEDDING)
+    with complete_folder(out, plan.nbytes, force, (source, template)) as folder:
+        limits = [pieces.PIECE_BYTES, shards.SHARD_BYTES]
+        settings = {"config": manifest.essentials(hf), "copies": plan.copies, "limits": limits}
+        record = ConversionRecord(folder, identity(source, **settings), say)
+        writer = SafetensorsWriter(plan, folder)
+        mover = _ToHf(reader, writer)
+        found = convert_blocks(blocks, mover.write, mover.read_back, hf, record, workers)
+        found |= {copy: found[name] for copy, name in plan.copies.items()}
+        manifest.verify_tensors(before, found, source)
+        manifest.write(folder, hf, found)
+        writer.close()
+        copy_companions(template, folder)
+    return {"tensors": len(found), "bytes": plan.nbytes, "kept": record.kept}
 
-    def write(block: Block, steps: list[Piece]) -> Parts:
+
+@dataclass(frozen=True)
+class _ToHf:
+    """Moves blocks from a checkpoint into a Hugging Face folder. Any thread."""
+
+    reader: CheckpointReader
+    writer: SafetensorsWriter
+
+    def write(self, block: WeightBlock, steps: list[Piece]) -> Rows:
+        """Write a block's tensors; yield their rows."""
         for piece in steps:
-            whole = reader.read(block.key, block.place, piece.first, piece.last)
+            whole = self.reader.read(block.key, block.place, piece.first, piece.last)
             parts = piece.scatter(block, whole)
             for (name, (row, _)), part in zip(piece.sources.items(), parts, strict=True):
                 part = part.contiguous()
-                writer.write(name, part, row)
+                self.writer.write(name, part, row)
                 yield name, part
 
-    def written(block: Block, steps: list[Piece]) -> Parts:
+    def read_back(self, block: WeightBlock, steps: list[Piece]) -> Rows:
+        """Yield the rows of a block's tensors as the folder holds them."""
         for piece in steps:
             for name, (first, last) in piece.sources.items():
-                rows = writer.read(name, first, last).view(reader.dtype(block.key))
+                rows = self.writer.read(name, first, last).view(self.reader.dtype(block.key))
                 yield name, rows
 
-    with complete_folder(out, writer.nbytes, force, (source, template)) as folder:
-        limits = [pieces.LIMIT, safetensors_file.SHARD_BYTES]
-        settings = {"config": manifest.essentials(hf), "copies": writer.copies, "limits": limits}
-        record = Record(folder, identity(source, **settings), say)
-        writer.open(folder)
-        found = run(plan, write, written, hf, record, workers)
-        found |= {copy: found[name] for copy, name in writer.copies.items()}
-        manifest.verify_tensors(before, found, source)
-        manifest.write(folder, hf, found)
-        writer.finish()
-        copy_companions(template, folder)
-    return {"tensors": len(found), "bytes": writer.nbytes, "kept": record.kept}
 
-
-def _check_shapes(reader: Reader, expected: dict[str, tuple[int, ...]]) -> None:
-    """Refuse a checkpoint whose weights are not those the config implies."""
+def _check_shapes(reader: CheckpointReader, expected: dict[str, tuple[int, ...]]) -> None:
+    """Raise RecipeError if a checkpoint's weights are not those that config.json implies."""
     shapes = reader.shapes()
     for key in sorted(shapes.keys() | expected.keys()):
         if key not in shapes:

@@ -7,17 +7,17 @@ groups, and goes through the weight table's own cut.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
 from iwopd_megatron.hf.config import HfConfig
 from iwopd_megatron.hf.shapes import hf_shape
-from iwopd_megatron.weights.table import Block
+from iwopd_megatron.weights.sharding import Source
+from iwopd_megatron.weights.table import WeightBlock
 
-LIMIT = 32 * 2**20  # bytes of one piece, and so of what one worker holds
+PIECE_BYTES = 32 * 2**20  # of one piece, and so of what one worker holds
 
 
 @dataclass(frozen=True)
@@ -26,27 +26,33 @@ class Piece:
 
     first: int
     last: int
-    sources: dict[str, tuple[int, int]]
+    sources: dict[str, tuple[int, int]]  # Hugging Face name -> first row, end
     hf: HfConfig  # the config of a model with only this piece's heads
 
-    def gather(self, block: Block, tensors: Any) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """(the sources' rows, the block's rows) from whole Hugging Face tensors or slices."""
+    def gather(
+        self, block: WeightBlock, tensors: Mapping[str, Source]
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Return (the sources' rows, the block's rows) from Hugging Face tensors or slices."""
         rows = [tensors[name][a:b] for name, (a, b) in self.sources.items()]
-        return rows, rows[0] if block.cut.is_stack else block.cut.shard(rows, 0, 1, self.hf)
+        is_stack = block.sharding.is_stack
+        return rows, rows[0] if is_stack else block.sharding.shard(rows, 0, 1, self.hf)
 
-    def scatter(self, block: Block, rows: torch.Tensor) -> list[torch.Tensor]:
-        """The sources' rows from the block's."""
-        return [rows] if block.cut.is_stack else block.cut.unshard([rows], self.hf)
+    def scatter(self, block: WeightBlock, rows: torch.Tensor) -> list[torch.Tensor]:
+        """Return the sources' rows from the block's."""
+        return [rows] if block.sharding.is_stack else block.sharding.unshard([rows], self.hf)
 
 
-def cut(block: Block, hf: HfConfig, itemsize: int) -> Iterator[Piece]:
-    """Cut a block by rows, or by key-value groups where its sources are interleaved."""
+def cut_block(block: WeightBlock, hf: HfConfig, itemsize: int) -> Iterator[Piece]:
+    """Cut a block by rows, or by key-value groups where its sources are interleaved.
+
+    A piece has PIECE_BYTES at most, or one row or group; `itemsize` is the dtype's bytes.
+    """
     shapes = {name: hf_shape(name, hf) for name in block.hf_names}
-    if block.cut.is_stack:
+    if block.sharding.is_stack:
         base = 0
         for name, shape in shapes.items():
             per_row = itemsize * (shape[1] if len(shape) > 1 else 1)
-            step = max(1, LIMIT // per_row)
+            step = max(1, PIECE_BYTES // per_row)
             for a in range(0, shape[0], step):
                 b = min(a + step, shape[0])
                 yield Piece(base + a, base + b, {name: (a, b)}, hf)
@@ -55,7 +61,7 @@ def cut(block: Block, hf: HfConfig, itemsize: int) -> Iterator[Piece]:
     groups = hf.num_key_value_heads
     rows = {name: shape[0] // groups for name, shape in shapes.items()}
     group_bytes = sum(rows.values()) * hf.hidden_size * itemsize
-    step = max(1, LIMIT // group_bytes)
+    step = max(1, PIECE_BYTES // group_bytes)
     for a in range(0, groups, step):
         b = min(a + step, groups)
         sources = {name: (a * n, b * n) for name, n in rows.items()}

@@ -1,91 +1,120 @@
-"""Sharded safetensors written at planned positions: headers first, then raw bytes in any order."""
+"""Sharded safetensors written at planned positions: headers first, then raw bytes in any order.
+
+safetensors' own writer wants every tensor of a file in memory at once; here several threads write
+rows as they come, and an interrupted conversion finds what it had written in its place.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from iwopd_megatron.files.rawfile import OutputFile, raw
-from iwopd_megatron.weights.hf_io import SHARD_BYTES
 from iwopd_megatron.weights.manifest import DTYPES
+from iwopd_megatron.weights.shards import INDEX, index_content, plan_shards
 
 
-class SafetensorsWriter:
-    """Plan every tensor with `add`, then `open`, `write` rows of them in any order, `finish`."""
+class PlannedTensor(NamedTuple):
+    """A tensor that is to be written; `dtype` as safetensors names it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+class SafetensorsPlan:
+    """The tensors of a folder that is to be written, in order."""
 
     def __init__(self) -> None:
-        self.shards: list[dict[str, tuple[tuple[int, ...], str]]] = [{}]
-        self.copies: dict[str, str] = {}
-        self.nbytes = 0
-        self._size = 0  # of the last shard
-        self._places: dict[str, tuple[OutputFile, int, int]] = {}  # file, position, bytes of a row
+        self.tensors: dict[str, PlannedTensor] = {}
+        self.copies: dict[str, str] = {}  # a tensor that is written whenever another is
 
     def add(self, name: str, shape: tuple[int, ...], dtype: str) -> None:
-        """Plan a tensor; `dtype` as safetensors names it. A shard has SHARD_BYTES or one tensor."""
-        size = math.prod(shape) * DTYPES[dtype].itemsize
-        if self._size and self._size + size > SHARD_BYTES:
-            self.shards.append({})
-            self._size = 0
-        self.shards[-1][name] = (shape, dtype)
-        self._size += size
-        self.nbytes += size
+        """Plan a tensor; `dtype` as safetensors names it."""
+        self.tensors[name] = PlannedTensor(shape, dtype)
 
     def add_copy(self, copy: str, name: str) -> None:
         """Plan a tensor that is written whenever `name` is."""
-        shape, dtype = next(shard[name] for shard in self.shards if name in shard)
         self.copies[copy] = name
-        self.add(copy, shape, dtype)
+        self.tensors[copy] = self.tensors[name]
 
-    def open(self, folder: Path) -> None:
-        """Create the files at their full size, with headers, and the index if there are several."""
-        self.folder, count = folder, len(self.shards)
-        names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-        names = names if count > 1 else ["model.safetensors"]
-        self._files = []
-        for title, shard in zip(names, self.shards, strict=True):
-            header, size = _header(shard)
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors' data."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+class _Place(NamedTuple):
+    """Where a tensor's data begins, and how many bytes a row of it has."""
+
+    file: OutputFile
+    position: int
+    row_bytes: int
+
+
+class SafetensorsWriter:
+    """The files of a plan, open at their full size: rows are written in any order, then `close`."""
+
+    def __init__(self, plan: SafetensorsPlan, folder: Path):
+        """Create the files with their headers, and the index if there are several."""
+        self._copies = plan.copies
+        self._files: list[OutputFile] = []
+        self._places: dict[str, _Place] = {}
+        split = plan_shards({name: tensor.nbytes for name, tensor in plan.tensors.items()})
+        for title, names in split.filename_to_tensors.items():
+            shard = {name: plan.tensors[name] for name in names}
+            header, positions, size = _header(shard)
             file = OutputFile(folder / title, size)
             file.write(header, 0)
             self._files.append(file)
-            layout = json.loads(header[8:])
-            for name, (shape, _) in shard.items():
-                start, stop = layout[name]["data_offsets"]
-                row = (stop - start) // max(1, shape[0])
-                self._places[name] = (file, len(header) + start, row)
-        if count > 1:
-            pairs = zip(names, self.shards, strict=True)
-            weight_map = {name: file for file, shard in pairs for name in shard}
-            index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+            for name, tensor in shard.items():
+                row_bytes = tensor.nbytes // max(1, tensor.shape[0])
+                self._places[name] = _Place(file, positions[name], row_bytes)
+        if split.is_sharded:
+            (folder / INDEX).write_text(json.dumps(index_content(split), indent=2))
 
     def write(self, name: str, rows: torch.Tensor, first: int) -> None:
         """Write a tensor's rows from row `first` on. Any thread."""
-        copies = [copy for copy, original in self.copies.items() if original == name]
+        copies = [copy for copy, original in self._copies.items() if original == name]
         for target in (name, *copies):
-            file, position, row = self._places[target]
-            file.write(raw(rows.contiguous()), position + first * row)
+            place = self._places[target]
+            place.file.write(raw(rows.contiguous()), place.position + first * place.row_bytes)
 
     def read(self, name: str, first: int, last: int) -> torch.Tensor:
-        """What the files hold of a tensor's rows `first:last`, as uint8. Any thread."""
-        file, position, row = self._places[name]
-        return file.read(position + first * row, (last - first) * row)
+        """Read back what the files hold of a tensor's rows `first:last`, as uint8. Any thread."""
+        place = self._places[name]
+        position = place.position + first * place.row_bytes
+        return place.file.read(position, (last - first) * place.row_bytes)
 
-    def finish(self) -> None:
+    def close(self) -> None:
+        """Close the files."""
         for file in self._files:
             file.close()
 
 
-def _header(shard: dict[str, tuple[tuple[int, ...], str]]) -> tuple[bytes, int]:
-    """(length and JSON, padded to 8 bytes, and the whole file's size); wide dtypes come first."""
-    layout: dict = {"__metadata__": {"format": "pt"}}
+def _header(shard: Mapping[str, PlannedTensor]) -> tuple[bytes, dict[str, int], int]:
+    """Return (length and JSON padded to 8 bytes, each tensor's position, the file's size).
+
+    Wide dtypes come first, as safetensors writes them, so that every tensor is aligned.
+    """
+    layout: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    starts: dict[str, int] = {}
     end = 0
-    for name, (shape, dtype) in sorted(shard.items(), key=lambda x: -DTYPES[x[1][1]].itemsize):
-        start, end = end, end + math.prod(shape) * DTYPES[dtype].itemsize
-        layout[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    for name, tensor in sorted(shard.items(), key=lambda item: -DTYPES[item[1].dtype].itemsize):
+        starts[name], end = end, end + tensor.nbytes
+        shape, offsets = list(tensor.shape), [starts[name], end]
+        layout[name] = {"dtype": tensor.dtype, "shape": shape, "data_offsets": offsets}
     text = json.dumps(layout, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
-    return header, len(header) + end
+    positions = {name: len(header) + start for name, start in starts.items()}
+    return header, positions, len(header) + end

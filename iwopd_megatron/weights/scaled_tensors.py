@@ -6,15 +6,14 @@ The product is taken in fp32 and rounded once to the dtype asked for, as transfo
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from iwopd_megatron.weights.manifest import DTYPE_NAMES
+from iwopd_megatron.weights.sharding import TensorSlice
 
 
 class ScaledSlice:
-    """A matrix `[rows, columns]` with safetensors' slice interface; reads what is indexed.
+    """A TensorSlice of a matrix `[rows, columns]`; what is indexed is read and multiplied.
 
     `quantised` is a lazy slice of FP8 values, `scale` `[ceil(rows / block[0]), ceil(columns /
     block[1])]` floats (or one), each for one block.
@@ -22,7 +21,7 @@ class ScaledSlice:
 
     def __init__(
         self,
-        quantised: Any,
+        quantised: TensorSlice,
         scale: torch.Tensor,
         block: tuple[int, int],
         dtype: torch.dtype,
@@ -41,7 +40,8 @@ class ScaledSlice:
         """Return the dtype that indexing gives, as safetensors names it."""
         return DTYPE_NAMES[self.dtype]
 
-    def __getitem__(self, index: slice | tuple[slice, ...]) -> torch.Tensor:
+    def __getitem__(self, index: slice | tuple[slice, ...], /) -> torch.Tensor:
+        """Return W at the index in the dtype asked for."""
         index = index if isinstance(index, tuple) else (index,)
         places = [
             torch.arange(size)[part] // block

@@ -7,97 +7,126 @@ then broadcast along pp. No rank ever holds more than one bucket beside its own 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from iwopd_megatron.hf.config import HfConfig
-from iwopd_megatron.runtime.parallel import Axis, Parallel
-from iwopd_megatron.weights.table import Entry, entries
+from iwopd_megatron.weights.table import MappedParameter, mapped_parameters
+
+if TYPE_CHECKING:
+    from iwopd_megatron.runtime.megatron import GPTModel
+    from iwopd_megatron.runtime.parallel import Axis, Parallel
 
 BUCKET_BYTES = 256 * 2**20
 T = TypeVar("T")
+Header: TypeAlias = list[tuple[str, torch.Size, torch.dtype]]  # a bucket's tensors, of one dtype
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """Parameters of this rank that are gathered together, and the names of all ranks' parts."""
+
+    parameters: list[MappedParameter]
+    axis: Axis  # over which their shards are gathered
+    shards: int  # that make up one tensor
+    names: list[list[list[str]]]  # Hugging Face names by rank of `axis` and parameter
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.parameters[0].parameter.device
 
 
 class WeightStream:
     """The student's weights under HF names, from any layout. Every rank iterates together."""
 
-    def __init__(self, chunks: list[torch.nn.Module], hf: HfConfig, parallel: Parallel):
+    def __init__(self, chunks: list[GPTModel], hf: HfConfig, parallel: Parallel):
+        """Collective: every rank learns the others' names and number of buckets."""
         self.hf, self.parallel = hf, parallel
-        own = [entry for chunk in chunks for entry in entries(chunk, hf) if not entry.is_copy]
-        self.buckets: list[tuple[list[Entry], list[list[list[str]]]]] = []
-        for is_expert in (False, True):
-            part = [entry for entry in own if entry.is_expert == is_expert]
-            limit = BUCKET_BYTES // self._axis(is_expert).size
-            for bucket in buckets(part, lambda entry: entry.parameter, limit):
-                names: list[list[list[str]]] = [None] * self._axis(
-                    is_expert
-                ).size  # per shard, per entry
-                dist.all_gather_object(
-                    names, [e.hf_names for e in bucket], group=self._axis(is_expert).group
-                )
-                self.buckets.append((bucket, names))
-        self.counts = [0] * parallel.pp.size
+        mapped = [x for chunk in chunks for x in mapped_parameters(chunk, hf) if not x.is_copy]
+        dense = [x for x in mapped if not x.is_expert]
+        experts = [x for x in mapped if x.is_expert]
+        self.buckets = self._buckets(dense, parallel.tp, parallel.tp.size)
+        self.buckets += self._buckets(experts, parallel.expert_model, parallel.etp.size)
+        self.counts = [0] * parallel.pp.size  # buckets of every pipeline stage
         dist.all_gather_object(self.counts, len(self.buckets), group=parallel.pp.group)
 
-    def _axis(self, is_expert: bool) -> Axis:
-        return self.parallel.expert_model if is_expert else self.parallel.tp
+    @staticmethod
+    def _buckets(mapped: list[MappedParameter], axis: Axis, shards: int) -> list[_Bucket]:
+        found = []
+        for run in buckets(mapped, lambda x: x.parameter, BUCKET_BYTES // axis.size):
+            names: list[list[list[str]]] = [[] for _ in range(axis.size)]
+            dist.all_gather_object(names, [x.hf_names for x in run], group=axis.group)
+            found.append(_Bucket(run, axis, shards, names))
+        return found
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, whole tensor), the same sequence on every rank."""
+        """Yield (Hugging Face name, whole tensor), the same sequence on every rank."""
         for stage, count in enumerate(self.counts):
             for i in range(count):
-                own = self._gather(*self.buckets[i]) if stage == self.parallel.pp.rank else None
-                yield from self._broadcast(own, stage).items()
+                if self.parallel.pp.size == 1:
+                    whole = self._gather(self.buckets[i])
+                elif stage == self.parallel.pp.rank:
+                    whole = self._send(self._gather(self.buckets[i]))
+                else:
+                    whole = self._receive(stage)
+                yield from whole.items()
 
-    def _gather(self, bucket: list[Entry], names: list[list[list[str]]]) -> dict[str, torch.Tensor]:
-        is_expert = bucket[0].is_expert
-        axis = self._axis(is_expert)
-        flat = torch.cat([entry.parameter.detach().flatten() for entry in bucket])
-        shards = flat.new_empty(axis.size, flat.numel())
-        dist.all_gather_into_tensor(shards.view(-1), flat, group=axis.group)
-        per_model = (
-            self.parallel.etp.size if is_expert else axis.size
-        )  # shards that make up one tensor
-        whole, start = {}, 0
-        for i, entry in enumerate(bucket):
-            shape = entry.parameter.shape
+    def _gather(self, bucket: _Bucket) -> dict[str, torch.Tensor]:
+        """Return a bucket's whole tensors from the shards of all ranks of its axis."""
+        size = bucket.axis.size
+        flat = torch.cat([x.parameter.detach().flatten() for x in bucket.parameters])
+        shards = flat.new_empty(size, flat.numel())
+        dist.all_gather_into_tensor(shards.view(-1), flat, group=bucket.axis.group)
+        whole: dict[str, torch.Tensor] = {}
+        start = 0
+        for i, mapped in enumerate(bucket.parameters):
+            shape = mapped.parameter.shape
             parts = shards[:, start : start + shape.numel()].unflatten(1, shape).unbind()
-            for first in range(0, axis.size, per_model):
-                tensors = entry.cut.unshard(list(parts[first : first + per_model]), self.hf)
-                whole.update(zip(names[first][i], tensors, strict=True))
+            for first in range(0, size, bucket.shards):
+                own = parts[first : first + bucket.shards]
+                tensors = mapped.sharding.unshard(own, self.hf)
+                whole.update(zip(bucket.names[first][i], tensors, strict=True))
             start += shape.numel()
         return whole
 
-    def _broadcast(
-        self, own: dict[str, torch.Tensor] | None, stage: int
-    ) -> dict[str, torch.Tensor]:
-        if self.parallel.pp.size == 1:
-            return own
-        group, source = self.parallel.pp.group, dist.get_global_rank(self.parallel.pp.group, stage)
-        header = [[(name, t.shape, t.dtype) for name, t in own.items()] if own else None]
-        dist.broadcast_object_list(header, source, group=group)
-        dtype = header[0][0][2]
-        device = next(iter(self.buckets[0][0])).parameter.device
-        total = sum(shape.numel() for _, shape, _ in header[0])
-        flat = (
-            torch.cat([t.flatten() for t in own.values()])
-            if own
-            else torch.empty(total, dtype=dtype, device=device)
-        )
+    def _send(self, whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Broadcast a bucket of this stage to the others; return it as they get it."""
+        pp = self.parallel.pp
+        source = dist.get_global_rank(pp.group, pp.rank)
+        header: Header = [(name, tensor.shape, tensor.dtype) for name, tensor in whole.items()]
+        dist.broadcast_object_list([header], source, group=pp.group)
+        flat = torch.cat([tensor.flatten() for tensor in whole.values()])
+        dist.broadcast(flat, source, group=pp.group)
+        return _split(flat, header)
+
+    def _receive(self, stage: int) -> dict[str, torch.Tensor]:
+        """Return the bucket that another stage sends."""
+        group = self.parallel.pp.group
+        source = dist.get_global_rank(group, stage)
+        received: list[Any] = [None]
+        dist.broadcast_object_list(received, source, group=group)
+        header: Header = received[0]
+        numel = sum(shape.numel() for _, shape, _ in header)
+        flat = torch.empty(numel, dtype=header[0][2], device=self.buckets[0].device)
         dist.broadcast(flat, source, group=group)
-        parts = flat.split([shape.numel() for _, shape, _ in header[0]])
-        return {
-            name: part.view(shape) for part, (name, shape, _) in zip(parts, header[0], strict=True)
-        }
+        return _split(flat, header)
+
+
+def _split(flat: torch.Tensor, header: Header) -> dict[str, torch.Tensor]:
+    parts = flat.split([shape.numel() for _, shape, _ in header])
+    named = zip(header, parts, strict=True)
+    return {name: part.view(shape) for (name, shape, _), part in named}
 
 
 def buckets(
     items: Iterable[T], tensor: Callable[[T], torch.Tensor], limit: int = BUCKET_BYTES
 ) -> Iterator[list[T]]:
-    """Consecutive items whose tensors are of one dtype and at most `limit` bytes (at least one)."""
+    """Yield runs of items whose tensors have one dtype and at most `limit` bytes, or one item."""
     run: list[T] = []
     size = 0
     for item in items:

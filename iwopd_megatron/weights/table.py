@@ -1,110 +1,33 @@
-"""THE weight table: one row per kind of tensor, read both ways (Hugging Face <-> Megatron shard).
+"""The weight table: one row per kind of tensor, read both ways (Hugging Face <-> Megatron shard).
 
 A row names a Megatron parameter, how its tensor-parallel shard is cut, and the Hugging Face tensors
-it is made of. TransformerEngine and torch-native module names are both listed. Another model family
-is another `TABLE`. Shapes: D hidden, F ffn, H heads x head size, E local experts.
+it is made of. TransformerEngine's and the torch-native module names are both listed. Another model
+family needs other rows.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from iwopd_megatron.hf.config import HfConfig
-
-Tensor = torch.Tensor
-# shard(sources, rank, size, hf): sources are tensors or lazy safetensors slices, only sliced
-Shard = Callable[[list[Any], int, int, HfConfig], Tensor]
-Unshard = Callable[[list[Tensor], HfConfig], list[Tensor]]
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How whole Hugging Face tensors become one shard, and shards become whole tensors again."""
-
-    shard: Shard
-    unshard: Unshard
-    is_stack: bool = True  # the whole (rank 0 of 1) is its sources' rows, one after the other
-
-
-def _rows(source: Any, rank: int, size: int) -> Tensor:
-    step = _shape(source)[0] // size
-    return source[rank * step : (rank + 1) * step]
-
-
-def _shape(source: Any) -> list[int]:
-    return list(source.shape) if isinstance(source, Tensor) else source.get_shape()
-
-
-def _shard_columns(sources: list[Any], rank: int, size: int, hf: HfConfig) -> Tensor:
-    step = _shape(sources[0])[1] // size
-    return sources[0][:, rank * step : (rank + 1) * step]
-
-
-def _shard_qkv(sources: list[Any], rank: int, size: int, hf: HfConfig) -> Tensor:
-    """Megatron keeps q, k, v of one key-value group together: [q..q k v] per group."""
-    groups, head = hf.num_key_value_heads // size, hf.head_dim
-    parts = [_rows(source, rank, size) for source in sources]
-    return torch.cat([part.reshape(groups, -1, head, part.shape[1]) for part in parts], 1).flatten(
-        0, 2
-    )
-
-
-def _unshard_qkv(parts: list[Tensor], hf: HfConfig) -> list[Tensor]:
-    # one part needs no copy
-    whole = torch.cat(parts) if len(parts) > 1 else parts[0]
-    whole = whole.unflatten(0, (hf.num_key_value_heads, -1, hf.head_dim))
-    queries = whole.shape[1] - 2
-    return [x.flatten(0, 2) for x in whole.split([queries, 1, 1], 1)]
-
-
-def _shard_gated(sources: list[Any], rank: int, size: int, hf: HfConfig) -> Tensor:
-    return torch.cat([_rows(source, rank, size) for source in sources])
-
-
-def _unshard_gated(parts: list[Tensor], hf: HfConfig) -> list[Tensor]:
-    return [torch.cat(halves) for halves in zip(*(part.chunk(2) for part in parts), strict=True)]
-
-
-def _shard_grouped_gated(sources: list[Any], rank: int, size: int, hf: HfConfig) -> Tensor:
-    """[gate, up] of every local expert -> [E, D, 2F / size] stored as [D, E * 2F / size]."""
-    experts = [_shard_gated(sources[i : i + 2], rank, size, hf) for i in range(0, len(sources), 2)]
-    return torch.stack(experts).transpose(1, 2).reshape(experts[0].shape[1], -1)
-
-
-def _unshard_grouped_gated(parts: list[Tensor], hf: HfConfig) -> list[Tensor]:
-    width = 2 * hf.moe_intermediate_size // len(parts)
-    experts = [
-        part.reshape(-1, part.shape[0], width).transpose(1, 2) for part in parts
-    ]  # [E, width, D]
-    return [x for shards in zip(*experts, strict=True) for x in _unshard_gated(list(shards), hf)]
-
-
-def _shard_grouped_down(sources: list[Any], rank: int, size: int, hf: HfConfig) -> Tensor:
-    """[D, F] of every local expert -> [E, F / size, D] stored as [E * F / size, D]."""
-    return torch.cat([_shard_columns([source], rank, size, hf).t() for source in sources])
-
-
-def _unshard_grouped_down(parts: list[Tensor], hf: HfConfig) -> list[Tensor]:
-    width = hf.moe_intermediate_size // len(parts)
-    experts = zip(*(part.split(width) for part in parts), strict=True)
-    return [torch.cat(shards).t() for shards in experts]
-
-
-REPLICATED = Cut(lambda sources, rank, size, hf: sources[0][:], lambda parts, hf: [parts[0]])
-ROWS = Cut(
-    lambda sources, rank, size, hf: _rows(sources[0], rank, size),
-    lambda parts, hf: [torch.cat(parts)],
+from iwopd_megatron.weights.sharding import (
+    COLUMNS,
+    GATED,
+    GROUPED_DOWN,
+    GROUPED_GATED,
+    QKV,
+    REPLICATED,
+    ROWS,
+    Sharding,
 )
-COLUMNS = Cut(_shard_columns, lambda parts, hf: [torch.cat(parts, 1)])
-QKV = Cut(_shard_qkv, _unshard_qkv, is_stack=False)
-GATED = Cut(_shard_gated, _unshard_gated)
-GROUPED_GATED = Cut(_shard_grouped_gated, _unshard_grouped_gated, is_stack=False)
-GROUPED_DOWN = Cut(_shard_grouped_down, _unshard_grouped_down, is_stack=False)
+
+if TYPE_CHECKING:
+    from iwopd_megatron.runtime.megatron import GPTModel
 
 _LAYER = r"decoder\.layers\.(?P<layer>\d+)\."
 _QKV = [f"model.layers.{{layer}}.self_attn.{x}_proj.weight" for x in "qkv"]
@@ -113,9 +36,9 @@ _EXPERT = "model.layers.{layer}.mlp.experts.{expert}."
 _EXPERT_GATE_UP = [_EXPERT + "gate_proj.weight", _EXPERT + "up_proj.weight"]
 _EXPERT_DOWN = [_EXPERT + "down_proj.weight"]
 
-# (Megatron parameter, cut, Hugging Face tensors). {expert} is filled from the (?P<expert>) group,
-# or repeated over the local experts where one parameter holds them all.
-TABLE: list[tuple[str, Cut, list[str]]] = [
+# (Megatron parameter, sharding, Hugging Face tensors). {expert} is filled from the (?P<expert>)
+# group, or repeated over the local experts where one parameter holds them all.
+WEIGHT_TABLE: list[tuple[str, Sharding, list[str]]] = [
     (r"embedding\.word_embeddings\.weight", ROWS, ["model.embed_tokens.weight"]),
     (r"output_layer\.weight", ROWS, ["lm_head.weight"]),
     (r"decoder\.final_layernorm\.weight", REPLICATED, ["model.norm.weight"]),
@@ -141,22 +64,21 @@ TABLE: list[tuple[str, Cut, list[str]]] = [
 
 
 @dataclass(frozen=True)
-class Entry:
+class MappedParameter:
     """One parameter of this rank and the whole Hugging Face tensors it is cut from."""
 
     name: str
-    parameter: Tensor
-    cut: Cut
+    parameter: torch.Tensor
+    sharding: Sharding
     hf_names: list[str]
     is_expert: bool
     is_copy: bool  # the last pipeline stage's copy of a tied embedding
 
 
-def entries(chunk: torch.nn.Module, hf: HfConfig) -> Iterator[Entry]:
-    """Every parameter of one model chunk, in its own order; KeyError where no row matches one."""
-    tied = hf.tie_word_embeddings
+def mapped_parameters(chunk: GPTModel, hf: HfConfig) -> Iterator[MappedParameter]:
+    """Yield every parameter of one model chunk, in its own order; KeyError if no row matches it."""
     for name, parameter in chunk.named_parameters():
-        cut, templates, match = _find_row(name)
+        sharding, templates, match = _find_row(name)
         groups = match.groupdict()
         experts = [0]
         if "layer" in groups:
@@ -165,36 +87,40 @@ def entries(chunk: torch.nn.Module, hf: HfConfig) -> Iterator[Entry]:
             if ".experts." in name:
                 local = layer.mlp.local_expert_indices
                 experts = [local[int(groups["expert"])]] if groups.get("expert") else local
-        is_copy = tied and name == "output_layer.weight"
+        is_copy = hf.tie_word_embeddings and name == "output_layer.weight"
         if is_copy:
             templates = ["model.embed_tokens.weight"]
         hf_names = [t.format(**{**groups, "expert": e}) for e in experts for t in templates]
-        yield Entry(name, parameter, cut, hf_names, ".experts." in name, is_copy)
+        yield MappedParameter(name, parameter, sharding, hf_names, ".experts." in name, is_copy)
 
 
-def _find_row(name: str) -> tuple[Cut, list[str], re.Match]:
-    for pattern, cut, templates in TABLE:
+def _find_row(name: str) -> tuple[Sharding, list[str], re.Match]:
+    for pattern, sharding, templates in WEIGHT_TABLE:
         match = re.fullmatch(pattern, name)
         if match:
-            return cut, templates, match
-    raise KeyError(f"mapping.TABLE has no row for Megatron parameter {name}")
+            return sharding, templates, match
+    raise KeyError(f"WEIGHT_TABLE has no row for Megatron parameter {name}")
 
 
 @dataclass(frozen=True)
-class Block:
-    """One slice `tensor[place]` of a checkpoint's global tensor and the tensors it is made of.
+class WeightBlock:
+    """The part `tensor[place]` of a checkpoint's global tensor, and the tensors it is made of.
 
     Checkpoints stack layers, and a layer's experts: `place` is (), (layer,) or (layer, expert).
     """
 
-    key: str
+    key: str  # the global tensor's name
     place: tuple[int, ...]
-    cut: Cut
+    sharding: Sharding
     hf_names: list[str]
 
 
-def blocks(hf: HfConfig, names: str = "native") -> Iterator[Block]:
-    """Every weight of a config without a model, in the order of the network.
+_ATTENTION = ["linear_qkv", "q_layernorm", "k_layernorm", "linear_proj"]
+_MLP = ["linear_fc1", "linear_fc2"]
+
+
+def weight_blocks(hf: HfConfig, names: str = "native") -> Iterator[WeightBlock]:
+    """Yield every weight that a config implies, without a model, in the order of the network.
 
     `names` is `native` or `te`: TransformerEngine keeps the norm before a linear inside it.
     """
@@ -217,13 +143,9 @@ def blocks(hf: HfConfig, names: str = "native") -> Iterator[Block]:
         yield _block("output_layer.weight", (), hf)
 
 
-_ATTENTION = ["linear_qkv", "q_layernorm", "k_layernorm", "linear_proj"]
-_MLP = ["linear_fc1", "linear_fc2"]
-
-
-def _block(name: str, place: tuple[int, ...], hf: HfConfig) -> Block:
-    cut, templates, match = _find_row(name)
+def _block(name: str, place: tuple[int, ...], hf: HfConfig) -> WeightBlock:
+    sharding, templates, match = _find_row(name)
     key = re.sub(r"^decoder\.layers\.\d+", "decoder.layers", name)
     if len(place) == 2:
         key = re.sub(r"\d+$", "", key).replace(".mlp.experts.", ".mlp.experts.experts.")
-    return Block(key, place, cut, [t.format(**match.groupdict()) for t in templates])
+    return WeightBlock(key, place, sharding, [t.format(**match.groupdict()) for t in templates])

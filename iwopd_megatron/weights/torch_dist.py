@@ -2,7 +2,8 @@
 
 A checkpoint holds global tensors by name, each as chunks (offset, size) in `__*.distcp` files;
 `.metadata` says where. Layers are stacked on the first dim, a layer's experts on the second.
-Chunks may be cut anywhere, so one written here is one piece (pieces.py).
+Chunks may be cut anywhere, so one written here is one piece (pieces.py). torch's writer begins its
+files anew; here an interrupted conversion finds each chunk in its planned place.
 
 `native` names are checked against Megatron's own load and save in every layout. `te` names differ
 in the norms; TransformerEngine does not run on a CPU: bench/gpu_checkpoint.py checks them on a GPU.
@@ -13,26 +14,29 @@ from __future__ import annotations
 import json
 import math
 import pickle
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from iwopd_megatron.files.rawfile import OutputFile, raw
 from iwopd_megatron.hf.config import HfConfig
 from iwopd_megatron.hf.shapes import hf_shape
-from iwopd_megatron.weights.blob import ALIGN, envelope, serialise
-from iwopd_megatron.weights.table import Block, blocks
+from iwopd_megatron.weights.blob import envelope, serialise
+from iwopd_megatron.weights.table import WeightBlock, weight_blocks
+from iwopd_megatron.weights.torch_internals import (
+    ALIGN,
+    METADATA_VERSION,
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageInfo,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 FILE_BYTES = 5 * 10**9
 # How Megatron is asked to cut optimiser states and name things: what any layout can load.
@@ -41,43 +45,47 @@ METADATA = {
     "singleton_local_shards": False,
     "chained_optim_avoid_prefix": True,
 }
+# metadata.json as Megatron-Core 0.16.1 writes it (dist_checkpointing/core.py, CheckpointingConfig)
 CONFIG = {
-    "sharded_backend": "torch_dist", "sharded_backend_version": 1,
-    "common_backend": "torch", "common_backend_version": 1,
-}  # fmt: skip
-# What Megatron stores beside the weights for modules that may keep a state of their own: None.
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+_LINEARS = ["self_attention.linear_qkv", "self_attention.linear_proj"]
+# Modules that may keep a state of their own, for which Megatron stores None beside the weights.
 _STATEFUL = {
-    "native": ["self_attention.linear_qkv", "self_attention.linear_proj"],
-    "te": [
-        "self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.q_layernorm",
-        "self_attention.k_layernorm",
-    ],
-}  # fmt: skip
+    "native": _LINEARS,
+    "te": [*_LINEARS, "self_attention.q_layernorm", "self_attention.k_layernorm"],
+}
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where the data of one chunk goes: file name, position, bytes."""
+    """Where the data of one chunk goes in the files."""
 
     file: str
     start: int
     nbytes: int
 
 
-def block_shape(block: Block, hf: HfConfig) -> tuple[int, ...]:
-    """Shape of one layer's, one expert's part: its sources' rows together."""
+def block_shape(block: WeightBlock, hf: HfConfig) -> tuple[int, ...]:
+    """Return the shape of one layer's, one expert's part: its sources' rows together."""
     shapes = [hf_shape(name, hf) for name in block.hf_names]
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
-def stacked_shape(block: Block, hf: HfConfig) -> tuple[int, ...]:
-    """The global tensor's shape: [layers, experts, *block], [layers, *block] or the block's."""
+def stacked_shape(block: WeightBlock, hf: HfConfig) -> tuple[int, ...]:
+    """Return the global tensor's shape: [layers, experts, *block], [layers, *block] or *block."""
     stacked = (hf.num_hidden_layers, hf.num_experts)[: len(block.place)]
     return stacked + block_shape(block, hf)
 
 
 def object_keys(hf: HfConfig, names: str) -> list[str]:
-    """Names of the empty `_extra_state` objects that Megatron's load asks for."""
+    """Return names of the empty `_extra_state` objects that Megatron's load asks for.
+
+    `<module>._extra_state/shard_<offset>_<shape>`, by ShardedObject of Megatron-Core 0.16.1.
+    """
     layers, experts = hf.num_hidden_layers, hf.num_experts
     modules = list(_STATEFUL[names])
     if not experts:
@@ -98,14 +106,15 @@ def object_keys(hf: HfConfig, names: str) -> list[str]:
     return keys + ["decoder.final_layernorm._extra_state/shard_0_1"] * (names == "te")
 
 
-class Writer:
-    """Plan every chunk with `add`, then `open`, `write` them in any order, and `finish`."""
+class CheckpointPlan:
+    """The chunks and empty objects of a checkpoint, each with its place in the files."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, TensorStorageMetadata] = {}
-        self.places: dict[MetadataIndex, _StorageInfo] = {}
-        self.ends: list[int] = [0]  # bytes planned for each file
-        self.edges: list[tuple[str, int, bytes]] = []
+        self.objects: dict[str, BytesStorageMetadata] = {}
+        self.places: dict[MetadataIndex, StorageInfo] = {}
+        self.sizes: list[int] = [0]  # bytes planned for each file
+        self.edges: list[tuple[str, int, bytes]] = []  # file, position, what is around the data
 
     def add(
         self,
@@ -123,68 +132,86 @@ class Writer:
         self.tensors[key].chunks.append(chunk)
         nbytes = math.prod(sizes) * dtype.itemsize
         edge = envelope(sizes, dtype)
-        start = self._place(MetadataIndex(key, chunk.offsets), edge.length(nbytes))
-        file = self.places[MetadataIndex(key, chunk.offsets)].relative_path
-        slot = Slot(file, start + len(edge.before), nbytes)
-        self.edges += [(file, start, edge.before), (file, slot.start + nbytes, edge.after)]
+        place = self._place(edge.length(nbytes))
+        self.places[MetadataIndex(key, chunk.offsets)] = place
+        slot = Slot(place.relative_path, place.offset + len(edge.before), nbytes)
+        self.edges.append((slot.file, place.offset, edge.before))
+        self.edges.append((slot.file, slot.start + nbytes, edge.after))
         return slot
 
-    def add_objects(self, keys: list[str]) -> None:
+    def add_objects(self, keys: Iterable[str]) -> None:
         """Plan empty objects; all of them are one blob in the file."""
         blob = serialise([None])
-        start = self._place(MetadataIndex(keys[0]), len(blob))
-        place = self.places[MetadataIndex(keys[0])]
-        self.edges.append((place.relative_path, start, blob))
-        self.places |= {MetadataIndex(key): place for key in keys}
-        self.tensors |= {key: BytesStorageMetadata() for key in keys}
+        place = self._place(len(blob))
+        self.edges.append((place.relative_path, place.offset, blob))
+        for key in keys:
+            self.places[MetadataIndex(key)] = place
+            self.objects[key] = BytesStorageMetadata()
 
-    def _place(self, index: MetadataIndex, length: int) -> int:
-        if self.ends[-1] and self.ends[-1] + length > FILE_BYTES:
-            self.ends.append(0)
-        start = -(-self.ends[-1] // ALIGN) * ALIGN
-        self.ends[-1] = start + length
-        self.places[index] = _StorageInfo(f"__0_{len(self.ends) - 1}.distcp", start, length)
-        return start
+    def _place(self, length: int) -> StorageInfo:
+        if self.sizes[-1] and self.sizes[-1] + length > FILE_BYTES:
+            self.sizes.append(0)
+        start = -(-self.sizes[-1] // ALIGN) * ALIGN
+        self.sizes[-1] = start + length
+        return StorageInfo(_file_name(len(self.sizes) - 1), start, length)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files planned so far."""
-        return sum(self.ends)
+        """Bytes of all files."""
+        return sum(self.sizes)
 
-    def open(self, folder: Path) -> None:
-        """Create the files at their full size."""
-        self.folder = folder
-        self.files = {
-            f"__0_{i}.distcp": OutputFile(folder / f"__0_{i}.distcp", size)
-            for i, size in enumerate(self.ends)
+    def metadata(self) -> Metadata:
+        """Return what `.metadata` is a pickle of."""
+        items: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+        items |= self.tensors
+        items |= self.objects
+        return Metadata(items, storage_data=self.places, version=METADATA_VERSION)
+
+
+class CheckpointWriter:
+    """The files of a plan, open at their full size: chunks are written in any order."""
+
+    def __init__(self, plan: CheckpointPlan, folder: Path):
+        """Create the files, or go on with those that an interrupted run left."""
+        self._plan, self._folder = plan, folder
+        self._files = {
+            _file_name(i): OutputFile(folder / _file_name(i), size)
+            for i, size in enumerate(plan.sizes)
         }
-        for file, position, edge in self.edges:
-            self.files[file].write(edge, position)
+        for file, position, edge in plan.edges:
+            self._files[file].write(edge, position)
 
     def write(self, slot: Slot, tensor: torch.Tensor) -> None:
         """Write one planned chunk's data, `slot.nbytes` long. Any thread."""
         assert tensor.nbytes == slot.nbytes
-        self.files[slot.file].write(raw(tensor.contiguous()), slot.start)
+        self._files[slot.file].write(raw(tensor.contiguous()), slot.start)
 
     def read(self, slot: Slot) -> torch.Tensor:
-        """What the file holds there, as uint8. Any thread."""
-        return self.files[slot.file].read(slot.start, slot.nbytes)
+        """Read back what the file holds of a chunk's data, as uint8. Any thread."""
+        return self._files[slot.file].read(slot.start, slot.nbytes)
 
-    def finish(self, content: dict[str, Any]) -> None:
-        """Close the files and write `.metadata`, `common.pt` and, last, `metadata.json`."""
-        for file in self.files.values():
+    def finish(self, content: Mapping[str, Any]) -> None:
+        """Close the files and write `.metadata`, `common.pt` and, last, `metadata.json`.
+
+        `content` is what Megatron calls a checkpoint's content metadata (METADATA).
+        """
+        for file in self._files.values():
             file.close()
-        metadata = Metadata(self.tensors, storage_data=self.places, version="1.0.0")
-        (self.folder / ".metadata").write_bytes(pickle.dumps(metadata))
-        (self.folder / "common.pt").write_bytes(serialise({"content_metadata": content}))
-        (self.folder / "metadata.json").write_text(json.dumps(CONFIG))
+        (self._folder / ".metadata").write_bytes(pickle.dumps(self._plan.metadata()))
+        (self._folder / "common.pt").write_bytes(serialise({"content_metadata": dict(content)}))
+        (self._folder / "metadata.json").write_text(json.dumps(CONFIG))
 
 
-def find_names(keys: Any) -> str:
-    """`native` or `te`, by the norm before attention."""
+def _file_name(number: int) -> str:
+    """Return the name that torch gives file `number` of rank 0."""
+    return f"__0_{number}.distcp"
+
+
+def find_names(keys: Collection[str]) -> str:
+    """Return whose module names global tensors have, `native` or `te`."""
     return "native" if "decoder.layers.input_layernorm.weight" in keys else "te"
 
 
 def expected_tensors(hf: HfConfig, names: str) -> dict[str, tuple[int, ...]]:
-    """Global name -> shape of every weight that config.json implies."""
-    return {block.key: stacked_shape(block, hf) for block in blocks(hf, names)}
+    """Return global name -> shape of every weight that config.json implies."""
+    return {block.key: stacked_shape(block, hf) for block in weight_blocks(hf, names)}

@@ -1,7 +1,8 @@
 """Read any row range of a `torch_dist` checkpoint's global tensors, whatever layout cut its chunks.
 
-Files are mapped, not read: where one chunk holds all that is asked for, nothing is copied. Plain
-blobs are found by their envelope (see blob.py); torch.load reads any other.
+Files are mapped, not read: where one chunk holds all that is asked for, nothing is copied (torch's
+reader loads a whole chunk for any part of it). Plain blobs are found by their envelope (see
+blob.py); torch.load reads any other.
 `.metadata` is a pickle, as torch reads it: open only checkpoints that you trust.
 """
 
@@ -13,34 +14,34 @@ import json
 import math
 import mmap
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorStorageMetadata,
-)
 
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.weights.blob import data_start
+from iwopd_megatron.weights.torch_internals import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageInfo,
+    TensorStorageMetadata,
+)
 
 # The weights of a model begin so; optimiser states, schedules and generators do not.
 _MODEL = ("embedding.", "decoder.", "output_layer.")
 
 
-class Reader:
-    """A checkpoint folder's tensors by global name. Optimiser states and objects are skipped."""
+class CheckpointReader:
+    """A checkpoint folder's weights by global name, without optimiser states and objects."""
 
     def __init__(self, folder: Path):
-        """RecipeError if the folder is no checkpoint, or a file is missing or truncated."""
+        """Open a folder; RecipeError if it is no checkpoint, or a file is missing or truncated."""
         self.folder = folder
         _check_format(folder)
         metadata = _read_metadata(folder / ".metadata")
-        self.places = metadata.storage_data
+        self.places: dict[MetadataIndex, StorageInfo] = metadata.storage_data
         self.tensors: dict[str, TensorStorageMetadata] = {
             key: tensor
             for key, tensor in metadata.state_dict_metadata.items()
@@ -51,10 +52,11 @@ class Reader:
         self._chunks: dict[tuple[str, tuple[int, ...]], list[ChunkStorageMetadata]] = {}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Global name -> shape of every weight."""
+        """Return global name -> shape of every weight."""
         return {key: tuple(tensor.size) for key, tensor in self.tensors.items()}
 
     def dtype(self, key: str) -> torch.dtype:
+        """Return a global tensor's dtype."""
         return self.tensors[key].properties.dtype
 
     def index(self, key: str, lead: int) -> None:
@@ -65,7 +67,10 @@ class Reader:
                 self._chunks.setdefault((key, place), []).append(chunk)
 
     def read(self, key: str, place: tuple[int, ...], first: int, last: int) -> torch.Tensor:
-        """`tensor[place][first:last]`, a view of the file where one chunk holds it whole."""
+        """Return `tensor[place][first:last]`, a view of the file where one chunk holds it whole.
+
+        RecipeError if the chunks do not cover it. `index` comes before.
+        """
         lead = len(place)
         shape = (last - first, *self.tensors[key].size[lead + 1 :])
         out, filled = None, 0
@@ -97,10 +102,8 @@ class Reader:
         start = data_start(blob, shape, dtype)
         if start is None:
             return torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True).view(shape)
-        count = math.prod(shape)
-        return torch.frombuffer(whole, dtype=dtype, count=count, offset=place.offset + start).view(
-            shape
-        )
+        count, offset = math.prod(shape), place.offset + start
+        return torch.frombuffer(whole, dtype=dtype, count=count, offset=offset).view(shape)
 
     def _check_files(self) -> None:
         for name, end in _ends(self.tensors, self.places):
@@ -114,8 +117,10 @@ class Reader:
                 )
 
 
-def _ends(tensors: dict, places: dict) -> Iterator[tuple[str, int]]:
-    """Each file that holds weights and how long it must be."""
+def _ends(
+    tensors: Mapping[str, TensorStorageMetadata], places: Mapping[MetadataIndex, StorageInfo]
+) -> Iterator[tuple[str, int]]:
+    """Yield each file that holds weights and how many bytes it must have."""
     ends: dict[str, int] = {}
     for index, place in places.items():
         if index.fqn in tensors:
@@ -142,7 +147,7 @@ def _check_format(folder: Path) -> None:
 
 def _read_metadata(file: Path) -> Metadata:
     try:
-        metadata: Any = pickle.loads(file.read_bytes())
+        metadata = pickle.loads(file.read_bytes())
     except Exception as error:  # a damaged pickle may raise anything
         raise RecipeError(f"{file} cannot be read: {error}.") from None
     if not isinstance(metadata, Metadata):

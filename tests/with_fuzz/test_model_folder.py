@@ -31,7 +31,7 @@ from iwopd_megatron.rollout.decoder import Decoder
 from iwopd_megatron.runtime.local_world import local_context
 from iwopd_megatron.runtime.parallel import initialise, shutdown
 from iwopd_megatron.teacher.embedded import EmbeddedScorer
-from iwopd_megatron.weights.hf_io import whole_tensors
+from iwopd_megatron.weights.hf_reader import whole_tensors
 
 ROOT = Path(__file__).parents[2]
 CASES = int(os.environ.get("FUZZ_CASES", "40"))

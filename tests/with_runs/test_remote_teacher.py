@@ -30,7 +30,7 @@ from iwopd_megatron.teacher.teachers import Teachers
 from iwopd_megatron.train.progress import Progress
 from iwopd_megatron.train.supervision import Distillation
 from iwopd_megatron.train.trainer import Trainer
-from iwopd_megatron.weights.hf_io import HfTensors
+from iwopd_megatron.weights.hf_reader import HfTensors
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
 RECIPE = ROOT / "recipes/demo_tiny_moe.yaml"

@@ -75,9 +75,10 @@ def test_a_writer_that_dies_ends_the_run_with_a_sentence(whole, tmp_path):
     out = tmp_path / "run"
     script = (
         "import os, signal, sys\n"
-        "from iwopd_megatron.cli import main as cli; from iwopd_megatron.train import saver\n"
+        "from iwopd_megatron.cli import main as cli\n"
+        "from iwopd_megatron.train import megatron_save\n"
         "def dies(*args, **kwargs): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "saver.filesystem_async.FileSystemWriterAsync.write_preloaded_data = dies\n"
+        "megatron_save.filesystem_async.FileSystemWriterAsync.write_preloaded_data = dies\n"
         "cli.main()"
     )
     failed = run("-c", script, "train", RECIPE, *SETTINGS, f"out={out}")

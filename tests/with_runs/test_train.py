@@ -30,7 +30,7 @@ from iwopd_megatron.toy_task import write_task
 from iwopd_megatron.train.progress import Progress
 from iwopd_megatron.train.trainer import Trainer
 from iwopd_megatron.weights.convert import megatron_to_hf
-from iwopd_megatron.weights.hf_io import HfTensors
+from iwopd_megatron.weights.hf_reader import HfTensors
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("in_the_repository")

@@ -4,7 +4,7 @@ import pytest
 from served_models import ROOT, hf_logp, largest, prompts
 from support import Rig
 
-from iwopd_megatron.weights import safetensors_file
+from iwopd_megatron.weights import shards
 from iwopd_megatron.weights.convert import hf_to_megatron, megatron_to_hf
 
 
@@ -14,7 +14,7 @@ def folder(request, dense_folder):
 
 
 def test_scores_are_those_of_the_source(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(safetensors_file, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 100_000)
     checkpoint, exported = tmp_path / "checkpoint", tmp_path / "hf"
     hf_to_megatron(folder, checkpoint)
     megatron_to_hf(checkpoint, exported, folder)

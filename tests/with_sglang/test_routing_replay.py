@@ -28,7 +28,7 @@ from iwopd_megatron.rollout.pool import Place, Pool
 from iwopd_megatron.runtime.local_world import local_context
 from iwopd_megatron.runtime.megatron import TopKRouter
 from iwopd_megatron.runtime.parallel import initialise, shutdown
-from iwopd_megatron.weights.hf_io import HfTensors, load_shards
+from iwopd_megatron.weights.hf_reader import HfTensors, load_shards
 
 LAYERS, EXPERTS, TOPK, TOKENS = 4, 32, 4, 100
 

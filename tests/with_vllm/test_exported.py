@@ -4,13 +4,13 @@ import pytest
 from rig import Rig
 from served_models import STUDENT, hf_logp, largest, prompts, write_dense
 
-from iwopd_megatron.weights import safetensors_file
+from iwopd_megatron.weights import shards
 from iwopd_megatron.weights.convert import hf_to_megatron, megatron_to_hf
 
 
 @pytest.mark.parametrize("kind", ["moe", "dense"])
 def test_scores_are_those_of_the_source(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(safetensors_file, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 100_000)
     folder = STUDENT if kind == "moe" else write_dense(tmp_path / "source", head_dim=32)
     checkpoint, exported = tmp_path / "checkpoint", tmp_path / "hf"
     hf_to_megatron(folder, checkpoint)
