@@ -75,7 +75,7 @@ def evaluate(
             print(f"note: {note}", file=sys.stderr)
         benchmarks = asked(evaluated, found, limit, "--max-tokens {}", tokenizer)
         from iwopd_megatron.cli import worker
-        from iwopd_megatron.evaluation.bench_run import BenchRun
+        from iwopd_megatron.evaluation.run_benchmarks import BenchRun
 
         run = BenchRun(
             evaluated, benchmarks, identity, out or default_out, samples, limit, temperature,

@@ -4,4 +4,4 @@ In come a rollout engine and a benchmark's problems; out go answers on disk, gra
 and pass@k with their standard errors.
 """
 
-__all__ = ["answering", "bench_progress", "bench_run", "continuations", "evaluate"]
+__all__ = ["answering", "continuations", "evaluate", "progress", "run_benchmarks"]

@@ -25,9 +25,9 @@ from iwopd_megatron.config.recipe import Recipe
 from iwopd_megatron.data.benchmarks import Benchmark
 from iwopd_megatron.evaluation.answering import answering_engine
 from iwopd_megatron.evaluation.answers import Answers, Place
-from iwopd_megatron.evaluation.bench_progress import BenchProgress
 from iwopd_megatron.evaluation.evaluate import STREAM
 from iwopd_megatron.evaluation.pass_at_k import summarise
+from iwopd_megatron.evaluation.progress import BenchProgress
 from iwopd_megatron.files.run_files import write_whole
 from iwopd_megatron.grading.graders import grade
 from iwopd_megatron.grading.pool import Answer, Grade
