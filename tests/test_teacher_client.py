@@ -15,7 +15,7 @@ from iwopd_megatron.batch.trajectory import Trajectory
 from iwopd_megatron.errors import GateError, ServiceError
 from iwopd_megatron.runtime.background import Background
 from iwopd_megatron.runtime.services import free_port
-from iwopd_megatron.teacher.client import ScoringClient
+from iwopd_megatron.teacher.retry import ScoringClient
 from iwopd_megatron.teacher.scoring_protocol import BadAnswer, read_answer
 
 

@@ -16,7 +16,7 @@ from served import ROOT, TEACHER, served, wait_until
 from iwopd_megatron.batch.trajectory import Trajectory
 from iwopd_megatron.parity.hf_reference import hf_model
 from iwopd_megatron.runtime.services import Server, free_port
-from iwopd_megatron.teacher.client import ScoringClient
+from iwopd_megatron.teacher.retry import ScoringClient
 from iwopd_megatron.teacher.scoring_queue import Job, QueueClosed, QueueFull, ScoringQueue
 
 LAYOUTS = [{}, {"tp": 2}, {"tp": 2, "ep": 2}, {"pp": 2}, {"ep": 2}, {"cp": 2}]

@@ -21,7 +21,7 @@ from iwopd_megatron.runtime import device
 from iwopd_megatron.runtime.background import Background
 from iwopd_megatron.runtime.keeper import Keeper
 from iwopd_megatron.runtime.services import Server, free_port, outer_environment
-from iwopd_megatron.teacher.client import ScoringClient
+from iwopd_megatron.teacher.retry import ScoringClient
 
 POLL_SECONDS = 0.5  # how soon a server that is not restarted any more is noticed
 
