@@ -32,7 +32,7 @@ class Layer(NamedTuple):
 
 
 class Decoder:
-    """`weights`: every tensor by its Hugging Face name, a view to be filled."""
+    """A Qwen3 or Qwen3-MoE model; `weights` has every tensor by its Hugging Face name, to fill."""
 
     def __init__(self, hf: HfConfig, dtype: torch.dtype, on: torch.device):
         self.hf, self.on, self.dtype = hf, on, dtype
@@ -80,7 +80,7 @@ class Decoder:
         return layer
 
     def new_cache(self, rows: int, slots: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys `[B, G, d, L]` and values `[B, G, L, d]` of every layer."""
+        """Return keys `[B, G, d, L]` and values `[B, G, L, d]` of every layer, all zero."""
         shape = rows, self.groups, slots, self.head_dim
         return [(self._new(*shape).mT.contiguous(), self._new(*shape)) for _ in self.layers]
 
@@ -92,7 +92,7 @@ class Decoder:
         start: int,
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Logits `[B, V]` after the last of the new positions, whose keys go to slots `start` on.
+        """Return logits `[B, V]` after the last new position; new keys go to slots `start` on.
 
         Either start is 0, or S is 1. ids, positions: int64 `[B, S]`; mask: bool
         `[B, 1, S, start + S]`, True where a query sees a slot, or None: every earlier one.
@@ -130,7 +130,7 @@ class Decoder:
         return out.transpose(1, 2).flatten(2) @ layer.out.t()
 
     def _attend_last(self, query, keys, values, mask) -> torch.Tensor:
-        """One query a row: two products, cheaper than a fused kernel's call."""
+        """Attend with one query a row: two products, cheaper than a fused kernel's call."""
         grouped = query.reshape(len(query), self.groups, -1, self.head_dim)  # [B, G, H / G, d]
         score = (grouped @ keys).float().mul_(self.head_dim**-0.5)
         if mask is not None:

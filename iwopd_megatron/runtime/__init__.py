@@ -10,6 +10,7 @@ __all__ = [
     "device",
     "keeper",
     "local_world",
+    "main_only",
     "megatron",
     "parallel",
     "quiet",
