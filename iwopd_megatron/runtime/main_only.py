@@ -39,7 +39,17 @@ class MainOnly(ABC, Generic[T]):
         *args: Arguments.args,
         **kwargs: Arguments.kwargs,
     ) -> None:
-        """Call `step(thing, ...)` on rank 0 without waiting for others; nothing elsewhere."""
+        """Call `step(thing, ...)` on rank 0; do nothing on other ranks. Not collective."""
+
+    @abstractmethod
+    def peek(
+        self,
+        otherwise: Value,
+        step: Callable[Concatenate[T, Arguments], Value],
+        *args: Arguments.args,
+        **kwargs: Arguments.kwargs,
+    ) -> Value:
+        """Return what `step(thing, ...)` does on rank 0, `otherwise` elsewhere. Not collective."""
 
 
 class Held(MainOnly[T]):
@@ -64,6 +74,15 @@ class Held(MainOnly[T]):
     ) -> None:
         step(self.thing, *args, **kwargs)
 
+    def peek(
+        self,
+        otherwise: Value,
+        step: Callable[Concatenate[T, Arguments], Value],
+        *args: Arguments.args,
+        **kwargs: Arguments.kwargs,
+    ) -> Value:
+        return step(self.thing, *args, **kwargs)
+
 
 class HeldElsewhere(MainOnly[T]):
     """The other ranks': hears what rank 0 finds."""
@@ -86,6 +105,15 @@ class HeldElsewhere(MainOnly[T]):
         **kwargs: Arguments.kwargs,
     ) -> None:
         pass
+
+    def peek(
+        self,
+        otherwise: Value,
+        step: Callable[Concatenate[T, Arguments], Value],
+        *args: Arguments.args,
+        **kwargs: Arguments.kwargs,
+    ) -> Value:
+        return otherwise
 
 
 def main_only(parallel: Parallel, make: Callable[[], T]) -> MainOnly[T]:
