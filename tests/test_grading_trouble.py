@@ -57,7 +57,7 @@ def test_a_benchmark_says_it_and_keeps_it(monkeypatch, tmp_path, capsys):
     for place in places:
         answers.add(place, Trajectory(place[0], [1], [2]), "\\boxed{1}")
     progress = BenchProgress()
-    result = run_benchmarks._score(Benchmark("aime24", PROBLEMS), answers, places, progress)
+    result = run_benchmarks._graded(Benchmark("aime24", PROBLEMS), answers, places, progress)
     assert result["grading_trouble"] == {"cut at 2 s": 2, "crashed": 1} and result["mean"] == 0.25
     progress.finish("aime24", result, 1.0)
     assert "4 answers, 1.0 s; grading trouble: 2 cut at 2 s, 1 crashed" in capsys.readouterr().out
