@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.files.run_files import append_jsonl, read_jsonl, write_whole
 
 ANSWER = {"problem": int, "sample": int, "response": str, "tokens": int, "truncated": bool}
-GRADED: dict[str, type | tuple[type, ...]] = {
+GRADED: Mapping[str, type | tuple[type, ...]] = {
     "problem": int,
     "sample": int,
     "correct": (int, float),

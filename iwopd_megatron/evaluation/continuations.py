@@ -120,7 +120,7 @@ def _write(study: PrefixStudy, whole: list[Trajectory], grades: dict[str, numpy.
 
 
 def cut(sample: Trajectory, fraction: float) -> Trajectory:
-    """Return the sample cut after `fraction` of its tokens, rounded down, never with its last one."""
+    """Return the sample with `fraction` of its tokens, rounded down, never with its last one."""
     kept = min(int(fraction * len(sample.response_ids) + 1e-9), len(sample.response_ids) - 1)
     return replace(sample, response_ids=sample.response_ids[:kept], rollout_logp=[])
 

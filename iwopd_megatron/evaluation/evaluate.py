@@ -24,7 +24,7 @@ STREAM = 2**32 - 1  # random numbers no training round uses
 
 
 class Evaluator:
-    """One benchmark's problems, `samples` answers to each, with the same random numbers each time."""
+    """One benchmark, `samples` answers to each problem, the same random numbers each time."""
 
     def __init__(self, benchmark: Benchmark, tokenizer: Any, sampling: Sampling, samples: int):
         self.problems, self.tokenizer = benchmark.problems * samples, tokenizer
