@@ -27,7 +27,7 @@ from iwopd_megatron.runtime.keeper import Keeper
 
 
 @dataclass(eq=False)
-class Generation:
+class PendingAnswers:
     """The prompts of one round, and on rank 0 the answers that have come."""
 
     prompts: list[Prompt]
@@ -67,7 +67,7 @@ class ServerController:
         self.proven = -1  # the last version whose checksums were compared
         self.fingerprints: dict[int, Fingerprints] = {}  # by the servers' tensor-parallel size
         self.send_error: Exception | None = None  # of the update that is being sent
-        self.running: dict[Generation, Future[None]] = {}
+        self.running: dict[PendingAnswers, Future[None]] = {}
 
     def wait_ready(self) -> None:
         """Start the servers that are ours, and return when all servers can generate.
@@ -92,19 +92,19 @@ class ServerController:
         self.loop.close()
         self.keeper.stop()
 
-    def start(self, generation: Generation) -> None:
+    def start(self, pending: PendingAnswers) -> None:
         """Ask for the answers that are missing, and return at once."""
-        asking = collect(self.pool, generation.missing, generation.sampling, generation.keep)
-        self.running[generation] = self.loop.submit(asking)
+        asking = collect(self.pool, pending.missing, pending.sampling, pending.keep)
+        self.running[pending] = self.loop.submit(asking)
 
-    def is_complete(self, generation: Generation) -> bool:
+    def is_complete(self, pending: PendingAnswers) -> bool:
         """Wait for what was started, and return whether all answers are there.
 
         False: no server holds the weights any more; push them and start it again. ServiceError if
         no server is left.
         """
         try:
-            self.running.pop(generation).result()
+            self.running.pop(pending).result()
             return True
         except NoServer:
             self.loop.submit(self.pool.settle()).result()
@@ -115,9 +115,9 @@ class ServerController:
                 ) from None
             return False
 
-    def answers(self, generation: Generation, prompts: list[Prompt]) -> list[Trajectory]:
+    def answers(self, pending: PendingAnswers, prompts: list[Prompt]) -> list[Trajectory]:
         """Return the answers to these of its prompts, in order."""
-        return [generation.samples[prompt.index] for prompt in prompts]
+        return [pending.samples[prompt.index] for prompt in prompts]
 
     def begin_update(self, version: int, is_proof_due: bool) -> int:
         """Pause the servers that lack this version, and return how many there are.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from iwopd_megatron.batch import gates
 from iwopd_megatron.batch.trajectory import Trajectory
-from iwopd_megatron.rollout.controller import Generation, ServerController
+from iwopd_megatron.rollout.controller import PendingAnswers, ServerController
 from iwopd_megatron.rollout.engine import OnSample, Prompt, Sampling, Weights
 from iwopd_megatron.runtime.main_only import MainOnly
 from iwopd_megatron.weights.sync import buckets
@@ -42,7 +42,7 @@ class ServerEngine:
         self.weights: Weights = []
         self.version = -1
         self.updates = 0
-        self.ahead: Generation | None = None  # started by `prefetch`
+        self.ahead: PendingAnswers | None = None  # started by `prefetch`
 
     def wait_ready(self) -> None:
         """Return when all servers can generate. Collective."""
@@ -60,10 +60,10 @@ class ServerEngine:
 
     def _started(
         self, prompts: list[Prompt], sampling: Sampling, on_sample: OnSample | None
-    ) -> Generation:
-        generation = Generation(prompts, sampling, on_sample)
-        self.servers.tell(ServerController.start, generation)
-        return generation
+    ) -> PendingAnswers:
+        pending = PendingAnswers(prompts, sampling, on_sample)
+        self.servers.tell(ServerController.start, pending)
+        return pending
 
     def generate(
         self, prompts: list[Prompt], sampling: Sampling, on_sample: OnSample | None = None
@@ -71,14 +71,14 @@ class ServerEngine:
         """As the protocol says; pushes the weights again where no server holds them any more."""
         ahead, self.ahead = self.ahead, None
         if ahead is not None and ahead.sampling == sampling:
-            generation = ahead
+            pending = ahead
         else:
             self.ahead = ahead  # an evaluation's prompts may come between
-            generation = self._started(prompts, sampling, on_sample)
-        while not self.servers.call(ServerController.is_complete, generation):
+            pending = self._started(prompts, sampling, on_sample)
+        while not self.servers.call(ServerController.is_complete, pending):
             self.update(self.weights, self.version)
-            self.servers.tell(ServerController.start, generation)
-        return self.servers.call(ServerController.answers, generation, prompts)
+            self.servers.tell(ServerController.start, pending)
+        return self.servers.call(ServerController.answers, pending, prompts)
 
     def update(self, weights: Weights, version: int) -> None:
         """Send the weights to every server that lacks them, and prove that they landed."""
