@@ -16,11 +16,15 @@ from iwopd_megatron.config.models import Layout
 from iwopd_megatron.hf.config import read_hf_config
 from iwopd_megatron.hf.folder import eos_ids
 from iwopd_megatron.parity.hf_reference import hf_model
+from iwopd_megatron.rollout.broadcast import BroadcastPush
+from iwopd_megatron.rollout.controller import ServerController
 from iwopd_megatron.rollout.engine import Prompt
 from iwopd_megatron.rollout.make import server_command, server_environment
-from iwopd_megatron.rollout.pool import Place, Pool
-from iwopd_megatron.rollout.push import BroadcastPush, FolderPush, Push, RequestPush, Targets
+from iwopd_megatron.rollout.pool import Replica, ServerPool
+from iwopd_megatron.rollout.push import FolderPush, Push, RequestPush
 from iwopd_megatron.rollout.servers import Canary, ServerEngine
+from iwopd_megatron.runtime.keeper import Keeper
+from iwopd_megatron.runtime.main_only import main_only
 from iwopd_megatron.runtime.parallel import initialise
 from iwopd_megatron.runtime.services import Server, free_port
 
@@ -124,13 +128,16 @@ class ServedModel:
     def assemble(
         self,
         loop,
-        places: list[Place],
+        replicas: list[Replica],
         sync: str,
         say,
         max_running=64,
         canary: Canary | None = None,
     ) -> ServerEngine:
-        """The project's engine on these servers, in this process as a world of one."""
+        """The project's engine on these servers, in this process as a world of one.
+
+        `controller` is its rank 0's side.
+        """
         if not dist.is_initialized():
             os.environ.update(
                 RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
@@ -138,26 +145,26 @@ class ServedModel:
             )  # fmt: skip
         if self.push is not None:
             self.push.close()
-        pool = Pool(places, max_running, self.eos, say)
-        targets = Targets(loop, pool)
         push = {
-            "disk": lambda: FolderPush(targets, self.out / "weights", self.folder),
-            "tensor": lambda: RequestPush(targets),
-            "distributed": lambda: BroadcastPush(targets, "127.0.0.1", timedelta(seconds=60)),
+            "disk": lambda: FolderPush(self.out / "weights", self.folder),
+            "tensor": lambda: RequestPush(),
+            "distributed": lambda: BroadcastPush("127.0.0.1", timedelta(seconds=60)),
         }[sync]()
-        pool.catch_up, self.push = push.catch_up, push
-        return ServerEngine(initialise(Layout()), pool, push, loop, 1, canary)
+        pool = ServerPool(replicas, max_running, self.eos, say, catch_up=push.catch_up)
+        self.push, keeper = push, Keeper([], 1)  # the servers have a keeper of the tests
+        self.controller = ServerController(loop, pool, push, keeper)
+        return ServerEngine(main_only(initialise(Layout()), lambda: self.controller), 1, canary)
 
 
-def spoil_last_tensor(engine: ServerEngine) -> None:
+def spoil_last_tensor(push: Push) -> None:
     """Servers get another last tensor of a bucket than the one that is believed sent."""
-    send = engine.push.send
+    send = push.send
 
     def spoil(tensors):
         (name, tensor), *rest = reversed(tensors)
         send([*rest, (name, tensor + 1e-3)])
 
-    engine.push.send = spoil
+    push.send = spoil
 
 
 def prompts(count: int, longest: int = 12) -> list[Prompt]:

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 from iwopd_megatron.batch.trajectory import Trajectory
 from iwopd_megatron.data.benchmarks import Benchmark
 from iwopd_megatron.data.problems import Problem
-from iwopd_megatron.evaluation import bench_run, evaluate
+from iwopd_megatron.evaluation import evaluate, run_benchmarks
 from iwopd_megatron.evaluation.answers import Answers
-from iwopd_megatron.evaluation.bench_progress import BenchProgress
+from iwopd_megatron.evaluation.progress import BenchProgress
 from iwopd_megatron.grading.pool import Grade
 from iwopd_megatron.records.recorder import Recorder
 from iwopd_megatron.train.progress import Progress
@@ -51,13 +51,13 @@ def test_a_run_says_it_and_keeps_it(tmp_path):
 
 
 def test_a_benchmark_says_it_and_keeps_it(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bench_run, "grade", lambda answers: FOUND)
+    monkeypatch.setattr(run_benchmarks, "grade", lambda answers: FOUND)
     answers = Answers(tmp_path, {})
     places = [(i, 0) for i in range(4)]
     for place in places:
         answers.add(place, Trajectory(place[0], [1], [2]), "\\boxed{1}")
     progress = BenchProgress()
-    result = bench_run._score(Benchmark("aime24", PROBLEMS), answers, places, progress)
+    result = run_benchmarks._graded(Benchmark("aime24", PROBLEMS), answers, places, progress)
     assert result["grading_trouble"] == {"cut at 2 s": 2, "crashed": 1} and result["mean"] == 0.25
     progress.finish("aime24", result, 1.0)
     assert "4 answers, 1.0 s; grading trouble: 2 cut at 2 s, 1 crashed" in capsys.readouterr().out

@@ -15,7 +15,7 @@ from iwopd_megatron.batch.trajectory import Trajectory
 from iwopd_megatron.errors import GateError, ServiceError
 from iwopd_megatron.runtime.background import Background
 from iwopd_megatron.runtime.services import free_port
-from iwopd_megatron.teacher.client import ScoringClient
+from iwopd_megatron.teacher.retry import ScoringClient
 from iwopd_megatron.teacher.scoring_protocol import BadAnswer, read_answer
 
 
@@ -123,7 +123,7 @@ def test_the_other_server_finishes_what_a_killed_one_began(service, undisturbed)
 
         async def run():
             client = ScoringClient([other.url, service.url], 16)
-            tasks = [asyncio.create_task(client.score(sample)) for sample in SAMPLES]
+            tasks = [asyncio.create_task(client.score_sample(sample)) for sample in SAMPLES]
             while not client.endpoints[0].in_flight:
                 await asyncio.sleep(0.01)
             os.kill(other.pids[0], signal.SIGKILL)
@@ -142,7 +142,7 @@ def test_a_server_that_comes_back_with_another_model_is_not_asked(service):
         await client.describe()
         client.endpoints[0].info["config_fingerprint"] = "another"
         with pytest.raises(ServiceError, match="no teacher has answered"):
-            await client.score(SAMPLES[0])
+            await client.score_sample(SAMPLES[0])
         await client.close()
 
     with spoiled(service.url, lambda n, content: (500, content)) as url:
@@ -152,7 +152,7 @@ def test_a_server_that_comes_back_with_another_model_is_not_asked(service):
 def test_at_most_max_in_flight_are_asked_at_a_time(service):
     async def run():
         client, most = ScoringClient([service.url], 16, max_in_flight=2), 0
-        tasks = [asyncio.create_task(client.score(sample)) for sample in SAMPLES]
+        tasks = [asyncio.create_task(client.score_sample(sample)) for sample in SAMPLES]
         while not all(task.done() for task in tasks):
             most = max(most, client.endpoints[0].in_flight)
             await asyncio.sleep(0)

@@ -16,8 +16,8 @@ from served import ROOT, TEACHER, served, wait_until
 from iwopd_megatron.batch.trajectory import Trajectory
 from iwopd_megatron.parity.hf_reference import hf_model
 from iwopd_megatron.runtime.services import Server, free_port
-from iwopd_megatron.teacher.client import ScoringClient
-from iwopd_megatron.teacher.scoring_queue import Job, QueueClosed, QueueFull, ScoringQueue
+from iwopd_megatron.teacher.retry import ScoringClient
+from iwopd_megatron.teacher.scoring_queue import QueueClosed, QueueFull, ScoringJob, ScoringQueue
 
 LAYOUTS = [{}, {"tp": 2}, {"tp": 2, "ep": 2}, {"pp": 2}, {"ep": 2}, {"cp": 2}]
 LENGTHS = [(9, 43), (1, 1), (5, 2), (12, 30), (3, 17), (20, 40), (9, 43), (2, 60), (7, 7)]
@@ -40,7 +40,7 @@ def ask(urls, samples=SAMPLES, topk=0, temperature=1.0, **settings):
 
     async def run():
         client = ScoringClient(urls, 16, temperature, **{"timeout_s": 30, **settings})
-        scores = await asyncio.gather(*(client.score(sample, topk) for sample in samples))
+        scores = await asyncio.gather(*(client.score_sample(sample, topk) for sample in samples))
         await client.close()
         return scores, client.retries
 
@@ -269,19 +269,19 @@ def test_sigterm_drains_and_exits_with_zero(tmp_path):
 
 def test_queue_takes_the_oldest_and_its_like():
     queue = ScoringQueue(100)
-    jobs = [Job([0] * n, 0, topk, 1.0) for n, topk in [(30, 0), (30, 2), (20, 0), (15, 0)]]
+    jobs = [ScoringJob([0] * n, 0, topk, 1.0) for n, topk in [(30, 0), (30, 2), (20, 0), (15, 0)]]
     queue.put(jobs)
     assert queue.take(50, 1, 0) == [jobs[0], jobs[2]]
     with pytest.raises(QueueFull):
-        queue.put([Job([0] * 6, 0, 0, 1.0)])
+        queue.put([ScoringJob([0] * 6, 0, 0, 1.0)])
     jobs[0].future.set_result(None)
-    late = Job([0] * 35, 0, 2, 1.0)
+    late = ScoringJob([0] * 35, 0, 2, 1.0)
     queue.put([late])
     assert queue.take(50, 1, 0) == [jobs[1]]
     assert jobs[3].future.cancel()  # its client is gone
     queue.close()
     with pytest.raises(QueueClosed):
-        queue.put([Job([0], 0, 0, 1.0)])
+        queue.put([ScoringJob([0], 0, 0, 1.0)])
     assert queue.take(10, 1, 0) == [late] and queue.is_empty
     assert queue.take(50, 0, 0) == []
     for job in (jobs[1], jobs[2], late):

@@ -68,7 +68,7 @@ def evaluate(
             print(f"note: {note}", file=sys.stderr)
         benchmarks = asked(answering, loaded, limit, "--max-tokens {}", tokenizer)
         from iwopd_megatron.cli import worker
-        from iwopd_megatron.evaluation.bench_run import BenchRun
+        from iwopd_megatron.evaluation.run_benchmarks import BenchRun
 
         sampling = (samples, limit, temperature, top_p, seed)
         run = BenchRun(answering, benchmarks, found.identity, place, *sampling)

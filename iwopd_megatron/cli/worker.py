@@ -33,9 +33,9 @@ from iwopd_megatron.errors import (
     ServiceError,
     UserError,
 )
-from iwopd_megatron.evaluation.bench_progress import BenchProgress
-from iwopd_megatron.evaluation.bench_run import BenchRun, run_benchmarks
 from iwopd_megatron.evaluation.continuations import PrefixStudy, study_prefixes
+from iwopd_megatron.evaluation.progress import BenchProgress
+from iwopd_megatron.evaluation.run_benchmarks import BenchRun, run_benchmarks
 from iwopd_megatron.parity import parity
 from iwopd_megatron.parity.hf_reference import Reference
 from iwopd_megatron.records.disk import disk_told

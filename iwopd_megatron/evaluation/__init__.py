@@ -6,10 +6,10 @@ and pass@k with their standard errors.
 
 __all__ = [
     "answering",
-    "bench_progress",
-    "bench_run",
     "continuations",
     "evaluate",
     "prefix_study",
+    "progress",
+    "run_benchmarks",
     "target",
 ]

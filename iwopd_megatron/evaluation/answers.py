@@ -1,4 +1,4 @@
-"""A benchmark's answers as they are written: one JSON line each, so that a killed run goes on.
+"""A benchmark's answers on disk: one JSON line each as it ends, so that a killed run goes on.
 
 answers.jsonl grows while the engine writes; samples.jsonl, with grades and in order, appears when
 all are there.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,19 @@ from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.files.run_files import append_record, read_records, write_whole
 
 ANSWER = {"problem": int, "sample": int, "response": str, "tokens": int, "truncated": bool}
-GRADED = {"problem": int, "sample": int, "correct": (int, float)}
-Place = tuple[int, int]  # problem, sample
+GRADED: Mapping[str, type | tuple[type, ...]] = {
+    "problem": int,
+    "sample": int,
+    "correct": (int, float),
+}
+Place = tuple[int, int]  # problem and sample, counted from 0
 
 
 class Answers:
-    """The folder of one benchmark; `settings` says what its answers depend on."""
+    """The folder of one benchmark; `found` has the answers that are there, by their place."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
+        """Open or make it. settings: what answers depend on; RecipeError if it holds others."""
         self.folder = folder
         self.file, self.final = folder / "answers.jsonl", folder / "samples.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
@@ -46,18 +52,21 @@ class Answers:
             write_whole(file, json.dumps(settings, indent=2) + "\n")
 
     def _load(self) -> None:
-        """Read what is there; a line torn by a kill is left out."""
+        """Read the answers that are there; a line torn by a kill is left out."""
         if not self.file.is_file():
             return
         for answer in read_records(self.file, ANSWER):
             self.found[answer["problem"], answer["sample"]] = answer
 
     def add(self, place: Place, sample: Trajectory, text: str) -> None:
-        """Keep an answer, unless it is known already. Any thread."""
+        """Write an answer down, unless its place has one. Usable from any thread."""
         answer = {
-            "problem": place[0], "sample": place[1], "response": text,
-            "tokens": len(sample.response_ids), "truncated": sample.truncated,
-        }  # fmt: skip
+            "problem": place[0],
+            "sample": place[1],
+            "response": text,
+            "tokens": len(sample.response_ids),
+            "truncated": sample.truncated,
+        }
         with self._lock:
             if place in self.found:
                 return
@@ -65,12 +74,12 @@ class Answers:
             self.found[place] = answer
 
     def finish(self, lines: list[dict[str, Any]]) -> None:
-        """Write samples.jsonl."""
+        """Write samples.jsonl, whole or not at all."""
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_whole(self.final, text)
 
     def finished(self) -> list[dict[str, Any]] | None:
-        """What `finish` was given, if it was reached."""
+        """Return the lines of samples.jsonl, None before there is one."""
         if not self.final.is_file():
             return None
         return read_records(self.final, GRADED)

@@ -35,9 +35,10 @@ FILE = "prefixes.json"
 
 @dataclass(frozen=True)
 class PrefixStudy:
-    """What is asked. `recipe` is the run's; `student` and `teachers` only write answers.
+    """The request of one `iwopd prefixes`. recipe: the run's; student, teachers: answering recipes.
 
-    teachers: by the source of their problems, "" for all; benchmark: with its prompts.
+    teachers: by the source of their problems, "" for all; fractions: of an answer's tokens;
+    benchmark: with its prompts; samples: continuations of each prefix.
     """
 
     recipe: Recipe
@@ -50,10 +51,14 @@ class PrefixStudy:
 
     @property
     def limit(self) -> int:
+        """Tokens of an answer, at most."""
         return self.recipe.rollout.max_response_tokens
 
     def shares(self) -> list[tuple[str, Recipe, list[int]]]:
-        """Every teacher with the places of the problems of its source."""
+        """Return ("teacher", its recipe, places of the problems of its source) for every teacher.
+
+        RecipeError where a problem's source has no teacher.
+        """
         problems = self.benchmark.problems
         for problem in problems:
             if not self.teachers.keys() & {"", problem.source}:
@@ -69,7 +74,10 @@ class PrefixStudy:
 
 
 def study_prefixes(study: PrefixStudy, parallel: Parallel, say: Callable[[str], None]) -> None:
-    """Write out/prefixes.json. Collective; prompts are dealt to the ranks."""
+    """Write out/prefixes.json: the share of right answers by fraction. Collective.
+
+    say: prints a line for people.
+    """
     problems = study.benchmark.problems
     tokenizer = AutoTokenizer.from_pretrained(study.student.student.hf)
     writers = [("student", study.student, list(range(len(problems)))), *study.shares()]
@@ -104,35 +112,41 @@ def _write(study: PrefixStudy, whole: list[Trajectory], grades: dict[str, numpy.
         "student": str(study.student.student.hf),
         "teachers": {source: str(writer.student.hf) for source, writer in study.teachers.items()},
         "engine": study.student.rollout.engine,
-        "problems": len(whole), "samples": study.samples, "points": points,
-    }  # fmt: skip
+        "problems": len(whole),
+        "samples": study.samples,
+        "points": points,
+    }
     write_whole(study.out / FILE, json.dumps(found, indent=2) + "\n")
 
 
 def cut(sample: Trajectory, fraction: float) -> Trajectory:
-    """The first tokens of a response: `fraction` of them, rounded down, never its last one."""
+    """Return the sample with `fraction` of its tokens, rounded down, never with its last one."""
     kept = min(int(fraction * len(sample.response_ids) + 1e-9), len(sample.response_ids) - 1)
     return replace(sample, response_ids=sample.response_ids[:kept], rollout_logp=[])
 
 
 def joined(prefix: Trajectory, rest: Trajectory) -> Trajectory:
-    """The whole response."""
+    """Return the sample of a prefix and the response that goes on from it."""
     ids = prefix.response_ids + rest.response_ids
     return replace(prefix, response_ids=ids, truncated=rest.truncated)
 
 
 def _answers(engine: RolloutEngine, study: PrefixStudy) -> list[Trajectory]:
-    """The student's whole answers, one a problem."""
+    """Return the student's whole answers, one a problem."""
     prompts = [Prompt(i, ids) for i, ids in enumerate(study.benchmark.prompts)]
     temperature = study.recipe.evaluate.temperature
     return engine.generate(prompts, Sampling(study.limit, temperature, stream=PREFIX_STREAM))
 
 
 def _continue(
-    engine: RolloutEngine, study: PrefixStudy, prefixes: dict[int, Trajectory],
-    problems: list[Problem], tokenizer: Any, say: Callable[[str], None],
-) -> numpy.ndarray:  # fmt: skip
-    """Grades `[prefixes, samples]` of the answers that go on from them. prefixes: by problem."""
+    engine: RolloutEngine,
+    study: PrefixStudy,
+    prefixes: dict[int, Trajectory],
+    problems: list[Problem],
+    tokenizer: Any,
+    say: Callable[[str], None],
+) -> numpy.ndarray:
+    """Return grades `[prefixes, samples]` of answers that go on from these prefixes, by problem."""
     pairs = [(i, prefix) for i, prefix in prefixes.items() for _ in range(study.samples)]
     prompts = [
         Prompt(

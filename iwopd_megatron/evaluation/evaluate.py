@@ -1,4 +1,7 @@
-"""Accuracy of an engine's answers on held-out problems, seed-matched between runs."""
+"""Accuracy while training: an engine's answers to held-out problems, graded.
+
+Random numbers are the same in every run and every round, and in no training round.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ STREAM = 2**32 - 1  # random numbers no training round uses
 
 
 class Evaluator:
-    """The same problems and the same random numbers every time it runs."""
+    """One benchmark, `samples` answers to each problem, the same random numbers each time."""
 
     def __init__(self, benchmark: Benchmark, tokenizer: Any, sampling: Sampling, samples: int):
         self.problems, self.tokenizer = benchmark.problems * samples, tokenizer
@@ -29,13 +32,16 @@ class Evaluator:
         self.prompts = [Prompt(i, ids) for i, ids in enumerate(benchmark.prompts * samples)]
 
     def grades(self, engine: RolloutEngine) -> list[Grade]:
-        """Grades of all answers; their mean is mean@samples. Collective."""
+        """Return grades of all answers, whose mean is mean@samples. Collective."""
         samples = engine.generate(self.prompts, self.sampling)
         return grade_samples(samples, self.problems, self.tokenizer)
 
 
 class Evaluation:
-    """All that a recipe evaluates while it trains: data.eval, and benchmarks by name."""
+    """All that a recipe evaluates while it trains: data.eval, and benchmarks by name.
+
+    False where there is nothing. trouble: what was in the way of grading last, by kind.
+    """
 
     def __init__(self, recipe: Recipe, data: RunData, tokenizer: Any):
         self.recipe, self.tokenizer = recipe, tokenizer
@@ -57,9 +63,9 @@ class Evaluation:
         return self.main is not None or bool(self.named)
 
     def scores(self, engine: RolloutEngine) -> dict[str, float]:
-        """`accuracy` on data.eval, or else the benchmarks' mean; `accuracy_NAME`. Collective.
+        """Return `accuracy` on data.eval, or else the benchmarks' mean, and each `accuracy_NAME`.
 
-        `trouble` then holds what was in the way of grading, by kind.
+        Also `problems`, the answers that the accuracy is of. Sets `trouble`. Collective.
         """
         grades = {name: evaluator.grades(engine) for name, evaluator in self.named.items()}
         named = {name: accuracy(found) for name, found in grades.items()}
@@ -77,9 +83,9 @@ class Evaluation:
 def grade_samples(
     samples: list[Trajectory], problems: list[Problem], tokenizer: Any
 ) -> list[Grade]:
-    """Grades of samples written for these problems, in order; a truncated answer is wrong.
+    """Return grades of samples written for these problems; a truncated answer is wrong.
 
-    Collective: every rank grades its share and all know all grades, whatever hung where.
+    Collective: every rank grades its share, and all know all grades whatever hung where.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     mine = list(zip(samples, problems, strict=True))[rank::world]
@@ -92,5 +98,5 @@ def grade_samples(
 
 
 def accuracy(grades: list[Grade]) -> float:
-    """The share of right answers."""
+    """Return the share of right answers."""
     return sum(grade.right for grade in grades) / len(grades)

@@ -16,12 +16,12 @@ RESAMPLES = 10_000
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """The chance that k of the n samples, drawn without replacement, hold a right one."""
+    """Return the chance that k of n samples, drawn without replacement, hold a right one."""
     return 1.0 - comb(samples - right, k) / comb(samples, k)
 
 
 def interval(values_P: numpy.ndarray, level: float = 0.95, seed: int = 0) -> list[float]:
-    """[low, high] of the mean of one value a problem, from problems resampled with replacement."""
+    """Return [low, high] of the mean of a value a problem, by the percentile bootstrap."""
     rng = numpy.random.default_rng(seed)
     counts = rng.multinomial(len(values_P), [1 / len(values_P)] * len(values_P), size=RESAMPLES)
     means = counts @ values_P / len(values_P)
@@ -29,7 +29,7 @@ def interval(values_P: numpy.ndarray, level: float = 0.95, seed: int = 0) -> lis
 
 
 def summarise(grades_Pn: numpy.ndarray) -> dict[str, Any]:
-    """Everything a table or a report shows of one benchmark."""
+    """Return what a table or a report shows of one benchmark, for JSON."""
     problems, samples = grades_Pn.shape
     mean_P, best_P = grades_Pn.mean(1), grades_Pn.max(1)
     right_P = grades_Pn.sum(1).astype(int)
@@ -48,5 +48,5 @@ def summarise(grades_Pn: numpy.ndarray) -> dict[str, Any]:
 
 
 def _powers(most: int) -> list[int]:
-    """1, 2, 4, ... and `most`."""
+    """Return 1, 2, 4, ... and `most`."""
     return sorted({2**i for i in range(most.bit_length())} | {most})

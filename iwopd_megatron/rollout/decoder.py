@@ -32,7 +32,7 @@ class Layer(NamedTuple):
 
 
 class Decoder:
-    """`weights`: every tensor by its Hugging Face name, a view to be filled."""
+    """A Qwen3 or Qwen3-MoE model; `weights` has every tensor by its Hugging Face name, to fill."""
 
     def __init__(self, hf: HfConfig, dtype: torch.dtype, on: torch.device):
         self.hf, self.on, self.dtype = hf, on, dtype
@@ -70,7 +70,7 @@ class Decoder:
         own |= {"q_norm": layer.qk_norm[0], "k_norm": layer.qk_norm[1], "o_proj": layer.out}
         own = {f"self_attn.{name}": tensor for name, tensor in own.items()}
         own |= {"input_layernorm": layer.attention_norm, "post_attention_layernorm": layer.ffn_norm}
-        if experts:
+        if layer.router is not None:
             own["mlp.gate"] = layer.router
         for e, (gate_up, down) in enumerate(zip(layer.gate_up.mT, layer.down.mT, strict=True)):
             prefix = f"mlp.experts.{e}." if experts else "mlp."
@@ -80,7 +80,7 @@ class Decoder:
         return layer
 
     def new_cache(self, rows: int, slots: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys `[B, G, d, L]` and values `[B, G, L, d]` of every layer."""
+        """Return keys `[B, G, d, L]` and values `[B, G, L, d]` of every layer, all zero."""
         shape = rows, self.groups, slots, self.head_dim
         return [(self._new(*shape).mT.contiguous(), self._new(*shape)) for _ in self.layers]
 
@@ -92,7 +92,7 @@ class Decoder:
         start: int,
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Logits `[B, V]` after the last of the new positions, whose keys go to slots `start` on.
+        """Return logits `[B, V]` after the last new position; new keys go to slots `start` on.
 
         Either start is 0, or S is 1. ids, positions: int64 `[B, S]`; mask: bool
         `[B, 1, S, start + S]`, True where a query sees a slot, or None: every earlier one.
@@ -110,7 +110,19 @@ class Decoder:
         normed = (x * rms_scale(x, self.eps)).to(x.dtype)
         return normed if weight is None else normed.mul_(weight)
 
-    def _attention(self, layer, x, turned, slots, start, mask) -> torch.Tensor:
+    def _attention(
+        self,
+        layer: Layer,
+        x: torch.Tensor,
+        turned: tuple[torch.Tensor, torch.Tensor],
+        slots: tuple[torch.Tensor, torch.Tensor],
+        start: int,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return the attention's output `[B, S, D]`, and write new keys and values to `slots`.
+
+        x: `[B, S, D]`, normed; turned: cos and sin of the positions' rotary angles.
+        """
         rows, new = x.shape[:2]
         qkv = (x @ layer.qkv.t()).view(rows, new, -1, self.head_dim)
         qk, value = qkv.split([self.heads + self.groups, self.groups], 2)
@@ -129,15 +141,21 @@ class Decoder:
             out = self._attend_last(query, keys, values, mask)
         return out.transpose(1, 2).flatten(2) @ layer.out.t()
 
-    def _attend_last(self, query, keys, values, mask) -> torch.Tensor:
-        """One query a row: two products, cheaper than a fused kernel's call."""
+    def _attend_last(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attend with one query a row: two products, cheaper than a fused kernel's call."""
         grouped = query.reshape(len(query), self.groups, -1, self.head_dim)  # [B, G, H / G, d]
         score = (grouped @ keys).float().mul_(self.head_dim**-0.5)
         if mask is not None:
             score = score.masked_fill_(~mask, -torch.inf)
         return (score.softmax(-1).to(values.dtype) @ values).view(query.shape)
 
-    def _ffn(self, layer, x_ND: torch.Tensor) -> torch.Tensor:
+    def _ffn(self, layer: Layer, x_ND: torch.Tensor) -> torch.Tensor:
         if layer.router is None:
             return swiglu(x_ND @ layer.gate_up[0]) @ layer.down[0]
         count = self.hf.num_experts_per_tok

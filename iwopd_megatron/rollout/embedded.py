@@ -8,7 +8,6 @@ the batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,15 +18,16 @@ import torch.distributed as dist
 from iwopd_megatron.batch.trajectory import Trajectory
 from iwopd_megatron.hf.config import read_hf_config
 from iwopd_megatron.rollout.decoder import Decoder
-from iwopd_megatron.rollout.engine import OnSample, Prompt, Sampling
+from iwopd_megatron.rollout.engine import OnSample, Prompt, Sampling, Weights
 from iwopd_megatron.runtime import device
 from iwopd_megatron.runtime.parallel import gather
 
 
 class HfEngine:
-    """`RolloutEngine` on `Decoder`; weights come only through `update`."""
+    """A `RolloutEngine` on `Decoder` in every rank; it has no weights before the first `update`."""
 
     def __init__(self, folder: Path, dtype: torch.dtype, eos_ids: set[int], batch_size: int):
+        """folder: Hugging Face's, for the model's shape; batch_size: prompts decoded together."""
         self.model = Decoder(read_hf_config(folder), dtype, device.current_device())
         self.weights = self.model.weights
         self.eos_ids = torch.tensor(sorted(eos_ids), device=device.current_device())
@@ -35,7 +35,8 @@ class HfEngine:
         self.version = -1
 
     @torch.no_grad()
-    def update(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+    def update(self, weights: Weights, version: int) -> None:
+        """As the protocol says; RuntimeError if a tensor of the model does not come."""
         missing = set(self.weights)
         for name, tensor in weights:
             self.weights[name].copy_(tensor)
@@ -47,11 +48,17 @@ class HfEngine:
         self.version = version
 
     def close(self) -> None:
-        pass
+        """Do nothing: all it holds is this process's memory."""
+
+    def prefetch(
+        self, prompts: list[Prompt], sampling: Sampling, on_sample: OnSample | None = None
+    ) -> None:
+        """Do nothing: the trainer's processes decode, and they train meanwhile."""
 
     def generate(
         self, prompts: list[Prompt], sampling: Sampling, on_sample: OnSample | None = None
     ) -> list[Trajectory]:
+        """As the protocol says; every rank decodes its share of the prompts."""
         mine = prompts[dist.get_rank() :: dist.get_world_size()]
         own: list[Trajectory] = []
         with device.plain_torch():
@@ -70,9 +77,8 @@ class HfEngine:
         width = max(len(prompt.ids) for prompt in prompts)
         total = width + sampling.max_tokens
         ids = torch.zeros(len(prompts), width, dtype=torch.long)
-        visible = torch.ones(
-            len(prompts), total, dtype=torch.bool
-        )  # left padding is never attended to
+        # Left padding is never attended to.
+        visible = torch.ones(len(prompts), total, dtype=torch.bool)
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt.ids) :] = torch.tensor(prompt.ids)
             visible[row, : width - len(prompt.ids)] = False
@@ -85,8 +91,14 @@ class HfEngine:
             for prompt, *rows in zip(prompts, tokens.tolist(), logps.tolist(), strict=True)
         ]
 
-    def _decode(self, ids, visible, uniform, sampling) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and log-probs `[B, max_tokens]`; columns after the last row's EOS stay zero."""
+    def _decode(
+        self, ids: torch.Tensor, visible: torch.Tensor, uniform: torch.Tensor, sampling: Sampling
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return tokens and log-probs `[B, max_tokens]`, zero after the last row's EOS.
+
+        ids: int64 `[B, W]`, left-padded; visible: bool `[B, W + max_tokens]`, False on padding;
+        uniform: `[B, max_tokens]` in [0, 1).
+        """
         rows, width = ids.shape
         cache = self.model.new_cache(rows, visible.shape[1])
         tokens = ids.new_zeros(rows, sampling.max_tokens)
@@ -121,13 +133,16 @@ class HfEngine:
 
 
 def _uniform(sampling: Sampling, index: int) -> numpy.ndarray:
-    """`[max_tokens]` uniform numbers in [0, 1), a function of (seed, stream, index) alone."""
+    """Return `[max_tokens]` numbers in [0, 1), a function of (seed, stream, index) alone."""
     key = numpy.random.SeedSequence([sampling.seed, sampling.stream, index])
     return numpy.random.Generator(numpy.random.Philox(key)).random(sampling.max_tokens)
 
 
 def _causal_mask(visible: torch.Tensor) -> torch.Tensor:
-    """`[B, 1, S, S]` of a left-padded prompt `[B, S]`; padding sees itself, or it would be NaN."""
+    """Return the mask `[B, 1, S, S]` of left-padded prompts, `visible` being `[B, S]`.
+
+    Padding sees itself: the softmax of a row without anything visible would be NaN.
+    """
     width = visible.shape[1]
     causal = torch.ones(width, width, dtype=torch.bool, device=visible.device).tril()
     itself = torch.eye(width, dtype=torch.bool, device=visible.device)
@@ -137,7 +152,10 @@ def _causal_mask(visible: torch.Tensor) -> torch.Tensor:
 def _sample(
     logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token a row of `[B, V]` and its log-prob at the temperature (at 1 when greedy)."""
+    """Draw a token of each row of `[B, V]`; return ids and log-probs `[B]`.
+
+    Log-probs are at the temperature, at 1 when greedy. uniform: `[B]` in [0, 1).
+    """
     logp = (logits / (sampling.temperature or 1.0)).log_softmax(-1)
     if sampling.temperature == 0:
         token = logp.argmax(-1)
@@ -149,7 +167,7 @@ def _sample(
 
 
 def _nucleus(prob: torch.Tensor, top_p: float) -> torch.Tensor:
-    """`[B, V]` with zeros but at the fewest likeliest tokens whose probabilities reach top_p."""
+    """Return `[B, V]`, zero but at the fewest likeliest tokens whose sum reaches `top_p`."""
     if top_p == 1:
         return prob
     ordered, order = prob.sort(-1, descending=True)

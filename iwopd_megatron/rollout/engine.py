@@ -1,4 +1,4 @@
-"""Rollout engines: who writes the answers. Interchangeable behind one Protocol of two methods."""
+"""What a rollout engine is: the protocol that embedded model and servers share, and its values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from iwopd_megatron.batch.trajectory import Trajectory
 
 @dataclass(frozen=True)
 class Prompt:
-    """What to continue; `index` is its place in the round."""
+    """Token ids to continue; `index` is its place in the round."""
 
     index: int
     ids: list[int]
@@ -24,7 +24,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to continue; `seed` and `stream` fix every prompt's random numbers on whatever rank."""
+    """How to draw an answer; `seed` and `stream` fix each prompt's random numbers on any rank."""
 
     max_tokens: int  # of an answer, with those that its prompt gave
     temperature: float = 1.0  # 0 is greedy
@@ -35,7 +35,7 @@ class Sampling:
     request_seed: int | None = None  # of one prompt's continuation, for engines that can use it
 
     def rest(self, prompt: Prompt, written: int) -> Sampling:
-        """How to go on with one prompt's answer of which `written` tokens are there."""
+        """Return the settings that continue an answer of which `written` tokens are there."""
         key = self.seed, self.stream, prompt.index, written
         seed = int.from_bytes(blake2b(repr(key).encode(), digest_size=7).digest())
         left = self.max_tokens - prompt.given - written
@@ -43,25 +43,42 @@ class Sampling:
 
 
 OnSample = Callable[[Trajectory], None]
+Weights = Iterable[tuple[str, torch.Tensor]]  # Hugging Face names, whole tensors; iterated again
 
 
 class RolloutEngine(Protocol):
-    """Collective: every rank of the trainer's world calls both methods with the same arguments."""
+    """Writes the answers to prompts under the weights it was given last.
+
+    Every rank of the trainer's world calls all methods, in the same order, with the same arguments.
+    """
+
+    def prefetch(
+        self, prompts: list[Prompt], sampling: Sampling, on_sample: OnSample | None = None
+    ) -> None:
+        """Start answers that the next `generate` with this sampling returns, where possible.
+
+        They go on while the trainer trains, under the weights of every `update` meanwhile. An
+        engine that shares the trainer's processes starts nothing.
+        """
+        ...
 
     def generate(
         self, prompts: list[Prompt], sampling: Sampling, on_sample: OnSample | None = None
     ) -> list[Trajectory]:
-        """One answer a prompt, in order, with the engine's log-probs of its tokens (nats).
+        """Return one answer a prompt, in order, with log-probs (nats) of its tokens. Collective.
 
         Log-probs are those of the whole distribution at the temperature, also with top_p < 1.
-        `on_sample` is called on rank 0, possibly in another thread, as each answer ends.
+        on_sample: called on rank 0, possibly in another thread, as each answer ends.
         """
         ...
 
-    def update(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Replace the weights by these HF-named whole tensors; answers now carry `version`."""
+    def update(self, weights: Weights, version: int) -> None:
+        """Replace the weights; answers name `version` from now on. Collective.
+
+        GateError where the engine is found not to hold them.
+        """
         ...
 
     def close(self) -> None:
-        """Give back what the engine holds outside this process."""
+        """Give back what the engine holds outside this process; no-op when repeated."""
         ...

@@ -17,10 +17,14 @@ from iwopd_megatron.errors import GateError
 from iwopd_megatron.hf.config import HfConfig
 
 VOCABULARY_MULTIPLE = 64  # SGLang pads the rows of embedding and head with zeros to this
+# the fused tensor that a projection is part of, and its place there
 _FUSED = {
-    "q_proj": ("qkv_proj", 0), "k_proj": ("qkv_proj", 1), "v_proj": ("qkv_proj", 2),
-    "gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1),
-}  # fmt: skip
+    "q_proj": ("qkv_proj", 0),
+    "k_proj": ("qkv_proj", 1),
+    "v_proj": ("qkv_proj", 2),
+    "gate_proj": ("gate_up_proj", 0),
+    "up_proj": ("gate_up_proj", 1),
+}
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
@@ -30,7 +34,7 @@ class Fingerprints(Protocol):
     ranks: list[dict[str, str]]
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """One whole tensor under its Hugging Face name, in any order."""
+        """Take one whole tensor under its Hugging Face name; tensors come in any order."""
         ...
 
 
@@ -53,7 +57,7 @@ class SglangFingerprints:
                 own[target] = _digest(self._shard(target, ordered, rank))
 
     def _target(self, name: str) -> tuple[str, int, int]:
-        """The engine's tensor, this one's place in it, and how many make it up."""
+        """Return SGLang's tensor, the place of this one in it, and how many make it up."""
         expert = _EXPERT.fullmatch(name)
         if expert:
             prefix, number, kind = expert[1], int(expert[2]), expert[3]
@@ -67,7 +71,7 @@ class SglangFingerprints:
         return name, 0, 1
 
     def _shard(self, target: str, parts: list[torch.Tensor], rank: int) -> Iterable[torch.Tensor]:
-        """The pieces, in order, that make up the rank's tensor."""
+        """Return the pieces, in order, that make up the rank's tensor."""
         module = target.split(".")[-2]
         if target.endswith(("w2_weight", "o_proj.weight", "down_proj.weight")):
             return (part.chunk(self.tp, dim=1)[rank] for part in parts)
@@ -100,12 +104,15 @@ class NameFingerprints:
 def _digest(pieces: Iterable[torch.Tensor]) -> str:
     hasher = hashlib.sha256()
     for piece in pieces:
-        hasher.update(memoryview(piece.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        hasher.update(piece.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return hasher.hexdigest()[:16]
 
 
 def check_landed(url: str, expected: list[dict[str, str]], found: list[dict[str, str]]) -> None:
-    """GateError unless the server holds every tensor of every rank, and no other."""
+    """Raise GateError unless the server holds every tensor of every rank, and no other.
+
+    expected, found: hashes by tensor for each rank, from `Fingerprints` and the server.
+    """
     for rank, (ours, theirs) in enumerate(zip(expected, found, strict=True)):
         wrong = sorted(
             name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)

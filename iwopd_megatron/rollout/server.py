@@ -1,7 +1,7 @@
-"""One rollout server over HTTP: what an engine must offer, and what travels.
+"""One rollout server over HTTP: the protocol of every kind of server, and what travels.
 
-`sglang.py` and `vllm.py` speak each engine's API; `pool.py` spreads prompts over several servers;
-`push.py` sends them new weights.
+`sglang.py` and `vllm.py` speak each engine's API; `pool.py` knows which servers are up, `retry.py`
+asks them, `push.py` sends them new weights.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class ServerRefused(Exception):
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What one request brought: token ids, their log-probs (nats, at the temperature), and why it
-    ended: "stop", "length", or "abort" when the server was told to let go of it.
+class Completion:
+    """What one request brought: token ids, their log-probs (nats, at the temperature), the reason
+    of its end: "stop", "length", or "abort" when the server was told to let go of it.
     """
 
     ids: list[int]
@@ -45,10 +45,10 @@ class Answer:
     versions: list[str] = field(default_factory=list)  # weight version of every token
     experts: numpy.ndarray | None = None  # [prompt + answer - 1, layers, top k], `Trajectory`'s
 
-    def then(self, rest: Answer) -> Answer:
-        """Both; `rest` answers the prompt with these tokens, and its experts are those of all."""
+    def then(self, rest: Completion) -> Completion:
+        """Return both as one; `rest` continues these tokens, and its experts are those of all."""
         ids, logp = self.ids + rest.ids, self.logp + rest.logp
-        return Answer(ids, logp, rest.finish, self.versions + rest.versions, rest.experts)
+        return Completion(ids, logp, rest.finish, self.versions + rest.versions, rest.experts)
 
 
 class RolloutServer(Protocol):
@@ -58,7 +58,7 @@ class RolloutServer(Protocol):
     tp: int  # ranks the server runs on; known once it is ready
 
     async def is_alive(self) -> bool:
-        """Whether it answers at all within a short time."""
+        """Return whether it answers at all within a short time; never raises."""
         ...
 
     async def wait_ready(self) -> None:
@@ -66,29 +66,35 @@ class RolloutServer(Protocol):
         ...
 
     async def describe(self) -> dict[str, Any]:
-        """What it tells of its model; `model_path` where it names its folder."""
+        """Return what it tells of its model; `model_path` where it names its folder."""
         ...
 
-    async def generate(self, ids: list[int], sampling: Sampling) -> Answer: ...
+    async def generate(self, ids: list[int], sampling: Sampling) -> Completion:
+        """Continue one prompt; UserError if an id is outside the vocabulary."""
+        ...
 
-    async def score(self, ids: list[int]) -> list[float]:
-        """Log-probs (nats, temperature 1) of ids[1:]."""
+    async def prompt_logps(self, ids: list[int]) -> list[float]:
+        """Return the log-probs (nats, temperature 1) of ids[1:]."""
         ...
 
     async def pause(self) -> None:
         """Stop generating; requests in flight wait, and go on under the next weights."""
         ...
 
-    async def resume(self) -> None: ...
-
-    async def load_folder(self, folder: str, version: int) -> None:
-        """Replace all weights by a Hugging Face folder's that the server can read."""
+    async def resume(self) -> None:
+        """Go on generating after `pause`; no-op without one."""
         ...
 
-    async def begin_update(self) -> None: ...
+    async def load_folder(self, folder: str, version: int) -> None:
+        """Replace all weights by those of a Hugging Face folder that the server can read."""
+        ...
+
+    async def begin_update(self) -> None:
+        """Get ready for new weights; one that was cut off before is given up."""
+        ...
 
     async def send(self, tensors: NamedTensors) -> None:
-        """Some of the new weights, through the connection itself."""
+        """Give it some of the new weights, in the request itself."""
         ...
 
     async def join_group(
@@ -101,23 +107,25 @@ class RolloutServer(Protocol):
         """Take these tensors (only names, types and shapes are sent) as rank 0's next broadcast."""
         ...
 
-    async def leave_group(self, group: str) -> None: ...
+    async def leave_group(self, group: str) -> None:
+        """Leave the process group of that name."""
+        ...
 
     async def end_update(self, version: int) -> None:
-        """All weights are there: forget cached prefixes, and label answers with `version`."""
+        """End an update: forget cached prefixes, and label answers with `version`."""
         ...
 
     def fingerprints(self) -> Fingerprints:
-        """What `checksums` is to be compared with, once all weights were added."""
+        """Return what `checksums` is compared with, once all weights were added to it."""
         ...
 
     async def checksums(self) -> list[dict[str, str]]:
-        """Per rank: a hash of each tensor it holds, see `proof.py`."""
+        """Return, for each rank, a hash of each tensor it holds by its name; see `proof.py`."""
         ...
 
 
 class HttpServer:
-    """What both engines' servers share: where one is, how it is asked, which prompts it may get."""
+    """The base of both kinds of server: address, requests, checks of what goes and comes."""
 
     alive_path: str  # answered at once unless the process hangs
 
@@ -131,7 +139,10 @@ class HttpServer:
         ready_timeout: float = 1800.0,
         pause_mode: str = "retract",
     ):
-        """hf: config.json of the model; timeout: of one answer, seconds."""
+        """hf: config.json of the model; timeout, ready_timeout: of one answer, of a start, seconds.
+
+        pause_mode: the recipe's `rollout.pause`.
+        """
         self.url, self.http, self.hf = url.rstrip("/"), http, hf
         self.eos_ids = sorted(eos_ids)
         self.timeout, self.ready_timeout, self.pause_mode = timeout, ready_timeout, pause_mode
@@ -140,10 +151,11 @@ class HttpServer:
     async def _get(self, path: str) -> Any:
         return await ask(self.http, "GET", self.url + path, ALIVE_SECONDS)
 
-    async def _post(self, path: str, timeout: float = CONTROL_SECONDS, **body: Any) -> Any:
+    async def _post(self, path: str, timeout: float = CONTROL_SECONDS, /, **body: Any) -> Any:
         return await ask(self.http, "POST", self.url + path, timeout, body)
 
     async def is_alive(self) -> bool:
+        """Return whether it answers at all within a short time; never raises."""
         try:
             await self._get(self.alive_path)
         except (ServerLost, ServerRefused):
@@ -160,7 +172,7 @@ class HttpServer:
         return ids
 
     def _experts(self, flat: numpy.ndarray, tokens: int) -> numpy.ndarray:
-        """`Answer.experts` of what the engine chose for so many tokens, end to end."""
+        """Return `Completion.experts` from the engine's ids of so many tokens, end to end."""
         shape = tokens, self.hf.num_hidden_layers, self.hf.num_experts_per_tok
         if flat.size != math.prod(shape):
             raise ServerLost(f"{self.url}: {flat.size} routed experts for {tokens} tokens")
@@ -171,7 +183,7 @@ class HttpServer:
 
 
 def header(tensors: NamedTensors) -> dict[str, list[Any]]:
-    """Names, types and shapes of tensors whose bytes come another way."""
+    """Return names, types and shapes of tensors whose bytes come another way, for JSON."""
     return {
         "names": [name for name, _ in tensors],
         "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors],
@@ -182,7 +194,10 @@ def header(tensors: NamedTensors) -> dict[str, list[Any]]:
 async def ask(
     http: httpx.AsyncClient, method: str, url: str, timeout: float, body: Any = None
 ) -> Any:
-    """The JSON answer of one request, None if it has no JSON body."""
+    """Return the JSON answer of one request, None if its body is not of that type.
+
+    ServerLost: no answer, a status from 500, or broken JSON; ServerRefused: a status from 400.
+    """
     try:
         reply = await http.request(method, url, json=body, timeout=timeout)
     except (httpx.TransportError, httpx.DecodingError) as error:
@@ -200,7 +215,7 @@ async def ask(
 
 
 def _message(reply: httpx.Response) -> str:
-    """The error's text; engines wrap it in several shapes."""
+    """Return the error's text, at most 300 characters; engines wrap it in several shapes."""
     try:
         body = reply.json()
     except ValueError:

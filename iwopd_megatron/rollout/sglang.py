@@ -1,4 +1,4 @@
-"""SGLang's HTTP API (0.5.23), as far as rollouts need it.
+"""A rollout server of SGLang (0.5.23): what rollouts need of its HTTP API.
 
 Traps it keeps callers from: an id outside the vocabulary kills the server, so does a weight of
 a wrong shape; an unknown weight is dropped silently; a request that names no weight version
@@ -24,7 +24,7 @@ from iwopd_megatron.rollout.engine import Sampling
 from iwopd_megatron.rollout.proof import SglangFingerprints
 from iwopd_megatron.rollout.server import (
     ALIVE_SECONDS,
-    Answer,
+    Completion,
     HttpServer,
     NamedTensors,
     ServerLost,
@@ -35,26 +35,27 @@ from iwopd_megatron.runtime.device import has_gpu
 
 
 class SglangServer(HttpServer):
-    """`RolloutServer` of one SGLang server."""
+    """A `RolloutServer`, whose docstrings hold here, that speaks to one SGLang server."""
 
     module = ("-m", "sglang.launch_server")
     alive_path = "/model_info"
 
     @staticmethod
     def environment() -> dict[str, str]:
-        """What a server that iwopd starts needs beside the caller's environment."""
+        """Return what a server that iwopd starts needs beside the caller's environment."""
         return {"HF_HUB_OFFLINE": "1"} | ({} if has_gpu() else {"SGLANG_USE_CPU_ENGINE": "1"})
 
     @staticmethod
     def options(recipe: Recipe, port: int, host: str) -> dict[str, Any]:
-        """Command-line options of a server for this recipe; no prefix is shared by two prompts."""
+        """Return a server's command-line options; it shares no prefix between prompts."""
         rollout, student = recipe.rollout, recipe.student
+        longest = rollout.max_prompt_tokens + rollout.max_response_tokens
         options = {
             "model-path": student.hf,
             "load-format": "auto" if student.random_init is None else "dummy",
             "dtype": {"fp32": "float32", "bf16": "bfloat16"}[student.dtype],
             "tp-size": rollout.servers.tp,
-            "context-length": rollout.max_prompt_tokens + rollout.max_response_tokens,
+            "context-length": longest,
             "host": host,
             "port": port,
             "disable-radix-cache": True,
@@ -62,7 +63,7 @@ class SglangServer(HttpServer):
         }
         if has_gpu():
             return options | {"mem-fraction-static": rollout.servers.gpu_memory_fraction}
-        tokens = rollout.servers.max_running * options["context-length"]
+        tokens = rollout.servers.max_running * longest
         return options | {
             "device": "cpu",
             "attention-backend": "torch_native",
@@ -94,7 +95,8 @@ class SglangServer(HttpServer):
                 "start it with --disable-radix-cache, or set rollout.pause=retract."
             )
 
-    async def generate(self, ids: list[int], sampling: Sampling) -> Answer:
+    async def generate(self, ids: list[int], sampling: Sampling) -> Completion:
+        """Continue one prompt; a request that nobody waits for any more is aborted."""
         request = uuid.uuid4().hex
         try:
             reply = await self._post(
@@ -114,7 +116,7 @@ class SglangServer(HttpServer):
         except (ServerLost, asyncio.CancelledError):
             await self._abort(request)
             raise
-        answer = self._answer(reply)
+        answer = self._completion(reply)
         if not sampling.with_experts:
             return answer
         encoded = reply["meta_info"].get("routed_experts")
@@ -133,7 +135,7 @@ class SglangServer(HttpServer):
         except (ServerLost, ServerRefused, TimeoutError):
             pass
 
-    def _answer(self, reply: dict[str, Any]) -> Answer:
+    def _completion(self, reply: dict[str, Any]) -> Completion:
         try:
             ids, meta = list(reply["output_ids"]), reply["meta_info"]
             entries = meta["output_token_logprobs"]
@@ -147,9 +149,9 @@ class SglangServer(HttpServer):
             raise ServerLost(f"{self.url}: an answer lacks {error}") from None
         if [entry[1] for entry in entries] != ids or len(versions) != len(ids):
             raise ServerLost(f"{self.url}: an answer's log-probs are not those of its tokens")
-        return Answer(ids, [entry[0] for entry in entries], finish, versions)
+        return Completion(ids, [entry[0] for entry in entries], finish, versions)
 
-    async def score(self, ids: list[int]) -> list[float]:
+    async def prompt_logps(self, ids: list[int]) -> list[float]:
         reply = await self._post(
             "/generate",
             input_ids=self._checked(ids),

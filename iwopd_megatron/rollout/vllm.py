@@ -1,4 +1,4 @@
-"""vLLM's HTTP API (0.32), as far as rollouts need it.
+"""A rollout server of vLLM (0.32): what rollouts need of its HTTP API.
 
 Ids go in and come out; new weights go through `vllm_worker.py`, which vLLM loads into its workers.
 Traps it keeps callers from: log-probs before the temperature (vLLM's default), sampling settings
@@ -22,7 +22,7 @@ from iwopd_megatron.hf.config import HfConfig, read_hf_config
 from iwopd_megatron.rollout.engine import Sampling
 from iwopd_megatron.rollout.proof import NameFingerprints
 from iwopd_megatron.rollout.server import (
-    Answer,
+    Completion,
     HttpServer,
     NamedTensors,
     ServerLost,
@@ -36,14 +36,18 @@ UPDATING = "updating"  # the version of what is neither the old weights nor the 
 
 
 class VllmServer(HttpServer):
-    """`RolloutServer` of one vLLM server without data parallelism."""
+    """A `RolloutServer`, whose docstrings hold here, that speaks to one vLLM server.
+
+    The server runs without data parallelism.
+    """
 
     module = ("-m", "vllm.entrypoints.openai.api_server")
     alive_path = "/health"
+    prove = False  # whether the server hashes the tensors of the next update
 
     @staticmethod
     def environment() -> dict[str, str]:
-        """What a server that iwopd starts needs beside the caller's environment.
+        """Return what a server that iwopd starts needs beside the caller's environment.
 
         Its Python must find `vllm_worker.py`: in this checkout, or in an installation of its own.
         """
@@ -57,16 +61,17 @@ class VllmServer(HttpServer):
 
     @staticmethod
     def options(recipe: Recipe, port: int, host: str) -> dict[str, Any]:
-        """Command-line options of a server for this recipe; no prefix is shared by two prompts."""
+        """Return a server's command-line options; it shares no prefix between prompts."""
         rollout, student = recipe.rollout, recipe.student
         hf = read_hf_config(student.hf)
-        longest = rollout.max_prompt_tokens + rollout.max_response_tokens
+        whole = rollout.max_prompt_tokens + rollout.max_response_tokens
+        longest = min(whole + 1, hf.context_length)  # scoring a prompt writes one token
         options = {
             "model": student.hf,
             "load-format": "auto" if student.random_init is None else "dummy",
             "dtype": {"fp32": "float32", "bf16": "bfloat16"}[student.dtype],
             "tensor-parallel-size": rollout.servers.tp,
-            "max-model-len": min(longest + 1, hf.context_length),  # scoring writes one
+            "max-model-len": longest,
             "max-num-seqs": rollout.servers.max_running,
             "host": host,
             "port": port,
@@ -80,19 +85,15 @@ class VllmServer(HttpServer):
         }
         if has_gpu():
             return options | {"gpu-memory-utilization": rollout.servers.gpu_memory_fraction}
-        tokens = min(rollout.servers.max_running * options["max-model-len"], 65536)
+        tokens = min(rollout.servers.max_running * longest, 65536)
         return options | {
             "enforce-eager": True,
             "gpu-memory-utilization": 0.3,  # vLLM sees about half of the machine's memory
             "kv-cache-memory-bytes": max(64 * 2**20, tokens * _kv_bytes(hf)),
         }
 
-    def __init__(self, *args: Any, **settings: Any):
-        super().__init__(*args, **settings)
-        self.prove = False  # the next update is hashed
-
     async def _on_workers(self, method: str, **arguments: Any) -> list[Any]:
-        """What each worker returns from one of `vllm_worker.WeightUpdates`' methods."""
+        """Call a method of `vllm_worker.WeightUpdates` on all workers; return what each returns."""
         reply = await self._post("/collective_rpc", method=f"iwopd_{method}", kwargs=arguments)
         return reply["results"]
 
@@ -101,6 +102,7 @@ class VllmServer(HttpServer):
         return {"model_path": models["data"][0].get("root")}
 
     async def wait_ready(self) -> None:
+        """Return when it can generate; UserError if it was started with unsuitable settings."""
         end = time.monotonic() + self.ready_timeout
         while not await self.is_alive():
             if time.monotonic() > end:
@@ -133,8 +135,8 @@ class VllmServer(HttpServer):
                 "start it with --no-enable-prefix-caching, or set rollout.pause=retract."
             )
 
-    async def generate(self, ids: list[int], sampling: Sampling) -> Answer:
-        """With top_p < 1 the answer has no log-probs: vLLM's are then of the tokens left only."""
+    async def generate(self, ids: list[int], sampling: Sampling) -> Completion:
+        """Continue one prompt; without log-probs if top_p < 1: vLLM's are of what it leaves."""
         reply = await self._post(
             "/inference/v1/generate",
             self.timeout,
@@ -150,9 +152,9 @@ class VllmServer(HttpServer):
                 "detokenize": False,
             },
         )
-        return self._answer(reply, has_logp=sampling.top_p == 1)
+        return self._completion(reply, has_logp=sampling.top_p == 1)
 
-    def _answer(self, reply: dict[str, Any], has_logp: bool) -> Answer:
+    def _completion(self, reply: dict[str, Any], has_logp: bool) -> Completion:
         try:
             (choice,) = reply["choices"]
             ids, finish = choice["token_ids"], choice["finish_reason"]
@@ -165,9 +167,9 @@ class VllmServer(HttpServer):
             raise ServerLost(f"{self.url}: an answer's log-probs are not those of its tokens")
         if len(versions) != len(ids):
             raise ServerLost(f"{self.url}: an answer's weight versions are not its tokens'")
-        return Answer(ids, [entry["logprob"] for entry in entries], finish, versions)
+        return Completion(ids, [entry["logprob"] for entry in entries], finish, versions)
 
-    async def score(self, ids: list[int]) -> list[float]:
+    async def prompt_logps(self, ids: list[int]) -> list[float]:
         reply = await self._post(
             "/inference/v1/generate",
             token_ids=self._checked(ids),
@@ -191,11 +193,13 @@ class VllmServer(HttpServer):
         await self.end_update(version)
 
     async def begin_update(self) -> None:
+        """Get ready for new weights; the answers' label says meanwhile that they change."""
         await self._post("/update_weight_version", new_version=UPDATING)
         prove, self.prove = self.prove, False
         await self._on_workers("begin", prove=prove)
 
     async def send(self, tensors: NamedTensors) -> None:
+        """Give every worker these tensors, a safetensors file in base64, in the request."""
         whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors}
         await self._on_workers("load_bytes", encoded=base64.b64encode(save(whole)).decode())
 
@@ -206,29 +210,32 @@ class VllmServer(HttpServer):
         await self._on_workers("join", first=first, world=world, **where)
 
     async def receive(self, tensors: NamedTensors, group: str) -> None:
-        await self._on_workers(
-            "receive",
-            **header(tensors),
-        )
+        """Take these tensors from rank 0's next broadcast."""
+        await self._on_workers("receive", **header(tensors))
 
     async def leave_group(self, group: str) -> None:
         await self._on_workers("leave")
 
     async def end_update(self, version: int) -> None:
+        """End an update: forget cached prefixes, label answers with `version`.
+
+        ServerLost if a weight of the model did not come.
+        """
         await self._on_workers("end")
         if self.pause_mode != "in_place":
             await self._post("/reset_prefix_cache?reset_running_requests=true")
         await self._post("/update_weight_version", new_version=str(version))
 
     def fingerprints(self) -> NameFingerprints:
-        """As the protocol says; the next update's tensors are hashed by the server too."""
+        """Return what `checksums` is compared with; the server hashes the next update's tensors."""
         self.prove = True
         return NameFingerprints(self.tp)
 
     async def checksums(self) -> list[dict[str, str]]:
+        """Return the hashes of each worker's tensors by Hugging Face name."""
         return await self._on_workers("checksums")
 
 
 def _kv_bytes(hf: HfConfig) -> int:
-    """Bytes of one token's keys and values in fp32."""
+    """Return the bytes of one token's keys and values in fp32."""
     return 8 * hf.num_hidden_layers * hf.num_key_value_heads * hf.head_dim

@@ -1,4 +1,4 @@
-"""New weights into a running vLLM (0.32): a class that vLLM mixes into each of its workers.
+"""New weights for a running vLLM (0.32): a class that vLLM mixes into each of its workers.
 
 It is imported by vLLM's own Python (`--worker-extension-cls`), so it needs nothing of this package.
 /collective_rpc calls its methods on every worker, whatever the tensor- and pipeline-parallel
@@ -14,7 +14,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -28,15 +28,30 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.platforms import current_platform
 
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import GroupName
+    from vllm.config import VllmConfig
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
 HEAD = "lm_head.weight"
 BROADCAST_TIMEOUT = timedelta(minutes=10)
 
 
 class WeightUpdates:
-    """Methods of a worker; what they are given and return is JSON."""
+    """Methods of a worker for /collective_rpc; what they are given and return is JSON."""
+
+    # The worker's own
+    vllm_config: VllmConfig
+    rank: int
+    device: torch.device
+    model_runner: GPUModelRunner
+    # There between `iwopd_begin` and `iwopd_end`, from `iwopd_join` to `iwopd_leave`, after an end
+    _iwopd_update: _Update
+    _iwopd_group: dist.ProcessGroup
+    _iwopd_received: dict[str, tuple[str, torch.Tensor]]
 
     def iwopd_info(self) -> dict[str, Any]:
-        """What the client must know of the server."""
+        """Return what the client must know of the server's settings."""
         config = self.vllm_config
         return {
             "ranks": config.parallel_config.world_size_across_dp,
@@ -53,17 +68,17 @@ class WeightUpdates:
             self._iwopd_update = _Update(self, prove)
 
     def iwopd_load_bytes(self, encoded: str) -> None:
-        """Some tensors: a safetensors file in base64."""
+        """Load some tensors: a safetensors file in base64."""
         self._iwopd_load(load(base64.b64decode(encoded)).items())
 
     def iwopd_load_folder(self, folder: str) -> None:
-        """All tensors of a Hugging Face folder."""
+        """Load all tensors of a Hugging Face folder."""
         self._iwopd_load(_tensors(Path(folder)))
 
     def iwopd_join(
         self, address: str, port: int, first: int, world: int, group: str, backend: str
     ) -> None:
-        """Become rank `first` + own rank of a process group whose rank 0 sends weights."""
+        """Join a process group, whose rank 0 sends weights, as rank `first` + this worker's."""
         store = dist.TCPStore(address, port, world, False, BROADCAST_TIMEOUT)
         joined, _ = c10d._new_process_group_helper(
             world,
@@ -71,14 +86,14 @@ class WeightUpdates:
             [],
             c10d.Backend(backend),
             c10d.PrefixStore(group, store),
-            group_name=group,
+            group_name=cast("GroupName", group),  # a NewType of str that older torch lacks
             timeout=BROADCAST_TIMEOUT,
         )
         c10d._world.pg_group_ranks[joined] = {i: i for i in range(world)}
         self._iwopd_group = joined
 
     def iwopd_receive(self, names: list[str], dtypes: list[str], shapes: list[list[int]]) -> None:
-        """These tensors, end to end as bytes in rank 0's next broadcast."""
+        """Load these tensors, end to end as bytes in rank 0's next broadcast."""
         kinds = [getattr(torch, dtype) for dtype in dtypes]
         sizes = [
             kind.itemsize * torch.Size(shape).numel()
@@ -95,25 +110,27 @@ class WeightUpdates:
 
     def iwopd_leave(self) -> None:
         """Leave the process group."""
-        group, self._iwopd_group = self._iwopd_group, None
+        group = self._iwopd_group
+        del self._iwopd_group
         dist.destroy_process_group(group)
 
     def iwopd_end(self) -> None:
-        """All tensors were given; RuntimeError if a weight of the model was not among them."""
+        """End the update; RuntimeError if a weight of the model was not among the tensors."""
         update = self._iwopd_update
         missing = update.missing()
         if missing:
             raise RuntimeError(f"no weights came for {len(missing)} tensors, e.g. {missing[0]}")
         with set_current_vllm_config(self.vllm_config):
             update.finish()
-        self._iwopd_update, self._iwopd_received = None, update.received
+        self._iwopd_received = update.received
+        del self._iwopd_update
         self.model_runner.reset_lora_state()
 
     def iwopd_checksums(self) -> dict[str, str]:
-        """sha256 (first 16 digits) of each tensor of the last update.
+        """Return the sha256 (first 16 digits) of each tensor of the last update.
 
-        Of the live parameter where this worker keeps it whole under the same name, of what was
-        received where the engine fuses, cuts or packs it.
+        It is of the live parameter where this worker keeps the tensor whole under the same name, of
+        what was received where the engine fuses, cuts or packs it.
         """
         live = dict(self.model_runner.get_model().named_parameters())
         return {
@@ -127,7 +144,7 @@ class WeightUpdates:
 
 
 class _Update:
-    """One exchange of a worker's weights."""
+    """One replacement of a worker's weights: what it wants, and what it was given."""
 
     def __init__(self, worker: Any, prove: bool):
         self.model, self.config = worker.model_runner.get_model(), worker.model_config
@@ -183,7 +200,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _keeps(parameter: torch.Tensor | None, like: torch.Tensor) -> bool:
-    """Whether the parameter is that tensor, but for rows of padding at its end."""
+    """Return whether the parameter is that tensor, but for rows of padding at its end."""
     return (
         parameter is not None
         and parameter.dtype == like.dtype
@@ -195,4 +212,4 @@ def _keeps(parameter: torch.Tensor | None, like: torch.Tensor) -> bool:
 
 def _digest(tensor: torch.Tensor) -> str:
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(memoryview(data)).hexdigest()[:16]
+    return hashlib.sha256(data.data).hexdigest()[:16]

@@ -11,6 +11,7 @@ __all__ = [
     "device",
     "keeper",
     "local_world",
+    "main_only",
     "megatron",
     "parallel",
     "quiet",

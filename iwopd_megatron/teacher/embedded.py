@@ -1,6 +1,6 @@
-"""Embedded scorers: forward-only Megatron models in the trainer's processes, own sizes.
+"""Embedded scorers: forward-only Megatron models in the trainer's processes, of sizes of their own.
 
-The teacher is one; ExOPD's base student is another.
+An embedded teacher is one; ExOPD's base student is another.
 """
 
 from __future__ import annotations
@@ -21,9 +21,13 @@ from iwopd_megatron.weights.hf_reader import HfTensors, load_shards
 
 
 class EmbeddedScorer:
-    """Scores every response token at the rollout temperature. Collective over the world."""
+    """A `Scorer` whose model lies in the layout of `packer`; all ranks of the world make it."""
 
     def __init__(self, settings: Frozen, packer: Packer, temperature: float):
+        """Load the model of `settings`; between calls it is in host memory if they say offload.
+
+        packer: how samples become micro-batches; temperature: of the rollouts.
+        """
         self.offload = settings.offload
         self.packer = replace(packer, budget=settings.microbatch_tokens or packer.budget)
         hf = read_hf_config(settings.hf)
@@ -36,10 +40,10 @@ class EmbeddedScorer:
         if self.offload:
             self._move("cpu")
 
-    def score(
+    def score_samples(
         self, samples: list[Trajectory], topk: int = 0
     ) -> tuple[list[list[float]], list[Support]]:
-        """`Schedule.score` with this model."""
+        """As the protocol says, by `Schedule.score` with this model. Collective."""
         if self.offload:
             self._move(device.current_device())
         scores = self.schedule.score(samples, self.packer, topk)

@@ -1,4 +1,4 @@
-"""The HTTP side of a teacher service: SGLang's paths, on FastAPI, in front of a queue of jobs."""
+"""The HTTP side of a scoring server: SGLang's paths, on FastAPI, in front of a queue of jobs."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from starlette.requests import ClientDisconnect
 
 from iwopd_megatron.batch.scores import Scores
 from iwopd_megatron.teacher.scoring_protocol import (
-    Asked,
     BadRequest,
     Limits,
+    ScoringRequest,
     answer_one,
     is_finite,
     read_request,
 )
-from iwopd_megatron.teacher.scoring_queue import Job, QueueClosed, QueueFull, ScoringQueue
+from iwopd_megatron.teacher.scoring_queue import QueueClosed, QueueFull, ScoringJob, ScoringQueue
 
 BYTES_PER_TOKEN = 16  # of a request's body, at most
 PROBE_SECONDS = 30.0
 
 
-class Front:
-    """What the paths answer from; loading until there is a `model_info`."""
+class ScoringHandlers:
+    """The handlers of all paths; the server is loading until `model_info` is set."""
 
     def __init__(self, queue: ScoringQueue, is_stopping: Callable[[], bool] = lambda: False):
+        """queue: of the jobs that requests become; is_stopping: whether to take none any more."""
         self.queue, self.is_stopping = queue, is_stopping
         self.model_info: dict[str, Any] = {}
         self.limits = Limits(0, 0, queue.max_tokens)
@@ -38,15 +39,18 @@ class Front:
 
     @property
     def status(self) -> str:
+        """The server's state: "loading", "ready" or "draining"."""
         if self.queue.is_closed or self.is_stopping():
             return "draining"
         return "ready" if self.model_info else "loading"
 
     @property
     def is_ready(self) -> bool:
+        """Whether requests are taken."""
         return self.status == "ready"
 
     async def generate(self, request: Request) -> Response:
+        """Answer POST /generate once its jobs are scored, or say why not."""
         if not self.is_ready:
             return _error(503, f"the teacher is {self.status}.")
         if self.queue.tokens >= self.queue.max_tokens:  # before a body is read into memory
@@ -75,7 +79,7 @@ class Front:
         text = await asyncio.to_thread(self._answer, asked, scores, time.monotonic() - begin)
         return Response(text, media_type="application/json")
 
-    def _answer(self, asked: Asked, scores: list[Scores], seconds: float) -> str:
+    def _answer(self, asked: ScoringRequest, scores: list[Scores], seconds: float) -> str:
         texts = []
         for job, own, wanted, rid in zip(
             asked.jobs, scores, asked.with_logprobs, asked.rids, strict=True
@@ -89,10 +93,10 @@ class Front:
         return f"[{','.join(texts)}]" if asked.is_list else texts[0]
 
     async def probe(self) -> Response:
-        """Scores a token, unless so much waits that work is evidently being done."""
+        """Answer GET /health_generate: a token is scored, or so much waits that work is done."""
         if not self.is_ready:
             return Response(status_code=503)
-        job = Job([0, 0], 0, 0, 1.0)
+        job = ScoringJob([0, 0], 0, 0, 1.0)
         try:
             self.queue.put([job])
             await asyncio.wait_for(asyncio.wrap_future(job.future), PROBE_SECONDS)
@@ -103,6 +107,7 @@ class Front:
         return Response(status_code=200)
 
     def server_info(self) -> dict[str, Any]:
+        """Return the body of GET /server_info."""
         return {
             "status": self.status,
             "max_total_num_tokens": self.queue.max_tokens,
@@ -113,8 +118,8 @@ class Front:
         }
 
 
-def create_app(front: Front) -> FastAPI:
-    """SGLang's paths, both names of those that were renamed."""
+def create_app(handlers: ScoringHandlers) -> FastAPI:
+    """Return the application of SGLang's paths, both names of those that were renamed."""
     app = FastAPI(openapi_url=None)
 
     def add(paths: list[str], handler: Callable[..., Awaitable[Response]], method: str) -> None:
@@ -122,19 +127,19 @@ def create_app(front: Front) -> FastAPI:
             app.add_api_route(path, handler, methods=[method], response_model=None)
 
     async def generate(request: Request) -> Response:
-        return await front.generate(request)
+        return await handlers.generate(request)
 
     async def health() -> Response:
-        return Response(status_code=200 if front.is_ready else 503)
+        return Response(status_code=200 if handlers.is_ready else 503)
 
     async def health_generate() -> Response:
-        return await front.probe()
+        return await handlers.probe()
 
     async def model_info() -> Response:
-        return JSONResponse(front.model_info, 200 if front.model_info else 503)
+        return JSONResponse(handlers.model_info, 200 if handlers.model_info else 503)
 
     async def server_info() -> Response:
-        return JSONResponse(front.server_info())
+        return JSONResponse(handlers.server_info())
 
     add(["/generate"], generate, "POST")
     add(["/health"], health, "GET")
@@ -153,11 +158,12 @@ async def _read(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-async def _unless_gone(request: Request, jobs: list[Job]) -> list[Scores] | None:
-    """The jobs' scores; None if the client went away, whose waiting jobs are dropped."""
+async def _unless_gone(request: Request, jobs: list[ScoringJob]) -> list[Scores] | None:
+    """Return the jobs' scores; None if the client went away, whose waiting jobs are dropped."""
     scores = asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs))
     gone = asyncio.create_task(_disconnected(request))
-    await asyncio.wait({scores, gone}, return_when=asyncio.FIRST_COMPLETED)
+    either: set[asyncio.Future[Any]] = {scores, gone}
+    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
     if not scores.done():
         scores.cancel()  # also the jobs' futures
         await asyncio.gather(scores, return_exceptions=True)

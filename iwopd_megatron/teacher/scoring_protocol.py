@@ -1,6 +1,7 @@
 """SGLang's scoring call: `/generate` without new tokens, log-probs of the input from a position on.
 
-The client's request and its reading of an answer, the server's reading of a request and its answer.
+Both sides are here: the client's request and its reading of an answer, the server's reading of a
+request and its answer.
 One difference: SGLang's input log-probs are at temperature 1 whatever `sampling_params` say; the
 field `logprob_temperature`, echoed in `meta_info`, scales them here.
 Shapes: T scored tokens of a sequence, K likeliest ids.
@@ -17,22 +18,22 @@ import numpy
 from pydantic import BaseModel, Field, StrictInt, ValidationError
 
 from iwopd_megatron.batch.scores import Scores
-from iwopd_megatron.teacher.scoring_queue import Job
+from iwopd_megatron.teacher.scoring_queue import ScoringJob
 
 
 class BadRequest(Exception):
-    """A request that cannot be answered: one sentence."""
+    """A request that this server does not answer; its text is one sentence."""
 
 
 class BadAnswer(Exception):
-    """An answer that is not one to the request: what is wrong with it."""
+    """An answer that does not belong to the request; its text says what is wrong."""
 
 
-NOTHING = Scores(numpy.zeros(0, dtype=numpy.float32))
+NO_SCORES = Scores(numpy.zeros(0, dtype=numpy.float32))
 
 
 def request_body(ids: list[int], start: int, topk: int, temperature: float) -> dict[str, Any]:
-    """Asks for log-probs of the tokens after `start`."""
+    """Return the JSON body that asks for log-probs of the tokens after `start`."""
     return {
         "input_ids": ids,
         "sampling_params": {"max_new_tokens": 0, "temperature": temperature},
@@ -43,7 +44,7 @@ def request_body(ids: list[int], start: int, topk: int, temperature: float) -> d
     }
 
 
-class _Request(BaseModel):
+class _Body(BaseModel):
     """The fields of SGLang's request that scoring has, one sequence or a list of them."""
 
     input_ids: list[StrictInt] | list[list[StrictInt]]
@@ -60,7 +61,7 @@ class _Request(BaseModel):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one server can score."""
+    """The bounds of what one server scores."""
 
     vocab_size: int
     max_tokens: int  # of a sequence
@@ -68,26 +69,26 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A request understood: a job per sequence. Those that ask for no log-prob are done."""
+class ScoringRequest:
+    """A request that was understood: a job a sequence; those that ask for no log-prob are done."""
 
-    jobs: list[Job]
+    jobs: list[ScoringJob]
     with_logprobs: list[bool]
     rids: list[str | None]
     is_list: bool
 
 
-def read_request(body: bytes, limits: Limits) -> Asked:
-    """BadRequest with one sentence for what this server does not do."""
+def read_request(body: bytes, limits: Limits) -> ScoringRequest:
+    """Return what a JSON body asks for; BadRequest for what this server does not do."""
     try:
-        request = _Request.model_validate_json(body)
+        request = _Body.model_validate_json(body)
     except ValidationError as error:
         raise BadRequest(_sentence(error)) from None
     for name in ("stream", "return_text_in_logprobs", "token_ids_logprob"):
         if getattr(request, name):
             raise BadRequest(f"{name} is not supported by this server; leave it out.")
-    is_list = bool(request.input_ids) and isinstance(request.input_ids[0], list)
-    sequences = request.input_ids if is_list else [request.input_ids]
+    listed = [ids for ids in request.input_ids if isinstance(ids, list)]
+    sequences = listed or [[token for token in request.input_ids if isinstance(token, int)]]
     count = len(sequences)
     for params in _each("sampling_params", request.sampling_params, count):
         if params.get("max_new_tokens", 128) != 0:
@@ -107,10 +108,10 @@ def read_request(body: bytes, limits: Limits) -> Asked:
     for ids, start, topk, asked in zip(sequences, starts, topks, asks, strict=True):
         _check(ids, start, topk, limits)
         start = start if start < len(ids) else -1  # SGLang has nothing to say then, too
-        jobs.append(Job(ids, start, topk, request.logprob_temperature))
+        jobs.append(ScoringJob(ids, start, topk, request.logprob_temperature))
         if not asked or start in (-1, len(ids) - 1):
-            jobs[-1].future.set_result(NOTHING)
-    return Asked(jobs, asks, _each("rid", request.rid, count), is_list)
+            jobs[-1].future.set_result(NO_SCORES)
+    return ScoringRequest(jobs, asks, _each("rid", request.rid, count), is_list=bool(listed))
 
 
 def _check(ids: list[int], start: int, topk: int, limits: Limits) -> None:
@@ -132,7 +133,7 @@ def _check(ids: list[int], start: int, topk: int, limits: Limits) -> None:
 
 
 def _each(name: str, value: Any, count: int) -> list[Any]:
-    """A setting of every sequence, given once or as a list."""
+    """Return a setting of every sequence, which is given once or as a list."""
     if not isinstance(value, list):
         return [value] * count
     if len(value) != count:
@@ -141,6 +142,7 @@ def _each(name: str, value: Any, count: int) -> list[Any]:
 
 
 def _sentence(error: ValidationError) -> str:
+    """Return the first thing that is wrong with a body, as one sentence."""
     first = error.errors()[0]
     key = str(first["loc"][0]) if first["loc"] else "the body"
     if key == "input_ids":
@@ -148,8 +150,8 @@ def _sentence(error: ValidationError) -> str:
     return f"{key}: {first['msg']}."
 
 
-def answer_one(job: Job, scores: Scores, with_logprobs: bool, meta: dict[str, Any]) -> str:
-    """The answer to one sequence as JSON text; `meta`: what is not of the sequence."""
+def answer_one(job: ScoringJob, scores: Scores, with_logprobs: bool, meta: dict[str, Any]) -> str:
+    """Return the answer to one sequence as JSON text; meta: fields that are not of the sequence."""
     meta = {
         **meta,
         "finish_reason": {"type": "length", "length": 0},
@@ -169,14 +171,16 @@ def answer_one(job: Job, scores: Scores, with_logprobs: bool, meta: dict[str, An
     return f'{{"text":"","output_ids":[],"meta_info":{{{",".join(parts)}}}}}'
 
 
-def _token_entries(job: Job, scores: Scores) -> str:
+def _token_entries(job: ScoringJob, scores: Scores) -> str:
     scored = zip(scores.logp.tolist(), job.ids[job.start + 1 :], strict=True)
     first = f"[null,{job.ids[job.start]},null]"
     return f"[{','.join([first, *(_entry(logp, token) for logp, token in scored)])}]"
 
 
 def _topk_entries(scores: Scores) -> str:
-    rows = [] if scores.topk_ids is None else zip(scores.topk_logp, scores.topk_ids, strict=True)
+    if scores.topk_ids is None or scores.topk_logp is None:
+        return "[null]"
+    rows = zip(scores.topk_logp, scores.topk_ids, strict=True)
     lists = (f"[{','.join(map(_entry, a.tolist(), b.tolist()))}]" for a, b in rows)
     return f"[{','.join(['null', *lists])}]"
 
@@ -188,7 +192,7 @@ def _entry(logp: float, token: int) -> str:
 def read_answer(
     answer: Any, ids: list[int], start: int, topk: int, temperature: float, vocab_size: int
 ) -> Scores:
-    """Scores of the tokens after `start`; BadAnswer unless it answers exactly this request."""
+    """Return scores of the tokens after `start`; BadAnswer unless it answers just this request."""
     try:
         meta = answer["meta_info"]
         entries = meta["input_token_logprobs"]
@@ -222,7 +226,7 @@ def read_answer(
 
 
 def _columns(entries: list[Any]) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """fp32 log-probs and int32 ids of `[logprob, id, text]` entries."""
+    """Return fp32 log-probs and int32 ids of `[logprob, id, text]` entries."""
     try:
         logps, ids = [entry[0] for entry in entries], [entry[1] for entry in entries]
         if any(type(logp) not in (float, int) for logp in logps):
@@ -235,6 +239,6 @@ def _columns(entries: list[Any]) -> tuple[numpy.ndarray, numpy.ndarray]:
 
 
 def is_finite(scores: Scores) -> bool:
-    """Whether JSON can say them."""
+    """Return whether JSON can say all scores: it has no NaN and no infinity."""
     parts = (scores.logp, scores.topk_logp)
     return all(part is None or math.isfinite(float(part.sum())) for part in parts)

@@ -1,4 +1,4 @@
-"""Requests between the HTTP thread, which puts, and the Megatron thread, which takes batches."""
+"""The queue of a scoring server: its HTTP thread puts jobs, its Megatron thread takes batches."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 
 from iwopd_megatron.batch.scores import Scores
 
 
 class QueueFull(Exception):
-    """Too many tokens wait; come again."""
+    """Too many tokens wait; the client may come again."""
 
 
 class QueueClosed(Exception):
@@ -20,8 +21,8 @@ class QueueClosed(Exception):
 
 
 @dataclass(frozen=True, eq=False)
-class Job:
-    """One sequence to score: the tokens after `start`."""
+class ScoringJob:
+    """One sequence to score: log-probs of the tokens after `start`, at the temperature."""
 
     ids: list[int]
     start: int
@@ -31,22 +32,25 @@ class Job:
 
     @property
     def kind(self) -> tuple[int, float]:
-        """Jobs of one kind can share a batch."""
+        """What jobs must have in common to share a batch."""
         return self.topk, self.temperature
 
 
 class ScoringQueue:
-    """First in, first out, with a bound on the tokens of all jobs not yet answered."""
+    """First in, first out, with a bound on the tokens of all jobs not yet answered.
+
+    Usable from any thread.
+    """
 
     def __init__(self, max_tokens: int):
         self.max_tokens = max_tokens
         self.tokens = 0
         self.is_closed = False
-        self._jobs: list[Job] = []
+        self._jobs: list[ScoringJob] = []
         self._changed = threading.Condition()
 
-    def put(self, jobs: Sequence[Job]) -> None:
-        """All of them or, raising QueueFull or QueueClosed, none."""
+    def put(self, jobs: Sequence[ScoringJob]) -> None:
+        """Take all of these in or, raising QueueFull or QueueClosed, none."""
         tokens = sum(len(job.ids) for job in jobs)
         with self._changed:
             if self.is_closed:
@@ -57,21 +61,25 @@ class ScoringQueue:
             self._jobs += jobs
             self._changed.notify()
         for job in jobs:
-            job.future.add_done_callback(lambda _, job=job: self._release(job))
+            job.future.add_done_callback(partial(self._release, job))
 
-    def take(self, max_tokens: int, wait_s: float, linger_s: float) -> list[Job]:
-        """The oldest job and more of its kind, of at most `max_tokens` unless it is one; marked
-        as running. [] if none came within `wait_s`; with one, `linger_s` more for others.
+    def take(self, max_tokens: int, wait_s: float, linger_s: float) -> list[ScoringJob]:
+        """Return the oldest job and more of its kind, marked as running.
+
+        They have at most `max_tokens`, unless it is one job. Waits `wait_s` seconds for the first,
+        [] if none came, and then `linger_s` for others.
         """
         with self._changed:
-            if not self._changed.wait_for(lambda: self._jobs, wait_s):
+            if not self._changed.wait_for(lambda: bool(self._jobs), wait_s):
                 return []
             end = time.monotonic() + linger_s
             self._changed.wait_for(
                 lambda: self._waiting >= max_tokens or self.is_closed,
                 max(0.0, end - time.monotonic()),
             )
-            batch, rest, total = [], [], 0
+            batch: list[ScoringJob] = []
+            rest: list[ScoringJob] = []
+            total = 0
             for job in self._jobs:
                 fits = not batch or total + len(job.ids) <= max_tokens
                 if fits and (not batch or job.kind == batch[0].kind):
@@ -90,13 +98,14 @@ class ScoringQueue:
 
     @property
     def is_empty(self) -> bool:
+        """Whether no job waits to be taken."""
         return not self._jobs
 
     @property
     def _waiting(self) -> int:
         return sum(len(job.ids) for job in self._jobs)
 
-    def _release(self, job: Job) -> None:
+    def _release(self, job: ScoringJob, future: Future[Scores]) -> None:
         with self._changed:
             self.tokens -= len(job.ids)
             if job in self._jobs:  # its client is gone

@@ -1,4 +1,4 @@
-"""`iwopd serve-teacher`: a forward-only Megatron world behind SGLang's scoring call.
+"""`iwopd serve-teacher`: the scoring server, a forward-only Megatron world behind SGLang's call.
 
 Rank 0's main thread takes batches of requests from the queue that its HTTP thread fills, sends each
 to all ranks, and all score it with Megatron's schedule. Idle ranks wait in that broadcast, which a
@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import uvicorn
@@ -25,12 +26,13 @@ from iwopd_megatron.hf.config import read_hf_config, read_json
 from iwopd_megatron.hf.fingerprint import identity
 from iwopd_megatron.hf.flops import attention_cost
 from iwopd_megatron.runtime.background import Background
+from iwopd_megatron.runtime.main_only import Held, HeldElsewhere, MainOnly
 from iwopd_megatron.runtime.parallel import Parallel, initialise, shutdown
 from iwopd_megatron.runtime.stop import die_with_parent, stop_requested, watch_signals
 from iwopd_megatron.teacher.embedded import EmbeddedScorer
-from iwopd_megatron.teacher.scoring_api import Front, create_app
+from iwopd_megatron.teacher.scoring_api import ScoringHandlers, create_app
 from iwopd_megatron.teacher.scoring_protocol import Limits
-from iwopd_megatron.teacher.scoring_queue import Job, ScoringQueue
+from iwopd_megatron.teacher.scoring_queue import ScoringJob, ScoringQueue
 
 HEARTBEAT_SECONDS = 60.0  # between broadcasts of an idle service
 POLL_SECONDS = 0.2  # how soon a signal is seen
@@ -38,8 +40,8 @@ GRACE_SECONDS = 30  # for clients to read their answers at the end
 
 
 @dataclass(frozen=True)
-class Work:
-    """What every rank does next: score these, all alike; nothing if there are none."""
+class ScoringBatch:
+    """The samples that every rank scores next, with the same settings; none: a heartbeat."""
 
     samples: list[Trajectory] = field(default_factory=list)
     topk: int = 0
@@ -47,28 +49,28 @@ class Work:
 
 
 def serve(teacher: Teacher, service: Service) -> None:
-    """Every rank of the service's world; returns when drained after SIGTERM or Ctrl-C."""
+    """Serve the teacher until SIGTERM or Ctrl-C, and drain. Every rank of the service's world."""
     watch_signals()
     die_with_parent()
-    desk = Desk(service) if os.environ["RANK"] == "0" else None
+    # It listens before the ranks meet, so that /health says 503 meanwhile.
+    listening = ScoringServer(service) if os.environ["RANK"] == "0" else None
     parallel = initialise(service.parallel)
+    server: MainOnly[ScoringServer]
+    server = HeldElsewhere(parallel) if listening is None else Held(parallel, listening)
     scorer = ServiceScorer(teacher, service, parallel)
-    if desk is not None:
-        desk.open(scorer.model_info(), scorer.limits(), scorer.batch_tokens)
-    while (work := parallel.on_main(lambda: desk.next_work())) is not None:
-        if work.samples:
-            scores = scorer.score(work)
-            if desk is not None:
-                desk.answer(scores)
-    if desk is not None:
-        desk.close()
+    server.tell(ScoringServer.open, scorer)
+    while (batch := server.call(ScoringServer.next_batch)) is not None:
+        if batch.samples:
+            server.tell(ScoringServer.answer, scorer.score_batch(batch))
+    server.tell(ScoringServer.close)
     shutdown()
 
 
 class ServiceScorer:
-    """The model, and how a batch of requests goes through it. Collective over the world."""
+    """The model of a scoring server, and how a batch goes through it; every rank has one."""
 
     def __init__(self, teacher: Teacher, service: Service, parallel: Parallel):
+        """Load the teacher's model. Collective."""
         self.teacher, self.service, self.parallel = teacher, service, parallel
         self.hf = read_hf_config(teacher.hf)
         packer = Packer(parallel, service.microbatch_tokens, attention_cost(self.hf))
@@ -76,17 +78,18 @@ class ServiceScorer:
 
     @property
     def batch_tokens(self) -> int:
-        """A micro-batch for every data-parallel rank and, to fill the pipeline, every stage."""
+        """Tokens of a full batch: a micro-batch for every data-parallel rank and every stage."""
         return self.service.microbatch_tokens * self.parallel.dp.size * self.parallel.pp.size
 
     def limits(self) -> Limits:
+        """Return the bounds of what this layout scores."""
         layout = self.service.parallel
         fits = self.service.microbatch_tokens // layout.token_multiple * layout.token_multiple + 1
         longest = min(fits, self.hf.context_length)
         return Limits(self.hf.vocab_size, longest, self.service.max_queue_tokens)
 
-    def model_info(self) -> dict:
-        """SGLang's keys, and what a trainer must compare before it trusts the scores."""
+    def model_info(self) -> dict[str, Any]:
+        """Return SGLang's keys, and what a trainer compares before it trusts the scores."""
         folder = str(self.teacher.hf.resolve())
         return {
             "model_path": folder,
@@ -102,36 +105,39 @@ class ServiceScorer:
             **identity(self.teacher.hf, AutoTokenizer.from_pretrained(folder)),
         }
 
-    def score(self, work: Work) -> list[Scores]:
-        """In the order of the samples, on every rank."""
+    def score_batch(self, batch: ScoringBatch) -> list[Scores]:
+        """Return scores in the order of the samples, on every rank. Collective."""
         if self.service.deterministic:
-            return [self._score([sample], work)[0] for sample in work.samples]
-        return self._score(work.samples, work)
+            return [self._score([sample], batch)[0] for sample in batch.samples]
+        return self._score(batch.samples, batch)
 
-    def _score(self, samples: list[Trajectory], work: Work) -> list[Scores]:
+    def _score(self, samples: list[Trajectory], batch: ScoringBatch) -> list[Scores]:
         packer = self.scorer.packer
-        schedule = replace(self.scorer.schedule, temperature=work.temperature)
-        values, supports = schedule.score(samples, packer, work.topk)
+        schedule = replace(self.scorer.schedule, temperature=batch.temperature)
+        values, supports = schedule.score(samples, packer, batch.topk)
         logps = [torch.tensor(own, dtype=torch.float32).numpy() for own in values]
-        if not work.topk:
+        if not batch.topk:
             return [Scores(logp) for logp in logps]
         batches, _ = packer(samples)
-        tables = by_sample(samples, batches, supports, work.topk, self.parallel)
+        tables = by_sample(samples, batches, supports, batch.topk, self.parallel)
         return [Scores(logp, *table) for logp, table in zip(logps, tables, strict=True)]
 
 
-class Desk:
-    """Rank 0's side of the work: the HTTP server in its thread, and the batch in hand."""
+class ScoringServer:
+    """Rank 0's side of the service: the HTTP server in its thread, and the batch in hand."""
 
     def __init__(self, service: Service):
-        """Listens at once, so that /health says 503 while the model is loaded."""
+        """Listen at once, so that /health says 503 while the model is loaded.
+
+        RecipeError if the port is taken.
+        """
         self.service = service
         self.socket = _listen(service.host, service.port)
-        self.front = Front(ScoringQueue(service.max_queue_tokens), stop_requested)
+        self.handlers = ScoringHandlers(ScoringQueue(service.max_queue_tokens), stop_requested)
         self.batch_tokens = 0
-        self._jobs: list[Job] = []
+        self._jobs: list[ScoringJob] = []
         config = uvicorn.Config(
-            create_app(self.front),
+            create_app(self.handlers),
             log_level="warning",
             access_log=False,
             lifespan="off",
@@ -143,18 +149,20 @@ class Desk:
 
     @property
     def url(self) -> str:
+        """Where it listens."""
         host, port = self.socket.getsockname()[:2]
         return f"http://{host}:{port}"
 
-    def open(self, model_info: dict, limits: Limits, batch_tokens: int) -> None:
-        """Take requests from now on."""
-        self.batch_tokens, self.front.limits = batch_tokens, limits
-        self.front.model_info = model_info
-        print(f"teacher {model_info['model_path']} is served at {self.url}", flush=True)
+    def open(self, scorer: ServiceScorer) -> None:
+        """Take requests from now on, for this model."""
+        info = scorer.model_info()
+        self.batch_tokens, self.handlers.limits = scorer.batch_tokens, scorer.limits()
+        self.handlers.model_info = info
+        print(f"teacher {info['model_path']} is served at {self.url}", flush=True)
 
-    def next_work(self) -> Work | None:
-        """The next batch; an empty one as a heartbeat; None when stopped and all is answered."""
-        queue, end = self.front.queue, time.monotonic() + HEARTBEAT_SECONDS
+    def next_batch(self) -> ScoringBatch | None:
+        """Return the next batch, an empty one as a heartbeat; None once all is drained."""
+        queue, end = self.handlers.queue, time.monotonic() + HEARTBEAT_SECONDS
         while time.monotonic() < end:
             if stop_requested():
                 queue.close()
@@ -164,12 +172,13 @@ class Desk:
                     Trajectory(i, job.ids[: job.start + 1], job.ids[job.start + 1 :])
                     for i, job in enumerate(self._jobs)
                 ]
-                return Work(samples, *self._jobs[0].kind)
+                return ScoringBatch(samples, *self._jobs[0].kind)
             if queue.is_closed and queue.is_empty:
                 return None
-        return Work()
+        return ScoringBatch()
 
     def answer(self, scores: list[Scores]) -> None:
+        """Answer the requests of the batch in hand, in its order."""
         for job, own in zip(self._jobs, scores, strict=True):
             job.future.set_result(own)
         self._jobs = []

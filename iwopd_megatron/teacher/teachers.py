@@ -1,4 +1,4 @@
-"""All teachers of a recipe as one: embedded or remote, one for all problems or one a source."""
+"""All teachers of a recipe as one: embedded or behind HTTP, one for all problems or a source."""
 
 from __future__ import annotations
 
@@ -8,79 +8,101 @@ from typing import Any
 from iwopd_megatron.batch.packing import Packer
 from iwopd_megatron.batch.scores import Support
 from iwopd_megatron.batch.trajectory import Trajectory
+from iwopd_megatron.config.models import Teacher
 from iwopd_megatron.config.recipe import Recipe
 from iwopd_megatron.runtime.background import Background
+from iwopd_megatron.runtime.main_only import main_only
+from iwopd_megatron.teacher.connection import TeacherConnection
 from iwopd_megatron.teacher.embedded import EmbeddedScorer
-from iwopd_megatron.teacher.remote import Line, RemoteScorer
+from iwopd_megatron.teacher.remote import RemoteScorer, TeacherConnections
+from iwopd_megatron.teacher.scorer import Scorer
 
 
 class Teachers:
-    """Scores each sample by the teacher of its source. Collective but for `begin` and `close`."""
+    """A `Scorer` that has each sample scored by the teacher of its source."""
 
     def __init__(self, recipe: Recipe, packer: Packer, tokenizer: Any):
-        """Returns when all are loaded or answer, and hold the right models."""
-        self.background: Background | None = None
-        named = {role.partition(".")[2]: role for role in recipe.named_teachers}
-        models = {source: recipe.named_teachers[role] for source, role in named.items()}
-        remote = {source: model for source, model in models.items() if model.is_remote}
+        """Return when all are loaded or answer, and hold the right models. Collective.
+
+        packer: the student's; tokenizer: the student's.
+        """
+        teachers = recipe.named_teachers
+        remote = {role: teacher for role, teacher in teachers.items() if teacher.is_remote}
         self.remote: RemoteScorer | None = None
         if remote:
-            lines = None
-            if packer.parallel.is_main:
-                self.background, lines = Background("teachers"), {}
-                gpu = int(os.environ["LOCAL_WORLD_SIZE"])
-                for source, model in remote.items():
-                    role = named[source]
-                    lines[source] = Line(recipe, role, model, tokenizer, self.background, gpu)
-                    gpu += model.service.world if not model.urls else 0
-            self.remote = RemoteScorer(lines, packer)
+            connections = main_only(
+                packer.parallel, lambda: _connections(recipe, remote, tokenizer)
+            )
+            self.remote = RemoteScorer(connections, packer)
         # While services load, so do embedded models.
         self.embedded = {
-            source: EmbeddedScorer(model, packer, recipe.rollout.temperature)
-            for source, model in models.items()
-            if not model.is_remote
+            _source(role): EmbeddedScorer(teacher, packer, recipe.rollout.temperature)
+            for role, teacher in teachers.items()
+            if not teacher.is_remote
         }
+        self.by_source: dict[str, Scorer] = dict(self.embedded)
         if self.remote is not None:
             self.remote.connect()
+            self.by_source |= dict.fromkeys(map(_source, remote), self.remote)
 
     def begin(self, sample: Trajectory, topk: int = 0) -> None:
-        """Start scoring one sample if its teacher is remote; `score` awaits it. Rank 0 only."""
-        if self._embedded(sample) is None:
+        """Start scoring one sample if its teacher is remote, which `score_samples` awaits.
+
+        Does nothing but on rank 0.
+        """
+        if self.remote is not None and self._of(sample) is self.remote:
             self.remote.begin(sample, topk)
 
     def scored_early(self, samples: list[Trajectory], topk: int = 0) -> float | None:
-        """Share of these that remote teachers have scored already; None: all teachers are embedded.
+        """Return the share of these that remote teachers have scored already. Rank 0 only.
 
-        Rank 0 only.
+        None: all teachers of these are embedded.
         """
-        away = [sample for sample in samples if self._embedded(sample) is None]
-        return self.remote.scored_early(away, topk) / len(away) if away else None
+        away = [sample for sample in samples if self._of(sample) is self.remote]
+        if self.remote is None or not away:
+            return None
+        return self.remote.count_scored(away, topk) / len(away)
 
-    def score(
+    def score_samples(
         self, samples: list[Trajectory], topk: int = 0
     ) -> tuple[list[list[float]], list[Support]]:
-        """As `Schedule.score`. With `topk` one embedded teacher, or remote ones only."""
-        if self.remote is None and len(self.embedded) == 1:
-            return next(iter(self.embedded.values())).score(samples, topk)
-        if not self.embedded:
-            return self.remote.score(samples, topk)
+        """As the protocol says. With `topk` one embedded teacher, or remote ones only."""
+        scorers = list(dict.fromkeys(self.by_source.values()))
+        if len(scorers) == 1:
+            return scorers[0].score_samples(samples, topk)
         values: dict[int, list[float]] = {}
-        away = [sample for sample in samples if self._embedded(sample) is None]
-        if away and self.remote.lines is not None:
-            for sample in away:  # scored while the embedded ones work
-                self.remote.begin(sample)
-        for scorer in [*self.embedded.values(), self.remote]:
-            own = [s for s in samples if (self._embedded(s) or self.remote) is scorer]
+        for sample in samples:
+            self.begin(sample)  # scored elsewhere while the embedded ones work
+        for scorer in scorers:  # the remote one is the last
+            own = [sample for sample in samples if self._of(sample) is scorer]
             if own:
-                scores, _ = scorer.score(own)
-                values |= zip((s.index for s in own), scores, strict=True)
+                scores, _ = scorer.score_samples(own)
+                values |= zip((sample.index for sample in own), scores, strict=True)
         return [values[sample.index] for sample in samples], []
 
-    def _embedded(self, sample: Trajectory) -> EmbeddedScorer | None:
-        return self.embedded.get(sample.source, self.embedded.get(""))
+    def _of(self, sample: Trajectory) -> Scorer:
+        return self.by_source[sample.source if sample.source in self.by_source else ""]
 
     def close(self) -> None:
         """Stop the services that the run started."""
-        if self.background is not None:
+        if self.remote is not None:
             self.remote.close()
-            self.background.close()
+
+
+def _source(role: str) -> str:
+    """Return the source of problems that a teacher's key in the recipe names; '' for all."""
+    return role.partition(".")[2]
+
+
+def _connections(
+    recipe: Recipe, teachers: dict[str, Teacher], tokenizer: Any
+) -> TeacherConnections:
+    """Return rank 0's connections to remote teachers, by role; start the services among them."""
+    background, by_source = Background("teachers"), {}
+    gpu = int(os.environ["LOCAL_WORLD_SIZE"])  # the first one that trainers leave free
+    for role, teacher in teachers.items():
+        by_source[_source(role)] = TeacherConnection(
+            recipe, role, teacher, tokenizer, background, gpu
+        )
+        gpu += teacher.service.world if teacher.service is not None and not teacher.urls else 0
+    return TeacherConnections(background, by_source)

@@ -132,10 +132,10 @@ class Distillation(Supervision):
 
     def _scored(self, samples: list[Trajectory], round_number: int) -> Minibatch:
         loss, weighting = self.recipe.loss, self.recipe.loss.weighting
-        teacher, support = self.teachers.score(samples, self.topk)
+        teacher, support = self.teachers.score_samples(samples, self.topk)
         scores = {"teacher_logp": teacher}
         if self.base is not None:
-            scores["base_logp"], _ = self.base.score(samples)
+            scores["base_logp"], _ = self.base.score_samples(samples)
         if self.recipe.steps_per_round > 1:
             scores["old_logp"] = self.student.score(samples, self.packer)
         samples = [

@@ -87,7 +87,9 @@ def reference(folder):
 
 def check_agrees(folder, parallel):
     expected, last = reference(folder)
-    (scores,), _ = EmbeddedScorer(Frozen(hf=folder), Packer(parallel, 64), 1.0).score([SAMPLE])
+    (scores,), _ = EmbeddedScorer(Frozen(hf=folder), Packer(parallel, 64), 1.0).score_samples(
+        [SAMPLE]
+    )
     assert (torch.tensor(scores) - expected).abs().max() < LIMIT
     decoder = Decoder(read_hf_config(folder), torch.float32, torch.device("cpu"))
     for name, tensor in whole_tensors(folder):

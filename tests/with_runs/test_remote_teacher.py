@@ -181,8 +181,10 @@ def compare_supports(recipe, reference, samples, topk, queue):
     if parallel.is_main:
         for sample in samples[::2]:
             teachers.begin(sample, topk)
-    scores, supports = teachers.score(samples, topk)
-    expected, expected_supports = EmbeddedScorer(reference, packer, 0.7).score(samples, topk)
+    scores, supports = teachers.score_samples(samples, topk)
+    expected, expected_supports = EmbeddedScorer(reference, packer, 0.7).score_samples(
+        samples, topk
+    )
     is_near_to(scores, expected)
     assert len(supports) == len(expected_supports)
     for (ids, logp), (other_ids, other_logp) in zip(supports, expected_supports, strict=True):
@@ -216,10 +218,10 @@ def compare_sources(recipe, samples, queue):
     parallel = initialise(recipe.student.parallel)
     packer = Packer(parallel, 300)
     teachers = Teachers(recipe, packer, AutoTokenizer.from_pretrained(STUDENT))
-    scores, _ = teachers.score(samples)
+    scores, _ = teachers.score_samples(samples)
     for source, teacher in recipe.teachers.items():
         own = [s for s in samples if s.source == source]
-        expected, _ = EmbeddedScorer(teacher, packer, 1.0).score(own)
+        expected, _ = EmbeddedScorer(teacher, packer, 1.0).score_samples(own)
         for sample, theirs in zip(own, expected, strict=True):
             is_near_to([scores[sample.index]], [theirs])
     teachers.close()

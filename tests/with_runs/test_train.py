@@ -483,7 +483,7 @@ def test_fine_tuning_lowers_the_loss(tmp_path, monkeypatch, eos):
 
 def score(settings, layout, samples, queue):
     parallel = initialise(layout)
-    scores, _ = EmbeddedScorer(settings, Packer(parallel, 256), 0.7).score(samples)
+    scores, _ = EmbeddedScorer(settings, Packer(parallel, 256), 0.7).score_samples(samples)
     if parallel.is_main:
         queue.put(scores)
     shutdown()

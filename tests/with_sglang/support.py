@@ -5,7 +5,7 @@ from pathlib import Path
 import httpx
 from served_models import ROOT, ServedModel
 
-from iwopd_megatron.rollout.pool import Place
+from iwopd_megatron.rollout.pool import Replica
 from iwopd_megatron.rollout.servers import ServerEngine
 from iwopd_megatron.rollout.sglang import SglangServer
 from iwopd_megatron.runtime.background import Background
@@ -54,5 +54,5 @@ class Rig(ServedModel):
     def engine(self, sync: str, say=print, max_running: int = 64) -> ServerEngine:
         """The project's engine on these servers, which are ours to kill."""
         pairs = zip(self.servers, self.processes, strict=True)
-        places = [Place(server, process, process.process) for server, process in pairs]
-        return self.assemble(self.loop, places, sync, say, max_running)
+        replicas = [Replica(server, process, process.process) for server, process in pairs]
+        return self.assemble(self.loop, replicas, sync, say, max_running)

@@ -62,10 +62,10 @@ def test_one_of_two_servers_is_killed_while_generating(pair, sync):
     samples = rounds_of(engine, prompts(200), lambda: kill(pair.processes[0]))
     check_written_by(pair, weights, samples)
     assert any("rollout server lost" in line for line in said)
-    engine.loop.submit(engine.pool.settle()).result()
+    pair.run(pair.controller.pool.settle())
     newer = pair.weights(seed=4)
     engine.update(newer.items(), 8)  # the one that came back has it too
-    assert [place.version for place in engine.pool.places] == [8, 8]
+    assert [replica.version for replica in pair.controller.pool.replicas] == [8, 8]
     check_written_by(pair, newer, engine.generate(prompts(16), SAMPLING))
 
 
@@ -85,8 +85,8 @@ def test_a_server_that_hangs_is_given_up(pair):
     group = pair.processes[1].process.pid
     samples = rounds_of(engine, prompts(120), lambda: os.killpg(group, signal.SIGSTOP))
     check_written_by(pair, weights, samples)
-    engine.loop.submit(engine.pool.settle()).result()
-    assert all(place.is_up for place in engine.pool.places)
+    pair.run(pair.controller.pool.settle())
+    assert all(replica.is_up for replica in pair.controller.pool.replicas)
 
 
 @pytest.mark.parametrize("sync", ["disk", "tensor", "distributed"])
@@ -114,7 +114,7 @@ def test_a_server_killed_in_the_middle_of_an_update_serves_nothing_half_updated(
         engine.update(Weights(), 2)
     finally:
         servers.buckets = split
-    engine.loop.submit(engine.pool.settle()).result()
+    pair.run(pair.controller.pool.settle())
     samples = engine.generate(prompts(40), SAMPLING)
     assert {sample.weight_version for sample in samples} == {2}
     check_written_by(pair, weights, samples)

@@ -24,7 +24,8 @@ from iwopd_megatron.models.actor import Schedule
 from iwopd_megatron.models.gpt import build_model, wrap_precision
 from iwopd_megatron.records.runlog import read_metrics
 from iwopd_megatron.rollout.engine import Sampling
-from iwopd_megatron.rollout.pool import Place, Pool
+from iwopd_megatron.rollout.pool import Replica, ServerPool
+from iwopd_megatron.rollout.retry import collect as collect_answers
 from iwopd_megatron.runtime.local_world import local_context
 from iwopd_megatron.runtime.megatron import TopKRouter
 from iwopd_megatron.runtime.parallel import initialise, shutdown
@@ -60,20 +61,20 @@ def rig(request, student, tmp_path_factory):
 
 def answers(rig, count, interrupt=False):
     """To short prompts through the pool; interrupt: the server once lets go of all of them."""
-    pool = Pool([Place(rig.server, version=0)], count, rig.eos, print)
+    pool = ServerPool([Replica(rig.server, version=0)], count, rig.eos, print)
     pool.version, samples = 0, {}
 
     async def collect():
         await rig.server._post("/update_weight_version", new_version="0")
         keep = lambda sample: samples.update({sample.index: sample})  # noqa: E731
         work = asyncio.create_task(
-            pool.collect(prompts(count), Sampling(TOKENS, with_experts=True), keep)
+            collect_answers(pool, prompts(count), Sampling(TOKENS, with_experts=True), keep)
         )
-        while interrupt and not pool.places[0].running:
+        while interrupt and not pool.replicas[0].running:
             await asyncio.sleep(0.05)
         if interrupt:
             await asyncio.sleep(0.3)
-            assert pool.places[0].running
+            assert pool.replicas[0].running
             await rig.server._post("/abort_request", rid="", abort_all=True)
         await work
 

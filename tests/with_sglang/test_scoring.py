@@ -11,7 +11,7 @@ from test_teacher_service import SAMPLES, ask, request
 from iwopd_megatron.errors import ServiceError
 from iwopd_megatron.hf.fingerprint import identity, with_identity
 from iwopd_megatron.runtime.services import Server, free_port, outer_environment
-from iwopd_megatron.teacher.client import ScoringClient
+from iwopd_megatron.teacher.retry import ScoringClient
 
 ENVIRONMENT = ROOT / "tests/with_sglang/environment"
 PYTHON = ROOT / "build/sglang-venv/bin/python"

@@ -56,10 +56,10 @@ def test_weights_land_and_are_proven_to(rig, sync):
     for version in (1, 2):
         weights = rig.weights(seed=10 * version)
         engine.update(weights.items(), version)
-        assert engine.proven == version
+        assert rig.controller.proven == version
         ids = [5, 9, 4, 7, 11, 3, 6]
         expected = hf_logp(rig.model(weights), ids, 1)
-        assert largest(expected, rig.run(rig.server.score(ids))) < 1e-5
+        assert largest(expected, rig.run(rig.server.prompt_logps(ids))) < 1e-5
         (sample,) = engine.generate(prompts(1), Sampling(5))
         assert sample.weight_version == version
     folders = sorted(path.name for path in (rig.out / "weights").glob("*"))
@@ -69,7 +69,7 @@ def test_weights_land_and_are_proven_to(rig, sync):
 def test_a_tensor_that_did_not_land_is_noticed(rig):
     """The server gets another last tensor than the one that was believed sent."""
     engine = rig.engine("tensor")
-    spoil_last_tensor(engine)
+    spoil_last_tensor(rig.push)
     with pytest.raises(GateError, match="does not hold the weights it was sent: 1 tensors"):
         engine.update(rig.weights(seed=5).items(), 3)
 

@@ -6,7 +6,7 @@ import httpx
 import torch
 from served_models import ROOT, ServedModel, hf_logp
 
-from iwopd_megatron.rollout.pool import Place
+from iwopd_megatron.rollout.pool import Replica
 from iwopd_megatron.rollout.servers import Canary, ServerEngine
 from iwopd_megatron.rollout.vllm import VllmServer
 from iwopd_megatron.runtime.background import Background
@@ -56,5 +56,5 @@ class Rig(ServedModel):
         is_ours: it is killed, and started again, when it is lost.
         """
         self.said: list[str] = []
-        places = [Place(self.server, self.process if is_ours else None)]
-        return self.assemble(self.loop, places, sync, self.said.append, canary=canary)
+        replicas = [Replica(self.server, self.process if is_ours else None)]
+        return self.assemble(self.loop, replicas, sync, self.said.append, canary=canary)

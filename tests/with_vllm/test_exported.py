@@ -23,6 +23,6 @@ def test_scores_are_those_of_the_source(kind, tmp_path, monkeypatch):
         model = rig.model(rig.weights())
         for prompt in prompts(6):
             ids = prompt.ids + [5, 9, 4, 7]
-            assert largest(rig.run(rig.server.score(ids)), hf_logp(model, ids, 1)) < 1e-4
+            assert largest(rig.run(rig.server.prompt_logps(ids)), hf_logp(model, ids, 1)) < 1e-4
     finally:
         rig.stop()

@@ -56,7 +56,7 @@ def test_an_id_outside_the_vocabulary_never_reaches_the_server(dense):
         with pytest.raises(UserError, match="outside the vocabulary of 16"):
             dense.run(dense.server.generate(ids, Sampling(4)))
         with pytest.raises(UserError, match="outside the vocabulary of 16"):
-            dense.run(dense.server.score(ids))
+            dense.run(dense.server.prompt_logps(ids))
 
 
 @pytest.mark.parametrize("sync", ["disk", "tensor", "distributed"])
@@ -79,7 +79,7 @@ def test_weights_land_and_are_proven_to(rig, sync):
 def test_a_tensor_that_did_not_land_is_noticed(rig):
     """The server gets another last tensor than the one that was believed sent."""
     engine = rig.engine("tensor")
-    spoil_last_tensor(engine)
+    spoil_last_tensor(rig.push)
     with pytest.raises(GateError, match="does not hold the weights it was sent: 1 tensors"):
         engine.update(rig.weights(seed=5).items(), 3)
 
@@ -110,7 +110,7 @@ def test_the_canary_notices_experts_that_were_not_packed(moe):
 
     moe.server.end_update, moe.server.send = reload, lambda tensors: asyncio.sleep(0)
     moe.server.begin_update = lambda: asyncio.sleep(0)
-    moe.server.checksums = lambda: asyncio.sleep(0, engine.fingerprints[1].ranks)
+    moe.server.checksums = lambda: asyncio.sleep(0, moe.controller.fingerprints[1].ranks)
     try:
         with pytest.raises(GateError, match="canary"):
             engine.update(weights.items(), 2)

@@ -1,4 +1,7 @@
-"""What a person sees of `iwopd eval`: a bar with the time left, a line a benchmark, a table."""
+"""The terminal's side of `iwopd eval`: a bar with the time left, a line a benchmark, a table.
+
+Where no bar can be drawn, a line a minute says how far it is.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +22,15 @@ SECONDS_BETWEEN_LINES = 60  # where no bar can be drawn
 
 
 class BenchProgress:
-    """Methods may be called from any thread."""
+    """The progress of `iwopd eval` on standard output; usable from any thread."""
 
     def __init__(self) -> None:
         width = None if sys.stdout.isatty() else 120
         self.console = Console(highlight=False, width=width)
         self.live = self.console.is_terminal
-        self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(),
-            TextColumn("ETA"), TimeRemainingColumn(), console=self.console, disable=not self.live,
-        )  # fmt: skip
+        columns = [TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn()]
+        columns += [TextColumn("ETA"), TimeRemainingColumn()]
+        self._bar = Progress(*columns, console=self.console, disable=not self.live)
         self._task = self._bar.add_task("", total=None)
         self._name, self._total, self._begun = "", 0, (0.0, 0)
         self._last_line = 0.0
@@ -41,15 +43,17 @@ class BenchProgress:
         self._bar.stop()
 
     def say(self, text: str) -> None:
+        """Print a line of text above the bar."""
         self.console.print(text, soft_wrap=True)
 
     def start(self, name: str, total: int, done: int) -> None:
-        """Something countable begins, part of it done in an earlier run."""
+        """Begin to count to `total`; `done` of it were done in an earlier run."""
         self._name, self._total = name, total
         self._begun, self._last_line = (time.monotonic(), done), time.monotonic()
         self._bar.reset(self._task, description=name, total=total, completed=done)
 
     def advance(self, done: int) -> None:
+        """Show that `done` of the total are done."""
         self._bar.update(self._task, completed=done)
         now = time.monotonic()
         if not self.live and now - self._last_line >= SECONDS_BETWEEN_LINES:
@@ -59,12 +63,16 @@ class BenchProgress:
             self.say(f"{self._name} {done}/{self._total}, about {left / 60:.0f} min left")
 
     def finish(self, name: str, result: dict[str, Any], seconds: float) -> None:
+        """Print a benchmark's line; result: as in results.json."""
         count = result["problems"] * result["samples"]
         trouble = describe(Counter(result["grading_trouble"]))
         self.say(f"{name}: {count} answers, {seconds:.1f} s" + (f"; {trouble}" if trouble else ""))
 
     def table(self, results: dict[str, Any]) -> None:
-        """Scores in per cent with 95 % intervals over problems."""
+        """Print a row a benchmark: scores in per cent with 95 % intervals over problems.
+
+        results: by benchmark, as in results.json.
+        """
         title = "Right answers in %; in brackets: 95 % bootstrap interval over problems"
         table = Table(title=Text(title))
         for heading in ("benchmark", "problems", "samples", "mean@n", "best@n", "pass@k"):

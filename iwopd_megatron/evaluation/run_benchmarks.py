@@ -1,7 +1,7 @@
-"""`iwopd eval`: a model's answers to benchmarks, graded; the same random numbers for every model.
+"""Run `iwopd eval`: a model answers benchmarks, the answers are graded and summed up.
 
-Answers of one batch are always generated together, so that a run that was killed and started again
-ends with the very same samples.
+Random numbers are the same for every model. Answers of one batch are always generated together, so
+that a run that was killed and started again ends with the very same samples.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from iwopd_megatron.config.recipe import Recipe
 from iwopd_megatron.data.benchmarks import Benchmark
 from iwopd_megatron.evaluation.answering import answering_engine
 from iwopd_megatron.evaluation.answers import Answers, Place
-from iwopd_megatron.evaluation.bench_progress import BenchProgress
 from iwopd_megatron.evaluation.evaluate import STREAM
 from iwopd_megatron.evaluation.pass_at_k import summarise
+from iwopd_megatron.evaluation.progress import BenchProgress
 from iwopd_megatron.files.run_files import write_whole
 from iwopd_megatron.grading.graders import grade
 from iwopd_megatron.grading.pool import Grade, Submission
@@ -41,9 +41,9 @@ ANSWER_CHARACTERS = 2000  # of a reference answer in samples.jsonl; a program's 
 
 @dataclass(frozen=True)
 class BenchRun:
-    """What `iwopd eval` was asked for; `recipe.student.hf` is the model, `model` its identity.
+    """The request of one `iwopd eval`; the benchmarks have their prompts.
 
-    The benchmarks have their prompts.
+    recipe: an answering recipe, whose student is the model; model: what identifies it in the files.
     """
 
     recipe: Recipe
@@ -58,7 +58,7 @@ class BenchRun:
 
 
 def run_benchmarks(run: BenchRun, parallel: Parallel, progress: BenchProgress) -> dict[str, Any]:
-    """Scores by benchmark, also in out/results.json; in a world of one process."""
+    """Return scores by benchmark, also in out/results.json; in a world of one process."""
     tokenizer = AutoTokenizer.from_pretrained(run.recipe.student.hf)
     with contextlib.ExitStack() as stack:
 
@@ -72,10 +72,13 @@ def run_benchmarks(run: BenchRun, parallel: Parallel, progress: BenchProgress) -
 
 
 def _run_one(
-    run: BenchRun, benchmark: Benchmark, tokenizer: Any, engine: Callable[[], RolloutEngine],
+    run: BenchRun,
+    benchmark: Benchmark,
+    tokenizer: Any,
+    engine: Callable[[], RolloutEngine],
     progress: BenchProgress,
-) -> dict[str, Any]:  # fmt: skip
-    """Write and grade the answers to one benchmark that are not there yet."""
+) -> dict[str, Any]:
+    """Write and grade the answers to one benchmark that are not there yet; return its scores."""
     places, prompts, sampling = _requests(run, benchmark)
     answers = Answers(run.out / benchmark.name, _settings(run, prompts, sampling))
     done = sum(place in answers.found for place in places)
@@ -84,7 +87,7 @@ def _run_one(
         writer = engine()
         progress.start(f"{benchmark.name}: answers", len(places), done)
         _generate(run, writer, answers, prompts, places, sampling, tokenizer, progress)
-    result = _score(benchmark, answers, sorted(places), progress)
+    result = _graded(benchmark, answers, sorted(places), progress)
     progress.finish(benchmark.name, result, time.perf_counter() - start)
     return result
 
@@ -92,7 +95,7 @@ def _run_one(
 def _requests(
     run: BenchRun, benchmark: Benchmark
 ) -> tuple[list[Place], dict[int, list[int]], Sampling]:
-    """All (problem, sample) places, the prompts by problem, and how their answers are drawn."""
+    """Return all places, the prompts' ids by problem, and how their answers are drawn."""
     prompts = dict(enumerate(benchmark.prompts))
     count = 1 if benchmark.is_greedy else run.samples
     temperature, top_p = (0.0, 1.0) if benchmark.is_greedy else (run.temperature, run.top_p)
@@ -101,19 +104,29 @@ def _requests(
 
 
 def _settings(run: BenchRun, prompts: dict[int, list[int]], sampling: Sampling) -> dict[str, Any]:
-    """What answers depend on; the number of samples is free, more can be added."""
+    """Return what answers depend on; the number of samples is free, more can be added."""
     digest = hashlib.sha256(json.dumps(list(prompts.values())).encode()).hexdigest()
     return run.model | {
-        "engine": run.recipe.rollout.engine, "prompts": digest, "temperature": sampling.temperature,
-        "top_p": sampling.top_p, "max_tokens": sampling.max_tokens, "seed": sampling.seed,
-    }  # fmt: skip
+        "engine": run.recipe.rollout.engine,
+        "prompts": digest,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "max_tokens": sampling.max_tokens,
+        "seed": sampling.seed,
+    }
 
 
 def _generate(
-    run: BenchRun, engine: RolloutEngine, answers: Answers, prompts: dict[int, list[int]],
-    places: list[Place], sampling: Sampling, tokenizer: Any, progress: BenchProgress,
-) -> None:  # fmt: skip
-    """Every batch that lacks an answer, whole; answers are kept as each ends."""
+    run: BenchRun,
+    engine: RolloutEngine,
+    answers: Answers,
+    prompts: dict[int, list[int]],
+    places: list[Place],
+    sampling: Sampling,
+    tokenizer: Any,
+    progress: BenchProgress,
+) -> None:
+    """Generate every batch that lacks an answer, whole; answers are kept as each ends."""
 
     def keep(sample: Trajectory) -> None:
         number, problem = divmod(sample.index, MOST_PROBLEMS)
@@ -135,10 +148,10 @@ def _generate(
         engine.generate(requests, sampling, keep)
 
 
-def _score(
+def _graded(
     benchmark: Benchmark, answers: Answers, places: list[Place], progress: BenchProgress
 ) -> dict[str, Any]:
-    """Grade what was not graded yet, write samples.jsonl, and sum up these places."""
+    """Grade what was not graded yet, write samples.jsonl, and return the scores of these places."""
     graded = {(x["problem"], x["sample"]): x for x in answers.finished() or []}
     todo = [place for place in places if place not in graded]
     progress.start(f"{benchmark.name}: grades", len(places), len(places) - len(todo))
@@ -159,7 +172,7 @@ def _score(
 
 
 def _grade(benchmark: Benchmark, answers: Answers, places: list[Place]) -> list[dict[str, Any]]:
-    """The lines of samples.jsonl at these places; a truncated answer is wrong."""
+    """Return the lines of samples.jsonl at these places; a truncated answer is wrong."""
     found = [(benchmark.problems[place[0]], answers.found[place]) for place in places]
     whole = [i for i, (_, answer) in enumerate(found) if not answer["truncated"]]
     asked = [
@@ -180,8 +193,13 @@ def _line(grade: Grade) -> dict[str, Any]:
 
 def _write(run: BenchRun, results: dict[str, Any]) -> None:
     figures = {
-        "model": run.model["model"], "engine": run.recipe.rollout.engine, "seed": run.seed,
-        "temperature": run.temperature, "top_p": run.top_p, "max_tokens": run.max_tokens,
-        "enable_thinking": run.recipe.thinks_in_evaluation, "benchmarks": results,
-    }  # fmt: skip
+        "model": run.model["model"],
+        "engine": run.recipe.rollout.engine,
+        "seed": run.seed,
+        "temperature": run.temperature,
+        "top_p": run.top_p,
+        "max_tokens": run.max_tokens,
+        "enable_thinking": run.recipe.thinks_in_evaluation,
+        "benchmarks": results,
+    }
     write_whole(run.out / "results.json", json.dumps(figures, indent=2) + "\n")
