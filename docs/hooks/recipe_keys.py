@@ -1,4 +1,4 @@
-"""Tables of a typed YAML file's keys, made from its pydantic models: key, type, default, meaning."""
+"""Tables of a typed YAML file's keys, made from its pydantic models."""
 
 from __future__ import annotations
 

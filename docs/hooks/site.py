@@ -117,10 +117,9 @@ def _python_page() -> str:
     doors = _exported("loss")
     files = {file.stem for file in (PACKAGE / "loss").glob("*.py")}
     parts += [_entry(f"iwopd_megatron.loss.{name}") for name in doors if name not in files]
-    for room, wanted in (("loss", [n for n in doors if n in files]), ("weights", _exported("weights"))):
-        for name in wanted:
-            module = f"iwopd_megatron.{room}.{name}"
-            parts.append(f"\n## {module}\n\n{_entry(module, heading=False)}")
+    modules = [f"iwopd_megatron.loss.{name}" for name in doors if name in files]
+    modules += [f"iwopd_megatron.weights.{name}" for name in _exported("weights")]
+    parts += [f"\n## {module}\n\n{_entry(module, heading=False)}" for module in modules]
     return "\n".join(parts)
 
 
