@@ -125,7 +125,7 @@ def test_the_reference_has_every_key_and_command():
     assert "| `student.hf` | path | **required** |" in page
     made = commands.page()
     assert all(f"### `iwopd {name}`" in made for name in commands.all_commands())
-    assert "| `--tp` | integer, ≥ 1, ≤ 1.04858e+06 | `1` |" in made
+    assert "| `--tp` | integer, ≥ 1, ≤ 1048576 | `1` |" in made
 
 
 def test_how_tos_are_short():

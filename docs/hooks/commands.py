@@ -82,8 +82,8 @@ def _type(param: Any) -> str:
         return "several"
     words = {"Path": "path", "str": "text", "int": "integer", "float": "number", "bool": "switch"}
     text = words.get(name, name)
-    limits = [f"≥ {param.min:g}"] if param.min is not None else []
-    limits += [f"≤ {param.max:g}"] if param.max is not None else []
+    limits = [f"≥ {param.min}"] if param.min is not None else []
+    limits += [f"≤ {param.max}"] if param.max is not None else []
     return ", ".join([text, *limits])
 
 

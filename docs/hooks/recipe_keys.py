@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +35,7 @@ def keys(root: type[BaseModel], prefix: str = "") -> Iterator[str]:
 def _sections(section: type[BaseModel], prefix: str, shown: set[str]) -> Iterator[str]:
     """Return the table of one section, then those of its own sections."""
     title = prefix.removesuffix(".") or "Top level"
-    yield f"\n## {f'`{title}`' if prefix else title}\n"
+    yield f"\n## {f'`{title}`' if prefix else title} {{ #{_anchor(prefix)} }}\n"
     doc = inspect.getdoc(section) if section.__doc__ and "!!" not in section.__doc__ else None
     if doc and section.__mro__[1].__doc__ != section.__doc__:
         yield doc.split("\n\n")[0].replace("\n", " ") + "\n"
@@ -49,17 +50,24 @@ def _sections(section: type[BaseModel], prefix: str, shown: set[str]) -> Iterato
     for found, where in inner:
         if found.__name__ in SHOWN_ONCE and found.__name__ in shown:
             first = {"Source": "data.train[...]", "Teacher": "teacher"}[found.__name__]
-            yield f"\n## `{where.removesuffix('.')}`\n\nThe keys of `{first}`.\n"
+            title = where.removesuffix(".")
+            yield f"\n## `{title}` {{ #{_anchor(where)} }}\n\nThe keys of `{first}`.\n"
             continue
         shown.add(found.__name__)
         yield from _sections(found, where, shown)
 
 
+def _anchor(prefix: str) -> str:
+    """Return the id of a section's heading."""
+    return "-".join(["keys", *re.findall(r"\w+", prefix)])
+
+
 def _row(key: str, field: FieldInfo) -> str:
-    section, _ = _section(field.annotation)
+    section, suffix = _section(field.annotation)
     meaning = field.description or ""
-    if section is not None and not meaning:
-        meaning = "a section, see below"
+    if section is not None:
+        meaning = f"{meaning}; " if meaning else ""
+        meaning += f"[its keys](#{_anchor(f'{key}{suffix}.')})"
     cells = [f"`{key}`", _type(field), _default(field, section), meaning]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -131,7 +139,7 @@ def _default(field: FieldInfo, section: type[BaseModel] | None) -> str:
         return "**required**"
     value = field.get_default(call_default_factory=True)
     if section is not None and isinstance(value, BaseModel):
-        return "its keys' own"
+        return ""
     return f"`{_yaml(value)}`"
 
 

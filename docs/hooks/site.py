@@ -30,6 +30,7 @@ INCLUDED = {
     "contributing.md": ROOT / "CONTRIBUTING.md",
     "changes.md": ROOT / "CHANGELOG.md",
 }
+WITH_FORMULAS = ("method.md", "howto/weighting.md")  # between dollars, in a line
 NOT_FORMULAS = ("__init__", "picture", "text")  # of the planner's files
 
 
@@ -56,6 +57,13 @@ def on_files(files: Files, config: Any) -> Files:
         place = f"figures/{picture.name}"
         files.append(File.generated(config, place, abs_src_path=str(picture)))
     return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Turn $...$ of the pages that have formulas into MathML."""
+    if page.file.src_uri not in WITH_FORMULAS:
+        return markdown
+    return re.sub(r"\$([^$`\n]+)\$", lambda match: convert(match[1]), markdown)
 
 
 def on_post_build(config: Any) -> None:
