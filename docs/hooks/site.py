@@ -137,13 +137,16 @@ def _planner_page() -> str:
     for file in sorted((PACKAGE / "plan").glob("*.py")):
         if file.stem not in NOT_FORMULAS:
             module = f"iwopd_megatron.plan.{file.stem}"
-            parts.append(f"\n## {module}\n\n{_entry(module, heading=False)}")
+            entry = _entry(module, heading=False, source=True)
+            parts.append(f"\n## {module}\n\n{entry}")
     return "\n".join(parts)
 
 
-def _entry(name: str, heading: bool = True) -> str:
-    shown = "true" if heading else "false"
-    return f"\n::: {name}\n    options:\n      show_root_heading: {shown}\n"
+def _entry(name: str, heading: bool = True, source: bool = False) -> str:
+    """Return what mkdocstrings replaces by docstrings, with their code where `source`."""
+    options = {"show_root_heading": heading, "show_source": source}
+    lines = [f"      {key}: {str(value).lower()}" for key, value in options.items()]
+    return "\n".join(["", f"::: {name}", "    options:", *lines, ""])
 
 
 def _exported(room: str) -> list[str]:
