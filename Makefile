@@ -10,7 +10,7 @@ OUT ?= runs/demo
 DISK ?=
 KILLS ?= 20
 
-.PHONY: setup fix fuzz demo demo-sglang demo-models ablation test test-runs test-sglang test-vllm test-slurm lint bench bench-loss \
+.PHONY: setup docs fix fuzz demo demo-sglang demo-models ablation test test-runs test-sglang test-vllm test-slurm lint bench bench-loss \
 	bench-convert bench-exactness bench-plan bench-streaming bench-trl drill gpu-check gpu-check-venv gpu-tables cluster-venv
 
 setup: $(VENV)/ready
@@ -80,6 +80,14 @@ lint: setup
 fix: setup
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+# The documentation as pages that open without a network: build/site/index.html.
+docs: setup $(VENV)/docs-ready
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet --strict
+
+$(VENV)/docs-ready: $(VENV)/ready
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[docs]"
+	touch $@
 
 # Tables for bench/RESULTS.md: a demo round by phase, and the training step against plain PyTorch.
 bench: setup bench-loss
