@@ -100,7 +100,7 @@ def check_finite(tensor: torch.Tensor, name: str) -> None:
 
 
 class Loaded(NamedTuple):
-    """What this rank read."""
+    """How many bytes this rank read, in how many seconds."""
 
     nbytes: int
     seconds: float
