@@ -10,7 +10,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbed
 
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.hf.config import parse_hf_config, read_hf_config
-from iwopd_megatron.hf.rotary import inverse_frequencies, turn
+from iwopd_megatron.models.rotary import inverse_frequencies, turn
 
 DENSE = dict(
     model_type="qwen3", vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2,

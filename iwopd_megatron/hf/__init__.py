@@ -1,7 +1,7 @@
 """What a Hugging Face folder is: its configuration, shapes, headers, tokenizer and companions.
 
 In comes a folder; out goes an `HfConfig`, frozen and typed, or one sentence on why the folder
-cannot be read. No weight is read here and, but for `rotary`, no torch is imported.
+cannot be read. No weight is read here, and no torch is imported.
 """
 
 __all__ = [
@@ -14,6 +14,5 @@ __all__ = [
     "folder",
     "known_models",
     "rope",
-    "rotary",
     "shapes",
 ]

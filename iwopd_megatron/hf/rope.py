@@ -1,7 +1,7 @@
 """Rotary settings of a config.json, by transformers' precedence (modeling_rope_utils.py, 5.23.0).
 
 A non-empty `rope_scaling` replaces `rope_parameters`; `rope_theta` inside either wins over the
-one at the top level; `rope_type` wins over `type`. Imports no torch: `rotary.py` computes with it.
+one at the top level; `rope_type` wins over `type`. models/rotary.py computes with it.
 """
 
 from __future__ import annotations

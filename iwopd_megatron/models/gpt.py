@@ -13,9 +13,9 @@ import torch.nn.functional as F
 
 from iwopd_megatron.config.models import Layout
 from iwopd_megatron.hf.config import HfConfig
-from iwopd_megatron.hf.rotary import inverse_frequencies
 from iwopd_megatron.models import layer_specs as backend
 from iwopd_megatron.models.marks import mark_parameter
+from iwopd_megatron.models.rotary import inverse_frequencies
 from iwopd_megatron.runtime import device
 from iwopd_megatron.runtime.megatron import (
     Float16Module,

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from iwopd_megatron.hf.rope import Rope
-from iwopd_megatron.hf.rotary import inverse_frequencies, turn
+from iwopd_megatron.models.rotary import inverse_frequencies, turn
 from iwopd_megatron.runtime import device
 from iwopd_megatron.runtime.parallel import Packing, zigzag_index
 

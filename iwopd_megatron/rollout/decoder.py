@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from iwopd_megatron.hf.config import HfConfig
-from iwopd_megatron.hf.rotary import inverse_frequencies, turn
 from iwopd_megatron.models.native_ops import grouped_mm, rms_scale, rotate, swiglu
+from iwopd_megatron.models.rotary import inverse_frequencies, turn
 
 
 class Layer(NamedTuple):
