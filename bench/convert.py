@@ -30,15 +30,30 @@ from iwopd_megatron.weights.convert import hf_to_megatron, megatron_to_hf
 from iwopd_megatron.weights.safetensors_file import SafetensorsPlan, SafetensorsWriter
 
 CONFIG = dict(
-    model_type="qwen3_moe", vocab_size=32768, hidden_size=2048, intermediate_size=6144,
-    num_attention_heads=32, num_key_value_heads=4, head_dim=128, rms_norm_eps=1e-6,
-    max_position_embeddings=40960, num_experts=32, num_experts_per_tok=8,
-    moe_intermediate_size=768, norm_topk_prob=True, rope_theta=1e6, tie_word_embeddings=False,
-)  # fmt: skip
+    model_type="qwen3_moe",
+    vocab_size=32768,
+    hidden_size=2048,
+    intermediate_size=6144,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    head_dim=128,
+    rms_norm_eps=1e-6,
+    max_position_embeddings=40960,
+    num_experts=32,
+    num_experts_per_tok=8,
+    moe_intermediate_size=768,
+    norm_topk_prob=True,
+    rope_theta=1e6,
+    tie_word_embeddings=False,
+)
 FLAGSHIP = CONFIG | dict(
-    vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_attention_heads=64,
-    num_experts=128, moe_intermediate_size=1536,
-)  # fmt: skip
+    vocab_size=151936,
+    hidden_size=4096,
+    intermediate_size=12288,
+    num_attention_heads=64,
+    num_experts=128,
+    moe_intermediate_size=1536,
+)
 MODELS = {"1": (CONFIG, 2), "4": (CONFIG, 11), "8": (CONFIG, 23), "235b": (FLAGSHIP, 1)}
 ROUNDS, WORKERS = 3, 2
 

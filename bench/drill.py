@@ -23,9 +23,13 @@ ROUNDS, EVERY = 8, 2
 # Longest delay after a point is reached: about what the phase takes.
 SECONDS = {"generate": 0.1, "score": 0.05, "train": 0.1, "step": 0.01, "sync": 0.01, "save": 0.6}
 SETTINGS = [
-    f"train.rounds={ROUNDS}", "train.warmup_rounds=2", f"checkpoint.every={EVERY}",
-    "evaluate.every=4", "evaluate.problems=64", "train.minibatches=2",
-]  # fmt: skip
+    f"train.rounds={ROUNDS}",
+    "train.warmup_rounds=2",
+    f"checkpoint.every={EVERY}",
+    "evaluate.every=4",
+    "evaluate.problems=64",
+    "train.minibatches=2",
+]
 PYTHON = [sys.executable, "-W", "ignore"]
 RECIPE = "recipes/demo_tiny_moe.yaml"
 
@@ -67,8 +71,11 @@ def main():
             start = said[0].split()[3] if said else "0"
             same = again.returncode == 0 and results(out) == expected
             identical += same
-            print(f"| {i + 1} | {at_round} | {point} | {seconds:.3f} | {code} | {start} | "
-                  f"{'yes' if same else 'NO ' + again.stderr[-200:]} |", flush=True)  # fmt: skip
+            print(
+                f"| {i + 1} | {at_round} | {point} | {seconds:.3f} | {code} | {start} | "
+                f"{'yes' if same else 'NO ' + again.stderr[-200:]} |",
+                flush=True,
+            )
     print(json.dumps({"kills": kills, "identical": identical}))
 
 

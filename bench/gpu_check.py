@@ -44,19 +44,37 @@ from iwopd_megatron.train.trainer import Trainer
 
 STEPS, WARM_UP = 8, 3
 QWEN = dict(
-    model_type="qwen3_moe", num_attention_heads=32, num_key_value_heads=4, head_dim=128,
-    vocab_size=151936, rms_norm_eps=1e-6, rope_theta=1e6, max_position_embeddings=40960,
+    model_type="qwen3_moe",
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    head_dim=128,
+    vocab_size=151936,
+    rms_norm_eps=1e-6,
+    rope_theta=1e6,
+    max_position_embeddings=40960,
     intermediate_size=6144,
-)  # fmt: skip
+)
 # Slices of real models: their layer shapes, vocabulary and head, few layers; random weights.
 SLICES = {
     "Qwen3-30B-A3B, 4 of 48 layers": QWEN
-    | dict(hidden_size=2048, num_hidden_layers=4, num_experts=128, num_experts_per_tok=8,
-           moe_intermediate_size=768, norm_topk_prob=True),
+    | dict(
+        hidden_size=2048,
+        num_hidden_layers=4,
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+        norm_topk_prob=True,
+    ),
     "Qwen3-4B, 6 of 36 layers": QWEN
-    | dict(model_type="qwen3", hidden_size=2560, num_hidden_layers=6, num_key_value_heads=8,
-           intermediate_size=9728, tie_word_embeddings=True),
-}  # fmt: skip
+    | dict(
+        model_type="qwen3",
+        hidden_size=2560,
+        num_hidden_layers=6,
+        num_key_value_heads=8,
+        intermediate_size=9728,
+        tie_word_embeddings=True,
+    ),
+}
 LENGTHS = {"8 x 1024 tokens": [1024] * 8, "1 x 8192 tokens": [8192], "128 x 64 tokens": [64] * 128}
 
 
@@ -115,12 +133,16 @@ def time_slice(hf, lengths, recompute, queue):
         active += experts * hf.num_experts_per_tok / hf.num_experts - experts
     if hf.tie_word_embeddings:
         active += hf.vocab_size * hf.hidden_size
-    queue.put({
-        "ms": {name: 1e3 * statistics.median(values[WARM_UP:]) for name, values in times.items()},
-        "tokens": sum(lengths),
-        "active": active,
-        "peak_gib": device.peak_memory_bytes() / 2**30,
-    })  # fmt: skip
+    queue.put(
+        {
+            "ms": {
+                name: 1e3 * statistics.median(values[WARM_UP:]) for name, values in times.items()
+            },
+            "tokens": sum(lengths),
+            "active": active,
+            "peak_gib": device.peak_memory_bytes() / 2**30,
+        }
+    )
     shutdown()
 
 
@@ -182,9 +204,16 @@ def demo_table():
 def step_table():
     """Times of one training step on slices of real models; returns forward + backward ms."""
     print_heading(
-        "bf16 step, one micro-batch", "packed as", "recompute", "forward + backward ms",
-        "forward ms", "optimiser ms", "tokens/s", "model TFLOP/s", "peak GiB",
-    )  # fmt: skip
+        "bf16 step, one micro-batch",
+        "packed as",
+        "recompute",
+        "forward + backward ms",
+        "forward ms",
+        "optimiser ms",
+        "tokens/s",
+        "model TFLOP/s",
+        "peak GiB",
+    )
     results = {}
     for model, sizes in SLICES.items():
         hf = parse_hf_config(sizes, model)
@@ -193,10 +222,16 @@ def step_table():
                 r = in_world(time_slice, hf, lengths, recompute)[0]
                 train, optimiser = r["ms"]["forward + backward"], r["ms"]["optimiser"]
                 print_row(
-                    model, packed, recompute, f"{train:.1f}", f"{r['ms']['forward only']:.1f}",
-                    f"{optimiser:.1f}", f"{r['tokens'] / (train + optimiser) * 1e3:,.0f}",
-                    f"{6 * r['active'] * r['tokens'] / train / 1e9:.0f}", f"{r['peak_gib']:.1f}",
-                )  # fmt: skip
+                    model,
+                    packed,
+                    recompute,
+                    f"{train:.1f}",
+                    f"{r['ms']['forward only']:.1f}",
+                    f"{optimiser:.1f}",
+                    f"{r['tokens'] / (train + optimiser) * 1e3:,.0f}",
+                    f"{6 * r['active'] * r['tokens'] / train / 1e9:.0f}",
+                    f"{r['peak_gib']:.1f}",
+                )
                 results[f"{model}, {packed}, {recompute}"] = round(train, 2)
     return results
 

@@ -37,9 +37,15 @@ def write_models(folder: Path) -> list[Path]:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
-        vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        tie_word_embeddings=True,
+    )
     Qwen3ForCausalLM(config).bfloat16().save_pretrained(folder / "dense")
     (folder / "moe").mkdir()
     source = ROOT / "recipes/demo/teacher"

@@ -148,8 +148,11 @@ def main() -> None:
         segments = torch.arange(RESPONSES, device=place).repeat_interleave(tokens // RESPONSES)
         mask = torch.ones(tokens, dtype=torch.bool, device=place)
         for rule in ("iw", "iw_signed"):
-            ms = milliseconds(lambda r=rule, g=gap, s=segments, m=mask: token_weights_packed(
-                g, s, m, rule=r, num_segments=RESPONSES))  # fmt: skip
+            ms = milliseconds(
+                lambda r=rule, g=gap, s=segments, m=mask: token_weights_packed(
+                    g, s, m, rule=r, num_segments=RESPONSES
+                )
+            )
             print(f"| {rule} | {tokens} | {ms:.2f} | {ms / (best * tokens / N):.1%} |")
 
 

@@ -142,16 +142,22 @@ def main():
         value = median[f"{count} bare products"]
         print(f"| {count} bare products | | {value:.2f} | {value / floor:.2f} | |")
     for name in variants:
-        print(f"| {name} | {median[name + ', forward']:.2f} | {median[name]:.2f} "
-              f"| {median[name] / floor:.2f} | {peaks[name]:.0f} |")  # fmt: skip
-    print(json.dumps({
-        "cpu_fwd_bwd_over_floor": round(median["ours"] / floor, 3),
-        "one_pass_over_3_products": round(
-            median["ours, gradient in the forward"] / median["3 bare products"], 3
-        ),
-        "peak_mb": round(peaks["ours"]),
-        "peak_mb_at_twice_the_tokens": round(twice),
-    }))  # fmt: skip
+        print(
+            f"| {name} | {median[name + ', forward']:.2f} | {median[name]:.2f} "
+            f"| {median[name] / floor:.2f} | {peaks[name]:.0f} |"
+        )
+    print(
+        json.dumps(
+            {
+                "cpu_fwd_bwd_over_floor": round(median["ours"] / floor, 3),
+                "one_pass_over_3_products": round(
+                    median["ours, gradient in the forward"] / median["3 bare products"], 3
+                ),
+                "peak_mb": round(peaks["ours"]),
+                "peak_mb_at_twice_the_tokens": round(twice),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -21,9 +21,19 @@ LIMIT = 10.0  # processor seconds a pair
 FOLDER = Path(__file__).parent.parent / "tests" / "math_pairs"
 BOXES = ("\\boxed", "\\fbox", "\\framebox")
 SPELLINGS = [
-    "{n}", "{n:03d}", "${n}$", "\\text{{{n}}}", "x = {n}", "{n}.0", "\\mathbf{{{n}}}", "{n}.",
-    "m+n={n}", "{n}\\text{{ cm}}", "{n}^\\circ", "\\, {n} \\,",
-]  # fmt: skip
+    "{n}",
+    "{n:03d}",
+    "${n}$",
+    "\\text{{{n}}}",
+    "x = {n}",
+    "{n}.0",
+    "\\mathbf{{{n}}}",
+    "{n}.",
+    "m+n={n}",
+    "{n}\\text{{ cm}}",
+    "{n}^\\circ",
+    "\\, {n} \\,",
+]
 
 
 class Pair(NamedTuple):

@@ -43,9 +43,13 @@ def training_speed(anchor: Training) -> float:
     """Tokens a second and GPU of a training step."""
     layout = anchor.layout
     load = Workload(
-        anchor.size, layout, GPUS[anchor.gpu], anchor.length * anchor.micro, anchor.length,
+        anchor.size,
+        layout,
+        GPUS[anchor.gpu],
+        anchor.length * anchor.micro,
+        anchor.length,
         software=anchor.software,
-    )  # fmt: skip
+    )
     copies = anchor.gpus // (layout.tp * layout.pp * layout.cp)
     count = anchor.sequences / copies / anchor.micro
     seconds = pipeline(forward_backward(load, anchor.recompute), layout, count)
@@ -66,8 +70,11 @@ def round_seconds(anchor: Round) -> float:
     servers = (anchor.generating or anchor.gpus) / anchor.tp
     written = generate(
         lambda batch, context: decode_step(engine, batch, context, anchor.tp),
-        lengths, prompt, anchor.samples / servers, 256,
-    )  # fmt: skip
+        lengths,
+        prompt,
+        anchor.samples / servers,
+        256,
+    )
     copies = anchor.gpus / (layout.tp * layout.pp * layout.cp)
     load = Workload(anchor.size, layout, gpu, anchor.limit, anchor.length)
     count = anchor.samples * anchor.length / anchor.limit / copies / 0.9
@@ -126,11 +133,15 @@ def main():
             a.calibrated,
         )
     print()
-    print(json.dumps({
-        "median_abs_error_throughput": round(statistics.median(errors["throughput"]), 4),
-        "median_abs_error_memory": round(statistics.median(errors["memory"]), 4),
-        "held_out_anchors": sum(map(len, errors.values())),
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "median_abs_error_throughput": round(statistics.median(errors["throughput"]), 4),
+                "median_abs_error_memory": round(statistics.median(errors["memory"]), 4),
+                "held_out_anchors": sum(map(len, errors.values())),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -40,8 +40,13 @@ def start_services(folder: Path) -> tuple[Keeper, list[str]]:
     env = outer_environment() | SglangServer.environment() | settings.env
     rollout = [str(settings.python), *server_command(recipe, ports[0])]
     teacher = [
-        sys.executable, "-m", "iwopd_megatron", "serve-teacher", RECIPE, f"--port={ports[1]}",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "iwopd_megatron",
+        "serve-teacher",
+        RECIPE,
+        f"--port={ports[1]}",
+    ]
     urls = [f"http://127.0.0.1:{port}" for port in ports]
     servers = [
         Server("rollout", rollout, env, folder / "rollout.log", urls[0]),

@@ -31,9 +31,14 @@ LR, WEIGHT_DECAY, GAMMA = 1e-3, 0.01, 0.5
 REPEATS, WARM_UP, ROUNDS = 3, 3, 12
 ATTENTION = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=32)
 STUDENT = ATTENTION | dict(
-    hidden_size=128, num_hidden_layers=4, num_experts=8, num_experts_per_tok=2,
-    moe_intermediate_size=64, norm_topk_prob=True, intermediate_size=128,  # no layer is dense
-)  # fmt: skip
+    hidden_size=128,
+    num_hidden_layers=4,
+    num_experts=8,
+    num_experts_per_tok=2,
+    moe_intermediate_size=64,
+    norm_topk_prob=True,
+    intermediate_size=128,  # no layer is dense
+)
 TEACHER = ATTENTION | dict(
     hidden_size=192, num_hidden_layers=6, intermediate_size=384, num_attention_heads=6
 )

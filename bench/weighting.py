@@ -45,10 +45,15 @@ def measure(ranks, queue):
                 dist.barrier()
                 times.append(
                     seconds(
-                        token_weights_packed, gap, segments, mask, rule=rule, cp_group=group,
+                        token_weights_packed,
+                        gap,
+                        segments,
+                        mask,
+                        rule=rule,
+                        cp_group=group,
                         num_segments=len(lengths),
                     )
-                )  # fmt: skip
+                )
             if dist.get_rank() == 0:
                 queue.put((tokens, rule, statistics.median(times)))
     dist.destroy_process_group()
@@ -73,16 +78,22 @@ def main():
     print("| --- | --- | --- | --- | --- | --- |")
     for ranks, tokens, rule, value in rows:
         cost = value * min(ranks, os.cpu_count()) / tokens
-        print(f"| {ranks} | {tokens:,} | {rule} | {1e3 * value:.1f} | {1e9 * cost:.0f} "
-              f"| {cost / per_token:.2%} |")  # fmt: skip
+        print(
+            f"| {ranks} | {tokens:,} | {rule} | {1e3 * value:.1f} | {1e9 * cost:.0f} "
+            f"| {cost / per_token:.2%} |"
+        )
     largest = {row[:3]: row[3] for row in rows}
     value = largest[1, max(TOKENS), "iw"]
-    print(json.dumps({
-        "share_of_head": round(value / max(TOKENS) / per_token, 5),
-        "time_per_token_16_times_the_tokens": round(
-            value / largest[1, min(TOKENS), "iw"] * min(TOKENS) / max(TOKENS), 2
-        ),
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "share_of_head": round(value / max(TOKENS) / per_token, 5),
+                "time_per_token_16_times_the_tokens": round(
+                    value / largest[1, min(TOKENS), "iw"] * min(TOKENS) / max(TOKENS), 2
+                ),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -18,10 +18,12 @@ def compressed_tensors_config(**weights) -> dict:
     inputs = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
     group = {"targets": ["Linear"], "weights": args, "input_activations": inputs}
     return {
-        "quant_method": "compressed-tensors", "format": "float-quantized",
-        "quantization_status": "compressed", "config_groups": {"group_0": group},
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
         "ignore": ["lm_head"],
-    }  # fmt: skip
+    }
 
 
 def quantise(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -44,11 +44,18 @@ def write_dense(folder: Path, head_dim: int) -> Path:
 
     torch.manual_seed(3)
     config = Qwen3Config(
-        vocab_size=16, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=head_dim,
-        max_position_embeddings=256, initializer_range=0.3, tie_word_embeddings=True,
+        vocab_size=16,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=head_dim,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        tie_word_embeddings=True,
         eos_token_id=1,
-    )  # fmt: skip
+    )
     Qwen3ForCausalLM(config).save_pretrained(folder)
     copy_tokenizer(STUDENT, folder)
     return folder
@@ -140,9 +147,12 @@ class ServedModel:
         """
         if not dist.is_initialized():
             os.environ.update(
-                RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
+                RANK="0",
+                LOCAL_RANK="0",
+                WORLD_SIZE="1",
+                MASTER_ADDR="127.0.0.1",
                 MASTER_PORT=str(free_port()),
-            )  # fmt: skip
+            )
         if self.push is not None:
             self.push.close()
         push = {

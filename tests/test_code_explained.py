@@ -18,11 +18,15 @@ STDIN = json.dumps({"inputs": ["1\n", "5\n"], "outputs": ["2\n", "10\n"]})
 ASSERTS = json.dumps({"asserts": ["assert f(1) == 2", "assert f(5) == 10"]})
 EVALPLUS = json.dumps(
     {
-        "task_id": "HumanEval/904", "entry_point": "f", "prompt": "def f(x):\n",
-        "canonical_solution": "    return 2 * x\n", "base_input": [[1], [5]], "plus_input": [[0]],
+        "task_id": "HumanEval/904",
+        "entry_point": "f",
+        "prompt": "def f(x):\n",
+        "canonical_solution": "    return 2 * x\n",
+        "base_input": [[1], [5]],
+        "plus_input": [[0]],
         "atol": 0,
     }
-)  # fmt: skip
+)
 
 
 REASONS = [

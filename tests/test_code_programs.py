@@ -9,11 +9,15 @@ from iwopd_megatron.grading.code.sandbox_values import long_numbers
 
 EVALPLUS = json.dumps(
     {
-        "task_id": "HumanEval/903", "entry_point": "f", "prompt": "def f(x):\n",
-        "canonical_solution": "    return 2 * x\n", "base_input": [[1], [5]], "plus_input": [[0]],
+        "task_id": "HumanEval/903",
+        "entry_point": "f",
+        "prompt": "def f(x):\n",
+        "canonical_solution": "    return 2 * x\n",
+        "base_input": [[1], [5]],
+        "plus_input": [[0]],
         "atol": 0,
     }
-)  # fmt: skip
+)
 ASSERTS = json.dumps({"asserts": ["assert f(1) == 2", "assert f(5) == 10"]})
 CALLS = json.dumps({"fn_name": "f", "inputs": [[1], [5]], "outputs": [2, 10]})
 STDIN = json.dumps({"inputs": ["1\n2\n", "5\n6\n"], "outputs": ["3\n", "11\n"]})
@@ -65,15 +69,14 @@ AT_RUN_TIME = {
     "def f(x): return pickle.loads(pickle.dumps(E.TWO)).value * x",
     "source": "import inspect\ndef g(x): return x\n"
     "def f(x): return 2 * x if inspect.getsource(g) == 'def g(x): return x\\n' else 0",
-    "module": "import sys\ndef g(x): return 2 * x\n"
-    "def f(x): return sys.modules[__name__].g(x)",
+    "module": "import sys\ndef g(x): return 2 * x\ndef f(x): return sys.modules[__name__].g(x)",
     "main module": "def g(x): return 2 * x\n"
     "def f(x):\n    import __main__\n    return __main__.g(x)",
     "globals": "def g(x): return 2 * x\ndef f(x): return globals()['g'](x)",
     "twice defined": "g = 3\ndef g(x): return 2 * x\ndef f(x): return g(x)",
     "type alias": "from typing import Generic, TypeVar\nT = TypeVar('T')\nclass B(Generic[T]):\n"
     "    def __init__(self, x: T): self.x = x\ndef f(x): return 2 * B[int](x).x",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -143,7 +146,7 @@ READERS = {
     "letters": "assert 'é∑'.encode() == b'\\xc3\\xa9\\xe2\\x88\\x91'\nimport sys\n"
     "print(sum(map(int, sys.stdin)), end='\\u3000')",
     "large": "assert len(str(2**99999)) > 4300\nimport sys\nprint(sum(map(int, sys.stdin)))",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", list(READERS))
@@ -153,25 +156,30 @@ def test_ways_to_read_and_write(name):
 
 PROVIDED = [
     "def f(x: List[int]) -> Optional[Dict[str, Set[Tuple[int]]]]: return 2 * x",
-    "def f(x): return 2 * deque([x])[0]", "def f(x): return 2 * math.floor(x)",
-    "def f(x): return 2 * min(inf, sqrt(x * x)) // 1", "def f(x): return heappop([2 * x])",
+    "def f(x): return 2 * deque([x])[0]",
+    "def f(x): return 2 * math.floor(x)",
+    "def f(x): return 2 * min(inf, sqrt(x * x)) // 1",
+    "def f(x): return heappop([2 * x])",
     "def f(x): return heapq.nlargest(1, [2 * x])[0]",
     "def f(x): return 2 * Counter([x]).most_common()[0][0]",
     "def f(x):\n    d = defaultdict(int)\n    d[x] += 2 * x\n    return d[x]",
-    "@lru_cache(None)\ndef f(x): return 2 * x", "@cache\ndef f(x): return 2 * x",
+    "@lru_cache(None)\ndef f(x): return 2 * x",
+    "@cache\ndef f(x): return 2 * x",
     "def f(x): return reduce(operator.add, [x, x])",
     "def f(x): return list(accumulate([x, x]))[-1]",
-    "def f(x): return bisect_left(range(99), 2 * x)", "def f(x): return 2 * copy.deepcopy(x)",
+    "def f(x): return bisect_left(range(99), 2 * x)",
+    "def f(x): return 2 * copy.deepcopy(x)",
     "def f(x): return int(re.sub('a', '', f'a{2 * x}'))",
     "def f(x): return 2 * x + 0 * len(string.digits)",
     "def f(x): return 2 * x if datetime.date(2020, 1, 2).day == 2 else 0",
     "def f(x): return pow(2 * x, 1, 99)",
-    "def f(x): return json.loads(str(2 * x))", "def f(x): return 2 * x + random.randint(0, 0)",
+    "def f(x): return json.loads(str(2 * x))",
+    "def f(x): return 2 * x + random.randint(0, 0)",
     "class Solution:\n    def f(self, x: List[int]) -> int: return 2 * x",
     "def g(n): return 0 if n == 0 else 1 + g(n - 1)\ndef f(x): return g(2 * x + 10**5) - 10**5",
     "@cache\ndef g(n): return 0 if n == 0 else 1 + g(n - 1)\n"
     "def f(x): return g(2 * x + 20000) - 20000",
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("code", PROVIDED)

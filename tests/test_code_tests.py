@@ -16,10 +16,14 @@ from iwopd_megatron.grading.code.cases import (
 from iwopd_megatron.grading.code.grader import is_right
 
 EVALPLUS = {
-    "task_id": "Mbpp/900", "entry_point": "f", "prompt": "'''Double.'''\n",
-    "canonical_solution": "def f(x):\n    return 2 * x\n", "base_input": [[1]], "plus_input": [],
+    "task_id": "Mbpp/900",
+    "entry_point": "f",
+    "prompt": "'''Double.'''\n",
+    "canonical_solution": "def f(x):\n    return 2 * x\n",
+    "base_input": [[1]],
+    "plus_input": [],
     "atol": 0,
-}  # fmt: skip
+}
 CALLS = {"fn_name": "f", "inputs": [[1], [2]], "outputs": [2, 4]}
 STDIN = {"inputs": ["1\n", "2\n"], "outputs": ["2\n", "4\n"]}
 ASSERTS = {"asserts": ["assert f(1) == 2", "x = f(2)\nassert x == 4, 'no'"]}
@@ -29,11 +33,17 @@ PROGRAM = "```python\ndef f(x):\n    return 2 * x\n```"
 @pytest.mark.parametrize(
     "answer",
     [
-        EVALPLUS, EVALPLUS | {"plus_input": {}}, CALLS, STDIN, ASSERTS, STDIN | {"fn_name": None},
+        EVALPLUS,
+        EVALPLUS | {"plus_input": {}},
+        CALLS,
+        STDIN,
+        ASSERTS,
+        STDIN | {"fn_name": None},
         dict.fromkeys(["asserts", "entry_point", "task_id"]) | CALLS,
-        {"inputs": [["1", "2"], ""], "outputs": [["3"], "0"]}, {"inputs": [1], "outputs": [2.5]},
+        {"inputs": [["1", "2"], ""], "outputs": [["3"], "0"]},
+        {"inputs": [1], "outputs": [2.5]},
     ],
-)  # fmt: skip
+)
 def test_good_answers(answer):
     check_test_cases(json.dumps(answer))
 

@@ -18,11 +18,23 @@ from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.records.resume import check_resume
 
 HF = dict(
-    model_type="qwen3_moe", vocab_size=512, num_attention_heads=4, num_key_value_heads=2,
-    num_hidden_layers=4, intermediate_size=128, num_local_experts=8, moe_intermediate_size=32,
-    hidden_size=64, head_dim=16, rms_norm_eps=1e-6, max_position_embeddings=40960,
-    num_experts_per_tok=2, norm_topk_prob=True, rope_theta=1e6, eos_token_id=1,
-)  # fmt: skip
+    model_type="qwen3_moe",
+    vocab_size=512,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_hidden_layers=4,
+    intermediate_size=128,
+    num_local_experts=8,
+    moe_intermediate_size=32,
+    hidden_size=64,
+    head_dim=16,
+    rms_norm_eps=1e-6,
+    max_position_embeddings=40960,
+    num_experts_per_tok=2,
+    norm_topk_prob=True,
+    rope_theta=1e6,
+    eos_token_id=1,
+)
 DENSE = {k: v for k, v in HF.items() if "expert" not in k and "topk" not in k} | {
     "model_type": "qwen3"
 }

@@ -113,8 +113,9 @@ def test_what_another_conversion_left_is_removed(change, moe_folder, tmp_path):
     if change == "source":
         os.utime(source / "model.safetensors", (1, 1))
     said = []
-    result = hf_to_megatron(source, tmp_path / "out", names="te" if change == "settings" else
-                            "native", say=said.append)  # fmt: skip
+    result = hf_to_megatron(
+        source, tmp_path / "out", names="te" if change == "settings" else "native", say=said.append
+    )
     assert result["kept"] == 0
     assert said == [
         f"{tmp_path}/out.partial is of another source or other settings; it is removed."

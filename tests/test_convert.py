@@ -46,9 +46,17 @@ def assert_same_bytes(got: dict, want: dict) -> None:
 @pytest.mark.parametrize("names", ["native", "te"])
 @pytest.mark.parametrize(("files", "workers", "limit"), [(1, 1, 2**25), (5, 3, 3000)])
 def test_there_and_back(
-    moe_folder, dense_folder, tied_folder, tmp_path, monkeypatch, dtype, names, files, workers,
+    moe_folder,
+    dense_folder,
+    tied_folder,
+    tmp_path,
+    monkeypatch,
+    dtype,
+    names,
+    files,
+    workers,
     limit,
-):  # fmt: skip
+):
     monkeypatch.setattr(pieces, "PIECE_BYTES", limit)
     monkeypatch.setattr(shards, "SHARD_BYTES", 10 * limit)
     for template in (moe_folder, dense_folder, tied_folder):
@@ -105,9 +113,13 @@ def test_transformers_loads_what_is_exported(tmp_path, monkeypatch):
 def test_companion_files_are_carried(moe_folder, tmp_path):
     source = write_folder(tmp_path / "hf", moe_folder, on_disk(moe_folder), files=2)
     extra = {
-        "tokenizer.json": "{}", "tokenizer_config.json": "{}", "chat_template.jinja": "{{ x }}",
-        "merges.txt": "a b", "additional_chat_templates/tool.jinja": "t", "LICENSE": "free",
-    }  # fmt: skip
+        "tokenizer.json": "{}",
+        "tokenizer_config.json": "{}",
+        "chat_template.jinja": "{{ x }}",
+        "merges.txt": "a b",
+        "additional_chat_templates/tool.jinja": "t",
+        "LICENSE": "free",
+    }
     for name, text in extra.items():
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_text(text)
@@ -167,8 +179,12 @@ def test_check_of_equal_models(moe_folder, tmp_path):
     result = compare(read_side(moe_folder), read_side(source, workers=2))
     assert result.problems == []
     assert result.figures == {
-        "tensors": 135, "different": 0, "max_weight_error": 0.0, "logits": 0.0, "kl": 0.0,
-    }  # fmt: skip
+        "tensors": 135,
+        "different": 0,
+        "max_weight_error": 0.0,
+        "logits": 0.0,
+        "kl": 0.0,
+    }
     for manifest in (tmp_path / "m", tmp_path / "m" / "manifest.json"):
         assert compare(read_side(manifest), read_side(source)).problems == []
 
@@ -196,10 +212,17 @@ def test_commands(moe_folder, tmp_path):
     write_folder(tmp_path / "other", moe_folder, tensors)
     command = [sys.executable, "conversion/check.py", str(moe_folder), str(tmp_path / "other")]
     done = subprocess.run(
-        command, cwd=Path(__file__).parents[1], capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]) + os.pathsep
-                          + os.environ.get("PYTHONPATH", "")},
-    )  # fmt: skip
+        command,
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        env=os.environ
+        | {
+            "PYTHONPATH": str(Path(__file__).parents[1])
+            + os.pathsep
+            + os.environ.get("PYTHONPATH", "")
+        },
+    )
     assert done.returncode == 1 and "error: model.layers.2.mlp.experts.3.gate_proj" in done.stderr
     assert json.loads(done.stdout)["different"] == 2
 
@@ -282,9 +305,18 @@ def edit_config(folder: Path, **changes) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [truncated, missing_shard, torn_index, lying_index, missing_tensor, extra_tensor, wrong_shape,
-     other_heads, unknown_architecture],
-)  # fmt: skip
+    [
+        truncated,
+        missing_shard,
+        torn_index,
+        lying_index,
+        missing_tensor,
+        extra_tensor,
+        wrong_shape,
+        other_heads,
+        unknown_architecture,
+    ],
+)
 def test_unfit_folders(moe_folder, tmp_path, damage):
     source = write_folder(tmp_path / "hf", moe_folder, on_disk(moe_folder), files=3)
     refuse(damage(source), hf_to_megatron, source, tmp_path / "out")
@@ -337,8 +369,12 @@ def test_a_changed_folder_with_an_old_manifest(checkpoint, moe_folder, tmp_path)
     tensors = on_disk(tmp_path / "b")
     tensors["model.norm.weight"] += 1
     save_file(tensors, tmp_path / "b" / "model.safetensors")
-    refuse("or were changed and manifest.json has to go", hf_to_megatron, tmp_path / "b",
-           tmp_path / "m2")  # fmt: skip
+    refuse(
+        "or were changed and manifest.json has to go",
+        hf_to_megatron,
+        tmp_path / "b",
+        tmp_path / "m2",
+    )
     assert not (tmp_path / "m2").exists()
 
 
@@ -348,8 +384,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_nothing_is_overwritten_without_force(checkpoint, moe_folder, tmp_path):
     before = contents(checkpoint)
-    refuse("already exists; choose another folder, or add --force", hf_to_megatron, moe_folder,
-           checkpoint)  # fmt: skip
+    refuse(
+        "already exists; choose another folder, or add --force",
+        hf_to_megatron,
+        moe_folder,
+        checkpoint,
+    )
     assert contents(checkpoint) == before
     (checkpoint / "left-over").write_text("of an earlier run")
     hf_to_megatron(moe_folder, checkpoint, force=True)

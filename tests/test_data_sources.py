@@ -14,9 +14,14 @@ from iwopd_megatron.grading.math import grader as math_grader
 
 ROW = {"question": "1+1?", "answer": 2, "difficulty": 3, "source": "toy"}
 DEEPMATH = {
-    "question": "Find $\\lim_{x\\to 0} x$.", "final_answer": "0", "difficulty": 6.5,
-    "topic": "Calculus", "r1_solution_1": "a", "r1_solution_2": "b", "r1_solution_3": "c",
-}  # fmt: skip
+    "question": "Find $\\lim_{x\\to 0} x$.",
+    "final_answer": "0",
+    "difficulty": 6.5,
+    "topic": "Calculus",
+    "r1_solution_1": "a",
+    "r1_solution_2": "b",
+    "r1_solution_3": "c",
+}
 EURUS = {
     "data_source": "taco",
     "prompt": [

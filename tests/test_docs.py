@@ -14,9 +14,9 @@ from iwopd_megatron.launch.profile import Profile
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "docs" / "hooks"))
-import commands  # noqa: E402
-import offline  # noqa: E402
-import recipe_keys  # noqa: E402
+import commands
+import offline
+import recipe_keys
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
@@ -73,9 +73,10 @@ def test_commands_and_options_are_there(page):
         wrong = [
             word
             for word in words
-            if word.startswith("--") and name and word.partition("=")[0] not in
-            [*commands.options(known[name]), "--help"]
-        ]  # fmt: skip
+            if word.startswith("--")
+            and name
+            and word.partition("=")[0] not in [*commands.options(known[name]), "--help"]
+        ]
         assert not wrong, f"{line}: no such option {wrong}"
 
 
@@ -126,6 +127,13 @@ def test_the_reference_has_every_key_and_command():
     made = commands.page()
     assert all(f"### `iwopd {name}`" in made for name in commands.all_commands())
     assert "| `--tp` | integer, ≥ 1, ≤ 1048576 | `1` |" in made
+
+
+def test_every_key_says_what_it_means():
+    for root in (Recipe, Profile):
+        rows = [row for row in recipe_keys.page(root).splitlines() if row.startswith("| `")]
+        assert rows
+        assert [row for row in rows if not row.split("|")[-2].strip()] == []
 
 
 def test_how_tos_are_short():

@@ -95,16 +95,28 @@ def test_a_rule_reads_just_the_settings_that_change_its_weights():
 
     assert set(doctor.READS) == set(RULES)
     gap = torch.linspace(-3, 2, 20).flip(0)
-    other = dict(gamma=0.9, alpha=0.5, share=0.7, denominator="inclusive", start=0.55, end=0.2,
-                 anneal="linear")  # fmt: skip
+    other = dict(
+        gamma=0.9,
+        alpha=0.5,
+        share=0.7,
+        denominator="inclusive",
+        start=0.55,
+        end=0.2,
+        anneal="linear",
+    )
 
     def weights(rule, **changed):
         settings = WeightingRule(rule=rule).model_dump() | changed
         mean = ratio_mean([gap.tolist(), [1.0] * 20], settings["alpha"])
         return token_weights_packed(
-            gap, torch.zeros(20).long(), torch.ones(20).bool(), step=4, total_steps=10,
-            ratio_mean=mean, **settings,
-        )  # fmt: skip
+            gap,
+            torch.zeros(20).long(),
+            torch.ones(20).bool(),
+            step=4,
+            total_steps=10,
+            ratio_mean=mean,
+            **settings,
+        )
 
     for rule in RULES:
         for name, value in other.items():
@@ -116,8 +128,10 @@ def run_doctor(*overrides):
     command = [sys.executable, "-W", "ignore", "-m", "iwopd_megatron", "doctor"]
     return subprocess.run(
         [*command, "recipes/demo_tiny_moe.yaml", *overrides],
-        capture_output=True, text=True, env=os.environ,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=os.environ,
+    )
 
 
 def test_command():

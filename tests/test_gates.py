@@ -35,9 +35,13 @@ class Tokenizer:
 
 def sample(**changes) -> Trajectory:
     fields = dict(
-        index=3, prompt_ids=[1], response_ids=[2, 5], rollout_logp=[-1.0, -2.0],
-        teacher_logp=[-0.5, -3.0], weight_version=4,
-    )  # fmt: skip
+        index=3,
+        prompt_ids=[1],
+        response_ids=[2, 5],
+        rollout_logp=[-1.0, -2.0],
+        teacher_logp=[-0.5, -3.0],
+        weight_version=4,
+    )
     return Trajectory(**fields | changes)
 
 

@@ -18,9 +18,14 @@ def gpu_check(monkeypatch):
     import gpu_check as module
 
     small = dict(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=16, vocab_size=512, intermediate_size=64,
-    )  # fmt: skip
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=512,
+        intermediate_size=64,
+    )
     slices = {name: {**hf, **small} for name, hf in module.SLICES.items()}
     for hf in slices.values():
         if "num_experts" in hf:

@@ -13,19 +13,33 @@ from iwopd_megatron.hf.config import parse_hf_config, read_hf_config
 from iwopd_megatron.models.rotary import inverse_frequencies, turn
 
 DENSE = dict(
-    model_type="qwen3", vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, head_dim=32, rms_norm_eps=1e-6,
-    max_position_embeddings=256, rope_theta=1e6,
-)  # fmt: skip
+    model_type="qwen3",
+    vocab_size=64,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    rms_norm_eps=1e-6,
+    max_position_embeddings=256,
+    rope_theta=1e6,
+)
 MOE = DENSE | dict(
-    model_type="qwen3_moe", moe_intermediate_size=32, num_experts_per_tok=2, norm_topk_prob=True,
+    model_type="qwen3_moe",
+    moe_intermediate_size=32,
+    num_experts_per_tok=2,
+    norm_topk_prob=True,
     num_experts=4,
-)  # fmt: skip
+)
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
-}  # fmt: skip
+}
 DEFAULT = {"rope_type": "default", "rope_theta": 1e4}
 NOTHING = object()  # a key that is left out
 

@@ -44,9 +44,17 @@ def refusal(path, content: str | bytes) -> str:
         "\r\n".join(LINES) + "\r\n\r\n",
         BOM + LINES[0] + "\n" + BOM + "\n".join(LINES[1:]),
     ],
-    ids=["plain", "mark", "blank last line", "blanks", "blank between", "mark alone", "crlf",
-         "joined"],
-)  # fmt: skip
+    ids=[
+        "plain",
+        "mark",
+        "blank last line",
+        "blanks",
+        "blank between",
+        "mark alone",
+        "crlf",
+        "joined",
+    ],
+)
 def test_marks_and_blank_lines_are_passed_over(tmp_path, content):
     path = tmp_path / "data.jsonl"
     assert questions(path, content) == [row["question"] for row in ROWS]
@@ -146,10 +154,15 @@ def test_benchmarks_are_read_by_the_same_rule(tmp_path, name):
     """Their files come with a mark and blank lines too, and as arrays."""
     path = tmp_path / "bench.jsonl"
     row = ROWS[0] | {
-        "problem": "1+1?", "prompt": "# 1+1?", "task_id": "HumanEval/900", "entry_point": "f",
-        "canonical_solution": "\ndef f(x): return x", "base_input": [[1]], "plus_input": [[2]],
+        "problem": "1+1?",
+        "prompt": "# 1+1?",
+        "task_id": "HumanEval/900",
+        "entry_point": "f",
+        "canonical_solution": "\ndef f(x): return x",
+        "base_input": [[1]],
+        "plus_input": [[2]],
         "atol": 0,
-    }  # fmt: skip
+    }
     path.write_text(f"{BOM}{json.dumps(row)}\n\n", encoding="utf-8")
     own = {name: with_path(name, path, {})}
     assert len(load_benchmark(name, own).problems) == 1

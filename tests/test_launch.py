@@ -144,10 +144,13 @@ def test_every_recipe_has_a_place_on_a_cluster(tmp_path, name):
 
 
 def test_a_plan_that_does_not_fit_says_what_to_turn():
-    recipe = read_recipe(ROOT / "recipes" / "qwen3_235b_a22b_to_30b_a3b.yaml",
-                         ["student.recompute=none"])  # fmt: skip
-    assert re.match(r"does not fit h100-80: \w+ needs more memory; student\.recompute=",
-                    verdict(recipe, load_profile("slurm_h100")))  # fmt: skip
+    recipe = read_recipe(
+        ROOT / "recipes" / "qwen3_235b_a22b_to_30b_a3b.yaml", ["student.recompute=none"]
+    )
+    assert re.match(
+        r"does not fit h100-80: \w+ needs more memory; student\.recompute=",
+        verdict(recipe, load_profile("slurm_h100")),
+    )
 
 
 def test_job_and_recipe_survive_the_launch_folder(tmp_path):

@@ -21,9 +21,14 @@ def policy(old):
 
     def loss(logprobs, s):
         return policy_loss(
-            logprobs.logp, old[s], NOISE[1][s], torch.ones(len(logprobs.logp), dtype=torch.bool),
-            dual_clip=1.5, rollout_logp=(old + NOISE[2])[s], denominator=1 + NOISE[3][s].abs(),
-        )  # fmt: skip
+            logprobs.logp,
+            old[s],
+            NOISE[1][s],
+            torch.ones(len(logprobs.logp), dtype=torch.bool),
+            dual_clip=1.5,
+            rollout_logp=(old + NOISE[2])[s],
+            denominator=1 + NOISE[3][s].abs(),
+        )
 
     return loss
 
@@ -45,9 +50,14 @@ def test_equals_two_passes(kind, chunk, vocab):
         hidden, weight = HIDDEN.clone().requires_grad_(), WEIGHT.clone().requires_grad_()
         if one_pass:
             loss, out = linear_loss(
-                hidden, weight, TARGETS, token_loss, chunk_tokens=chunk, chunk_vocab=vocab,
+                hidden,
+                weight,
+                TARGETS,
+                token_loss,
+                chunk_tokens=chunk,
+                chunk_vocab=vocab,
                 **settings,
-            )  # fmt: skip
+            )
             assert not out.logp.requires_grad and not out.entropy.requires_grad
         else:
             out = linear_logprobs(hidden, weight, TARGETS, **settings)

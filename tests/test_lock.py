@@ -35,9 +35,16 @@ def holder(tmp_path):
 
 def test_a_second_run_is_refused_in_a_sentence(holder, tmp_path):
     command = [
-        sys.executable, "-W", "ignore", "-m", "iwopd_megatron", "train",
-        "recipes/demo_tiny_moe.yaml", f"out={tmp_path}", "--resume",
-    ]  # fmt: skip
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "iwopd_megatron",
+        "train",
+        "recipes/demo_tiny_moe.yaml",
+        f"out={tmp_path}",
+        "--resume",
+    ]
     done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(

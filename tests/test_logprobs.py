@@ -177,9 +177,14 @@ def check_tensor_parallel(tp: int) -> None:
             shard = weight[columns].clone().requires_grad_()
             calls.clear()
             out = linear_logprobs(
-                own, shard, targets, tp_group=group, sequence_parallel=sequence_parallel,
-                temperature=0.8, chunk_tokens=chunk,
-            )  # fmt: skip
+                own,
+                shard,
+                targets,
+                tp_group=group,
+                sequence_parallel=sequence_parallel,
+                temperature=0.8,
+                chunk_tokens=chunk,
+            )
             assert len(calls) == 2  # forward, however many chunks
             (upstream[0] * out.logp + upstream[1] * out.entropy).sum().backward()
             assert len(calls) == (2 if sequence_parallel else 3)  # a reduce-scatter is not counted

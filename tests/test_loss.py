@@ -41,15 +41,26 @@ def check(
     denominator = torch.full_like(logp, 7.0) if denominator is None else denominator
     logp = logp.clone().requires_grad_()
     loss = policy_loss(
-        logp, old, advantage, mask,
-        clip=clip, dual_clip=dual, rollout_logp=rollout, tis_cap=cap, denominator=denominator,
-    )  # fmt: skip
+        logp,
+        old,
+        advantage,
+        mask,
+        clip=clip,
+        dual_clip=dual,
+        rollout_logp=rollout,
+        tis_cap=cap,
+        denominator=denominator,
+    )
     loss.backward()
     lists = [x.tolist() for x in (logp, old, advantage, mask)]
     value, gradient = naive(
-        *lists, clip, None if rollout is None else rollout.tolist(), cap, denominator.tolist(),
+        *lists,
+        clip,
+        None if rollout is None else rollout.tolist(),
+        cap,
+        denominator.tolist(),
         dual,
-    )  # fmt: skip
+    )
     assert loss.item() == pytest.approx(value, rel=1e-5, abs=1e-6)
     assert logp.grad.tolist() == pytest.approx(gradient, rel=1e-5, abs=1e-6)
 
@@ -148,9 +159,13 @@ def test_extreme_log_ratios_stay_finite():
     logp = torch.tensor([-1e4, 0.0], requires_grad=True)
     old = torch.tensor([0.0, -1e4])
     loss = policy_loss(
-        logp, old, torch.tensor([1.0, -1.0]), torch.ones(2, dtype=torch.bool),
-        rollout_logp=old.flip(0), denominator=1,
-    )  # fmt: skip
+        logp,
+        old,
+        torch.tensor([1.0, -1.0]),
+        torch.ones(2, dtype=torch.bool),
+        rollout_logp=old.flip(0),
+        denominator=1,
+    )
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(logp.grad).all()
 
@@ -183,12 +198,17 @@ def test_total_does_not_depend_on_micro_batches(aggregation):
         total = 0.0
         for batch in plan:
             logp = torch.zeros(sum(lengths[i] for i in batch))
-            denominator = torch.cat([
-                torch.full((n,), float(token_denominator(aggregation, n, 5, sum(lengths))))
-                for n in (lengths[i] for i in batch)
-            ])  # fmt: skip
+            denominator = torch.cat(
+                [
+                    torch.full((n,), float(token_denominator(aggregation, n, 5, sum(lengths))))
+                    for n in (lengths[i] for i in batch)
+                ]
+            )
             total += policy_loss(
-                logp, logp, torch.cat([advantage[i] for i in batch]),
-                torch.ones_like(logp, dtype=torch.bool), denominator=denominator,
-            )  # fmt: skip
+                logp,
+                logp,
+                torch.cat([advantage[i] for i in batch]),
+                torch.ones_like(logp, dtype=torch.bool),
+                denominator=denominator,
+            )
         assert total.item() == pytest.approx(expected.item(), rel=1e-5)

@@ -87,11 +87,24 @@ def test_every_rule_is_needed_by_a_pair_or_an_example(monkeypatch):
 
 
 MORE = [  # for rules that no pair needs
-    "*42*", r"\text{arctan} 2", r"\arctg 1", r"\tg x", r"\ctg x", r"\cosec x", "oo",
-    r"2\imath", r"x \lt 3", r"x \gt 3", r"A \smallsetminus B", r"\lvert x\rvert",
+    "*42*",
+    r"\text{arctan} 2",
+    r"\arctg 1",
+    r"\tg x",
+    r"\ctg x",
+    r"\cosec x",
+    "oo",
+    r"2\imath",
+    r"x \lt 3",
+    r"x \gt 3",
+    r"A \smallsetminus B",
+    r"\lvert x\rvert",
     r"\lparen 1\rparen",
-    r"x\colon y", r"\big\{1\big\}", r"\rbrace", "1 \\ 2",
-]  # fmt: skip
+    r"x\colon y",
+    r"\big\{1\big\}",
+    r"\rbrace",
+    "1 \\ 2",
+]
 
 
 def test_characters_are_read_alike():
@@ -283,11 +296,45 @@ def test_reasons():
 
 
 LONG = [
-    "a", "a b ", "ab ", "1", "1,", "12 ", "\\text{a} ", "{", "}", "(", "\\frac", "\\sqrt", "x_1",
-    "x_{1}", "\\pm 1,", "$", "**", "_", "^", "\\ ", "or ", "A) ", "1 1/2 ", "\\left(", "\\{",
-    "a=b=", "\\mathbb{R}", "|x|", "1.5e3", "!", "√", "½", "is ", "\\text{", "5\\text{ m}", "x\\le ",
-    "\\begin{aligned}", "5 cm ",
-]  # fmt: skip
+    "a",
+    "a b ",
+    "ab ",
+    "1",
+    "1,",
+    "12 ",
+    "\\text{a} ",
+    "{",
+    "}",
+    "(",
+    "\\frac",
+    "\\sqrt",
+    "x_1",
+    "x_{1}",
+    "\\pm 1,",
+    "$",
+    "**",
+    "_",
+    "^",
+    "\\ ",
+    "or ",
+    "A) ",
+    "1 1/2 ",
+    "\\left(",
+    "\\{",
+    "a=b=",
+    "\\mathbb{R}",
+    "|x|",
+    "1.5e3",
+    "!",
+    "√",
+    "½",
+    "is ",
+    "\\text{",
+    "5\\text{ m}",
+    "x\\le ",
+    "\\begin{aligned}",
+    "5 cm ",
+]
 
 
 @pytest.mark.timeout(100)

@@ -17,8 +17,10 @@ from iwopd_megatron.weights.convert import hf_to_megatron
 from iwopd_megatron.weights.hf_reader import HfTensors
 
 HEAD, EMBEDDING, Q = (
-    "lm_head.weight", "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight",
-)  # fmt: skip
+    "lm_head.weight",
+    "model.embed_tokens.weight",
+    "model.layers.0.self_attn.q_proj.weight",
+)
 
 
 @pytest.fixture
@@ -59,8 +61,10 @@ def test_unfit_weights_are_refused_by_every_reader(folder, tmp_path, case):
     change, words = UNFIT[case]
     rewrite(folder, change)
     readers = (
-        check_model, HfTensors, lambda place: hf_to_megatron(place, tmp_path / "out"),
-    )  # fmt: skip
+        check_model,
+        HfTensors,
+        lambda place: hf_to_megatron(place, tmp_path / "out"),
+    )
     for reader in readers:
         with pytest.raises(RecipeError) as error:
             reader(folder)
@@ -201,10 +205,17 @@ def check_with(folder, tensors):
 
 def test_end_of_answer_ids(tmp_path):
     config = dict(
-        model_type="qwen3", vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-        num_attention_heads=1, num_key_value_heads=1, head_dim=8, rms_norm_eps=1e-6,
+        model_type="qwen3",
+        vocab_size=32,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+        rms_norm_eps=1e-6,
         max_position_embeddings=64,
-    )  # fmt: skip
+    )
     write_zeros(tmp_path, config)
     with pytest.raises(RecipeError, match="neither config names an eos_token_id"):
         eos_ids(tmp_path)

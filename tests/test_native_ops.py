@@ -33,8 +33,10 @@ def test_rms_norm(shape, dtype):
     check(
         lambda x, w: rms_norm(x, w, 1e-6),
         lambda x, w: x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w,
-        x.to(dtype), weight.to(dtype), **loose,
-    )  # fmt: skip
+        x.to(dtype),
+        weight.to(dtype),
+        **loose,
+    )
 
 
 def test_rms_norm_of_zeros_and_huge_values():
@@ -81,8 +83,11 @@ def test_grouped_mm_in_bf16():
     check(
         lambda x, w: grouped_mm(x, w, torch.tensor(counts)),
         lambda x, w: torch.cat([part @ w[e] for e, part in enumerate(x.split(counts))]),
-        x.bfloat16(), weight.bfloat16(), rtol=0.05, atol=0.1,
-    )  # fmt: skip
+        x.bfloat16(),
+        weight.bfloat16(),
+        rtol=0.05,
+        atol=0.1,
+    )
 
 
 def test_swiglu():

@@ -102,10 +102,11 @@ def with_scores(model, has_old, is_masked):
         near, far, base = 0.3 * torch.randn(3, len(own), generator=generator)
         mask = (torch.rand(len(own), generator=generator) < 0.7).tolist()
         sample = sample.with_scores(
-            rollout_logp=(own + 2 * far).tolist(), base_logp=(own + base).tolist(),
+            rollout_logp=(own + 2 * far).tolist(),
+            base_logp=(own + base).tolist(),
             old_logp=(own + near).tolist() if has_old else [],
             loss_mask=mask if is_masked else None,
-        )  # fmt: skip
+        )
         samples.append(sample)
     if is_masked:
         none = [False] * len(samples[2].response_ids)

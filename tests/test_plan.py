@@ -252,8 +252,10 @@ def test_a_round_adds_up():
 
 def test_nodes_hold_whole_roles_and_shared_ones():
     assert Cluster(trainer=16, teacher=2, rollout=6).nodes == [
-        {"trainer": 8}, {"trainer": 8}, {"rollout": 6, "teacher": 2},
-    ]  # fmt: skip
+        {"trainer": 8},
+        {"trainer": 8},
+        {"rollout": 6, "teacher": 2},
+    ]
     assert Cluster(trainer=3, teacher=1, rollout=4).nodes == [
         {"rollout": 4, "trainer": 3, "teacher": 1}
     ]
@@ -336,8 +338,10 @@ def test_every_recipe_can_be_planned(path, tmp_path):
 def test_gpus_that_a_recipe_does_not_give_are_said():
     figures = json.loads(run("recipes/demo_sglang.yaml", "--json").stdout)
     assert [line.split(",")[0] for line in figures["assumed"]] == [
-        "cluster.trainer=2", "cluster.teacher=1", "cluster.rollout=1"
-    ]  # fmt: skip
+        "cluster.trainer=2",
+        "cluster.teacher=1",
+        "cluster.rollout=1",
+    ]
     assert figures["gpus"] == 4 and {"teacher", "rollout"} <= set(figures["roles"])
 
 

@@ -21,14 +21,26 @@ from iwopd_megatron.plan.model_size import ModelSize
 from iwopd_megatron.runtime.parallel import initialise, packed_seq_params, shutdown
 
 SIZES = dict(
-    model_type="qwen3", vocab_size=512, hidden_size=64, intermediate_size=192, num_hidden_layers=4,
-    num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=512,
-    rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=False,
-)  # fmt: skip
+    model_type="qwen3",
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=192,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    max_position_embeddings=512,
+    rms_norm_eps=1e-6,
+    rope_theta=1e4,
+    tie_word_embeddings=False,
+)
 EXPERTS = dict(
-    model_type="qwen3_moe", num_experts=8, num_experts_per_tok=2, moe_intermediate_size=96,
+    model_type="qwen3_moe",
+    num_experts=8,
+    num_experts_per_tok=2,
+    moe_intermediate_size=96,
     norm_topk_prob=True,
-)  # fmt: skip
+)
 DENSE = parse_hf_config(SIZES, "dense")
 TIED = parse_hf_config(SIZES | {"tie_word_embeddings": True}, "tied")
 MOE = parse_hf_config(SIZES | EXPERTS, "moe")

@@ -70,9 +70,11 @@ def test_a_services_best_layout_is_that_of_an_exhaustive_search():
             for layout in layouts(base, gpus, base.recipe.teacher, (1,))
         ]
         expected = best_of(
-            base, options, lambda s: teacher_role(s, s.teachers[0]),
+            base,
+            options,
+            lambda s: teacher_role(s, s.teachers[0]),
             lambda s: scoring_seconds(s, s.teachers[0]),
-        )  # fmt: skip
+        )
         assert found[gpus] == expected
 
 

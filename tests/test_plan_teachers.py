@@ -89,8 +89,11 @@ def test_services_have_gpus_of_their_own_and_score_side_by_side():
     found = planned(*SERVICES, *two(SERVED_BIG, SERVED_DENSE), "rollout.max_response_tokens=2000")
     roles = {role.name: role for role in found.roles}
     assert [(role.name, role.gpus) for role in found.roles] == [
-        ("trainer", 3), ("teachers.math", 2), ("teachers.code", 1), ("rollout", 2),
-    ]  # fmt: skip
+        ("trainer", 3),
+        ("teachers.math", 2),
+        ("teachers.code", 1),
+        ("rollout", 2),
+    ]
     assert roles["teachers.math"].memory.weights == BIG_BYTES
     assert roles["teachers.code"].memory.weights == DENSE_BYTES
     assert roles["trainer"].memory.scorer == 0 and found.gpus == 8
@@ -193,13 +196,20 @@ def test_launcher_and_planner_refuse_the_same_services(words, sentence):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["teacher=null", f"teachers.math={{hf: {BIG}, service: {{}}}}",
-          "data.train=[{name: eurus_code}]"],
-         "add teachers.code"),
-        ([*two(SERVED_BIG, "service: {processes: 12}"), "cluster.teacher=14"],
-         "teachers.code.service.processes=12 does not fill whole nodes"),
+        (
+            [
+                "teacher=null",
+                f"teachers.math={{hf: {BIG}, service: {{}}}}",
+                "data.train=[{name: eurus_code}]",
+            ],
+            "add teachers.code",
+        ),
+        (
+            [*two(SERVED_BIG, "service: {processes: 12}"), "cluster.teacher=14"],
+            "teachers.code.service.processes=12 does not fill whole nodes",
+        ),
     ],
-)  # fmt: skip
+)
 def test_refused(words, sentence):
     with pytest.raises(RecipeError, match=sentence):
         planned(*words)

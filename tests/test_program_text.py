@@ -14,11 +14,15 @@ WRONG = "def f(x):\n    return 3 * x\n"
 CALLS = json.dumps({"fn_name": "f", "inputs": [[1], [5]], "outputs": [2, 10]})
 EVALPLUS = json.dumps(
     {
-        "task_id": "HumanEval/902", "entry_point": "f", "prompt": "def f(x):\n",
-        "canonical_solution": "    return 2 * x\n", "base_input": [[1], [5]], "plus_input": [[0]],
+        "task_id": "HumanEval/902",
+        "entry_point": "f",
+        "prompt": "def f(x):\n",
+        "canonical_solution": "    return 2 * x\n",
+        "base_input": [[1], [5]],
+        "plus_input": [[0]],
         "atol": 0,
     }
-)  # fmt: skip
+)
 STDIN = json.dumps({"inputs": ["1\n", "5\n"], "outputs": ["2\n", "10\n"]})
 READER = "print(2 * int(input()))\n"
 
@@ -48,13 +52,19 @@ FOUND = {  # {}: the program
     "never closed": "Here:\n```python\n{code}",
     "never closed with output": "```python\n{code}```\n```\n4",
     "windows lines": "Here:\r\n```python\r\n{code}```\r\nDone.",
-    "py": "```py\n{code}```", "python3": "```python3\n{code}```", "Python": "```Python\n{code}```",
-    "python 3.11": "```python3.11\n{code}```", "attributes": "```python title=\"a.py\"\n{code}```",
-    "pandoc": "``` {{.python .numberLines}}\n{code}```", "file": "```python:answer.py\n{code}```",
+    "py": "```py\n{code}```",
+    "python3": "```python3\n{code}```",
+    "Python": "```Python\n{code}```",
+    "python 3.11": "```python3.11\n{code}```",
+    "attributes": '```python title="a.py"\n{code}```',
+    "pandoc": "``` {{.python .numberLines}}\n{code}```",
+    "file": "```python:answer.py\n{code}```",
     "space": "``` python \n{code}``` ",
-    "no language": "```\n{code}```", "other language": "```text\n{code}```",
+    "no language": "```\n{code}```",
+    "other language": "```text\n{code}```",
     "code": "First\n```code\n{code}```\n```bash\nls -l\n```",
-    "list": "1. Define it:\n\n{deep}\n2. Done.", "quotation": "> So:\n{quoted}",
+    "list": "1. Define it:\n\n{deep}\n2. Done.",
+    "quotation": "> So:\n{quoted}",
     "indented by a tab": "- So:\n{tabs}",
     "on the list's line": "- ```python\n{inner}  ```\n",
     "behind words": "Answer: ```python\n{code}```",
@@ -63,18 +73,25 @@ FOUND = {  # {}: the program
     "another before its end": "```python\n{code}```bash\npython a.py\n```",
     "again before its end": "```python\nimport\n```python\n{code}```",
     "in Markdown": "````markdown\n# Answer\n{python}````",
-    "no fence": "{code}", "tags": "<answer>\n{python}</answer>",
+    "no fence": "{code}",
+    "tags": "<answer>\n{python}</answer>",
     "inline code": "Use `f` as in ```f(1)```:\n{python}",
-}  # fmt: skip
+}
 
 
 def response(name: str, code: str) -> str:
     python = fenced(code)
     return FOUND[name].format(
-        code=code, wrong=WRONG, python=python, deep=inside(python, "    "), open=code.rstrip("\n"),
-        quoted=inside(python, "> "), tabs=inside(python, "\t"), inner=inside(code, "  "),
+        code=code,
+        wrong=WRONG,
+        python=python,
+        deep=inside(python, "    "),
+        open=code.rstrip("\n"),
+        quoted=inside(python, "> "),
+        tabs=inside(python, "\t"),
+        inner=inside(code, "  "),
         far=inside(code, "    "),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("name", list(FOUND))
@@ -86,11 +103,13 @@ def test_program_is_found(name, tests):
 
 
 NONE = {
-    "nothing": "", "words": "I do not know, sorry.", "a draft": f"<think>\n{fenced(RIGHT)}",
+    "nothing": "",
+    "words": "I do not know, sorry.",
+    "a draft": f"<think>\n{fenced(RIGHT)}",
     "before the draft": f"{fenced(RIGHT)}</think>\nSo it is.",
     "another language": "```cpp\nint x;\n```",
     "a picture": "```mermaid\ngraph TD; A-->B\n```",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", list(NONE))
@@ -177,7 +196,8 @@ NEEDED = {
     "filled": "t = {}\nfor i in range(9): t[i] = 2 * i\ndef f(x): return t[x]\n",
     "class": "from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\n"
     "def f(x): return 2 * P(x).x\n",
-    "lambda": "f = lambda x: 2 * x\n", "constant": "TWO: int = 2\ndef f(x): return TWO * x\n",
+    "lambda": "f = lambda x: 2 * x\n",
+    "constant": "TWO: int = 2\ndef f(x): return TWO * x\n",
     "tried": "try:\n    from math import two\nexcept ImportError:\n    two = 2\n"
     "def f(x): return two * x\n",
     "counted": "n = 1\nn += 1\ndef f(x): return n * x\n",
@@ -197,7 +217,7 @@ NEEDED = {
     "def g(n): return 0 if n == 0 else 1 + g(n - 1)\ndef f(x): return 2 * x + 0 * g(5000)\n",
     "wrapped": "from functools import cache\ndef f(x): return 2 * x\nf = cache(f)\n",
     "future": "from __future__ import annotations\ndef f(x: Missing): return 2 * x\n",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", list(NEEDED))

@@ -249,9 +249,12 @@ def test_duplicates_and_contamination_of_conversations():
 
     words = " ".join("abcdefghijklmn")
     rows = [
-        problem(), problem(("user", "one")), problem(("user", "two")), problem(("user", " one")),
+        problem(),
+        problem(("user", "one")),
+        problem(("user", "two")),
+        problem(("user", " one")),
         problem(("assistant", "one")),
-    ]  # fmt: skip
+    ]
     assert duplicates(rows) == [False, False, False, True, False]
     held_out = [problem(("user", words), question="and then what")]
     rows = [problem(("user", words)), problem(("system", words)), problem(("assistant", words))]

@@ -18,10 +18,29 @@ NAMES = (
     ("iwopd_megatron.logprobs", "linear_logprobs"),
 )
 COMMANDS = (
-    "train", "sft", "doctor", "parity", "toy-task", "compare", "convert", "export", "check", "data",
-    "eval", "grade", "launch", "status", "attach", "serve-rollout", "plan", "rehearse", "report",
-    "prefixes", "serve-teacher", "init",
-)  # fmt: skip
+    "train",
+    "sft",
+    "doctor",
+    "parity",
+    "toy-task",
+    "compare",
+    "convert",
+    "export",
+    "check",
+    "data",
+    "eval",
+    "grade",
+    "launch",
+    "status",
+    "attach",
+    "serve-rollout",
+    "plan",
+    "rehearse",
+    "report",
+    "prefixes",
+    "serve-teacher",
+    "init",
+)
 SCRIPTS = ("hf_to_megatron.py", "megatron_to_hf.py", "check.py")
 
 

@@ -14,25 +14,61 @@ from iwopd_megatron.weights.transformers_views import named_views
 
 # config.json of the published models, what shapes depend on
 COMMON = dict(
-    vocab_size=151936, head_dim=128, rms_norm_eps=1e-6, max_position_embeddings=40960,
+    vocab_size=151936,
+    head_dim=128,
+    rms_norm_eps=1e-6,
+    max_position_embeddings=40960,
     num_key_value_heads=8,
-)  # fmt: skip
+)
 EXPERTS = COMMON | dict(
-    num_experts=128, num_experts_per_tok=8, norm_topk_prob=True, tie_word_embeddings=False,
+    num_experts=128,
+    num_experts_per_tok=8,
+    norm_topk_prob=True,
+    tie_word_embeddings=False,
     num_key_value_heads=4,
-)  # fmt: skip
+)
 SIZES = {
-    "0.6B": COMMON | dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
-                          num_attention_heads=16, tie_word_embeddings=True),
-    "1.7B": COMMON | dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28,
-                          num_attention_heads=16, tie_word_embeddings=True),
-    "4B": COMMON | dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
-                        num_attention_heads=32, tie_word_embeddings=True),
-    "30B-A3B": EXPERTS | dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=48,
-                              num_attention_heads=32, moe_intermediate_size=768),
-    "235B-A22B": EXPERTS | dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=94,
-                                num_attention_heads=64, moe_intermediate_size=1536),
-}  # fmt: skip
+    "0.6B": COMMON
+    | dict(
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        tie_word_embeddings=True,
+    ),
+    "1.7B": COMMON
+    | dict(
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        tie_word_embeddings=True,
+    ),
+    "4B": COMMON
+    | dict(
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        tie_word_embeddings=True,
+    ),
+    "30B-A3B": EXPERTS
+    | dict(
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        moe_intermediate_size=768,
+    ),
+    "235B-A22B": EXPERTS
+    | dict(
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=94,
+        num_attention_heads=64,
+        moe_intermediate_size=1536,
+    ),
+}
 BILLIONS = {"0.6B": 0.596, "1.7B": 1.721, "4B": 4.022, "30B-A3B": 30.53, "235B-A22B": 235.09}
 
 
@@ -96,8 +132,12 @@ def test_experts_and_layers_are_dealt_without_gaps(model):
             for rank in range(ep if experts else 1):
                 local = range(rank * experts // ep, (rank + 1) * experts // ep)
                 chunk = stand_in(hf, stage, stages, list(local), is_first_rank=rank == 0)
-                seen += [name for mapped in mapped_parameters(chunk, hf) if not mapped.is_copy
-                         for name in mapped.hf_names]  # fmt: skip
+                seen += [
+                    name
+                    for mapped in mapped_parameters(chunk, hf)
+                    if not mapped.is_copy
+                    for name in mapped.hf_names
+                ]
         assert sorted(seen) == sorted(tensors)
 
 

@@ -35,11 +35,17 @@ def train_two_rounds(out):
     recipe = load_recipe(
         Path("recipes/demo_tiny_moe.yaml"),
         [
-            f"out={out}", "student.parallel={}", "train.rounds=2", "train.warmup_rounds=1",
-            "train.prompts_per_round=8", "train.microbatch_tokens=300", "evaluate.every=1",
-            "evaluate.problems=4", "rollout.max_response_tokens=100",
+            f"out={out}",
+            "student.parallel={}",
+            "train.rounds=2",
+            "train.warmup_rounds=1",
+            "train.prompts_per_round=8",
+            "train.microbatch_tokens=300",
+            "evaluate.every=1",
+            "evaluate.problems=4",
+            "rollout.max_response_tokens=100",
         ],
-    )  # fmt: skip
+    )
     parallel = initialise(recipe.student.parallel, recipe.train.seed)
     with Progress(2, visible=False) as progress:
         assert Trainer(recipe, parallel, progress).run()

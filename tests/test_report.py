@@ -25,16 +25,32 @@ def evaluation(number: int, accuracy: float | None) -> dict:
 
 def training(number: int, **changes) -> dict:
     record = {
-        "kind": "round", "round": number, "loss": 0.5, "gap": -0.2, "abs_gap": 0.4,
-        "reverse_kl": 0.2, "weight": 1.25, "lr": 1e-5, "grad_norm": 1.0, "response_length": 90.0,
-        "drift": 0.001, "truncated": 0.0, "responses": 4, "bin_tokens": 2, "clipped": 0.0,
-        "tokens_deciles": [4] * 9 + [0], "tokens_positions": [8, 6, 2, 0], "seconds": 4.0,
+        "kind": "round",
+        "round": number,
+        "loss": 0.5,
+        "gap": -0.2,
+        "abs_gap": 0.4,
+        "reverse_kl": 0.2,
+        "weight": 1.25,
+        "lr": 1e-5,
+        "grad_norm": 1.0,
+        "response_length": 90.0,
+        "drift": 0.001,
+        "truncated": 0.0,
+        "responses": 4,
+        "bin_tokens": 2,
+        "clipped": 0.0,
+        "tokens_deciles": [4] * 9 + [0],
+        "tokens_positions": [8, 6, 2, 0],
+        "seconds": 4.0,
         "abs_gap_deciles": [0.5 - 0.04 * i for i in range(9)] + [None],
         "weight_deciles": [1.5 - 0.05 * i for i in range(9)] + [None],
-        "reverse_kl_positions": [0.5, 1.0, 2.0, None], "logp_positions": [-1.0, -2.0, -3.0, None],
-        "router_max_over_mean": 1.5, "router_cv": 0.25,
+        "reverse_kl_positions": [0.5, 1.0, 2.0, None],
+        "logp_positions": [-1.0, -2.0, -3.0, None],
+        "router_max_over_mean": 1.5,
+        "router_cv": 0.25,
         "time": {"generate": 2.0, "score": 0.5, "train": 1.0},
-    }  # fmt: skip
+    }
     return record | changes
 
 
@@ -141,10 +157,22 @@ def test_figures_without_data_are_left_out(tmp_path):
 
 
 FIGURES = {
-    "accuracy", "gain", "reverse_kl", "reverse_kl_by_position", "prefix_likelihood",
-    "prefix_likelihood_gap", "weight_by_position", "gap_by_position", "drift", "response_length",
-    "truncated", "grad_norm", "router_max", "router_cv", "phase_times",
-}  # fmt: skip
+    "accuracy",
+    "gain",
+    "reverse_kl",
+    "reverse_kl_by_position",
+    "prefix_likelihood",
+    "prefix_likelihood_gap",
+    "weight_by_position",
+    "gap_by_position",
+    "drift",
+    "response_length",
+    "truncated",
+    "grad_norm",
+    "router_max",
+    "router_cv",
+    "phase_times",
+}
 
 
 class Elements(HTMLParser):
@@ -212,8 +240,9 @@ def test_several_folders_make_one_page(tmp_path):
     assert all(f"<span>{name}</span></td>" in page.read_text() for name in names)
     paired = summarise(runs)["paired"]
     assert {arm: pair["reference"] for arm, pair in paired.items()} == {
-        "a/iw": "a/opd", "b/iw": "b/opd"
-    }  # fmt: skip
+        "a/iw": "a/opd",
+        "b/iw": "b/opd",
+    }
 
 
 def test_folders_that_share_one_arm_keep_all_their_arms_together(tmp_path):

@@ -13,10 +13,18 @@ from iwopd_megatron.report.pairs import PairGain
 
 NONE = Early([], "")
 FULL = training(
-    1, entropy_deciles=[1.0] * 10, drift_deciles=[0.1] * 10, clipped=0.1, tis_capped=0.1,
-    clipped_deciles=[0.1] * 10, tis_capped_deciles=[0.1] * 10, scored_early=0.5,
-    tokens_per_second=9.0, time={"generate": 2.0, "sync": 1.0}, tokens_deciles=[4] * 10,
-)  # fmt: skip
+    1,
+    entropy_deciles=[1.0] * 10,
+    drift_deciles=[0.1] * 10,
+    clipped=0.1,
+    tis_capped=0.1,
+    clipped_deciles=[0.1] * 10,
+    tis_capped_deciles=[0.1] * 10,
+    scored_early=0.5,
+    tokens_per_second=9.0,
+    time={"generate": 2.0, "sync": 1.0},
+    tokens_deciles=[4] * 10,
+)
 POINT = {"mean": 0.5, "mean_interval": [0.4, 0.6]}
 PREFIXES = {"a": {"points": [{"fraction": 0.5, "student": POINT, "teacher": POINT}]}}
 SAMPLES = [{"weight_iw": [1.5, 1.0], "weight_iw_signed": [1.0, 1.5]}] * 2
@@ -133,8 +141,9 @@ def test_long_names_are_wrapped_in_legends_and_shown_in_full():
             assert legend.get_window_extent().x1 <= edge + 1
     shown = texts(charts["accuracy"].figure.axes[0])
     assert shown == [name, name + " b"] or [s.replace(" ", "") for s in shown] == [
-        name.replace(" ", ""), (name + " b").replace(" ", "")
-    ]  # fmt: skip
+        name.replace(" ", ""),
+        (name + " b").replace(" ", ""),
+    ]
 
 
 def test_values_of_null_leave_a_gap_and_no_error(tmp_path):

@@ -113,9 +113,11 @@ def test_arms_without_a_common_seed(tmp_path):
 
 def test_every_arm_is_compared_with_opd(tmp_path):
     curves = {
-        "opd": finals([50, 51, 52]), "iw": finals([52, 53.2, 54.4]),
-        "suffix": finals([10, 11.5, 12]), "prefix": finals([50, 52, 51]),
-    }  # fmt: skip
+        "opd": finals([50, 51, 52]),
+        "iw": finals([52, 53.2, 54.4]),
+        "suffix": finals([10, 11.5, 12]),
+        "prefix": finals([50, 52, 51]),
+    }
     found = said(write_curves(tmp_path, curves))
     assert found[0].startswith("IW-OPD ended 2.2 points above OPD")
     assert found[1].startswith("No difference can be told with 3 seeds: prefix only ended within")

@@ -62,12 +62,21 @@ def browse(page, folder, width):
     copy, log = folder / "copy.html", folder / "net.json"
     copy.write_text(page.replace("</body>", PROBE.replace("WIDTH", str(width)) + "</body>"))
     command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        "--host-resolver-rules=MAP * ~NOTFOUND", f"--window-size={width},1200",
-        f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}", "--dump-dom",
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+        f"--window-size={width},1200",
+        f"--user-data-dir={folder / 'profile'}",
+        f"--log-net-log={log}",
+        "--dump-dom",
         copy.as_uri(),
-    ]  # fmt: skip
+    ]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
     found = re.search(r'<script type="application/json" id="found">(.*?)</script>', dom, re.S)
     assert found, dom[-2000:]

@@ -38,14 +38,36 @@ EVERYTHING = {
     "cluster": {"trainer": 1},
 }  # fmt: skip
 FOLLOWS = {  # every key that `MAY_CHANGE` frees; the rest is refused
-    "out", "processes", "student.recompute", "data.benchmarks.mine.*", "train.rounds",
-    "train.microbatch_tokens", "student.parallel.*", "teacher.offload",
-    "teacher.microbatch_tokens", "teacher.urls", "teacher.service.*", "teacher.timeout_s",
-    "teacher.patience_s", "teacher.max_in_flight", "base.offload", "base.microbatch_tokens",
-    "rollout.batch_size", "rollout.servers.*", "rollout.sync", "rollout.sync_folder",
-    "rollout.sync_address", "rollout.pause", "rollout.verify_every", "rollout.stream_scoring",
-    "evaluate.*", "checkpoint.*", "gates.*", "cluster.*", "wandb.*",
-}  # fmt: skip
+    "out",
+    "processes",
+    "student.recompute",
+    "data.benchmarks.mine.*",
+    "train.rounds",
+    "train.microbatch_tokens",
+    "student.parallel.*",
+    "teacher.offload",
+    "teacher.microbatch_tokens",
+    "teacher.urls",
+    "teacher.service.*",
+    "teacher.timeout_s",
+    "teacher.patience_s",
+    "teacher.max_in_flight",
+    "base.offload",
+    "base.microbatch_tokens",
+    "rollout.batch_size",
+    "rollout.servers.*",
+    "rollout.sync",
+    "rollout.sync_folder",
+    "rollout.sync_address",
+    "rollout.pause",
+    "rollout.verify_every",
+    "rollout.stream_scoring",
+    "evaluate.*",
+    "checkpoint.*",
+    "gates.*",
+    "cluster.*",
+    "wandb.*",
+}
 
 
 def flat(tree, prefix=""):
@@ -66,14 +88,27 @@ def changed(tree, key, value):
 def other(key, value):
     """Another value of the same kind."""
     choices = {
-        "loss.weighting.rule": "uniform", "loss.weighting.denominator": "inclusive",
-        "loss.weighting.anneal": "linear", "loss.objective": "topk_kl", "cluster.gpu": "h200",
-        "loss.advantage": "topk_kl", "loss.aggregation": "token_mean", "rollout.engine": "vllm",
-        "loss.mask_special_tokens": "all", "loss.topk.support": "tail", "wandb.mode": "offline",
-        "rollout.sync": "tensor", "rollout.pause": "in_place", "train.schedule": "cosine",
-        "student.recompute": "full", "rollout.max_staleness": 1, "gates.on_bad_sample": "drop",
-        "train.betas": [0.8, 0.9], "data.train": [{"path": "other.jsonl"}], "teachers": None,
-    }  # fmt: skip
+        "loss.weighting.rule": "uniform",
+        "loss.weighting.denominator": "inclusive",
+        "loss.weighting.anneal": "linear",
+        "loss.objective": "topk_kl",
+        "cluster.gpu": "h200",
+        "loss.advantage": "topk_kl",
+        "loss.aggregation": "token_mean",
+        "rollout.engine": "vllm",
+        "loss.mask_special_tokens": "all",
+        "loss.topk.support": "tail",
+        "wandb.mode": "offline",
+        "rollout.sync": "tensor",
+        "rollout.pause": "in_place",
+        "train.schedule": "cosine",
+        "student.recompute": "full",
+        "rollout.max_staleness": 1,
+        "gates.on_bad_sample": "drop",
+        "train.betas": [0.8, 0.9],
+        "data.train": [{"path": "other.jsonl"}],
+        "teachers": None,
+    }
     if key in choices:
         return choices[key]
     if key.endswith("dtype"):
@@ -120,9 +155,20 @@ def test_every_setting_follows_or_is_refused(run):
         else:
             with pytest.raises(RecipeError, match=rf"^{key}(\.0\.\w+)? is .* was started with"):
                 check_resume(recipe)
-    for name in ("train.lr", "train.min_lr", "train.warmup_rounds", "train.weight_decay",
-                 "train.betas", "train.eps", "train.clip_grad", "train.schedule", "train.seed",
-                 "loss.weighting.gamma", "loss.weighting.rule", "train.epochs"):  # fmt: skip
+    for name in (
+        "train.lr",
+        "train.min_lr",
+        "train.warmup_rounds",
+        "train.weight_decay",
+        "train.betas",
+        "train.eps",
+        "train.clip_grad",
+        "train.schedule",
+        "train.seed",
+        "loss.weighting.gamma",
+        "loss.weighting.rule",
+        "train.epochs",
+    ):
         assert name in seen and not is_among(name, FOLLOWS)
     assert len(seen) > 100
     for free in MAY_CHANGE:

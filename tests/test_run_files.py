@@ -14,10 +14,14 @@ from iwopd_megatron.records.runlog import append_event, read_events
 
 LINES = [{"kind": "round", "round": n, "loss": 0.5, "lr": 1e-5} for n in (1, 2, 3)]
 DAMAGES = {
-    "cut": '{"kind": "rou', "nothing of it": "\x00\x00\x00", "a list": "[1, 2]", "a number": "7",
-    "no round": '{"kind": "round"}', "a round of another type": '{"kind": "round", "round": "2"}',
+    "cut": '{"kind": "rou',
+    "nothing of it": "\x00\x00\x00",
+    "a list": "[1, 2]",
+    "a number": "7",
+    "no round": '{"kind": "round"}',
+    "a round of another type": '{"kind": "round", "round": "2"}',
     "two in one": '{"kind": "round", "round": 2}{"kind": "round", "round": 3}',
-}  # fmt: skip
+}
 
 
 def write_run(folder, lines, name="metrics.jsonl"):

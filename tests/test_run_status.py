@@ -34,8 +34,10 @@ def test_status_of_a_launch(tmp_path):
     found = run_status(run, launch, now=time.time() + 60)
     assert found["attempt"] == 1
     assert [(r["role"], r["state"]) for r in found["roles"]] == [
-        ("trainer", "waiting"), ("trainer", "not started"), ("teacher", "ready"),
-    ]  # fmt: skip
+        ("trainer", "waiting"),
+        ("trainer", "not started"),
+        ("teacher", "ready"),
+    ]
     assert found["roles"][2]["restarts"] == 2
     assert (found["round"], found["rounds"], found["tokens_per_second"]) == (1, 7, 100.0)
     assert found["checkpoint"].endswith("round_000010")

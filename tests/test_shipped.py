@@ -133,8 +133,9 @@ def test_init_leaves_what_is_there(iwopd, elsewhere):
     for more in ([], ["--demo"]):
         code, _, sentence = iwopd("init", "full", *more)
         assert (code, sentence) == (
-            2, "error: full is not empty; name a new folder, or an empty one.\n",
-        )  # fmt: skip
+            2,
+            "error: full is not empty; name a new folder, or an empty one.\n",
+        )
     assert [file.name for file in elsewhere.rglob("*")] == ["full", "file"]
     code, _, sentence = iwopd("init", "full/file")
     assert (code, "is no folder" in sentence) == (2, True)

@@ -92,9 +92,11 @@ def service():
 
 def request(ids=(3, 4, 5, 6), **changes):
     fields = {
-        "input_ids": ids, "sampling_params": {"max_new_tokens": 0, "temperature": 0.7},
-        "return_logprob": True, "logprob_start_len": 1,
-    }  # fmt: skip
+        "input_ids": ids,
+        "sampling_params": {"max_new_tokens": 0, "temperature": 0.7},
+        "return_logprob": True,
+        "logprob_start_len": 1,
+    }
     return fields | changes
 
 
@@ -234,10 +236,16 @@ def test_sigterm_drains_and_exits_with_zero(tmp_path):
     """The command itself: accepted requests are answered, new ones are refused."""
     port = free_port()
     command = [
-        sys.executable, "-W", "ignore", "-m", "iwopd_megatron", "serve-teacher",
-        "recipes/demo_tiny_moe.yaml", f"--port={port}",
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "iwopd_megatron",
+        "serve-teacher",
+        "recipes/demo_tiny_moe.yaml",
+        f"--port={port}",
         "teacher.service={batch_ms: 3000, parallel: {tp: 2}}",
-    ]  # fmt: skip
+    ]
     server = Server("teacher", command, None, tmp_path / "log", f"http://127.0.0.1:{port}")
     os.chdir(ROOT)
     server.start()

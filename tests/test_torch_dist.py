@@ -175,9 +175,10 @@ def _tensor_blobs(folder):
     for key, item in metadata.state_dict_metadata.items():
         for chunk in getattr(item, "chunks", []):
             place = next(
-                p for i, p in metadata.storage_data.items()
+                p
+                for i, p in metadata.storage_data.items()
                 if i.fqn == key and i.offset == chunk.offsets
-            )  # fmt: skip
+            )
             yield tuple(chunk.sizes), place
 
 

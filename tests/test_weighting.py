@@ -67,9 +67,15 @@ def naive(gap, segments, mask, case):
 def ours(gap, segments, mask, case, **kwargs):
     rule, gamma, share, denominator = case
     return token_weights_packed(
-        torch.as_tensor(gap), torch.as_tensor(segments), torch.as_tensor(mask),
-        rule=rule, gamma=gamma, share=float(share), denominator=denominator, **kwargs,
-    )  # fmt: skip
+        torch.as_tensor(gap),
+        torch.as_tensor(segments),
+        torch.as_tensor(mask),
+        rule=rule,
+        gamma=gamma,
+        share=float(share),
+        denominator=denominator,
+        **kwargs,
+    )
 
 
 def relative_error(got: torch.Tensor, expected: np.ndarray) -> float:
@@ -126,9 +132,13 @@ def test_padded_equals_formula(case):
     mask[0, 4:9] = False
     rule, gamma, share, denominator = case
     weights = token_weights(
-        torch.tensor(gap), torch.tensor(mask),
-        rule=rule, gamma=gamma, share=float(share), denominator=denominator,
-    )  # fmt: skip
+        torch.tensor(gap),
+        torch.tensor(mask),
+        rule=rule,
+        gamma=gamma,
+        share=float(share),
+        denominator=denominator,
+    )
     assert weights.shape == gap.shape
     expected = naive(gap.ravel(), np.repeat(np.arange(5), 23), mask.ravel(), case)
     assert relative_error(weights.flatten(), expected) <= TOLERANCE
@@ -244,8 +254,9 @@ def record_gathers() -> list[int]:
     calls: list[int] = []
     gather = dist.all_gather_into_tensor
     dist.all_gather_into_tensor = lambda *args, **kwargs: (
-        calls.append(args[1].numel()), gather(*args, **kwargs),
-    )  # fmt: skip
+        calls.append(args[1].numel()),
+        gather(*args, **kwargs),
+    )
     return calls
 
 
@@ -289,23 +300,31 @@ def formula(gaps, rule, gamma, alpha, share, denominator, progress, start, end, 
         total = d[:-1].sum() if denominator == "exclusive" else d.sum() + 1e-8
         used = np.array([d[:k].sum() for k in t]) / total if changes else 0 * s
         first = t < np.ceil(share * length - 1e-9)
-        weights.append({
-            "surrogate": 1 - used,
-            "iw_signed": 1 + gamma * (s - low) / (high - low),
-            "log_ratio": (s - low) / (high - low),
-            "ratio": r / z[:length],
-            "ratio_blend": 1 + gamma * r / z[:length],
-            "linear": 1 + gamma * (1 - t / max(length - 1, 1)),
-            "prefix_boost": np.where(first, 1 + gamma, 1.0),
-            "schedule": 1.0 * (t < np.ceil((start + (end - start) * wave) * length - 1e-9)),
-        }[rule])  # fmt: skip
+        weights.append(
+            {
+                "surrogate": 1 - used,
+                "iw_signed": 1 + gamma * (s - low) / (high - low),
+                "log_ratio": (s - low) / (high - low),
+                "ratio": r / z[:length],
+                "ratio_blend": 1 + gamma * r / z[:length],
+                "linear": 1 + gamma * (1 - t / max(length - 1, 1)),
+                "prefix_boost": np.where(first, 1 + gamma, 1.0),
+                "schedule": 1.0 * (t < np.ceil((start + (end - start) * wave) * length - 1e-9)),
+            }[rule]
+        )
     return weights
 
 
 NEW_RULES = (
-    "surrogate", "iw_signed", "log_ratio", "ratio", "ratio_blend", "linear", "prefix_boost",
+    "surrogate",
+    "iw_signed",
+    "log_ratio",
+    "ratio",
+    "ratio_blend",
+    "linear",
+    "prefix_boost",
     "schedule",
-)  # fmt: skip
+)
 
 
 def random_settings(random, rule):
@@ -388,9 +407,15 @@ def rules_of(gap, **kwargs):
 def test_rules_on_degenerate_responses():
     one = rules_of([3.0])  # T = 1: no prefix
     assert one == {
-        "surrogate": [1.0], "iw_signed": [1.5], "log_ratio": [1.0], "ratio": [1.0],
-        "ratio_blend": [1.5], "linear": [1.5], "prefix_boost": [1.5], "schedule": [1.0],
-    }  # fmt: skip
+        "surrogate": [1.0],
+        "iw_signed": [1.5],
+        "log_ratio": [1.0],
+        "ratio": [1.0],
+        "ratio_blend": [1.5],
+        "linear": [1.5],
+        "prefix_boost": [1.5],
+        "schedule": [1.0],
+    }
     equal = rules_of([0.0] * 4)  # S is constant: rescaled to 1
     assert equal["iw_signed"] == equal["ratio_blend"] == [1.5] * 4
     assert equal["surrogate"] == equal["log_ratio"] == equal["ratio"] == [1.0] * 4
@@ -452,10 +477,15 @@ def test_long_response_in_every_rule(rule):
     s, used = np.cumsum(d) - d, (np.cumsum(np.abs(d)) - np.abs(d)) / np.abs(d[:-1]).sum()
     scaled, first = (s - s.min()) / (s.max() - s.min()), t < 30_000
     expected = {
-        "surrogate": 1 - used, "iw_signed": 1 + 0.5 * scaled, "log_ratio": scaled,
-        "ratio": np.ones(len(t)), "ratio_blend": np.full(len(t), 1.5),
-        "linear": 1 + 0.5 * (1 - t / 99_999), "prefix_boost": 1 + 0.5 * first, "schedule": first,
-    }[rule]  # fmt: skip
+        "surrogate": 1 - used,
+        "iw_signed": 1 + 0.5 * scaled,
+        "log_ratio": scaled,
+        "ratio": np.ones(len(t)),
+        "ratio_blend": np.full(len(t), 1.5),
+        "linear": 1 + 0.5 * (1 - t / 99_999),
+        "prefix_boost": 1 + 0.5 * first,
+        "schedule": first,
+    }[rule]
     weights = token_weights(
         torch.tensor(gap)[None], torch.ones(1, len(t)).bool(), rule=rule, step=0, total_steps=1
     )

@@ -114,37 +114,54 @@ class Testbed:
             key.touch(0o600)
             key.write_bytes(os.urandom(128))
         self._run(
-            "munged", "--force", f"--key-file={key}", f"--socket={folder}/socket",
-            f"--pid-file={self.root}/pids/munged.pid", f"--seed-file={folder}/seed",
+            "munged",
+            "--force",
+            f"--key-file={key}",
+            f"--socket={folder}/socket",
+            f"--pid-file={self.root}/pids/munged.pid",
+            f"--seed-file={folder}/seed",
             f"--log-file={self.root}/log/munged.log",
-        )  # fmt: skip
+        )
 
     def _start_database(self) -> None:
         data, sock = self.root / "mysql", self.root / "mysql" / "socket"
         own = f"--datadir={data}"
         if not (data / "mysql").is_dir():
             self._run(
-                "mariadb-install-db", "--no-defaults", "--user=root", own, "--skip-test-db",
+                "mariadb-install-db",
+                "--no-defaults",
+                "--user=root",
+                own,
+                "--skip-test-db",
                 "--auth-root-authentication-method=normal",
-            )  # fmt: skip
+            )
         with (self.root / "log" / "mariadb.log").open("ab") as log:
             subprocess.Popen(
                 [
-                    "mariadbd", "--no-defaults", "--user=root", own, f"--socket={sock}",
-                    "--bind-address=127.0.0.1", f"--port={self.sql_port}",
-                    f"--pid-file={self.root}/pids/mariadb.pid", "--innodb-buffer-pool-size=64M",
+                    "mariadbd",
+                    "--no-defaults",
+                    "--user=root",
+                    own,
+                    f"--socket={sock}",
+                    "--bind-address=127.0.0.1",
+                    f"--port={self.sql_port}",
+                    f"--pid-file={self.root}/pids/mariadb.pid",
+                    "--innodb-buffer-pool-size=64M",
                     "--innodb-lock-wait-timeout=900",
                 ],
-                stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
         client = ("mariadb", "--no-defaults", "--socket", str(sock))
         self._wait("mariadb", lambda: self._succeeds(*client, "-e", "select 1"))
         self._run(
-            *client, "-e",
+            *client,
+            "-e",
             "create database if not exists slurm_acct_db; "
             "create user if not exists slurm@'127.0.0.1' identified by 'slurm'; "
             "grant all on slurm_acct_db.* to slurm@'127.0.0.1'",
-        )  # fmt: skip
+        )
 
     def _is_idle(self) -> bool:
         return self.output("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == str(len(NODES))

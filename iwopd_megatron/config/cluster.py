@@ -18,8 +18,10 @@ ROLES = ("trainer", "teacher", "rollout")
 class Cluster(Section):
     """GPUs of each role: whole nodes, or a part of a node that other roles may share."""
 
-    gpu: Literal["h100-80", "h200", "b200", "h20", "a100"] = "h100-80"
-    gpus_per_node: PositiveInt = 8
+    gpu: Literal["h100-80", "h200", "b200", "h20", "a100"] = Field(
+        "h100-80", description="kind of every GPU, for the plan"
+    )
+    gpus_per_node: PositiveInt = Field(8, description="GPUs of one machine")
     trainer: PositiveInt = Field(description="GPUs of the trainer's world")
     teacher: NonNegativeInt = Field(0, description="GPUs of the teacher service; 0: embedded")
     rollout: NonNegativeInt = Field(0, description="GPUs of the rollout servers; 0: embedded")

@@ -32,12 +32,14 @@ class Train(Section):
         20480, description="token budget of one packed micro-batch"
     )
     lr: float = Field(1e-5, gt=0, description="peak learning rate")
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="learning rate after the warm-up"
+    )
     warmup_rounds: int = Field(0, ge=0, description="linear warm-up")
     min_lr: float = Field(0.0, ge=0, description="end of the cosine")
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW moments")
     eps: float = Field(1e-8, gt=0, description="AdamW denominator")
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(0.01, ge=0, description="AdamW, decoupled")
     clip_grad: float = Field(1.0, gt=0, description="global gradient-norm clip")
     seed: int = Field(1, ge=0, lt=2**63, description="data order and sampling")
     distributed_optimizer: bool = Field(

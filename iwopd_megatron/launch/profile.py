@@ -24,8 +24,8 @@ Gpu = Literal["h100-80", "h200", "b200", "h20", "a100", "cpu"]
 class Slurm(Section):
     """What executor slurm needs to know of a site."""
 
-    account: str
-    partition: str | None = None
+    account: str = Field(description="account that the jobs are charged to")
+    partition: str | None = Field(None, description="partition; null: the cluster's default")
     time: str = Field("04:00:00", description="limit of one start; a run goes on after a requeue")
     exclusive: bool = Field(True, description="whole nodes; false: roles may share one")
     mem: str | None = Field("0", description="memory of a node; 0: all of it; null: not asked for")
@@ -42,19 +42,21 @@ class Sky(Section):
     infra: str | None = Field(None, description="e.g. k8s/my-context, aws/us-east-1")
     accelerator: str = Field(description="SkyPilot's name of the GPU, e.g. H100")
     setup: str | None = Field(None, description="shell lines run once on each machine")
-    file_mounts: dict[str, str] = {}
+    file_mounts: dict[str, str] = Field({}, description="path there: path here, or a bucket's")
     storage_mounts: dict[str, dict[str, Any]] = Field(
         {}, description="a folder that all machines share; run and launch folder must lie in one"
     )
-    use_spot: bool = False
+    use_spot: bool = Field(False, description="take spot machines, which may be taken away")
 
 
 class Profile(Section):
     """A site: how jobs are submitted there, on which GPUs, and in which containers."""
 
-    executor: Literal["local", "docker", "slurm", "skypilot"]
+    executor: Literal["local", "docker", "slurm", "skypilot"] = Field(
+        description="what NeMo-Run submits to; slurm and skypilot need their section"
+    )
     gpu: Gpu = Field(description="cpu: gpus_per_node counts processes, and no GPU is asked for")
-    gpus_per_node: PositiveInt = 8
+    gpus_per_node: PositiveInt = Field(8, description="GPUs of one machine")
     python: str = Field(
         "python", description="Python that has iwopd_megatron, in the container if there is one"
     )

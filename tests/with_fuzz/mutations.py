@@ -14,9 +14,31 @@ from safetensors.torch import load_file, save_file
 Change = Callable[[Path], None]
 MISSING = "(missing)"
 ODD = st.sampled_from(
-    [MISSING, None, 0, 1, -1, 2, 3, 7, 1e30, 0.5, float("nan"), "x", "16", True, False, [], [0],
-     [1, 15], [99], {}, {"a": 1}, 2**31],
-)  # fmt: skip
+    [
+        MISSING,
+        None,
+        0,
+        1,
+        -1,
+        2,
+        3,
+        7,
+        1e30,
+        0.5,
+        float("nan"),
+        "x",
+        "16",
+        True,
+        False,
+        [],
+        [0],
+        [1, 15],
+        [99],
+        {},
+        {"a": 1},
+        2**31,
+    ],
+)
 ROPE_KEYS = ("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings")
 ROPES = st.sampled_from([
     {"rope_type": "linear", "factor": 2.0}, {"type": "linear", "factor": 2},
@@ -26,20 +48,59 @@ ROPES = st.sampled_from([
      "original_max_position_embeddings": 8},
     {"rope_type": "default", "rope_theta": 50.0}, {"rope_type": "longrope"},
 ])  # fmt: skip
-DTYPES = st.sampled_from([
-    torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn,
-    torch.float8_e5m2, torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool,
-])  # fmt: skip
+DTYPES = st.sampled_from(
+    [
+        torch.float64,
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+        torch.int8,
+        torch.uint8,
+        torch.int32,
+        torch.int64,
+        torch.bool,
+    ]
+)
 CONFIG_KEYS = (
-    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-    "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps",
-    "max_position_embeddings", "rope_theta", "tie_word_embeddings", "num_experts",
-    "num_local_experts", "moe_intermediate_size", "num_experts_per_tok", "norm_topk_prob",
-    "pad_token_id", "eos_token_id", "hidden_act", "attention_bias", "use_sliding_window",
-    "mlp_only_layers", "decoder_sparse_step", "layer_types", "rope_parameters", "rope_scaling",
-    "dtype", "torch_dtype", "quantization_config", "partial_rotary_factor", "architectures",
-    "original_max_position_embeddings", "initializer_range", "use_cache", "bos_token_id",
-)  # fmt: skip
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "rope_theta",
+    "tie_word_embeddings",
+    "num_experts",
+    "num_local_experts",
+    "moe_intermediate_size",
+    "num_experts_per_tok",
+    "norm_topk_prob",
+    "pad_token_id",
+    "eos_token_id",
+    "hidden_act",
+    "attention_bias",
+    "use_sliding_window",
+    "mlp_only_layers",
+    "decoder_sparse_step",
+    "layer_types",
+    "rope_parameters",
+    "rope_scaling",
+    "dtype",
+    "torch_dtype",
+    "quantization_config",
+    "partial_rotary_factor",
+    "architectures",
+    "original_max_position_embeddings",
+    "initializer_range",
+    "use_cache",
+    "bos_token_id",
+)
 
 
 def edit_json(file: Path, key: str, value: Any) -> None:
@@ -73,9 +134,9 @@ def rope_key(key: str, value: Any) -> Change:
         file = folder / "config.json"
         content = json.loads(file.read_text())
         rope = content.get("rope_parameters") or {}
-        content["rope_parameters"] = rope | {key: value} if value != MISSING else {
-            k: v for k, v in rope.items() if k != key
-        }  # fmt: skip
+        content["rope_parameters"] = (
+            rope | {key: value} if value != MISSING else {k: v for k, v in rope.items() if k != key}
+        )
         file.write_text(json.dumps(content))
 
     return change
@@ -140,17 +201,27 @@ def reshaped(how: str) -> Callable[[dict, str], None]:
     def change(tensors: dict, name: str) -> None:
         x = tensors[name]
         tensors[name] = {
-            "transposed": x.t() if x.dim() == 2 else x, "shorter": x[:-1], "flat": x.flatten(),
-            "deeper": x[None], "empty": x[:0], "one": x.flatten()[0],
-        }[how].clone()  # fmt: skip
+            "transposed": x.t() if x.dim() == 2 else x,
+            "shorter": x[:-1],
+            "flat": x.flatten(),
+            "deeper": x[None],
+            "empty": x[:0],
+            "one": x.flatten()[0],
+        }[how].clone()
 
     return change
 
 
-FILES = st.sampled_from([
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "model.safetensors", "model.safetensors.index.json",
-])  # fmt: skip
+FILES = st.sampled_from(
+    [
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "model.safetensors",
+        "model.safetensors.index.json",
+    ]
+)
 NUMBER = st.integers(0, 10_000)
 CHANGES: dict[str, st.SearchStrategy[Change]] = {
     "config": st.tuples(st.sampled_from(CONFIG_KEYS), ODD).map(
@@ -164,8 +235,10 @@ CHANGES: dict[str, st.SearchStrategy[Change]] = {
     ),
     "dtype": st.builds(lambda n, d: on_one(n, recast(d)), NUMBER, DTYPES),
     "all dtypes": st.builds(
-        lambda d: lambda folder: edit_tensors(
-            folder, lambda t: t.update({k: x.to(d) for k, x in t.items()})
+        lambda d: (
+            lambda folder: edit_tensors(
+                folder, lambda t: t.update({k: x.to(d) for k, x in t.items()})
+            )
         ),
         DTYPES,
     ),
@@ -177,7 +250,8 @@ CHANGES: dict[str, st.SearchStrategy[Change]] = {
     ),
     "shape": st.builds(
         lambda n, how: on_one(n, reshaped(how)),
-        NUMBER, st.sampled_from(["transposed", "shorter", "flat", "deeper", "empty", "one"]),
+        NUMBER,
+        st.sampled_from(["transposed", "shorter", "flat", "deeper", "empty", "one"]),
     ),
     "file": st.one_of(
         st.builds(lambda f: lambda folder: (folder / f).unlink(missing_ok=True), FILES),
@@ -188,17 +262,30 @@ CHANGES: dict[str, st.SearchStrategy[Change]] = {
         st.just(lambda folder: (folder / "adapter_config.json").write_text("{}")),
     ),
     "index": st.one_of(
-        st.just(stale_index), st.just(only_an_index),
+        st.just(stale_index),
+        st.just(only_an_index),
         st.builds(index_entry, st.sampled_from(["none.safetensors", 3, None, "../x", ""])),
     ),
     "tokenizer": st.builds(
         lambda key, value: lambda folder: edit_json(folder / "tokenizer_config.json", key, value),
         st.sampled_from(["eos_token", "pad_token", "tokenizer_class", "chat_template"]),
-        st.sampled_from([MISSING, None, "<pad>", "<unused>", "a", "<new>", 3,
-                         "{% for m in messages %}{{ m['content'] }}<eos>{% endfor %}", "{{ x("]),
+        st.sampled_from(
+            [
+                MISSING,
+                None,
+                "<pad>",
+                "<unused>",
+                "a",
+                "<new>",
+                3,
+                "{% for m in messages %}{{ m['content'] }}<eos>{% endfor %}",
+                "{{ x(",
+            ]
+        ),
     ),
     "eos": st.builds(
         lambda file, value: lambda folder: edit_json(folder / file, "eos_token_id", value),
-        st.sampled_from(["config.json", "generation_config.json"]), ODD,
+        st.sampled_from(["config.json", "generation_config.json"]),
+        ODD,
     ),
-}  # fmt: skip
+}

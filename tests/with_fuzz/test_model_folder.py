@@ -36,10 +36,18 @@ from iwopd_megatron.weights.hf_reader import whole_tensors
 ROOT = Path(__file__).parents[2]
 CASES = int(os.environ.get("FUZZ_CASES", "40"))
 SHAPE = dict(
-    vocab_size=16, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=8, max_position_embeddings=64, rms_norm_eps=1e-6,
-    pad_token_id=0, eos_token_id=1,
-)  # fmt: skip
+    vocab_size=16,
+    hidden_size=32,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-6,
+    pad_token_id=0,
+    eos_token_id=1,
+)
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True)
 MODELS = {
     "moe": EXPERTS, "dense": {"tie_word_embeddings": False}, "tied": {"tie_word_embeddings": True},
@@ -63,8 +71,14 @@ def bases(tmp_path_factory):
 
 def accepted(folder):
     """Whether a run of this model would start; what is refused is refused as it must be."""
-    overrides = [f"student.hf={folder}", f"teacher.hf={folder}", "rollout.max_response_tokens=16",
-                 "student.parallel={}", "processes=1", f"out={folder}/run"]  # fmt: skip
+    overrides = [
+        f"student.hf={folder}",
+        f"teacher.hf={folder}",
+        "rollout.max_response_tokens=16",
+        "student.parallel={}",
+        "processes=1",
+        f"out={folder}/run",
+    ]
     try:
         check_before_start([load_recipe(ROOT / "recipes/demo_tiny_moe.yaml", overrides)])
     except RecipeError as error:
@@ -106,8 +120,11 @@ def fuzz(bases, kind, counts):
     os.chdir(ROOT)
 
     @settings(
-        max_examples=CASES, deadline=None, database=None, suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
+        max_examples=CASES,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(base=st.sampled_from(sorted(bases)), change=CHANGES[kind])
     def one(base, change):
         with tempfile.TemporaryDirectory() as place:

@@ -78,8 +78,12 @@ def test_service_that_keeps_dying_ends_the_job(agents, tmp_path):
     told(tmp_path, 0)
     for count in (1, 2):
         until(lambda count=count: len(starts(tmp_path)) == count)
-        until(lambda count=count: job.status("teacher") == job.status("teacher") | {
-            "state": "ready", "restarts": count - 1})  # fmt: skip
+        until(
+            lambda count=count: (
+                job.status("teacher")
+                == job.status("teacher") | {"state": "ready", "restarts": count - 1}
+            )
+        )
         os.kill(int(starts(tmp_path)[-1][1]), signal.SIGKILL)
     assert teacher.wait(60) == train.wait(60) == 128 + signal.SIGKILL
 

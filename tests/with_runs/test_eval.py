@@ -42,8 +42,9 @@ def few(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def whole(few, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "eval"
-    result = run(RECIPE, "--bench", "few", "--bench-file", f"few={few}", "--samples", 4,
-                 "--out", out, *SMALL)  # fmt: skip
+    result = run(
+        RECIPE, "--bench", "few", "--bench-file", f"few={few}", "--samples", 4, "--out", out, *SMALL
+    )
     assert result.returncode == 0, result.stderr
     assert "few" in result.stdout and "mean@n" in result.stdout and result.stderr == ""
     return out
@@ -84,13 +85,25 @@ def test_more_samples_are_added(whole, few, tmp_path):
 def test_killed_and_resumed(whole, few, tmp_path):
     """SIGKILL with some answers written: the same files in the end, no sample twice."""
     out = tmp_path / "eval"
-    words = [RECIPE, "--bench", "few", "--bench-file", f"few={few}", "--samples", 4, "--out", out,
-             *SMALL]  # fmt: skip
+    words = [
+        RECIPE,
+        "--bench",
+        "few",
+        "--bench-file",
+        f"few={few}",
+        "--samples",
+        4,
+        "--out",
+        out,
+        *SMALL,
+    ]
     answers = out / "few" / "answers.jsonl"
     process = subprocess.Popen(
-        command(*words), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        command(*words),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
         start_new_session=True,
-    )  # fmt: skip
+    )
     while not (answers.exists() and answers.stat().st_size):
         assert process.poll() is None
         time.sleep(0.005)
@@ -117,9 +130,14 @@ def test_other_settings_are_refused(whole):
 def test_programs_are_greedy(tmp_path):
     """A benchmark of programs: one answer each, whatever --samples says."""
     row = {
-        "task_id": "HumanEval/900", "prompt": "abc=", "entry_point": "f", "atol": 0,
-        "canonical_solution": "1\ndef f(x): return x", "base_input": [[1]], "plus_input": [[2]],
-    }  # fmt: skip
+        "task_id": "HumanEval/900",
+        "prompt": "abc=",
+        "entry_point": "f",
+        "atol": 0,
+        "canonical_solution": "1\ndef f(x): return x",
+        "base_input": [[1]],
+        "plus_input": [[2]],
+    }
     file = tmp_path / "plus.jsonl"
     file.write_text(json.dumps(row) + "\n")
     benchmark = load_benchmark("humaneval+", {"humaneval+": with_path("humaneval+", file, {})})
@@ -178,8 +196,20 @@ def test_megatron_checkpoint(whole, few, tmp_path):
     from iwopd_megatron.weights.convert import hf_to_megatron
 
     hf_to_megatron(Path(STUDENT), tmp_path / "checkpoint", "native")
-    result = run(tmp_path / "checkpoint", "--hf", STUDENT, "--bench", "few", "--bench-file",
-                 f"few={few}", "--samples", 4, "--out", tmp_path / "eval", *SMALL)  # fmt: skip
+    result = run(
+        tmp_path / "checkpoint",
+        "--hf",
+        STUDENT,
+        "--bench",
+        "few",
+        "--bench-file",
+        f"few={few}",
+        "--samples",
+        4,
+        "--out",
+        tmp_path / "eval",
+        *SMALL,
+    )
     assert result.returncode == 0, result.stderr
     same = [(x / "few" / "samples.jsonl").read_text() for x in (whole, tmp_path / "eval")]
     assert same[0] == same[1]

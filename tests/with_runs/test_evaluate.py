@@ -28,10 +28,15 @@ def recipe_of(out, *words):
     rows = (ROOT / "recipes/demo/eval.jsonl").read_text().splitlines()
     own.write_text("\n".join(rows[:8]) + "\n")
     settings = [
-        f"out={out}", "student.parallel={}", "train.rounds=1", "train.warmup_rounds=0",
-        "train.prompts_per_round=8", "evaluate.problems=8", "evaluate.benchmarks=[mine,toy]",
+        f"out={out}",
+        "student.parallel={}",
+        "train.rounds=1",
+        "train.warmup_rounds=0",
+        "train.prompts_per_round=8",
+        "evaluate.problems=8",
+        "evaluate.benchmarks=[mine,toy]",
         f"data.benchmarks={{mine: {{path: {own}}}}}",
-    ]  # fmt: skip
+    ]
     return load_recipe(ROOT / "recipes/demo_tiny_moe.yaml", [*settings, *words])
 
 

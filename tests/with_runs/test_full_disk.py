@@ -10,9 +10,14 @@ import pytest
 ROOT = Path(__file__).parents[2]
 RECIPE = "recipes/demo_tiny_moe.yaml"
 SETTINGS = [
-    "train.rounds=4", "train.warmup_rounds=1", "train.prompts_per_round=16", "checkpoint.every=1",
-    "evaluate.every=2", "evaluate.problems=16", "checkpoint.keep=3",
-]  # fmt: skip
+    "train.rounds=4",
+    "train.warmup_rounds=1",
+    "train.prompts_per_round=16",
+    "checkpoint.every=1",
+    "evaluate.every=2",
+    "evaluate.problems=16",
+    "checkpoint.keep=3",
+]
 ONE = ["student.parallel={}"]
 
 
@@ -35,9 +40,13 @@ def disk(tmp_path):
 def train(out, *more):
     command = [sys.executable, "-W", "ignore", "-m", "iwopd_megatron", "train", RECIPE, *SETTINGS]
     return subprocess.run(
-        [*command, f"out={out}", *more], cwd=ROOT, env=os.environ, capture_output=True, text=True,
+        [*command, f"out={out}", *more],
+        cwd=ROOT,
+        env=os.environ,
+        capture_output=True,
+        text=True,
         timeout=300,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")

@@ -36,9 +36,13 @@ pytestmark = pytest.mark.usefixtures("in_the_repository")
 RECIPE = ROOT / "recipes/demo_tiny_moe.yaml"
 STUDENT = ROOT / "recipes/demo/student"
 SMALL = [
-    "train.rounds=3", "train.warmup_rounds=1", "train.prompts_per_round=8", "data.eval=null",
-    "train.microbatch_tokens=300", "student.parallel={}",
-]  # fmt: skip
+    "train.rounds=3",
+    "train.warmup_rounds=1",
+    "train.prompts_per_round=8",
+    "data.eval=null",
+    "train.microbatch_tokens=300",
+    "student.parallel={}",
+]
 
 
 def small_recipe(out, *overrides):
@@ -206,9 +210,12 @@ def masked_samples():
 def test_top_k_reaches_the_micro_batches_that_the_student_trains_on(layout, tmp_path):
     with served() as service:
         recipe = small_recipe(
-            tmp_path, f"student.parallel={layout}", "processes=2", "rollout.temperature=0.7",
+            tmp_path,
+            f"student.parallel={layout}",
+            "processes=2",
+            "rollout.temperature=0.7",
             f"teacher.urls=[{service.url}]",
-        )  # fmt: skip
+        )
         queue = local_context().SimpleQueue()
         run_world(2, compare_supports, recipe, recipe.teacher, masked_samples(), 4, queue)
         assert (queue.get() > 0) is ("pp" not in layout)  # rank 0 is no last stage there
@@ -237,9 +244,13 @@ def by_source(out, math, code, *overrides):
     text = [json.dumps(row | {"source": ("math", "code")[i % 2]}) for i, row in enumerate(rows)]
     data.write_text("\n".join(text) + "\n")
     return small_recipe(
-        out / "run", "teacher=null", f"data.train={data}", f"teachers.math={math}",
-        f"teachers.code={code}", *overrides,
-    )  # fmt: skip
+        out / "run",
+        "teacher=null",
+        f"data.train={data}",
+        f"teachers.math={math}",
+        f"teachers.code={code}",
+        *overrides,
+    )
 
 
 @pytest.mark.parametrize("kind", ["embedded", "mixed", "remote"])

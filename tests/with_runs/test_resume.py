@@ -13,17 +13,26 @@ import pytest
 ROOT = Path(__file__).parents[2]
 RECIPE = "recipes/demo_tiny_moe.yaml"
 SETTINGS = [
-    "train.rounds=5", "train.warmup_rounds=2", "train.prompts_per_round=16", "checkpoint.every=2",
-    "evaluate.every=10", "evaluate.problems=16", "checkpoint.keep=3",
-]  # fmt: skip
+    "train.rounds=5",
+    "train.warmup_rounds=2",
+    "train.prompts_per_round=16",
+    "checkpoint.every=2",
+    "evaluate.every=10",
+    "evaluate.problems=16",
+    "checkpoint.keep=3",
+]
 PYTHON = [sys.executable, "-W", "ignore"]
 
 
 def run(*arguments):
     return subprocess.run(
-        [*PYTHON, *map(str, arguments)], cwd=ROOT, env=os.environ, capture_output=True, text=True,
+        [*PYTHON, *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ,
+        capture_output=True,
+        text=True,
         timeout=400,
-    )  # fmt: skip
+    )
 
 
 def train(out, *more):

@@ -36,9 +36,13 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("in_the_repository")
 RECIPE = ROOT / "recipes/demo_tiny_moe.yaml"
 SMALL = [
-    "train.rounds=5", "train.warmup_rounds=2", "train.prompts_per_round=16",
-    "train.microbatch_tokens=300", "evaluate.problems=16", "checkpoint.every=3",
-]  # fmt: skip
+    "train.rounds=5",
+    "train.warmup_rounds=2",
+    "train.prompts_per_round=16",
+    "train.microbatch_tokens=300",
+    "evaluate.problems=16",
+    "checkpoint.every=3",
+]
 LAYOUTS = {
     "one": {},
     "tp2_ep2": {"tp": 2, "ep": 2},
@@ -192,9 +196,13 @@ def test_resume_goes_on_from_the_checkpoint(name, runs, tmp_path):
 def two_rounds(out, layout, budget, *weighting):
     """Eight prompts a round and an evaluation after each, so that every sample is kept."""
     settings = [
-        "train.rounds=2", "train.warmup_rounds=1", "train.prompts_per_round=8",
-        f"train.microbatch_tokens={budget}", "evaluate.every=1", "checkpoint.every=null",
-    ]  # fmt: skip
+        "train.rounds=2",
+        "train.warmup_rounds=1",
+        "train.prompts_per_round=8",
+        f"train.microbatch_tokens={budget}",
+        "evaluate.every=1",
+        "checkpoint.every=null",
+    ]
     names = [f"loss.weighting.{setting}" for setting in weighting]
     return small_recipe(out, layout, *settings, *names)
 
@@ -432,9 +440,14 @@ def test_a_finished_comparison_can_be_extended(tmp_path):
     options = ["--vary", "loss.weighting.rule=iw", "--seeds", 1, "--out", tmp_path]
     for rounds in (2, 4):
         process = iwopd(
-            "compare", RECIPE, *settings, "train.warmup_rounds=1", f"train.rounds={rounds}",
-            *options, *(["--resume"] if rounds > 2 else []),
-        )  # fmt: skip
+            "compare",
+            RECIPE,
+            *settings,
+            "train.warmup_rounds=1",
+            f"train.rounds={rounds}",
+            *options,
+            *(["--resume"] if rounds > 2 else []),
+        )
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors
         lines = read_metrics(tmp_path / "iw" / "seed_1")
@@ -469,11 +482,15 @@ def test_fine_tuning_lowers_the_loss(tmp_path, monkeypatch, eos):
     recipe = load_recipe(
         ROOT / "recipes/demo_teacher.yaml",
         [
-            f"student.hf={tmp_path}/task/teacher", f"data.train={tmp_path}/task/teacher.jsonl",
-            "data.eval=null", "train.rounds=10", "train.warmup_rounds=1", "student.parallel={}",
+            f"student.hf={tmp_path}/task/teacher",
+            f"data.train={tmp_path}/task/teacher.jsonl",
+            "data.eval=null",
+            "train.rounds=10",
+            "train.warmup_rounds=1",
+            "student.parallel={}",
             f"out={tmp_path}/run",
         ],
-    )  # fmt: skip
+    )
     run_world(1, train_here, [recipe])
     losses = [line["loss"] for line in read_metrics(tmp_path / "run")]
     assert losses[-1] < 0.9 * losses[0]

@@ -12,10 +12,17 @@ from wandb.proto import wandb_internal_pb2
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
-    "student.parallel={}", "train.rounds=2", "train.warmup_rounds=1", "evaluate.problems=8",
-    "train.prompts_per_round=8", "train.microbatch_tokens=300", "evaluate.every=1",
-    "checkpoint.every=1", "wandb.project=tests", "wandb.mode=offline",
-]  # fmt: skip
+    "student.parallel={}",
+    "train.rounds=2",
+    "train.warmup_rounds=1",
+    "evaluate.problems=8",
+    "train.prompts_per_round=8",
+    "train.microbatch_tokens=300",
+    "evaluate.every=1",
+    "checkpoint.every=1",
+    "wandb.project=tests",
+    "wandb.mode=offline",
+]
 
 
 def train(out, *words, path=ROOT):

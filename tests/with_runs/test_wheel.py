@@ -29,10 +29,22 @@ def wheel(tmp_path_factory) -> Path:
         shutil.copytree(ROOT / name, copy / name, ignore=ignored)
     out = tmp_path_factory.mktemp("dist")
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index",
-         "--quiet", "--disable-pip-version-check", str(copy), "--wheel-dir", str(out)],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--no-build-isolation",
+            "--no-deps",
+            "--no-index",
+            "--quiet",
+            "--disable-pip-version-check",
+            str(copy),
+            "--wheel-dir",
+            str(out),
+        ],
         check=True,
-    )  # fmt: skip
+    )
     (file,) = out.glob("*.whl")
     return file
 
@@ -44,10 +56,19 @@ def commands(wheel, tmp_path_factory) -> Path:
     subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
     own = Path(sysconfig.get_path("purelib", vars={"base": str(place)}))
     subprocess.run(
-        [place / "bin/python", "-m", "pip", "install", "--no-deps", "--no-index", "--quiet",
-         "--disable-pip-version-check", str(wheel)],
+        [
+            place / "bin/python",
+            "-m",
+            "pip",
+            "install",
+            "--no-deps",
+            "--no-index",
+            "--quiet",
+            "--disable-pip-version-check",
+            str(wheel),
+        ],
         check=True,
-    )  # fmt: skip
+    )
     (own / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return place / "bin"
 

@@ -42,11 +42,21 @@ def student(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hf") / "experts"
     torch.manual_seed(3)
     config = Qwen3MoeConfig(
-        vocab_size=16, hidden_size=64, intermediate_size=96, num_hidden_layers=LAYERS,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=256,
-        num_experts=EXPERTS, num_experts_per_tok=TOPK, moe_intermediate_size=32,
-        norm_topk_prob=True, initializer_range=0.15, eos_token_id=1,
-    )  # fmt: skip
+        vocab_size=16,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=256,
+        num_experts=EXPERTS,
+        num_experts_per_tok=TOPK,
+        moe_intermediate_size=32,
+        norm_topk_prob=True,
+        initializer_range=0.15,
+        eos_token_id=1,
+    )
     Qwen3MoeForCausalLM(config).bfloat16().float().save_pretrained(folder)
     copy_tokenizer(ROOT / "recipes/demo/student", folder)
     return folder
@@ -152,11 +162,19 @@ def test_replay_lowers_the_drift(rig, trainer):
 
 def train(rig, out, *more):
     settings = [
-        f"student.hf={rig.folder}", f"teacher.hf={rig.folder}", f"out={out}", "data.eval=null",
-        f"rollout.servers.urls=[{rig.server.url}]", f"rollout.max_response_tokens={TOKENS}",
-        f"student.dtype={rig.recipe.student.dtype}", "train.rounds=3", "train.warmup_rounds=1",
-        "train.prompts_per_round=32", "train.lr=1e-6", *more,
-    ]  # fmt: skip
+        f"student.hf={rig.folder}",
+        f"teacher.hf={rig.folder}",
+        f"out={out}",
+        "data.eval=null",
+        f"rollout.servers.urls=[{rig.server.url}]",
+        f"rollout.max_response_tokens={TOKENS}",
+        f"student.dtype={rig.recipe.student.dtype}",
+        "train.rounds=3",
+        "train.warmup_rounds=1",
+        "train.prompts_per_round=32",
+        "train.lr=1e-6",
+        *more,
+    ]
     command = [sys.executable, "-m", "iwopd_megatron", "train", str(RECIPE), *settings]
     log = out.with_suffix(".log")
     with log.open("w") as file:

@@ -22,10 +22,18 @@ pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="make test-sglang bu
 def sglang(tmp_path_factory):
     port = free_port()
     command = [
-        PYTHON, "-m", "sglang.launch_server", f"--model-path={TEACHER}", "--device=cpu",
-        "--attention-backend=torch_native", "--dtype=float32", "--max-total-tokens=8192",
-        "--sleep-on-idle", "--host=127.0.0.1", f"--port={port}",
-    ]  # fmt: skip
+        PYTHON,
+        "-m",
+        "sglang.launch_server",
+        f"--model-path={TEACHER}",
+        "--device=cpu",
+        "--attention-backend=torch_native",
+        "--dtype=float32",
+        "--max-total-tokens=8192",
+        "--sleep-on-idle",
+        "--host=127.0.0.1",
+        f"--port={port}",
+    ]
     own = {"SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ENVIRONMENT)}
     log = tmp_path_factory.mktemp("sglang") / "log"
     server = Server("SGLang", command, outer_environment() | own, log, f"http://127.0.0.1:{port}")

@@ -20,10 +20,20 @@ PROMPTS = 64
 
 def start(out: Path, *overrides: str) -> subprocess.Popen:
     command = [
-        sys.executable, "-W", "ignore", "-m", "iwopd_megatron", "train",
-        "recipes/demo_sglang.yaml", f"out={out}", "train.rounds=6", "train.warmup_rounds=2",
-        "data.eval=null", "checkpoint.every=1", *overrides,
-    ]  # fmt: skip
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "iwopd_megatron",
+        "train",
+        "recipes/demo_sglang.yaml",
+        f"out={out}",
+        "train.rounds=6",
+        "train.warmup_rounds=2",
+        "data.eval=null",
+        "checkpoint.every=1",
+        *overrides,
+    ]
     log = out.with_suffix(".log").open("a")
     return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
 

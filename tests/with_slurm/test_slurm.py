@@ -18,11 +18,15 @@ SMALL = ["evaluate.problems=32", "evaluate.every=100", "train.prompts_per_round=
 SMALL += ["train.warmup_rounds=0"]
 # Trainer on two nodes of two processes, a Megatron teacher service and a real SGLang server.
 THREE_ROLES = [
-    "processes=4", "teacher.service={}", "rollout.engine=sglang", "rollout.servers.start=1",
+    "processes=4",
+    "teacher.service={}",
+    "rollout.engine=sglang",
+    "rollout.servers.start=1",
     "rollout.servers.python=build/sglang-venv/bin/python",
     "rollout.servers.env={PYTHONPATH: tests/with_sglang/environment, OMP_NUM_THREADS: '1'}",
-    "rollout.servers.hang_timeout_s=300", "checkpoint.every=1",
-]  # fmt: skip
+    "rollout.servers.hang_timeout_s=300",
+    "checkpoint.every=1",
+]
 
 
 def iwopd(*arguments: str) -> str:

@@ -14,9 +14,18 @@ def test_a_run_trains_on_what_vllm_writes(tmp_path):
     """Every update is proven, and the engine's log-probs are the trainer's."""
     out, log = tmp_path / "run", tmp_path / "log"
     command = [
-        sys.executable, "-W", "ignore", "-m", "iwopd_megatron", "train", str(RECIPE), f"out={out}",
-        "train.rounds=3", "train.warmup_rounds=1", "data.eval=null",
-    ]  # fmt: skip
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "iwopd_megatron",
+        "train",
+        str(RECIPE),
+        f"out={out}",
+        "train.rounds=3",
+        "train.warmup_rounds=1",
+        "data.eval=null",
+    ]
     with log.open("w") as file:
         done = subprocess.run(
             command, cwd=ROOT, env=outer_environment(), stdout=file, stderr=file, timeout=900
