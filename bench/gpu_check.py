@@ -27,7 +27,7 @@ from iwopd_megatron.config.load import load_recipe
 from iwopd_megatron.config.models import Layout
 from iwopd_megatron.config.recipe import Train
 from iwopd_megatron.hf.config import parse_hf_config, read_hf_config
-from iwopd_megatron.models import layer_specs as backend
+from iwopd_megatron.models import layer_specs
 from iwopd_megatron.models.actor import Schedule
 from iwopd_megatron.models.gpt import build_model, wrap_precision
 from iwopd_megatron.models.optimizer import build_optimizer, wrap_data_parallel
@@ -243,7 +243,7 @@ def main():
     name = torch.cuda.get_device_name()
     modules = (
         "TransformerEngine"
-        if backend.has_transformer_engine(torch.bfloat16)
+        if layer_specs.has_transformer_engine(torch.bfloat16)
         else "torch-native modules"
     )
     print(f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}, {modules}")

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from iwopd_megatron.config.models import Layout
 from iwopd_megatron.hf.config import read_hf_config
-from iwopd_megatron.models import layer_specs as backend
+from iwopd_megatron.models import layer_specs
 from iwopd_megatron.models.gpt import build_model, wrap_precision
 from iwopd_megatron.runtime.megatron import dist_checkpointing
 from iwopd_megatron.runtime.parallel import initialise, shutdown
@@ -92,7 +92,7 @@ def _count_different(converted, expected, got, metadata) -> tuple[int, int]:
 def main() -> int:
     if not torch.cuda.is_available():
         sys.exit("error: this table is of a CUDA GPU; `make test` holds the same on CPUs.")
-    names = "te" if backend.has_transformer_engine(torch.bfloat16) else "native"
+    names = "te" if layer_specs.has_transformer_engine(torch.bfloat16) else "native"
     return check(names)
 
 

@@ -94,16 +94,16 @@ def _shared(found: Plan, gpus: int, recipe: Path) -> Plan:
 
 def _say(found: Plan, proposals: list[Plan] | None, as_json: bool) -> None:
     """Print a plan and the best of its proposals, where there was a search."""
-    from iwopd_megatron.plan import text as plan_report
+    from iwopd_megatron.plan import text as plan_text
 
     if not as_json:
-        plan_report.print_plan(found)
+        plan_text.print_plan(found)
         if proposals is not None:
-            plan_report.print_proposals(proposals)
+            plan_text.print_proposals(proposals)
         return
-    figures = plan_report.as_json(found)
+    figures = plan_text.as_json(found)
     if proposals is not None:
         figures["proposals"] = [
-            {"seconds": p.seconds, "overrides": plan_report.overrides(p)} for p in proposals[:5]
+            {"seconds": p.seconds, "overrides": plan_text.overrides(p)} for p in proposals[:5]
         ]
     print(json.dumps(figures))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from iwopd_megatron.config.models import Layout
 from iwopd_megatron.hf.config import HfConfig
-from iwopd_megatron.models import layer_specs as backend
+from iwopd_megatron.models import layer_specs
 from iwopd_megatron.models.marks import mark_parameter
 from iwopd_megatron.models.rotary import inverse_frequencies
 from iwopd_megatron.runtime import device
@@ -85,10 +85,10 @@ def transformer_config(
         persist_layer_norm=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
-        apply_rope_fusion=backend.has_transformer_engine(torch_dtype),
+        apply_rope_fusion=layer_specs.has_transformer_engine(torch_dtype),
         gradient_accumulation_fusion=False,
     )
-    if backend.has_transformer_engine(torch_dtype):  # YaRN's factor on both queries and keys
+    if layer_specs.has_transformer_engine(torch_dtype):  # YaRN's factor on both queries and keys
         settings["softmax_scale"] = hf.rope.attention_factor**2 * hf.head_dim**-0.5
     settings |= _expert_settings(hf, torch_dtype) | _recompute_settings(hf, recompute)
     config = TransformerConfig(**settings)
@@ -109,7 +109,7 @@ def _expert_settings(hf: HfConfig, dtype: torch.dtype) -> dict[str, Any]:
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
         moe_token_dispatcher_type="alltoall",
-        moe_grouped_gemm=backend.has_transformer_engine(dtype),
+        moe_grouped_gemm=layer_specs.has_transformer_engine(dtype),
     )
 
 
@@ -130,13 +130,13 @@ def build_model(
     """Return this rank's `layout.vpp` chunks in `dtype`, of initial weights: load others later."""
     layout = parallel.layout
     config = transformer_config(hf, layout, dtype, recompute)
-    fused = backend.has_transformer_engine(config.params_dtype)
+    fused = layer_specs.has_transformer_engine(config.params_dtype)
     chunks = []
     for stage in range(layout.vpp):
         vp_stage = stage if layout.vpp > 1 else None
         chunk = HiddenStateModel(
             config,
-            backend.block_spec(config, vp_stage),
+            layer_specs.block_spec(config, vp_stage),
             vocab_size=hf.vocab_size,  # never padded: padding columns would enter the normaliser
             max_sequence_length=hf.max_position_embeddings,
             pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),

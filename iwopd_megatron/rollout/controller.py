@@ -14,7 +14,7 @@ import torch
 
 from iwopd_megatron.batch.trajectory import Trajectory
 from iwopd_megatron.errors import GateError, ServiceError
-from iwopd_megatron.hf import agreement as gates_start
+from iwopd_megatron.hf import agreement
 from iwopd_megatron.hf.fingerprint import with_identity
 from iwopd_megatron.rollout.engine import OnSample, Prompt, Sampling
 from iwopd_megatron.rollout.pool import NoServer, ServerPool
@@ -84,7 +84,7 @@ class ServerController:
             except (ServerLost, ServerRefused) as error:
                 raise ServiceError(f"a rollout server is not there: {error}.") from None
             if self.student is not None:
-                gates_start.served_student(server.url, with_identity(info), self.student)
+                agreement.served_student(server.url, with_identity(info), self.student)
 
     def close(self) -> None:
         """Leave the servers, and stop those that are ours; no-op when repeated."""

@@ -16,7 +16,7 @@ from iwopd_megatron.batch.scores import Scores
 from iwopd_megatron.batch.trajectory import Trajectory
 from iwopd_megatron.config.models import Service, Teacher
 from iwopd_megatron.config.recipe import Recipe
-from iwopd_megatron.hf import agreement as gates_start
+from iwopd_megatron.hf import agreement
 from iwopd_megatron.hf.fingerprint import identity, with_identity
 from iwopd_megatron.runtime import device
 from iwopd_megatron.runtime.background import Background
@@ -74,7 +74,7 @@ class TeacherConnection:
     def _check(self, url: str, info: dict[str, Any]) -> None:
         recipe, rollout = self.recipe, self.recipe.rollout
         theirs = AutoTokenizer.from_pretrained(self.teacher.hf)
-        gates_start.served_teacher(
+        agreement.served_teacher(
             url,
             with_identity(info),
             identity(recipe.student.hf, self.tokenizer),
@@ -82,7 +82,7 @@ class TeacherConnection:
             recipe.gates.same_chat_template,
         )
         longest = rollout.max_prompt_tokens + rollout.max_response_tokens
-        gates_start.server_fits(url, info, longest, rollout.temperature)
+        agreement.server_fits(url, info, longest, rollout.temperature)
 
     def check_alive(self) -> None:
         """Raise ServiceError if its own server is not restarted any more."""
