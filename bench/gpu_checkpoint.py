@@ -27,9 +27,9 @@ from iwopd_megatron.models import layer_specs
 from iwopd_megatron.models.gpt import build_model, wrap_precision
 from iwopd_megatron.runtime.megatron import dist_checkpointing
 from iwopd_megatron.runtime.parallel import initialise, shutdown
-from iwopd_megatron.weights import torch_dist
 from iwopd_megatron.weights.convert import hf_to_megatron, megatron_to_hf
 from iwopd_megatron.weights.hf_reader import HfTensors, load_shards
+from iwopd_megatron.weights.torch_dist import writer as torch_dist
 
 
 def write_models(folder: Path) -> list[Path]:

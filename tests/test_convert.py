@@ -32,7 +32,7 @@ from iwopd_megatron.files import rawfile
 from iwopd_megatron.parity.check import compare, read_side
 from iwopd_megatron.weights import pieces, shards
 from iwopd_megatron.weights.convert import hf_to_megatron, megatron_to_hf
-from iwopd_megatron.weights.torch_dist_reader import CheckpointReader
+from iwopd_megatron.weights.torch_dist.reader import CheckpointReader
 
 
 def assert_same_bytes(got: dict, want: dict) -> None:

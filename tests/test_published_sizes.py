@@ -9,7 +9,7 @@ import torch
 from iwopd_megatron.hf.config import parse_hf_config
 from iwopd_megatron.hf.shapes import hf_names, hf_shape
 from iwopd_megatron.weights.table import mapped_parameters, weight_blocks
-from iwopd_megatron.weights.torch_dist import block_shape, expected_tensors
+from iwopd_megatron.weights.torch_dist.writer import block_shape, expected_tensors
 from iwopd_megatron.weights.transformers_views import named_views
 
 # config.json of the published models, what shapes depend on

@@ -19,11 +19,12 @@ from iwopd_megatron.runtime.megatron import dist_checkpointing
 from iwopd_megatron.runtime.parallel import initialise
 from iwopd_megatron.train import checkpoint
 from iwopd_megatron.train.saver import Saver
-from iwopd_megatron.weights import pieces, torch_dist
-from iwopd_megatron.weights.blob import data_start, envelope, serialise
+from iwopd_megatron.weights import pieces
 from iwopd_megatron.weights.convert import hf_to_megatron, megatron_to_hf
 from iwopd_megatron.weights.hf_reader import HfTensors, load_shards
 from iwopd_megatron.weights.table import weight_blocks
+from iwopd_megatron.weights.torch_dist import writer as torch_dist
+from iwopd_megatron.weights.torch_dist.blob import data_start, envelope, serialise
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from iwopd_megatron.runtime.megatron import (
 )
 from iwopd_megatron.runtime.parallel import Parallel, gather
 from iwopd_megatron.train.saver import LISTING, Saver, digest
-from iwopd_megatron.weights.torch_dist import METADATA
+from iwopd_megatron.weights.torch_dist.writer import METADATA
 
 
 def newest(run: Path, parallel: Parallel, say: Callable[[str], None]) -> Path | None:

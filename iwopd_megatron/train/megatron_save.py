@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from iwopd_megatron.runtime.megatron import dist_checkpointing, filesystem_async
-from iwopd_megatron.weights.torch_dist import METADATA
+from iwopd_megatron.weights.torch_dist.writer import METADATA
 
 filesystem_async._results_queue = queue.Queue()
 

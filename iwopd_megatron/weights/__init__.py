@@ -11,6 +11,5 @@ __all__ = [
     "manifest",
     "sync",
     "table",
-    "torch_dist",
     "transformers_views",
 ]

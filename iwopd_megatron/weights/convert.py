@@ -21,14 +21,16 @@ from iwopd_megatron.hf.companions import copy_companions, template_of
 from iwopd_megatron.hf.config import HfConfig, read_hf_config
 from iwopd_megatron.hf.folder import check_weights
 from iwopd_megatron.hf.shapes import EMBEDDING, HEAD, hf_shape
-from iwopd_megatron.weights import manifest, pieces, shards, torch_dist
+from iwopd_megatron.weights import manifest, pieces, shards
 from iwopd_megatron.weights.continuation import ConversionRecord, Rows, convert_blocks, identity
 from iwopd_megatron.weights.hf_reader import HfTensors
 from iwopd_megatron.weights.manifest import DTYPE_NAMES, DTYPES
 from iwopd_megatron.weights.pieces import Piece, cut_block
 from iwopd_megatron.weights.safetensors_file import SafetensorsPlan, SafetensorsWriter
 from iwopd_megatron.weights.table import WeightBlock, weight_blocks
-from iwopd_megatron.weights.torch_dist import (
+from iwopd_megatron.weights.torch_dist import writer as checkpoint_writer
+from iwopd_megatron.weights.torch_dist.reader import CheckpointReader
+from iwopd_megatron.weights.torch_dist.writer import (
     METADATA,
     CheckpointPlan,
     CheckpointWriter,
@@ -38,7 +40,6 @@ from iwopd_megatron.weights.torch_dist import (
     object_keys,
     stacked_shape,
 )
-from iwopd_megatron.weights.torch_dist_reader import CheckpointReader
 
 Chunks: TypeAlias = list[tuple[Piece, Slot]]  # a block's pieces and their places in a checkpoint
 
@@ -66,7 +67,7 @@ def hf_to_megatron(
     plan, blocks = _plan_import(tensors, names, hf)
     plan.add_objects(object_keys(hf, names))
     with complete_folder(out, plan.nbytes, force, (source,)) as folder:
-        limits = [pieces.PIECE_BYTES, torch_dist.FILE_BYTES]
+        limits = [pieces.PIECE_BYTES, checkpoint_writer.FILE_BYTES]
         record = ConversionRecord(folder, identity(source, names=names, limits=limits), say)
         writer = CheckpointWriter(plan, folder)
         mover = _ToMegatron(tensors, writer)

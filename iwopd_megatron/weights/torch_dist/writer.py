@@ -24,9 +24,9 @@ import torch
 from iwopd_megatron.files.rawfile import OutputFile, raw
 from iwopd_megatron.hf.config import HfConfig
 from iwopd_megatron.hf.shapes import hf_shape
-from iwopd_megatron.weights.blob import envelope, serialise
 from iwopd_megatron.weights.table import WeightBlock, weight_blocks
-from iwopd_megatron.weights.torch_internals import (
+from iwopd_megatron.weights.torch_dist.blob import envelope, serialise
+from iwopd_megatron.weights.torch_dist.torch_internals import (
     ALIGN,
     METADATA_VERSION,
     BytesStorageMetadata,

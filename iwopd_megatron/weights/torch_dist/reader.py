@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.weights.blob import data_start
-from iwopd_megatron.weights.torch_internals import (
+from iwopd_megatron.weights.torch_dist.blob import data_start
+from iwopd_megatron.weights.torch_dist.torch_internals import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,

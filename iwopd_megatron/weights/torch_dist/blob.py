@@ -16,7 +16,7 @@ from typing import IO
 import torch
 from typing_extensions import Buffer
 
-from iwopd_megatron.weights.torch_internals import DESCRIPTOR, FIRST_DATA
+from iwopd_megatron.weights.torch_dist.torch_internals import DESCRIPTOR, FIRST_DATA
 
 _LARGE = 2**20
 
