@@ -46,8 +46,9 @@ demo-models: setup
 	cp -r runs/demo_teacher/hf recipes/demo/teacher
 	cp -r runs/demo_student/hf recipes/demo/student
 
+# Two processes, a file each at a time: tests of one file share its models.
 test: setup
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 # Whole runs: trained, killed, resumed, evaluated, launched on this machine.
 test-runs: setup
