@@ -104,7 +104,7 @@ def test_killed_and_resumed(whole, few, tmp_path):
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    while not (answers.exists() and answers.stat().st_size):
+    while not (answers.exists() and answers.read_bytes().count(b"\n") > 1):
         assert process.poll() is None
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
