@@ -15,10 +15,10 @@ from typing import Any, Protocol
 
 from safetensors.torch import save_file
 
+from iwopd_megatron.hf.companions import copy_companions
 from iwopd_megatron.rollout.pool import Replica, ServerPool
 from iwopd_megatron.rollout.server import NamedTensors
 from iwopd_megatron.runtime.background import Background
-from iwopd_megatron.weights.convert import copy_companions
 
 
 class Targets:
