@@ -419,3 +419,15 @@ def test_a_disk_that_becomes_full(moe_folder, tmp_path, monkeypatch, call):
     monkeypatch.setattr(rawfile.os, call, full)
     refuse("became full; free", hf_to_megatron, moe_folder, tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_forked_process_writes_through_a_buffer_of_its_own():
+    """Checkpoints are written by forks, each while others and this process write theirs."""
+    stage = rawfile._stage()
+    stage[:4] = b"here"
+    child = os.fork()
+    if child == 0:
+        rawfile._stage()[:4] = b"fork"
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert stage[:4] == b"here"

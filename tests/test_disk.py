@@ -2,18 +2,17 @@
 
 import errno
 import os
+import resource
 
 import pytest
 import torch
 from safetensors import SafetensorError
-from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms
-from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 from iwopd_megatron.cli.worker import _explain
 from iwopd_megatron.errors import DiskError, GateError, RecipeError
 from iwopd_megatron.records.disk import TORN, disk_reason, disk_told
-from iwopd_megatron.train.megatron_save import PlannedFiles
+from iwopd_megatron.train.sharded_save import RankFiles
+from iwopd_megatron.weights.torch_dist.writer import CheckpointPlan
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/x/metrics.jsonl")
 
@@ -66,13 +65,18 @@ def test_other_errors_pass(tmp_path):
             raise error
 
 
-def test_a_writer_that_finds_a_full_disk_fails_with_its_error():
-    """/dev/full takes nothing. torch speaks of a position; the system's reason may be below."""
-    item = WriteItem(index=MetadataIndex("x"), type=WriteItemType.TENSOR)
-    bucket = ("/dev/full", "key", ([], [(item, torch.zeros(100_000))]))
-    with pytest.raises((OSError, RuntimeError)) as failed:
-        list(PlannedFiles([_StorageWriterTransforms()], [bucket]).write())
-    assert disk_reason(failed.value) in (os.strerror(errno.ENOSPC), TORN)
+def test_a_writer_that_finds_a_full_disk_fails_with_its_reason(tmp_path):
+    """The limit on a file's size stands for the disk: the system's error has a number either way."""
+    plan = CheckpointPlan()
+    slot = plan.add("x", (100_000,), torch.float32, (0,), (100_000,))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OSError) as failed:
+            RankFiles(tmp_path, plan, [(slot, torch.zeros(100_000))]).write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert disk_reason(failed.value) == os.strerror(errno.EFBIG)
 
 
 def test_the_rank_that_has_a_reason_is_the_one_that_is_heard(capsys):

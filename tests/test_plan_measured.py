@@ -2,10 +2,12 @@
 
 import weakref
 from dataclasses import replace
+from importlib.metadata import version
 
 import pytest
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from worlds import run_world
@@ -131,11 +133,14 @@ def check_activations(hf):
     shutdown()
     # The native attention copies its output for the projection; TransformerEngine's does not.
     planned += size.queries * width * tokens
-    assert planned == pytest.approx(measured, rel=0.01), planned / measured
+    if Version(version("megatron-core")) < Version("0.17"):
+        planned -= 3 * size.experts * tokens
+    planned += 8 * size.experts  # tokens of every expert, counted twice, of the whole micro-batch
+    assert planned == measured, planned - measured
 
 
 @pytest.mark.parametrize("hf", [DENSE, MOE], ids=["dense", "moe"])
-def test_activations_of_a_layer_are_within_1_percent_of_what_autograd_keeps(hf):
+def test_activations_of_a_layer_are_exactly_what_autograd_keeps(hf):
     run_world(1, check_activations, hf)
 
 

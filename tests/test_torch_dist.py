@@ -153,11 +153,15 @@ def save_plain(folders, out) -> None:
 
 
 def contents(folder) -> dict:
-    """Name -> (shape, dtype) or None for objects."""
+    """Name -> (shape, dtype) or None for objects.
+
+    Without the common state, which Megatron 0.19 keeps here and those before it in common.pt.
+    """
     metadata = pickle.loads((folder / ".metadata").read_bytes())
     return {
         key: (tuple(item.size), item.properties.dtype) if hasattr(item, "size") else None
         for key, item in metadata.state_dict_metadata.items()
+        if key != "common_state/shard_0_1"
     }
 
 

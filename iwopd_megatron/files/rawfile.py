@@ -107,9 +107,12 @@ def _pwrite(descriptor: int, data: memoryview, position: int) -> None:
 
 
 def _stage() -> memoryview:
-    """Return this thread's buffer of STAGE bytes, aligned to a page as O_DIRECT needs it."""
+    """Return this thread's buffer of STAGE bytes, aligned to a page as O_DIRECT needs it.
+
+    Private: forked processes, which inherit it, write at the same time.
+    """
     if not hasattr(_local, "stage"):
-        _local.stage = mmap.mmap(-1, STAGE)
+        _local.stage = mmap.mmap(-1, STAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return memoryview(_local.stage)
 
 

@@ -5,12 +5,14 @@ import importlib.util
 
 import torch
 
-from iwopd_megatron.models.native import GroupedExperts, RMSNorm, SdpaAttention, SwiGluMLP
+from iwopd_megatron.models.experts import GroupedMoELayer, SwiGluMLP
+from iwopd_megatron.models.native import RMSNorm, SdpaAttention
 from iwopd_megatron.runtime import device
 from iwopd_megatron.runtime.megatron import (
     AttnMaskType,
-    LocalSpecProvider,
+    ColumnParallelLinear,
     ModuleSpec,
+    RowParallelLinear,
     SelfAttention,
     SelfAttentionSubmodules,
     TransformerBlockSubmodules,
@@ -18,9 +20,7 @@ from iwopd_megatron.runtime.megatron import (
     TransformerLayerSubmodules,
     get_bias_dropout_add,
     get_gpt_decoder_block_spec,
-    get_mlp_module_spec_for_backend,
     get_num_layers_to_build,
-    megatron_experts,
     megatron_moe_utils,
     megatron_random,
 )
@@ -36,7 +36,7 @@ def has_transformer_engine(dtype: torch.dtype) -> bool:
 
 
 def _fill_gaps_without_transformer_engine() -> None:
-    """Define what Megatron-Core 0.16.1 reads, undefined without TransformerEngine, grouped_gemm."""
+    """Define what Megatron-Core reads although it is undefined without TransformerEngine."""
     if not hasattr(megatron_moe_utils, "te_general_gemm"):
         megatron_moe_utils.te_general_gemm = None
     if not hasattr(megatron_random, "FP8GlobalStateManager"):
@@ -50,21 +50,6 @@ def _fill_gaps_without_transformer_engine() -> None:
         megatron_random.activation_recompute_forward = lambda *args, **kwargs: (
             contextlib.nullcontext()
         )
-    if not megatron_experts.gg.grouped_gemm_is_available():
-        megatron_experts.gg.assert_grouped_gemm_is_available = lambda: None
-
-
-class NativeSpecProvider(LocalSpecProvider):
-    """Megatron's local linears with the modules of native.py."""
-
-    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
-        return RMSNorm
-
-    def core_attention(self) -> type:
-        return SdpaAttention
-
-    def grouped_mlp_modules(self, moe_use_grouped_gemm, moe_use_legacy_grouped_gemm):
-        return GroupedExperts, None
 
 
 def block_spec(config, vp_stage: int | None = None):
@@ -72,14 +57,13 @@ def block_spec(config, vp_stage: int | None = None):
     if has_transformer_engine(config.params_dtype):
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
     _fill_gaps_without_transformer_engine()
-    backend = NativeSpecProvider()
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=backend.column_parallel_linear(),
-            core_attention=backend.core_attention(),
-            linear_proj=backend.row_parallel_linear(),
+            linear_qkv=ColumnParallelLinear,
+            core_attention=SdpaAttention,
+            linear_proj=RowParallelLinear,
             q_layernorm=RMSNorm,
             k_layernorm=RMSNorm,
         ),
@@ -91,11 +75,9 @@ def block_spec(config, vp_stage: int | None = None):
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=get_mlp_module_spec_for_backend(backend, num_experts=config.num_moe_experts),
+            mlp=GroupedMoELayer if config.num_moe_experts else SwiGluMLP,
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    if not config.num_moe_experts:
-        layer.submodules.mlp.module = SwiGluMLP
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)

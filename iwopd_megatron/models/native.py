@@ -1,8 +1,8 @@
 """Torch-native modules for Megatron's layer specs, where TransformerEngine is not used.
 
 Megatron's local modules lack RMSNorm under sequence parallelism, attention with context parallelism
-or packed sequences, and a grouped GEMM without extra libraries; only these are added, and a SwiGLU
-MLP in fewer passes. Shapes: s tokens of this rank, b batch, h heads, d head size, E local experts.
+or packed sequences, and a grouped GEMM without extra libraries (experts.py); only these are added.
+Shapes: s tokens of this rank, b batch, h heads, d head size.
 """
 
 import torch
@@ -10,14 +10,12 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from iwopd_megatron.models.marks import mark_parameter
-from iwopd_megatron.models.native_ops import grouped_mm, rms_norm, rotate, swiglu
+from iwopd_megatron.models.native_ops import rms_norm, rotate
 from iwopd_megatron.models.rotary_tables import rotary_table
 from iwopd_megatron.runtime import device
 from iwopd_megatron.runtime.megatron import (
-    MLP,
     MegatronModule,
     gather_from_sequence_parallel_region,
-    megatron_experts,
 )
 from iwopd_megatron.runtime.parallel import Packing
 
@@ -135,21 +133,3 @@ class SdpaAttention(MegatronModule):
                 start += chunk
             offset += length
         return torch.cat(out)
-
-
-class GroupedExperts(megatron_experts.GroupedMLP):
-    """Megatron's experts (parameters, sharding, checkpoints) on torch's grouped GEMM, any dtype."""
-
-    def forward(self, hidden, tokens_per_expert, probs):
-        weight1 = self.weight1.view(self.num_local_experts, self.config.hidden_size, -1)
-        weight2 = self.weight2.view(self.num_local_experts, -1, self.config.hidden_size)
-        act = swiglu(grouped_mm(hidden, weight1, tokens_per_expert), probs.unsqueeze(-1))
-        return grouped_mm(act, weight2, tokens_per_expert), None
-
-
-class SwiGluMLP(MLP):
-    """Megatron's dense MLP (parameters, sharding, checkpoints) with one activation pass."""
-
-    def forward(self, hidden, **kwargs):  # routing settings of other MLPs
-        gate_up, _ = self.linear_fc1(hidden)
-        return self.linear_fc2(swiglu(gate_up))

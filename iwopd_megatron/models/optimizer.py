@@ -23,8 +23,8 @@ class FusedAdam(torch.optim.Optimizer):
     """AdamW with its step count in the parameter group, as Megatron expects of Apex and TE."""
 
     def __init__(
-        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True
-    ):
+        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True, **_
+    ):  # since 0.17 also `capturable`: in a CUDA graph, which is refused elsewhere
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=0)
         super().__init__(params, defaults)
         self.update = adamw if adam_w_mode else adam

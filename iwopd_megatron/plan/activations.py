@@ -7,7 +7,8 @@ formulas
 
     h = hidden size             q = query heads x head size     k = key-value heads x head size
     f = width of the MLP        n = query heads                 E, K = experts, experts a token
-    w = bytes of an element     tp, pp, vpp, ep, etp, cp = the layout's degrees
+    m = key-value heads         w = bytes of an element
+    tp, pp, vpp, ep, etp, cp = the layout's degrees
 
 tests/test_plan_measured.py holds the formulas against tensors that Megatron's layers save.
 """
@@ -19,30 +20,33 @@ from iwopd_megatron.plan.model_size import ModelSize
 
 
 def attention_bytes(size: ModelSize, layout: Layout, width: int = 2) -> float:
-    """Bytes of one layer's attention, per token = (w (2h + 3q + 3k) + 4n) / tp.
+    """Bytes of one layer's attention, per token = (w (2h + 3q + 3k) + 4 (2n + m + 1)) / tp.
 
     2h: the norm's input and output. 3q: queries as projected, as turned (rotary), and the
-    attention's output. 3k: keys as projected and as turned, values. 4n: flash attention's fp32
-    log-sum of every head. With TransformerEngine; the native attention copies its output once more.
+    attention's output. 3k: keys as projected and as turned, values. In fp32, flash attention's
+    log-sum of every head (4n) and the factor of every norm: the heads' (4n + 4m) and the layer's.
+    With TransformerEngine; the native attention copies its output once more.
     """
     kept = 2 * size.hidden + 3 * size.queries + 3 * size.keys
-    return (width * kept + 4 * size.heads) / layout.tp
+    return (width * kept + 4 * (2 * size.heads + size.kv_heads + 1)) / layout.tp
 
 
 def mlp_bytes(size: ModelSize, layout: Layout, width: int = 2) -> float:
     """Bytes of one layer's MLP or experts, per token.
 
-    Dense = w (2h + 3f) / tp: the norm's input and output; gate, up and their product.
-    Experts = (w (2h + K etp (h + 3f / etp)) + 8E) / tp: each of the K copies of a token's input,
-    which every rank of an etp group holds, with its part of gate, up and product; the router's fp32
-    logits and probabilities.
+    Dense = (w (2h + 3f) + 4) / tp: the norm's input, output and fp32 factor; gate, up and product.
+    Experts = (w (2h + K etp (h + 3f / etp)) + 4 + 24K + 8E) / tp: each of the K copies of a
+    token's input, which every rank of an etp group holds, with its part of gate, up and product.
+    24K: which experts and in which order (int64), their fp32 probabilities before and after the
+    dispatch. 8E: the int64 order of all tokens for all experts, of which Megatron 0.17 and later
+    use the first K; 0.16 keeps 5E instead, fp32 probabilities and a map of bools.
     """
     kept: float = 2 * size.hidden
     if not size.experts:
-        return width * (kept + 3 * size.ffn) / layout.tp
+        return (width * (kept + 3 * size.ffn) + 4) / layout.tp
     copies = size.topk * layout.etp
     kept += copies * (size.hidden + 3 * size.ffn / layout.etp)
-    return (width * kept + 8 * size.experts) / layout.tp
+    return (width * kept + 4 + 24 * size.topk + 8 * size.experts) / layout.tp
 
 
 def layer_bytes(size: ModelSize, layout: Layout, recompute: str, width: int = 2) -> float:

@@ -1,7 +1,6 @@
 """Checkpoints written beside the training: a forked process writes this rank's state as it was.
 
-Megatron plans the files and writes `.metadata`; the writing between, by Megatron's own function, is
-one process a rank here. (Megatron's has a process a file, and if one dies the rank waits for ever.)
+All ranks plan the files (sharded_save.py), one process a rank writes them, the main rank completes.
 A fork keeps the memory of its moment, copied only where training changes it meanwhile; states on a
 GPU are copied to the host before. A checkpoint appears by one rename when all ranks have written.
 """
@@ -27,7 +26,8 @@ from iwopd_megatron.hf.companions import FOLDER as COMPANIONS
 from iwopd_megatron.records.disk import disk_error, disk_reason, disk_told
 from iwopd_megatron.runtime.parallel import Parallel, any_rank, gather
 from iwopd_megatron.runtime.stop import die_with_parent
-from iwopd_megatron.train.megatron_save import MegatronSave, PlannedFiles, Results
+from iwopd_megatron.train.sharded_save import RankFiles, ShardedSave
+from iwopd_megatron.weights.torch_dist.writer import Contents
 
 LISTING = "files.json"
 OWN_BYTES = 2**20  # more than common.pt, .metadata and the listing of a small model need
@@ -45,7 +45,6 @@ class Failure(NamedTuple):
 class Outcome:
     """What a rank's writer has done."""
 
-    results: Results = field(default_factory=dict)
     listing: Listing = field(default_factory=dict)
     failure: Failure | None = None
 
@@ -74,7 +73,7 @@ class Saver:
         partial = final.with_suffix(".partial")
         with disk_told(self.run):
             self.parallel.on_main(lambda: self._make_room(partial))
-            save = MegatronSave(state, partial)
+            save = ShardedSave(state, partial, self.parallel)
         self._pending = _Pending(final, partial, save, _start_writer(save))
         if not self.in_background:
             self.finish()
@@ -108,16 +107,14 @@ class Saver:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        own = pending.writer.outcome()
-        outcomes: list[tuple[Failure | None, Listing]] = gather((own.failure, own.listing))
+        own = pending.writer.outcome(), pending.save.contents
+        parts: list[tuple[Outcome, Contents]] = gather(own)
         try:
-            for rank, (failure, _) in enumerate(outcomes):
-                if failure is not None:
-                    raise self._error(pending.final, rank, failure)
-            listing = {name: entry for _, part in outcomes for name, entry in part.items()}
+            for rank, (outcome, _) in enumerate(parts):
+                if outcome.failure is not None:
+                    raise self._error(pending.final, rank, outcome.failure)
             with disk_told(self.run):
-                pending.save.finalise(own.results)
-                self.parallel.on_main(lambda: self._publish(pending, listing))
+                self.parallel.on_main(lambda: self._publish(pending, parts))
         except UserError:
             if self.parallel.is_main:
                 self._remove_partial()  # room for others
@@ -131,8 +128,12 @@ class Saver:
             "before it are whole: mend that and go on with --resume."
         )
 
-    def _publish(self, pending: _Pending, listing: Listing) -> None:
-        """Write the listing of all files, rename the folder, remove the oldest checkpoints."""
+    def _publish(self, pending: _Pending, parts: list[tuple[Outcome, Contents]]) -> None:
+        """Complete the checkpoint, list its files, rename the folder, remove the oldest ones."""
+        pending.save.complete(contents for _, contents in parts)
+        listing: Listing = {}
+        for outcome, _ in parts:
+            listing |= outcome.listing
         for file in pending.partial.rglob("*"):
             name = str(file.relative_to(pending.partial))
             if file.is_file() and name not in listing:
@@ -152,7 +153,7 @@ class Saver:
 class _Writer:
     """The process that writes this rank's files."""
 
-    def __init__(self, files: PlannedFiles):
+    def __init__(self, files: RankFiles):
         """Fork it, with the memory as it is now."""
         context = multiprocessing.get_context("fork")
         self._connection, end = context.Pipe(duplex=False)
@@ -192,9 +193,9 @@ class _NoWriter:
         return Outcome()
 
 
-def _start_writer(save: MegatronSave) -> _Writer | _NoWriter:
+def _start_writer(save: ShardedSave) -> _Writer | _NoWriter:
     """Start the writer of this rank's files; this process keeps no copy of their data."""
-    files = save.files()
+    files = save.take_files()
     return _NoWriter() if files is None else _Writer(files)
 
 
@@ -204,11 +205,11 @@ class _Pending:
 
     final: Path
     partial: Path
-    save: MegatronSave
+    save: ShardedSave
     writer: _Writer | _NoWriter
 
 
-def _write(files: PlannedFiles, connection: Connection) -> None:
+def _write(files: RankFiles, connection: Connection) -> None:
     """Run as the writer process: write all files of this rank, send the Outcome."""
     die_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -220,10 +221,10 @@ def _write(files: PlannedFiles, connection: Connection) -> None:
         connection.send(Outcome(failure=failure))
 
 
-def _write_files(files: PlannedFiles) -> Outcome:
+def _write_files(files: RankFiles) -> Outcome:
     outcome = Outcome()
-    for i, (file, results) in enumerate(files.write()):
-        outcome.results[i] = results
+    for file in files.write():
+        flush(file)
         outcome.listing[file.name] = file.stat().st_size, digest(file)
     return outcome
 

@@ -29,6 +29,7 @@ from iwopd_megatron.weights.pieces import Piece, cut_block
 from iwopd_megatron.weights.safetensors_file import SafetensorsPlan, SafetensorsWriter
 from iwopd_megatron.weights.table import WeightBlock, weight_blocks
 from iwopd_megatron.weights.torch_dist import writer as checkpoint_writer
+from iwopd_megatron.weights.torch_dist.blob import serialise
 from iwopd_megatron.weights.torch_dist.reader import CheckpointReader
 from iwopd_megatron.weights.torch_dist.writer import (
     METADATA,
@@ -39,6 +40,7 @@ from iwopd_megatron.weights.torch_dist.writer import (
     find_names,
     object_keys,
     stacked_shape,
+    write_metadata,
 )
 
 Chunks: TypeAlias = list[tuple[Piece, Slot]]  # a block's pieces and their places in a checkpoint
@@ -65,7 +67,8 @@ def hf_to_megatron(
     manifest.verify_config(before, hf, source)
     check_free(out, 0, force, (source,))
     plan, blocks = _plan_import(tensors, names, hf)
-    plan.add_objects(object_keys(hf, names))
+    for key in object_keys(hf, names):
+        plan.add_object(key, None)
     with complete_folder(out, plan.nbytes, force, (source,)) as folder:
         limits = [pieces.PIECE_BYTES, checkpoint_writer.FILE_BYTES]
         record = ConversionRecord(folder, identity(source, names=names, limits=limits), say)
@@ -77,7 +80,9 @@ def hf_to_megatron(
         manifest.verify_tensors(before, found, source)
         manifest.write(folder, hf, found)
         copy_companions(source, folder / companions.FOLDER)
-        writer.finish(METADATA)
+        writer.close()
+        common = serialise({"content_metadata": METADATA})
+        write_metadata(folder, [plan.contents], common)
     return {"tensors": len(found), "bytes": plan.nbytes, "kept": record.kept}
 
 

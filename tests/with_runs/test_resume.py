@@ -85,9 +85,9 @@ def test_a_writer_that_dies_ends_the_run_with_a_sentence(whole, tmp_path):
     script = (
         "import os, signal, sys\n"
         "from iwopd_megatron.cli import main as cli\n"
-        "from iwopd_megatron.train import megatron_save\n"
+        "from iwopd_megatron.train import sharded_save\n"
         "def dies(*args, **kwargs): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "megatron_save.filesystem_async.FileSystemWriterAsync.write_preloaded_data = dies\n"
+        "sharded_save.CheckpointWriter.write = dies\n"
         "cli.main()"
     )
     failed = run("-c", script, "train", RECIPE, *SETTINGS, f"out={out}")

@@ -14,10 +14,9 @@ from __future__ import annotations
 import json
 import math
 import pickle
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -106,15 +105,33 @@ def object_keys(hf: HfConfig, names: str) -> list[str]:
     return keys + ["decoder.final_layernorm._extra_state/shard_0_1"] * (names == "te")
 
 
-class CheckpointPlan:
-    """The chunks and empty objects of a checkpoint, each with its place in the files."""
+@dataclass
+class Contents:
+    """What some files of a checkpoint hold, and where."""
 
-    def __init__(self) -> None:
-        self.tensors: dict[str, TensorStorageMetadata] = {}
-        self.objects: dict[str, BytesStorageMetadata] = {}
-        self.places: dict[MetadataIndex, StorageInfo] = {}
+    tensors: dict[str, TensorStorageMetadata] = field(default_factory=dict)
+    objects: dict[str, BytesStorageMetadata] = field(default_factory=dict)
+    places: dict[MetadataIndex, StorageInfo] = field(default_factory=dict)
+
+    def add(self, other: Contents) -> None:
+        """Take in what other files hold; of one tensor, other chunks."""
+        for key, tensor in other.tensors.items():
+            if key in self.tensors:
+                self.tensors[key].chunks.extend(tensor.chunks)
+            else:
+                self.tensors[key] = replace(tensor, chunks=list(tensor.chunks))
+        self.objects |= other.objects
+        self.places |= other.places
+
+
+class CheckpointPlan:
+    """The chunks and objects that one rank writes, each with its place in its files."""
+
+    def __init__(self, rank: int = 0) -> None:
+        self.rank, self.contents = rank, Contents()
         self.sizes: list[int] = [0]  # bytes planned for each file
         self.edges: list[tuple[str, int, bytes]] = []  # file, position, what is around the data
+        self._empty: StorageInfo | None = None
 
     def add(
         self,
@@ -125,47 +142,52 @@ class CheckpointPlan:
         sizes: tuple[int, ...],
     ) -> Slot:
         """Plan the chunk `tensor[offsets : offsets + sizes]` of the global tensor `key`."""
-        if key not in self.tensors:
+        tensors = self.contents.tensors
+        if key not in tensors:
             properties = TensorProperties(dtype=dtype)
-            self.tensors[key] = TensorStorageMetadata(properties, torch.Size(whole), [])
+            tensors[key] = TensorStorageMetadata(properties, torch.Size(whole), [])
         chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-        self.tensors[key].chunks.append(chunk)
+        tensors[key].chunks.append(chunk)
         nbytes = math.prod(sizes) * dtype.itemsize
         edge = envelope(sizes, dtype)
         place = self._place(edge.length(nbytes))
-        self.places[MetadataIndex(key, chunk.offsets)] = place
+        self.contents.places[MetadataIndex(key, chunk.offsets)] = place
         slot = Slot(place.relative_path, place.offset + len(edge.before), nbytes)
         self.edges.append((slot.file, place.offset, edge.before))
         self.edges.append((slot.file, slot.start + nbytes, edge.after))
         return slot
 
-    def add_objects(self, keys: Iterable[str]) -> None:
-        """Plan empty objects; all of them are one blob in the file."""
-        blob = serialise([None])
+    def add_object(self, key: str, thing: object) -> None:
+        """Plan an object, as torch.save writes it; empty ones (None) are one blob in the file."""
+        if thing is not None:
+            place = self._add_blob(thing)
+        else:
+            place = self._empty = self._empty or self._add_blob(None)
+        self.contents.places[MetadataIndex(key)] = place
+        self.contents.objects[key] = BytesStorageMetadata()
+
+    def _add_blob(self, thing: object) -> StorageInfo:
+        blob = serialise([thing])
         place = self._place(len(blob))
         self.edges.append((place.relative_path, place.offset, blob))
-        for key in keys:
-            self.places[MetadataIndex(key)] = place
-            self.objects[key] = BytesStorageMetadata()
+        return place
 
     def _place(self, length: int) -> StorageInfo:
         if self.sizes[-1] and self.sizes[-1] + length > FILE_BYTES:
             self.sizes.append(0)
         start = -(-self.sizes[-1] // ALIGN) * ALIGN
         self.sizes[-1] = start + length
-        return StorageInfo(_file_name(len(self.sizes) - 1), start, length)
+        return StorageInfo(self.file_names[-1], start, length)
+
+    @property
+    def file_names(self) -> list[str]:
+        """The names of the files, as torch names those of a rank."""
+        return [f"__{self.rank}_{i}.distcp" for i in range(len(self.sizes))]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all files."""
         return sum(self.sizes)
-
-    def metadata(self) -> Metadata:
-        """Return what `.metadata` is a pickle of."""
-        items: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-        items |= self.tensors
-        items |= self.objects
-        return Metadata(items, storage_data=self.places, version=METADATA_VERSION)
 
 
 class CheckpointWriter:
@@ -173,10 +195,10 @@ class CheckpointWriter:
 
     def __init__(self, plan: CheckpointPlan, folder: Path):
         """Create the files, or go on with those that an interrupted run left."""
-        self._plan, self._folder = plan, folder
+        self._folder = folder
         self._files = {
-            _file_name(i): OutputFile(folder / _file_name(i), size)
-            for i, size in enumerate(plan.sizes)
+            name: OutputFile(folder / name, size)
+            for name, size in zip(plan.file_names, plan.sizes, strict=True)
         }
         for file, position, edge in plan.edges:
             self._files[file].write(edge, position)
@@ -190,21 +212,28 @@ class CheckpointWriter:
         """Read back what the file holds of a chunk's data, as uint8. Any thread."""
         return self._files[slot.file].read(slot.start, slot.nbytes)
 
-    def finish(self, content: Mapping[str, Any]) -> None:
-        """Close the files and write `.metadata`, `common.pt` and, last, `metadata.json`.
-
-        `content` is what Megatron calls a checkpoint's content metadata (METADATA).
-        """
+    def close(self) -> list[Path]:
+        """Close the files, which need not be on disk yet; return their paths."""
         for file in self._files.values():
             file.close()
-        (self._folder / ".metadata").write_bytes(pickle.dumps(self._plan.metadata()))
-        (self._folder / "common.pt").write_bytes(serialise({"content_metadata": dict(content)}))
-        (self._folder / "metadata.json").write_text(json.dumps(CONFIG))
+        return [self._folder / name for name in self._files]
 
 
-def _file_name(number: int) -> str:
-    """Return the name that torch gives file `number` of rank 0."""
-    return f"__0_{number}.distcp"
+def write_metadata(folder: Path, contents: Iterable[Contents], common: bytes) -> None:
+    """Write `.metadata` of every rank's files, `common.pt` and, last, `metadata.json`.
+
+    `common` is a serialised dict with, under "content_metadata", what Megatron calls a checkpoint's
+    content metadata (METADATA).
+    """
+    whole = Contents()
+    for part in contents:
+        whole.add(part)
+    metadata = Metadata(
+        {**whole.tensors, **whole.objects}, storage_data=whole.places, version=METADATA_VERSION
+    )
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    (folder / "common.pt").write_bytes(common)
+    (folder / "metadata.json").write_text(json.dumps(CONFIG))
 
 
 def find_names(keys: Collection[str]) -> str:
