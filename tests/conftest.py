@@ -10,11 +10,16 @@ import torch
 
 torch.set_num_threads(1)
 
+import json
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
 
 from iwopd_megatron.parity.rehearse import write_model
+from iwopd_megatron.runtime import versions
+
+ROOT = Path(__file__).parents[1]
 
 SHAPE = dict(
     vocab_size=512,
@@ -29,6 +34,23 @@ SHAPE = dict(
     pad_token_id=300,
 )
 EXPERTS = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32)
+
+
+def pytest_sessionfinish(session):
+    """Add what was run, with which versions, to the file that TESTED_LOG names (make support)."""
+    log, config = os.environ.get("TESTED_LOG"), session.config
+    if not log or hasattr(config, "workerinput"):
+        return
+    stats = config.pluginmanager.get_plugin("terminalreporter").stats
+    passed, failed, errors = (len(stats.get(k, [])) for k in ("passed", "failed", "error"))
+    suite = os.environ.get("TESTED_SUITE") or Path(config.args[0]).name
+    beside = {}  # the server of a suite that has one
+    for package in distributions(path=map(str, ROOT.glob(f"build/{suite[5:]}-venv/lib/*/site-*"))):
+        beside[versions.SAME_CODE.get(package.name, package.name)] = package.version
+    servers = {name: beside[name] for name in versions.SERVERS if name in beside}
+    run = versions.recorded(passed, failed + errors, suite, servers)
+    with open(log, "a") as file:
+        file.write(json.dumps(run) + "\n")
 
 
 def _write_folder(folder: Path, **settings) -> Path:

@@ -1,4 +1,4 @@
-"""`iwopd data | doctor`: what a recipe would train on and minimise, before anything is trained."""
+"""`iwopd data`: what a recipe would train on, before anything is trained."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from iwopd_megatron.config import doctor
 from iwopd_megatron.config.data import Data
 from iwopd_megatron.config.load import load_recipe
 from iwopd_megatron.data.problems import MixedOrder
@@ -26,7 +25,6 @@ from iwopd_megatron.data.training_set import (
     Counts,
     TrainingSet,
     encode_rows,
-    load_training_set,
     read_training_rows,
 )
 from iwopd_megatron.hf.answer_end import check_answer_end
@@ -68,26 +66,6 @@ def data(
         console.rule(f"prompt {number}: {problem.source}, {len(ids)} tokens", align="left")
         console.print(escape(tokenizer.decode(ids)), soft_wrap=True)
         console.print(f"[dim]answer: {escape(_short(problem.answer))}[/dim]", soft_wrap=True)
-
-
-def examine(
-    recipe: RecipePath,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value, e.g. train.lr=3e-4")
-    ] = None,
-) -> None:
-    """Say what a recipe minimises, and which of its settings do nothing or not what they say."""
-    loaded = load_recipe(recipe, overrides or [])
-    print(f"objective: {doctor.objective_line(loaded)}.")
-    tokenizer = load_tokenizer(loaded.student.hf)
-    ends = check_answer_end(loaded.student.hf, tokenizer, is_taught=not loaded.is_distilling)
-    found = load_training_set(loaded, tokenizer)
-    limit, dropped = loaded.rollout.max_prompt_tokens, found.too_long
-    kept = len(found.problems)
-    print(f"data: {kept} prompts of at most {limit} tokens, {dropped} longer ones left out.")
-    notes = doctor.findings(loaded) + ends + found.notes
-    for note in notes + doctor.long_prompts(dropped, kept + dropped, limit):
-        print(f"note: {note}")
 
 
 def _counts(all_counts: list[Counts], limit: int) -> Table:

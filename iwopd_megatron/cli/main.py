@@ -14,6 +14,7 @@ import typer
 from iwopd_megatron.cli import compare as cli_compare
 from iwopd_megatron.cli import convert as cli_convert
 from iwopd_megatron.cli import data as cli_data
+from iwopd_megatron.cli import doctor as cli_doctor
 from iwopd_megatron.cli import eval as cli_eval
 from iwopd_megatron.cli import grade as cli_grade
 from iwopd_megatron.cli import init as cli_init
@@ -63,7 +64,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "report": cli_report.report,
         "eval": cli_eval.evaluate,
         "data": cli_data.data,
-        "doctor": cli_data.examine,
+        "doctor": cli_doctor.examine,
         "prefixes": cli_report.prefixes,
     },
 }

@@ -1,6 +1,6 @@
 """A disk that takes no more: told from other trouble, and what a run that met it says.
 
-An OSError has its number; libraries that write by themselves (safetensors, torch) raise errors of
+An OSError has its number; libraries that write by themselves (safetensors) raise errors of
 their own, whose text has the system's words.
 """
 
@@ -18,8 +18,6 @@ from iwopd_megatron.records.resume import checkpoints
 NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
 WORDS = [os.strerror(number) for number in NUMBERS]
 ROOM = WORDS[:2]  # what room mends
-TORN = "the disk took only a part of it"
-TORCH = ("PytorchStreamWriter failed", "unexpected pos")  # all that torch says of it
 
 
 def disk_reason(error: BaseException) -> str | None:
@@ -30,10 +28,7 @@ def disk_reason(error: BaseException) -> str | None:
     if found is not None:
         return found
     before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    if before is not None and (found := disk_reason(before)) is not None:
-        return found
-    said = any(words in str(error) for words in TORCH)
-    return TORN if said else None
+    return None if before is None else disk_reason(before)
 
 
 def disk_error(what: Path, reason: str, run: Path | None = None) -> DiskError:

@@ -3,7 +3,7 @@
 In come a layout and commands; out go initialised process groups, worlds on this machine, and
 servers that are started again when they die. `device` is the only file that knows CUDA from CPU.
 Megatron-Core is imported by `megatron`; only stand_ins.py, which replaces parts of it on CPUs, does
-so too.
+so too. `versions` says which versions of it and others were tested.
 """
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "quiet",
     "services",
     "stop",
+    "versions",
 ]

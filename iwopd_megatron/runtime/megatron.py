@@ -4,8 +4,10 @@ Megatron binds parts of `torch.cuda` and `torch.compile` while it is imported, s
 a GPU gets its stand-ins (device.py) first. Whatever moves between Megatron's versions moves here.
 """
 
-from iwopd_megatron.runtime import device
+from iwopd_megatron.runtime import device, versions
 
+for _needed in ("megatron-core", "torch", "transformers"):
+    versions.require(_needed)
 device.install()
 
 from megatron.core import dist_checkpointing

@@ -5,19 +5,13 @@ optimiser run on CPU tensors and gloo. `device.install()` decides whether they a
 """
 
 import contextlib
-from collections.abc import Mapping
+import pkgutil
+from collections.abc import Collection
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
-
-
-def install() -> None:
-    """Replace parts of torch and Megatron-Core in this process; there is no way back."""
-    _CudaToCpu().__enter__()
-    _replace_torch_cuda()
-    _replace_megatron()
 
 
 class _CudaToCpu(TorchFunctionMode):
@@ -86,6 +80,19 @@ class _Stream:
     __hash__ = object.__hash__
 
 
+def install(without: Collection[str] = ()) -> None:
+    """Replace parts of torch and Megatron-Core in this process; there is no way back.
+
+    `without` leaves some out, by name: each must be missed, or else it can go.
+    """
+    _CudaToCpu().__enter__()
+    for make in (_torch_stand_ins, _megatron_stand_ins):  # Megatron is imported after torch's
+        for path, stand_in in make().items():
+            if path not in without:
+                owner, name = path.rsplit(".", 1)
+                setattr(pkgutil.resolve_name(owner), name, stand_in)
+
+
 # New functions at each call: torch's dispatch rules refuse one object under two names.
 
 
@@ -99,54 +106,44 @@ def _itself():
     return lambda self, *args, **kwargs: self
 
 
-def _replace(target: object, stand_ins: Mapping[str, object]) -> None:
-    """Set each of `stand_ins` on a module or class, under its name."""
-    for name, stand_in in stand_ins.items():
-        setattr(target, name, stand_in)
-
-
-def _replace_torch_cuda() -> None:
+def _torch_stand_ins() -> dict[str, object]:
+    """Return what stands for parts of torch, by full name."""
     nothing = ("set_device", "synchronize", "empty_cache", "ipc_collect", "reset_peak_memory_stats")
     zero = ("memory_allocated", "max_memory_allocated", "memory_reserved")
-    cuda = {
-        "current_device": lambda: _CPU,
-        "Stream": _Stream,
-        "Event": _Event,
-        "current_stream": _constant(_Stream()),
-        "default_stream": _constant(_Stream()),
-        "stream": lambda stream: contextlib.nullcontext(),
-    }
-    _replace(torch.cuda, {name: _constant() for name in nothing})
-    _replace(torch.cuda, {name: _constant(0) for name in zero})
-    _replace(torch.cuda, cuda)
-    for module in (torch.cuda, torch.cuda.random):
-        random = {
-            "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
-            "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
-            "manual_seed": lambda seed: torch.manual_seed(seed),
+    random: dict[str, object] = {}
+    for module in ("torch.cuda", "torch.cuda.random"):
+        random |= {
+            f"{module}.get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
+            f"{module}.set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
+            f"{module}.manual_seed": lambda seed: torch.manual_seed(seed),
         }
-        _replace(module, random)
-    _replace(torch.cuda.nvtx, {"range_push": _constant(), "range_pop": _constant()})
-    _replace(torch.nn.Module, {"cuda": _itself()})
-    tensor = {"cuda": _itself(), "pin_memory": _itself(), "record_stream": _constant()}
-    _replace(torch.Tensor, tensor)
+    return {
+        **{f"torch.cuda.{name}": _constant() for name in nothing},
+        **{f"torch.cuda.{name}": _constant(0) for name in zero},
+        "torch.cuda.current_device": lambda: _CPU,
+        "torch.cuda.Stream": _Stream,
+        "torch.cuda.Event": _Event,
+        "torch.cuda.current_stream": _constant(_Stream()),
+        "torch.cuda.default_stream": _constant(_Stream()),
+        "torch.cuda.stream": lambda stream: contextlib.nullcontext(),
+        **random,
+        "torch.cuda.nvtx.range_push": _constant(),
+        "torch.cuda.nvtx.range_pop": _constant(),
+        "torch.nn.Module.cuda": _itself(),
+        "torch.Tensor.cuda": _itself(),
+        "torch.Tensor.pin_memory": _itself(),
+        "torch.Tensor.record_stream": _constant(),
+    }
 
 
-def _replace_megatron() -> None:
+def _megatron_stand_ins() -> dict[str, object]:
+    """Return what stands for parts of Megatron-Core, by full name."""
     import megatron.core.tensor_parallel.mappings as mappings
-    import megatron.core.tensor_parallel.random as random
-    import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
-
-    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 
     def to_cpu(tensor, as_numpy=False, record_stream=False):
         # the original converts only if .is_cuda
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
-
-    moe_utils.maybe_move_tensor_to_cpu = to_cpu
-    token_dispatcher.maybe_move_tensor_to_cpu = to_cpu
 
     sort_chunks = token_dispatcher.sort_chunks_by_idxs
 
@@ -155,8 +152,6 @@ def _replace_megatron() -> None:
         if torch.equal(order, torch.arange(len(order))):
             return x, probs
         return sort_chunks(x, split_sizes, order, probs=probs, fused=fused)
-
-    token_dispatcher.sort_chunks_by_idxs = sort_chunks_unless_sorted
 
     gather = mappings._gather_along_first_dim  # called by its global name, in mappings.py only
 
@@ -169,4 +164,12 @@ def _replace_megatron() -> None:
         parts = gather(padded, group).split(longest)
         return torch.cat([p[:size] for p, size in zip(parts, output_split_sizes, strict=True)])
 
-    mappings._gather_along_first_dim = gather_along_first_dim
+    random, moe = "megatron.core.tensor_parallel.random", "megatron.core.transformer.moe"
+    return {
+        f"{random}._get_cuda_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
+        f"{random}._set_cuda_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
+        f"{moe}.moe_utils.maybe_move_tensor_to_cpu": to_cpu,
+        f"{moe}.token_dispatcher.maybe_move_tensor_to_cpu": to_cpu,
+        f"{moe}.token_dispatcher.sort_chunks_by_idxs": sort_chunks_unless_sorted,
+        "megatron.core.tensor_parallel.mappings._gather_along_first_dim": gather_along_first_dim,
+    }
