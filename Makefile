@@ -1,6 +1,15 @@
-# Everything runs in .venv, which `make setup` builds with the exact versions of constraints.txt.
-PYTHON ?= python3
-VENV := .venv
+# Everything runs in .venv, which `make setup` builds with the exact versions of constraints.txt: on
+# Python 3.12 or 3.13 where there is one (pyenv's too), else on 3.11 with an older Megatron-Core.
+# PYTHON=... chooses another; VENV=... builds and uses an environment beside it.
+first = $(shell for p in $(1); do $$p -c "import ensurepip, venv" 2> /dev/null && echo $$p && break; done)
+NEW := python3.12 python3.13 $(HOME)/.pyenv/versions/3.12.*/bin/python $(HOME)/.pyenv/versions/3.13.*/bin/python
+OLD := python3.11 $(HOME)/.pyenv/versions/3.11.*/bin/python
+ifndef PYTHON
+PYTHON := $(call first,$(NEW) python3)
+endif
+# Engines and what launches jobs have environments of their own, smaller on 3.11: torch without CUDA.
+BESIDE := $(or $(call first,$(OLD)),$(PYTHON))
+VENV ?= .venv
 # On CPUs even where there is a GPU: what these print is what the tables say.
 RUN := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(VENV)/bin/python -W ignore
 SEEDS ?= 5
@@ -10,13 +19,13 @@ OUT ?= runs/demo
 DISK ?=
 KILLS ?= 20
 
-.PHONY: setup docs fix fuzz demo demo-sglang demo-models ablation test test-runs test-sglang test-vllm test-slurm lint bench bench-loss \
+.PHONY: setup docs fix fuzz demo demo-sglang demo-models ablation support test test-oldest test-runs test-sglang test-vllm test-slurm lint bench bench-loss \
 	bench-convert bench-exactness bench-plan bench-streaming bench-trl drill gpu-check gpu-check-venv gpu-tables cluster-venv
 
 setup: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+	$(or $(PYTHON),$(error no Python 3.11 to 3.13 with its venv module was found: install one, or name it by PYTHON=)) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check \
 		$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,eval]"
@@ -50,6 +59,16 @@ demo-models: setup
 test: setup
 	$(RUN) -m pytest -n 2 --dist loadfile
 
+# Parity, checkpoints (killed while saving, too), losses and the planner on the oldest versions that are supported,
+# in an environment of their own; and checkpoints of either Megatron-Core read by the other.
+OLDEST := build/oldest-venv
+CORE := parity traps routing packing native_ops plan_measured torch_dist convert continue mapping \
+	loss linear_loss logprobs weighting objectives topk
+test-oldest: setup
+	$(MAKE) setup VENV=$(OLDEST) PYTHON=$(call first,$(OLD))
+	$(subst $(VENV)/,$(OLDEST)/,$(RUN)) -m pytest -n 2 --dist loadfile $(CORE:%=tests/test_%.py) tests/with_runs/test_resume.py
+	OTHER_PYTHON=$(OLDEST)/bin/python $(RUN) -m pytest tests/with_versions
+
 # Whole runs: trained, killed, resumed, evaluated, launched on this machine.
 test-runs: setup
 	$(RUN) -m pytest tests/with_runs
@@ -65,7 +84,7 @@ test-vllm: setup build/vllm-venv/ready
 	$(RUN) -m pytest tests/with_vllm
 
 build/vllm-venv/ready: tests/with_vllm/environment/requirements.txt
-	$(PYTHON) -m venv build/vllm-venv
+	$(BESIDE) -m venv build/vllm-venv
 	build/vllm-venv/bin/pip install --quiet --disable-pip-version-check \
 		$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --no-deps torch==2.13.0
 	build/vllm-venv/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement $<
@@ -76,6 +95,11 @@ lint: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-cache
+
+# README's and the documentation's tables of supported versions, from suites that ran with TESTED_LOG=$(LOG).
+LOG ?= build/tested.jsonl
+support: setup
+	$(RUN) bench/support.py $(LOG)
 
 # Formats, and mends what the linter can.
 fix: setup
@@ -119,7 +143,7 @@ bench-trl: setup build/trl-venv/ready
 	$(RUN) bench/trl.py
 
 build/trl-venv/ready: constraints.txt
-	$(PYTHON) -m venv build/trl-venv
+	$(BESIDE) -m venv build/trl-venv
 	build/trl-venv/bin/pip install --quiet --disable-pip-version-check \
 		$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
 	build/trl-venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
@@ -145,7 +169,7 @@ test-sglang: setup build/sglang-venv/ready
 	for file in tests/with_sglang/test_*.py; do $(RUN) -m pytest $$file || exit 1; done
 
 build/sglang-venv/ready: tests/with_sglang/environment/requirements.txt tests/with_sglang/environment/prepare.py
-	$(PYTHON) -m venv build/sglang-venv
+	$(BESIDE) -m venv build/sglang-venv
 	build/sglang-venv/bin/pip install --quiet --disable-pip-version-check \
 		$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
 	build/sglang-venv/bin/pip install --quiet --disable-pip-version-check --no-deps \
@@ -162,7 +186,7 @@ test-slurm: setup cluster-venv build/sglang-venv/ready
 cluster-venv: build/cluster-venv/ready
 
 build/cluster-venv/ready: pyproject.toml cluster/requirements.txt
-	$(PYTHON) -m venv build/cluster-venv
+	$(BESIDE) -m venv build/cluster-venv
 	build/cluster-venv/bin/pip install --quiet --disable-pip-version-check \
 		--requirement cluster/requirements.txt
 	build/cluster-venv/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
@@ -170,16 +194,17 @@ build/cluster-venv/ready: pyproject.toml cluster/requirements.txt
 
 # For a machine with one GPU and torch already there: torch is left as it is, missing packages go beside it.
 # Parity and steps, checkpoints under the modules used there, the LM head: tables for bench/RESULTS.md.
+GPU_PYTHON ?= python3
 gpu-check:
-	@if $(PYTHON) -c "import megatron.core, pydantic, transformers" 2>/dev/null; \
+	@if $(GPU_PYTHON) -c "import megatron.core, pydantic, transformers" 2>/dev/null; \
 	then $(MAKE) gpu-tables; else $(MAKE) gpu-check-venv; fi
 
 gpu-check-venv:
-	$(PYTHON) -m venv --system-site-packages .venv-gpu
+	$(GPU_PYTHON) -m venv --system-site-packages .venv-gpu
 	.venv-gpu/bin/pip install --quiet --editable .
-	$(MAKE) gpu-tables PYTHON=.venv-gpu/bin/python
+	$(MAKE) gpu-tables GPU_PYTHON=.venv-gpu/bin/python
 
 gpu-tables:
-	$(PYTHON) -W ignore bench/gpu_check.py
-	$(PYTHON) -W ignore bench/gpu_checkpoint.py
-	$(PYTHON) -W ignore bench/gpu_head.py
+	$(GPU_PYTHON) -W ignore bench/gpu_check.py
+	$(GPU_PYTHON) -W ignore bench/gpu_checkpoint.py
+	$(GPU_PYTHON) -W ignore bench/gpu_head.py
