@@ -52,7 +52,7 @@ test: setup
 
 # Whole runs: trained, killed, resumed, evaluated, launched on this machine.
 test-runs: setup
-	$(RUN) -m pytest tests/with_runs
+	$(RUN) -m pytest -n 2 --dist loadfile tests/with_runs
 
 # A good model folder with one thing changed, FUZZ_CASES times ten kinds of change: it runs and agrees with
 # transformers, or is refused in one sentence before anything starts (3 minutes).
