@@ -51,7 +51,8 @@ class Command:
     def returncode(self) -> int | None:
         return self._process.exitcode
 
-    poll = lambda self: self.returncode  # noqa: E731
+    def poll(self) -> int | None:
+        return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
         self._process.join(timeout)
