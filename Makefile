@@ -71,7 +71,7 @@ test-oldest: setup
 
 # Whole runs: trained, killed, resumed, evaluated, launched on this machine.
 test-runs: setup
-	$(RUN) -m pytest tests/with_runs
+	$(RUN) -m pytest -n 2 --dist loadfile tests/with_runs
 
 # A good model folder with one thing changed, FUZZ_CASES times ten kinds of change: it runs and agrees with
 # transformers, or is refused in one sentence before anything starts (3 minutes).
@@ -79,15 +79,19 @@ FUZZ_CASES ?= 40
 fuzz: setup
 	FUZZ_CASES=$(FUZZ_CASES) $(RUN) -m pytest -s tests/with_fuzz
 
+# Two files at a time, a file a process: some make it a world, others fork ranks.
+EACH_FILE := xargs -n 1 -P 2 env $(RUN) -m pytest
+
 # Rollouts by a real vLLM server on this machine's CPU, in an environment of its own (3.4 GB).
 test-vllm: setup build/vllm-venv/ready
-	$(RUN) -m pytest tests/with_vllm
+	printf '%s\n' tests/with_vllm/test_*.py | $(EACH_FILE)
 
-build/vllm-venv/ready: tests/with_vllm/environment/requirements.txt
+build/vllm-venv/ready: tests/with_vllm/environment/requirements.txt tests/with_vllm/environment/prepare.py
 	$(BESIDE) -m venv build/vllm-venv
 	build/vllm-venv/bin/pip install --quiet --disable-pip-version-check \
 		$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --no-deps torch==2.13.0
 	build/vllm-venv/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement $<
+	build/vllm-venv/bin/python tests/with_vllm/environment/prepare.py
 	touch $@
 
 lint: setup
@@ -164,9 +168,9 @@ demo-sglang: setup build/sglang-venv/ready
 bench-streaming: setup build/sglang-venv/ready
 	$(RUN) bench/streaming.py
 
-# Against real servers, on CPUs. A file a process: some make it a world, others fork ranks.
+# Against real servers, on CPUs.
 test-sglang: setup build/sglang-venv/ready
-	for file in tests/with_sglang/test_*.py; do $(RUN) -m pytest $$file || exit 1; done
+	printf '%s\n' tests/with_sglang/test_*.py | $(EACH_FILE)
 
 build/sglang-venv/ready: tests/with_sglang/environment/requirements.txt tests/with_sglang/environment/prepare.py
 	$(BESIDE) -m venv build/sglang-venv
@@ -178,9 +182,10 @@ build/sglang-venv/ready: tests/with_sglang/environment/requirements.txt tests/wi
 	touch $@
 
 # Launches on a real Slurm of four emulated nodes, which it installs (apt), starts and stops; as root.
+# Two of them, for most of a test is waiting.
 test-slurm: setup cluster-venv build/sglang-venv/ready
 	$(VENV)/bin/python cluster/testbed/slurm.py install
-	$(RUN) -m pytest --durations=0 tests/with_slurm
+	$(RUN) -m pytest -n 2 --dist worksteal tests/with_slurm
 
 # NeMo-Run wants versions of its own, so what launches jobs has an environment of its own (2 minutes).
 cluster-venv: build/cluster-venv/ready
@@ -191,6 +196,15 @@ build/cluster-venv/ready: pyproject.toml cluster/requirements.txt
 		--requirement cluster/requirements.txt
 	build/cluster-venv/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
+
+# The environments of the three suites above; with -j2 side by side.
+.PHONY: environments
+environments: build/sglang-venv/ready build/vllm-venv/ready build/cluster-venv/ready
+
+# The newest release of everything, in build/newest: what breaks, as a table. No other target needs it.
+.PHONY: test-newest
+test-newest:
+	$(PYTHON) bench/newest.py $(TORCH_INDEX)
 
 # For a machine with one GPU and torch already there: torch is left as it is, missing packages go beside it.
 # Parity and steps, checkpoints under the modules used there, the LM head: tables for bench/RESULTS.md.

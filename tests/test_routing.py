@@ -4,6 +4,7 @@ The experts are those of the same model with perturbed weights, so that many dif
 The reference is transformers' model with routers that take the given experts, one sample at a time.
 """
 
+import asyncio
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,13 +19,14 @@ from iwopd_megatron.batch.packing import Packer
 from iwopd_megatron.batch.routing import RoutingReplay
 from iwopd_megatron.config.models import Layout
 from iwopd_megatron.config.recipe import Train
-from iwopd_megatron.errors import GateError
+from iwopd_megatron.errors import GateError, UserError
 from iwopd_megatron.hf.config import read_hf_config
 from iwopd_megatron.models.actor import Schedule
 from iwopd_megatron.models.gpt import build_model
 from iwopd_megatron.models.optimizer import build_optimizer, wrap_data_parallel
 from iwopd_megatron.parity.hf_reference import hf_model, make_samples, max_error
-from iwopd_megatron.rollout.engine import Prompt
+from iwopd_megatron.rollout.engine import Prompt, Sampling
+from iwopd_megatron.rollout.sglang import SglangServer
 from iwopd_megatron.runtime.local_world import local_context
 from iwopd_megatron.runtime.parallel import initialise, shutdown
 from iwopd_megatron.train.journal import Journal
@@ -217,3 +219,21 @@ def test_the_journal_keeps_experts(tmp_path, dtype):
     assert kept[0] == sample and kept[1] == other
     assert kept[0].experts.dtype == dtype and np.array_equal(kept[0].experts, experts)
     assert kept[1].experts is None
+
+
+@pytest.mark.parametrize("finish", ["abort", "stop"])
+def test_an_answer_cut_off_before_it_began_has_no_experts_yet(finish, monkeypatch):
+    """SGLang sends none of a request that still waited; the answer's last part has those of all."""
+    meta = {"output_token_logprobs": [], "finish_reason": {"type": finish}, "weight_version": "1"}
+
+    async def post(*_, **__):
+        return {"output_ids": [], "meta_info": meta}
+
+    server = SglangServer("http://nowhere", None, SimpleNamespace(vocab_size=16), {1})
+    monkeypatch.setattr(server, "_post", post)
+    answer = server.generate([3, 4], Sampling(8, with_experts=True))
+    if finish == "abort":
+        assert asyncio.run(answer).experts is None
+    else:
+        with pytest.raises(UserError, match="returns no routed experts"):
+            asyncio.run(answer)

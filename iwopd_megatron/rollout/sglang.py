@@ -117,7 +117,7 @@ class SglangServer(HttpServer):
             await self._abort(request)
             raise
         answer = self._completion(reply)
-        if not sampling.with_experts:
+        if not sampling.with_experts or answer.finish == "abort":  # the last part has those of all
             return answer
         encoded = reply["meta_info"].get("routed_experts")
         if encoded is None:

@@ -1,20 +1,15 @@
 """Continuing from student prefixes: the cut, and the demo's student and teacher."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from forked import ROOT, iwopd
 
 from iwopd_megatron.batch.trajectory import Trajectory
 from iwopd_megatron.config.load import load_recipe
 from iwopd_megatron.evaluation.continuations import cut, joined
 from iwopd_megatron.report.page import write_report
-
-ROOT = Path(__file__).parents[2]
 
 
 def answer(*ids, **changes):
@@ -32,12 +27,6 @@ def test_a_whole_answer_is_prefix_and_continuation():
     assert (whole.response_ids, whole.truncated) == ([1, 2, 3, 4], False)
     assert (whole.index, whole.prompt_ids) == (3, [7])
     assert joined(answer(1), answer(2, truncated=True)).truncated
-
-
-def iwopd(*words):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-W", "ignore", "-m", "iwopd_megatron", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture

@@ -4,12 +4,11 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from forked import iwopd, started
 from typer.testing import CliRunner
 
 from iwopd_megatron.batch.trajectory import Trajectory
@@ -23,14 +22,6 @@ STUDENT = "recipes/demo/student"
 SMALL = ["--engine", "hf", "--max-tokens", "43", "rollout.batch_size=16"]
 
 
-def command(*words: object) -> list[str]:
-    return [sys.executable, "-W", "ignore", "-m", "iwopd_megatron", "eval", *map(str, words)]
-
-
-def run(*words: object) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*words), capture_output=True, text=True, timeout=300)
-
-
 @pytest.fixture(scope="module")
 def few(tmp_path_factory) -> Path:
     """The first 24 held-out problems of the demo."""
@@ -42,8 +33,18 @@ def few(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def whole(few, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "eval"
-    result = run(
-        RECIPE, "--bench", "few", "--bench-file", f"few={few}", "--samples", 4, "--out", out, *SMALL
+    result = iwopd(
+        "eval",
+        RECIPE,
+        "--bench",
+        "few",
+        "--bench-file",
+        f"few={few}",
+        "--samples",
+        4,
+        "--out",
+        out,
+        *SMALL,
     )
     assert result.returncode == 0, result.stderr
     assert "few" in result.stdout and "mean@n" in result.stdout and result.stderr == ""
@@ -71,12 +72,12 @@ def test_more_samples_are_added(whole, few, tmp_path):
     """The first samples are kept: random numbers depend on problem and sample alone."""
     out = shutil.copytree(whole, tmp_path / "eval")
     words = [STUDENT, "--bench", "few", "--bench-file", f"few={few}", "--out", out, *SMALL]
-    result = run(*words, "--samples", 5)
+    result = iwopd("eval", *words, "--samples", 5)
     assert result.returncode == 0, result.stderr
     before, after = (lines(x / "few" / "samples.jsonl") for x in (whole, out))
     assert [x for x in after if x["sample"] < 4] == before and len(after) == 120
     stamp = (out / "few" / "answers.jsonl").stat().st_mtime_ns
-    assert run(*words, "--samples", 2).returncode == 0
+    assert iwopd("eval", *words, "--samples", 2).returncode == 0
     assert (out / "few" / "answers.jsonl").stat().st_mtime_ns == stamp
     found = json.loads((out / "results.json").read_text())["benchmarks"]["few"]
     assert found["mean"] == sum(x["correct"] for x in before if x["sample"] < 2) / 48
@@ -98,12 +99,7 @@ def test_killed_and_resumed(whole, few, tmp_path):
         *SMALL,
     ]
     answers = out / "few" / "answers.jsonl"
-    process = subprocess.Popen(
-        command(*words),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    process = started("eval", *words)
     while not (answers.exists() and answers.read_bytes().count(b"\n") > 1):
         assert process.poll() is None
         time.sleep(0.005)
@@ -112,7 +108,7 @@ def test_killed_and_resumed(whole, few, tmp_path):
     with answers.open("r+b") as file:  # wherever the kill came, the last line is now torn
         file.truncate(answers.stat().st_size - 7)
     assert 0 < answers.read_bytes().count(b"\n") < 96 and not (out / "results.json").exists()
-    result = run(*words)
+    result = iwopd("eval", *words)
     assert result.returncode == 0, result.stderr
     for name in ("results.json", "few/samples.jsonl"):
         assert (out / name).read_text() == (whole / name).read_text()
@@ -163,7 +159,7 @@ def test_refusals(words, message, tmp_path):
 
 
 def test_answers_that_cannot_fit(tmp_path):
-    result = run(STUDENT, "--bench", "toy", "--out", tmp_path)
+    result = iwopd("eval", STUDENT, "--bench", "toy", "--out", tmp_path)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert "write --max-tokens 119" in result.stderr
 
@@ -196,7 +192,8 @@ def test_megatron_checkpoint(whole, few, tmp_path):
     from iwopd_megatron.weights.convert import hf_to_megatron
 
     hf_to_megatron(Path(STUDENT), tmp_path / "checkpoint", "native")
-    result = run(
+    result = iwopd(
+        "eval",
         tmp_path / "checkpoint",
         "--hf",
         STUDENT,

@@ -1,13 +1,10 @@
 """A disk that becomes full: one sentence, exit code 75, and the run goes on when there is room."""
 
-import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from forked import iwopd
 
-ROOT = Path(__file__).parents[2]
 RECIPE = "recipes/demo_tiny_moe.yaml"
 SETTINGS = [
     "train.rounds=4",
@@ -38,15 +35,7 @@ def disk(tmp_path):
 
 
 def train(out, *more):
-    command = [sys.executable, "-W", "ignore", "-m", "iwopd_megatron", "train", RECIPE, *SETTINGS]
-    return subprocess.run(
-        [*command, f"out={out}", *more],
-        cwd=ROOT,
-        env=os.environ,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return iwopd("train", RECIPE, *SETTINGS, f"out={out}", *more)
 
 
 @pytest.fixture(scope="module")

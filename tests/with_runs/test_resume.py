@@ -3,14 +3,11 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
+from forked import iwopd, python, started
 
-ROOT = Path(__file__).parents[2]
 RECIPE = "recipes/demo_tiny_moe.yaml"
 SETTINGS = [
     "train.rounds=5",
@@ -21,22 +18,10 @@ SETTINGS = [
     "evaluate.problems=16",
     "checkpoint.keep=3",
 ]
-PYTHON = [sys.executable, "-W", "ignore"]
-
-
-def run(*arguments):
-    return subprocess.run(
-        [*PYTHON, *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
 
 
 def train(out, *more):
-    result = run("-m", "iwopd_megatron", "train", RECIPE, *SETTINGS, f"out={out}", *more)
+    result = iwopd("train", RECIPE, *SETTINGS, f"out={out}", *more)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -68,7 +53,7 @@ def test_killed_and_resumed_is_identical(
     at_round, point, seconds, in_background, resumed, whole, tmp_path
 ):
     out, mode = tmp_path / "run", f"checkpoint.async_save={str(in_background).lower()}"
-    killed = run(
+    killed = python(
         "bench/killed_run.py", at_round, point, seconds, RECIPE, *SETTINGS, f"out={out}", mode
     )
     assert killed.returncode == -9, killed.stderr
@@ -90,7 +75,7 @@ def test_a_writer_that_dies_ends_the_run_with_a_sentence(whole, tmp_path):
         "sharded_save.CheckpointWriter.write = dies\n"
         "cli.main()"
     )
-    failed = run("-c", script, "train", RECIPE, *SETTINGS, f"out={out}")
+    failed = python("-c", script, "train", RECIPE, *SETTINGS, f"out={out}")
     assert failed.returncode == 5, failed.stderr
     assert "round_000002 was not written, for the writer of rank 0 died (SIGKILL)" in failed.stderr
     assert failed.stderr.count("\n") == 1
@@ -100,8 +85,7 @@ def test_a_writer_that_dies_ends_the_run_with_a_sentence(whole, tmp_path):
 
 def test_sigterm_waits_for_the_pending_checkpoint(whole, tmp_path):
     out = tmp_path / "run"
-    command = [*PYTHON, "-m", "iwopd_megatron", "train", RECIPE, *SETTINGS, f"out={out}"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = started("train", RECIPE, *SETTINGS, f"out={out}")
     metrics = out / "metrics.jsonl"
     while process.poll() is None and not (
         metrics.is_file() and '"round", "round": 2' in metrics.read_text()

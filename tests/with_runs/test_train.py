@@ -3,13 +3,12 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from forked import started
 from same_figures import assert_same_figures
 from worlds import run_world
 
@@ -335,19 +334,12 @@ def test_a_round_without_a_loss_token_leaves_the_weights_alone(tmp_path):
     """Every response is truncated and masked: said, and no step by momentum or weight decay."""
     settings = ["rollout.max_response_tokens=3", "loss.mask_truncated=true", "train.rounds=3"]
     run = tmp_path / "run"
-    process = iwopd("train", RECIPE, *SMALL, *settings, "student.parallel={}", f"out={run}")
+    process = started("train", RECIPE, *SMALL, *settings, "student.parallel={}", f"out={run}")
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert output.count("every response token is masked; this optimiser step is left out") == 3
     before = HfTensors(ROOT / "recipes/demo/student")
     assert all(torch.equal(tensor, before[name][:]) for name, tensor in weights(run).items())
-
-
-def iwopd(*arguments, **kwargs):
-    command = [sys.executable, "-W", "ignore", "-m", "iwopd_megatron", *map(str, arguments)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
-    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -361,7 +353,7 @@ def test_a_signal_saves_and_resume_finishes(number, runs, tmp_path):
         f"out={run}",
         "checkpoint.every=null",
     ]
-    process = iwopd("train", *recipe)
+    process = started("train", *recipe)
     deadline = time.monotonic() + 120
     while not (run / "metrics.jsonl").exists() or len(read_metrics(run)) < 3:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
@@ -371,7 +363,7 @@ def test_a_signal_saves_and_resume_finishes(number, runs, tmp_path):
     assert process.returncode == 75, errors
     assert "go on with --resume" in output
     stopped = max(line["round"] for line in read_metrics(run))
-    again = iwopd("train", *recipe, f"train.rounds={stopped + 1}", "--resume")
+    again = started("train", *recipe, f"train.rounds={stopped + 1}", "--resume")
     output, errors = again.communicate(timeout=120)
     assert again.returncode == 0, errors
     assert [line["round"] for line in read_metrics(run) if line["kind"] == "round"] == list(
@@ -393,7 +385,7 @@ def test_every_rank_reads_only_its_slices(runs):
         "train.warmup_rounds=0",
         "student.parallel={tp: 2, ep: 2}",
     ]
-    process = iwopd("compare", RECIPE, *settings, "data.eval=null", "--seeds", 1, "--out", out)
+    process = started("compare", RECIPE, *settings, "data.eval=null", "--seeds", 1, "--out", out)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     for role in ("student", "teacher"):
@@ -405,7 +397,7 @@ def test_every_rank_reads_only_its_slices(runs):
 
 
 def test_an_existing_run_is_not_overwritten(runs):
-    process = iwopd("train", RECIPE, *SMALL, f"out={runs / 'one'}")
+    process = started("train", RECIPE, *SMALL, f"out={runs / 'one'}")
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "already holds a run" in errors and len(errors.splitlines()) == 1
@@ -413,7 +405,7 @@ def test_an_existing_run_is_not_overwritten(runs):
 
 def test_resume_with_other_settings_is_refused(runs):
     settings = [*SMALL, "student.parallel={}", "train.lr=1e-2", f"out={runs / 'one'}", "--resume"]
-    process = iwopd("train", RECIPE, *settings)
+    process = started("train", RECIPE, *settings)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "train.lr is 0.01" in errors and len(errors.splitlines()) == 1
@@ -422,7 +414,7 @@ def test_resume_with_other_settings_is_refused(runs):
 def test_a_gate_stops_the_run_before_the_step(tmp_path):
     run = tmp_path / "run"
     settings = [*SMALL, "student.parallel={}", "gates.max_drift=1e-12", f"out={run}"]
-    process = iwopd("train", RECIPE, *settings)
+    process = started("train", RECIPE, *settings)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 3
     assert errors.startswith("error: engine and trainer log-probs differ")
@@ -430,7 +422,7 @@ def test_a_gate_stops_the_run_before_the_step(tmp_path):
 
 
 def test_arms_of_different_layouts_are_refused(tmp_path):
-    process = iwopd("compare", RECIPE, "--vary", "student.parallel.tp=1,2", "--out", tmp_path)
+    process = started("compare", RECIPE, "--vary", "student.parallel.tp=1,2", "--out", tmp_path)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2 and "changes the layout" in errors
 
@@ -439,7 +431,7 @@ def test_a_finished_comparison_can_be_extended(tmp_path):
     settings = [*SMALL, "student.parallel={}", "checkpoint.every=2", "data.eval=null"]
     options = ["--vary", "loss.weighting.rule=iw", "--seeds", 1, "--out", tmp_path]
     for rounds in (2, 4):
-        process = iwopd(
+        process = started(
             "compare",
             RECIPE,
             *settings,
@@ -457,7 +449,7 @@ def test_a_finished_comparison_can_be_extended(tmp_path):
 def test_compare_writes_summary_and_report(tmp_path):
     out = tmp_path / "comparison"
     settings = [*SMALL, "train.rounds=3", "student.parallel={}", "rollout.max_response_tokens=12"]
-    process = iwopd("compare", RECIPE, *settings, "--seeds", 2, "--out", out)
+    process = started("compare", RECIPE, *settings, "--seeds", 2, "--out", out)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     arms = json.loads((out / "summary.json").read_text())["arms"]

@@ -5,12 +5,11 @@ import os
 import struct
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from forked import ROOT, iwopd
 from wandb.proto import wandb_internal_pb2
 
-ROOT = Path(__file__).parents[2]
 SMALL = [
     "student.parallel={}",
     "train.rounds=2",
@@ -25,17 +24,16 @@ SMALL = [
 ]
 
 
-def train(out, *words, path=ROOT):
-    environment = os.environ | {"PYTHONPATH": f"{path}:{ROOT}"}
-    command = [sys.executable, "-W", "ignore", "-m", "iwopd_megatron", "train"]
-    command += ["recipes/demo_tiny_moe.yaml", f"out={out}", *SMALL, *words]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+def words(out, *more):
+    return ["train", "recipes/demo_tiny_moe.yaml", f"out={out}", *SMALL, *more]
 
 
 def test_without_wandb_a_recipe_that_wants_it_is_refused(tmp_path):
     """As where it is not installed: Python runs sitecustomize.py first."""
     (tmp_path / "sitecustomize.py").write_text('import sys; sys.modules["wandb"] = None')
-    done = train(tmp_path / "run", path=tmp_path)
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-m", "iwopd_megatron", *words(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and "iwopd-megatron[wandb]" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "run/metrics.jsonl").exists()
 
@@ -58,9 +56,9 @@ def stored(content, block=32768):
 
 def test_every_number_is_there_and_a_resumed_run_stays_one(tmp_path):
     run = tmp_path / "run"
-    done = train(run)
+    done = iwopd(*words(run))
     assert done.returncode == 0, done.stderr
-    again = train(run, "train.rounds=3", "--resume")
+    again = iwopd(*words(run, "train.rounds=3", "--resume"))
     assert again.returncode == 0, again.stderr
     ids, history = set(), []
     for file in sorted(run.glob("wandb/offline-run-*/*.wandb")):

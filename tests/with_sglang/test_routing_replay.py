@@ -4,14 +4,12 @@ The student has 32 experts a layer, so that rounding in bf16 changes many choice
 """
 
 import asyncio
-import os
-import subprocess
-import sys
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from forked import started
 from served_models import ROOT, copy_tokenizer, prompts
 from support import RECIPE, Rig
 from worlds import run_world
@@ -175,11 +173,8 @@ def train(rig, out, *more):
         "train.lr=1e-6",
         *more,
     ]
-    command = [sys.executable, "-m", "iwopd_megatron", "train", str(RECIPE), *settings]
     log = out.with_suffix(".log")
-    with log.open("w") as file:
-        code = subprocess.call(command, cwd=ROOT, env=os.environ, stdout=file, stderr=file)
-    assert code == 0, log.read_text()[-3000:]
+    assert started("train", RECIPE, *settings, output=log).wait(400) == 0, log.read_text()[-3000:]
     return [line for line in read_metrics(out) if line["kind"] == "round"]
 
 

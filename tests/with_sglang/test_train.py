@@ -2,14 +2,12 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-from served_models import ROOT
+from forked import Command, iwopd, started
 
 from iwopd_megatron.files.run_files import read_records
 from iwopd_megatron.records.runlog import read_metrics
@@ -18,13 +16,8 @@ from iwopd_megatron.train.journal import Journal
 PROMPTS = 64
 
 
-def start(out: Path, *overrides: str) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "iwopd_megatron",
+def start(out: Path, *overrides: str) -> Command:
+    return started(
         "train",
         "recipes/demo_sglang.yaml",
         f"out={out}",
@@ -33,12 +26,11 @@ def start(out: Path, *overrides: str) -> subprocess.Popen:
         "data.eval=null",
         "checkpoint.every=1",
         *overrides,
-    ]
-    log = out.with_suffix(".log").open("a")
-    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        output=out.with_suffix(".log"),
+    )
 
 
-def finish(process: subprocess.Popen, out: Path) -> list[dict]:
+def finish(process: Command, out: Path) -> list[dict]:
     code = process.wait(500)
     assert code == 0, out.with_suffix(".log").read_text()[-3000:]
     rounds = [line for line in read_metrics(out) if line["kind"] == "round"]
@@ -47,7 +39,7 @@ def finish(process: subprocess.Popen, out: Path) -> list[dict]:
     return rounds
 
 
-def wait_for(condition, process: subprocess.Popen, limit=300):
+def wait_for(condition, process: Command, limit=300):
     end = time.monotonic() + limit
     while not condition():
         assert process.poll() is None, "the run has ended"
@@ -60,7 +52,7 @@ def rounds_done(out: Path) -> int:
     return len(read_records(file)) if file.is_file() else 0
 
 
-def servers_of(process: subprocess.Popen, words: str) -> list[psutil.Process]:
+def servers_of(process: Command, words: str) -> list[psutil.Process]:
     """Processes below the run whose command line has these words."""
     children = psutil.Process(process.pid).children(recursive=True)
     return [child for child in children if words in " ".join(_command(child))]
@@ -74,8 +66,7 @@ def test_roles_apart_on_policy(tmp_path):
     assert max(line["scored_early"] for line in rounds) > 0.5
     assert (out / "logs/rollout-0.log").is_file() and (out / "logs/teacher.log").is_file()
     assert not [p for p in psutil.process_iter() if str(out) in " ".join(_command(p))]
-    report = [sys.executable, "-W", "ignore", "-m", "iwopd_megatron", "report", str(out)]
-    subprocess.run(report, cwd=ROOT, check=True)
+    assert iwopd("report", out).returncode == 0
     names = {path.stem for path in (out / "figures").glob("*.png")}
     assert {"weight_update", "scored_early", "drift", "phase_times"} <= names
 

@@ -2,23 +2,19 @@
 
 import json
 import shutil
-import subprocess
-import sys
+from subprocess import CompletedProcess
 
+import forked
 from rig import RECIPE
-from served_models import ROOT
 
 from iwopd_megatron.runtime.services import outer_environment
 
 
-def iwopd(*words) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-W", "ignore", "-m", "iwopd_megatron", *map(str, words)]
-    return subprocess.run(
-        command, cwd=ROOT, env=outer_environment(), capture_output=True, text=True, timeout=600
-    )
+def iwopd(*words) -> CompletedProcess:
+    return forked.iwopd(*words, env=outer_environment(), timeout=600)
 
 
-def evaluate(out, *words) -> subprocess.CompletedProcess:
+def evaluate(out, *words) -> CompletedProcess:
     return iwopd("eval", RECIPE, "--bench", "toy", "--max-tokens", "43", "--out", out, *words)
 
 
