@@ -125,13 +125,13 @@ class Testbed:
 
     def _start_database(self) -> None:
         data, sock = self.root / "mysql", self.root / "mysql" / "socket"
-        own = f"--datadir={data}"
+        own = (f"--datadir={data}", f"--tmpdir={self.root}")  # in /tmp two would collide
         if not (data / "mysql").is_dir():
             self._run(
                 "mariadb-install-db",
                 "--no-defaults",
                 "--user=root",
-                own,
+                *own,
                 "--skip-test-db",
                 "--auth-root-authentication-method=normal",
             )
@@ -141,7 +141,7 @@ class Testbed:
                     "mariadbd",
                     "--no-defaults",
                     "--user=root",
-                    own,
+                    *own,
                     f"--socket={sock}",
                     "--bind-address=127.0.0.1",
                     f"--port={self.sql_port}",

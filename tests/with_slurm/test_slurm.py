@@ -45,6 +45,33 @@ def role(status: dict, name: str, node: int = 0) -> dict:
     return next(r for r in status["roles"] if (r["role"], r["node"]) == (name, node))
 
 
+# The longest is first: the other worker has all others meanwhile.
+def test_three_roles_survive_the_death_of_teacher_and_trainer(cluster, tmp_path):
+    run = tmp_path / "run"
+    job = cluster.submit(DEMO, *THREE_ROLES, *SMALL, "train.rounds=12", f"out={run}")
+    until(lambda: len(rounds(run)) >= 2)
+    before = cluster.status(run)
+    assert [r["state"] for r in before["roles"]] == ["running", "running", "ready", "ready"]
+
+    os.kill(role(before, "teacher")["pids"][0], signal.SIGKILL)
+    until(lambda: role(cluster.status(run), "teacher").get("restarts") == 1)
+    seen = max(rounds(run))
+    until(lambda: max(rounds(run)) > seen + 1, every=0.1)
+
+    os.kill(role(before, "trainer", 1)["pids"][0], signal.SIGKILL)
+    saved = max(int(p.name[6:]) for p in (run / "checkpoints").glob("round_??????"))
+    assert cluster.states(job) == ["RUNNING"]
+    until(lambda: cluster.states(job) == ["REQUEUED", "COMPLETED"])
+    assert rounds(run) == list(range(1, 13))
+    after = cluster.status(run)
+    assert (after["attempt"], after["exit_code"], after["round"]) == (1, 0, 12)
+    assert (run / "hf" / "model.safetensors").is_file()
+    log = cluster.iwopd("attach", str(run))
+    resumed = re.search(r"trainer attempt 1 \| resumed after round (\d+)", log)
+    assert int(resumed[1]) >= saved
+    assert re.search(r"teacher \| teacher node 0: ended with exit code 137; restart 1 of 3", log)
+
+
 def test_scripts_of_a_dry_run(cluster, tmp_path):
     run = tmp_path / "run"
     before = cluster.jobs()
@@ -108,32 +135,6 @@ def test_bad_recipes_never_reach_slurm(cluster, tmp_path):
     assert done.returncode == 2
     assert "ep=3 does not divide the number of experts" in done.stderr
     assert cluster.jobs() == before
-
-
-def test_three_roles_survive_the_death_of_teacher_and_trainer(cluster, tmp_path):
-    run = tmp_path / "run"
-    job = cluster.submit(DEMO, *THREE_ROLES, *SMALL, "train.rounds=24", f"out={run}")
-    until(lambda: len(rounds(run)) >= 2)
-    before = cluster.status(run)
-    assert [r["state"] for r in before["roles"]] == ["running", "running", "ready", "ready"]
-
-    os.kill(role(before, "teacher")["pids"][0], signal.SIGKILL)
-    until(lambda: role(cluster.status(run), "teacher").get("restarts") == 1)
-    seen = max(rounds(run))
-    until(lambda: max(rounds(run)) > seen + 1, every=0.1)
-
-    os.kill(role(before, "trainer", 1)["pids"][0], signal.SIGKILL)
-    saved = max(int(p.name[6:]) for p in (run / "checkpoints").glob("round_??????"))
-    assert cluster.states(job) == ["RUNNING"]
-    until(lambda: cluster.states(job) == ["REQUEUED", "COMPLETED"])
-    assert rounds(run) == list(range(1, 25))
-    after = cluster.status(run)
-    assert (after["attempt"], after["exit_code"], after["round"]) == (1, 0, 24)
-    assert (run / "hf" / "model.safetensors").is_file()
-    log = cluster.iwopd("attach", str(run))
-    resumed = re.search(r"trainer attempt 1 \| resumed after round (\d+)", log)
-    assert int(resumed[1]) >= saved
-    assert re.search(r"teacher \| teacher node 0: ended with exit code 137; restart 1 of 3", log)
 
 
 def test_warning_before_the_limit_saves_and_requeues(cluster, tmp_path):
