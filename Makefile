@@ -66,7 +66,7 @@ CORE := parity traps routing packing native_ops plan_measured torch_dist convert
 	loss linear_loss logprobs weighting objectives topk
 test-oldest: setup
 	$(MAKE) setup VENV=$(OLDEST) PYTHON=$(call first,$(OLD))
-	$(subst $(VENV)/,$(OLDEST)/,$(RUN)) -m pytest -n 2 --dist loadfile $(CORE:%=tests/test_%.py) tests/with_runs/test_resume.py
+	TESTED_SUITE=core $(subst $(VENV)/,$(OLDEST)/,$(RUN)) -m pytest -n 2 --dist loadfile $(CORE:%=tests/test_%.py) tests/with_runs/test_resume.py
 	OTHER_PYTHON=$(OLDEST)/bin/python $(RUN) -m pytest tests/with_versions
 
 # Whole runs: trained, killed, resumed, evaluated, launched on this machine.

@@ -43,7 +43,8 @@ def pytest_sessionfinish(session):
         return
     stats = config.pluginmanager.get_plugin("terminalreporter").stats
     passed, failed, errors = (len(stats.get(k, [])) for k in ("passed", "failed", "error"))
-    suite = os.environ.get("TESTED_SUITE") or Path(config.args[0]).name
+    first = Path(config.args[0])
+    suite = os.environ.get("TESTED_SUITE") or (first if first.is_dir() else first.parent).name
     beside = {}  # the server of a suite that has one
     for package in distributions(path=map(str, ROOT.glob(f"build/{suite[5:]}-venv/lib/*/site-*"))):
         beside[versions.SAME_CODE.get(package.name, package.name)] = package.version

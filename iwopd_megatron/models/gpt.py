@@ -74,8 +74,8 @@ def transformer_config(
         params_dtype=torch_dtype,
         pipeline_dtype=torch_dtype,
         autocast_dtype=torch_dtype,
-        # Loading overwrites every weight, but only initialisation sets the tensor-parallel
-        # attribute that the gradient norm needs to count a shard once.
+        # Loading overwrites every weight, but Megatron 0.16 sets the attribute that the gradient
+        # norm needs, to count a tensor-parallel shard once, only while it initialises.
         perform_initialization=True,
         use_cpu_initialization=not device.has_gpu(),
         calculate_per_token_loss=True,  # gradients are summed; the loss brings its own denominator

@@ -1,4 +1,4 @@
-"""CPU stand-ins for what Megatron-Core 0.16.1 asks of `torch.cuda`, and for its own CUDA code.
+"""CPU stand-ins for what Megatron-Core asks of `torch.cuda`, and for its own CUDA code.
 
 Megatron speaks to `torch.cuda` directly. With these in place the same model, schedules and
 optimiser run on CPU tensors and gloo. `device.install()` decides whether they are needed.

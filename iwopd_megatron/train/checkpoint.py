@@ -1,9 +1,9 @@
-"""Resume points: weights and optimiser by Megatron dist_checkpointing, and a round's other state.
+"""Resume points: weights and optimiser as Megatron shards them, and a round's other state.
 
 checkpoints/round_000010/ appears by one rename when it is complete (saver.py); files.json in it has
 the size and xxh3 of every file, so that a damaged one is found before anything is loaded. Any
-layout can load it (`fully_reshardable`; Megatron's default optimiser format is refused by its own
-writer in 0.16.1).
+layout and any Megatron-Core from 0.16 to 0.19 can load it (`fully_reshardable`: other optimiser
+formats cut tensors where no layout can find them again).
 """
 
 from __future__ import annotations

@@ -44,7 +44,8 @@ METADATA = {
     "singleton_local_shards": False,
     "chained_optim_avoid_prefix": True,
 }
-# metadata.json as Megatron-Core 0.16.1 writes it (dist_checkpointing/core.py, CheckpointingConfig)
+# metadata.json as Megatron-Core 0.16 writes it (dist_checkpointing/core.py, CheckpointingConfig);
+# 0.19 writes the first two, and reads all
 CONFIG = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -83,7 +84,7 @@ def stacked_shape(block: WeightBlock, hf: HfConfig) -> tuple[int, ...]:
 def object_keys(hf: HfConfig, names: str) -> list[str]:
     """Return names of the empty `_extra_state` objects that Megatron's load asks for.
 
-    `<module>._extra_state/shard_<offset>_<shape>`, by ShardedObject of Megatron-Core 0.16.1.
+    `<module>._extra_state/shard_<offset>_<shape>`, by Megatron's ShardedObject.
     """
     layers, experts = hf.num_hidden_layers, hf.num_experts
     modules = list(_STATEFUL[names])
