@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+from argparse import Namespace
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,15 +191,17 @@ class CheckpointWriter:
         """Read back what the file holds of a chunk's data, as uint8. Any thread."""
         return self._files[slot.file].read(slot.start, slot.nbytes)
 
-    def finish(self, content: Mapping[str, Any]) -> None:
+    def finish(self, content: Mapping[str, Any], args: Namespace | None = None) -> None:
         """Close the files and write `.metadata`, `common.pt` and, last, `metadata.json`.
 
-        `content` is what Megatron calls a checkpoint's content metadata (METADATA).
+        `content` is what Megatron calls a checkpoint's content metadata (METADATA); `args` what
+        some programs ask of the one that wrote it.
         """
+        common = {"content_metadata": dict(content)} | ({"args": args} if args else {})
         for file in self._files.values():
             file.close()
         (self._folder / ".metadata").write_bytes(pickle.dumps(self._plan.metadata()))
-        (self._folder / "common.pt").write_bytes(serialise({"content_metadata": dict(content)}))
+        (self._folder / "common.pt").write_bytes(serialise(common))
         (self._folder / "metadata.json").write_text(json.dumps(CONFIG))
 
 
