@@ -41,7 +41,9 @@ def convert(
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="torch_dist checkpoint of any layout, or a folder of iterations")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="torch_dist checkpoint of any layout, or a folder of iterations")
+    ],
     out: Annotated[Path, typer.Argument(help="Hugging Face folder to write")],
     hf: Annotated[
         Path | None,

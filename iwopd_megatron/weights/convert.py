@@ -57,8 +57,9 @@ def hf_to_megatron(
 ) -> dict[str, Any]:
     """Write a checkpoint of a Hugging Face folder; RecipeError if it is unfit.
 
-    names: whose modules have the weights, native or te; bridge is te in the folder that
-    Megatron-Bridge and ms-swift load (bridge_folder.py). Returns {"tensors", "bytes", "kept": tensors that an interrupted run had written}.
+    names: native or te, whose modules have the weights; bridge, te in the folder that
+    Megatron-Bridge and ms-swift load (bridge_folder.py). Returns {"tensors", "bytes", "kept":
+    tensors that an interrupted run had written}.
     """
     if names not in ("native", "te", "bridge"):
         raise RecipeError(f"names={names} is unknown; write native, te or bridge.")

@@ -31,6 +31,7 @@ def main(jobs: list[list[str]]) -> None:
             own = AutoBridge.from_hf_pretrained(hf).to_megatron_provider(load_weights=False)
             ours, _ = load_model_config(places[0])
             Path(places[1]).write_text(json.dumps(differing(own, ours)))
+    print("done", flush=True)
 
 
 def differing(own: object, ours: object) -> dict[str, list[str]]:

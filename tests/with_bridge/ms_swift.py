@@ -30,6 +30,7 @@ def main(jobs: list[list[str]]) -> None:
         else:
             command += ["--to_hf", "true", "--mcore_model", places[0], "--output_dir", places[1]]
         megatron_export_main(command)
+    print("done", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Write tests/bridge_tables.json: keys and shapes of checkpoints that the bridges saved themselves.
 
-.venv/bin/python tests/with_bridge/record.py, after build/bridge-venv/ready. Megatron-Bridge 0.6.2 and
-ms-swift 4.6.0 with mcore-bridge 1.6.5, Megatron-Core 0.19.2, on a CPU: their own import, provider,
-model and save; torch.cuda and TransformerEngine are stand-ins (runtime/stand_ins.py, environment/).
+.venv/bin/python tests/with_bridge/record.py, after `make build/bridge-venv/ready`. Megatron-Bridge
+0.6.2 and ms-swift 4.6.0 with mcore-bridge 1.6.5, Megatron-Core 0.19.2, on a CPU: their own import,
+provider, model and save; torch.cuda and TransformerEngine are stand-ins (runtime/stand_ins.py,
+environment/).
 """
 
 import json

@@ -1,7 +1,7 @@
 """Stand-in for TransformerEngine, which needs a GPU: the parameters of its modules, and no forward.
 
-Megatron-Core's own subclasses of these modules name, shard and save the parameters, so a checkpoint
-saved with it has the keys and shapes of a real one. Every other name of the package is an empty class.
+Megatron-Core's own subclasses of these modules name, shard and save the parameters. Every other
+name of the package is an empty class.
 """
 
 import contextlib
@@ -46,7 +46,10 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def exec_module(self, module):
         if module.__name__ == "transformer_engine.pytorch.cpu_offload":
-            module.get_cpu_offload_context = lambda *args, **kwargs: (contextlib.nullcontext(), None)
+            module.get_cpu_offload_context = lambda *args, **kwargs: (
+                contextlib.nullcontext(),
+                None,
+            )
         for item in (Linear, LayerNormLinear, GroupedLinear, RMSNorm, DotProductAttention):
             setattr(module, item.__name__, item)
 
@@ -56,7 +59,9 @@ class _Module(torch.nn.Module):
 
     def add(self, name, *shape, dtype, device, fill=None):
         data = torch.empty(shape, dtype=dtype, device=device)
-        self.register_parameter(name, torch.nn.Parameter(data if fill is None else data.fill_(fill)))
+        self.register_parameter(
+            name, torch.nn.Parameter(data if fill is None else data.fill_(fill))
+        )
 
     fp8 = fp8_calibration = False
     fp8_meta = {"fp8_checkpoint": False}
@@ -75,8 +80,17 @@ class _Module(torch.nn.Module):
 
 
 class Linear(_Module):
-    def __init__(self, in_features, out_features, bias=True, parallel_mode=None, tp_size=1,
-                 params_dtype=None, device=None, **_):
+    def __init__(
+        self,
+        in_features,
+        out_features,
+        bias=True,
+        parallel_mode=None,
+        tp_size=1,
+        params_dtype=None,
+        device=None,
+        **_,
+    ):
         super().__init__()
         out_features //= tp_size if parallel_mode == "column" else 1
         in_features //= tp_size if parallel_mode == "row" else 1
@@ -103,8 +117,18 @@ class LayerNormLinear(Linear):
 
 
 class GroupedLinear(_Module):
-    def __init__(self, num_gemms, in_features, out_features, bias=True, parallel_mode=None, tp_size=1,
-                 params_dtype=None, device=None, **_):
+    def __init__(
+        self,
+        num_gemms,
+        in_features,
+        out_features,
+        bias=True,
+        parallel_mode=None,
+        tp_size=1,
+        params_dtype=None,
+        device=None,
+        **_,
+    ):
         super().__init__()
         out_features //= tp_size if parallel_mode == "column" else 1
         in_features //= tp_size if parallel_mode == "row" else 1
@@ -117,9 +141,13 @@ class GroupedLinear(_Module):
 
 
 class RMSNorm(_Module):
-    def __init__(self, normalized_shape=None, params_dtype=None, device=None, hidden_size=None, **_):
+    def __init__(
+        self, normalized_shape=None, params_dtype=None, device=None, hidden_size=None, **_
+    ):
         super().__init__()
-        self.add("weight", normalized_shape or hidden_size, dtype=params_dtype, device=device, fill=1)
+        self.add(
+            "weight", normalized_shape or hidden_size, dtype=params_dtype, device=device, fill=1
+        )
 
 
 class DotProductAttention(_Module):
@@ -128,5 +156,5 @@ class DotProductAttention(_Module):
 
 
 sys.meta_path.append(_Finder())
-import transformer_engine.pytorch  # noqa: E402, F401
 import transformer_engine.common  # noqa: E402, F401
+import transformer_engine.pytorch  # noqa: E402, F401
