@@ -19,7 +19,7 @@ OUT ?= runs/demo
 DISK ?=
 KILLS ?= 20
 
-.PHONY: setup docs fix fuzz demo demo-sglang demo-models ablation support test test-oldest test-runs test-sglang test-vllm test-slurm lint bench bench-loss \
+.PHONY: setup docs fix fuzz demo demo-sglang demo-models ablation support test test-oldest test-runs test-sglang test-vllm test-bridge test-slurm lint bench bench-loss \
 	bench-convert bench-exactness bench-plan bench-streaming bench-trl drill gpu-check gpu-check-venv gpu-tables cluster-venv
 
 setup: $(VENV)/ready
@@ -94,6 +94,19 @@ build/vllm-venv/ready: tests/with_vllm/environment/requirements.txt tests/with_v
 	build/vllm-venv/bin/python tests/with_vllm/environment/prepare.py
 	touch $@
 
+# Megatron-Bridge and ms-swift convert, save and load beside the product, on this machine's CPU, in an
+# environment of their own that finds torch in .venv's (Megatron-Core 0.19 needs Python 3.12).
+test-bridge: setup build/bridge-venv/ready
+	$(RUN) -m pytest tests/with_bridge
+
+build/bridge-venv/ready: $(VENV)/ready tests/with_bridge/environment/requirements.txt
+	$(VENV)/bin/python -m venv build/bridge-venv
+	for site in build/bridge-venv/lib/python*/site-packages; do \
+		echo "$(CURDIR)/$(VENV)/lib/$$(basename $$(dirname $$site))/site-packages" > $$site/beside.pth; done
+	build/bridge-venv/bin/pip install --quiet --disable-pip-version-check --no-deps \
+		--requirement tests/with_bridge/environment/requirements.txt
+	touch $@
+
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -130,9 +143,10 @@ bench-loss: setup
 	$(RUN) bench/loss.py
 
 # Checkpoint conversion against cp -r, on models of 1, 4 and 8 GB and a layer of Qwen3-235B-A22B, in a
-# temporary folder of DISK (33 GB free).
-bench-convert: setup
+# temporary folder of DISK (33 GB free); then against Megatron-Bridge and ms-swift, on 1 and 4 GB.
+bench-convert: setup build/bridge-venv/ready
 	$(RUN) bench/convert.py $(DISK)
+	$(RUN) bench/convert_bridges.py $(DISK)
 
 # Conversion: every byte back, and damages noticed.
 bench-exactness: setup

@@ -21,7 +21,11 @@ def convert(
     folder: Annotated[Path, typer.Argument(help="Hugging Face folder")],
     out: Annotated[Path, typer.Argument(help="checkpoint folder to write")],
     names: Annotated[
-        str, typer.Option(help="native, or te for models of TransformerEngine modules")
+        str,
+        typer.Option(
+            help="native; te for models of TransformerEngine modules; bridge for those of "
+            "Megatron-Bridge and ms-swift, with what they keep around a checkpoint"
+        ),
     ] = "native",
     workers: Workers = 2,
     force: Force = False,
@@ -37,7 +41,9 @@ def convert(
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="torch_dist checkpoint of any layout")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="torch_dist checkpoint of any layout, or a folder of iterations")
+    ],
     out: Annotated[Path, typer.Argument(help="Hugging Face folder to write")],
     hf: Annotated[
         Path | None,

@@ -12,6 +12,7 @@ from typing import Any
 from iwopd_megatron.config.load import apply_override, load_recipe, parse_recipe
 from iwopd_megatron.config.recipe import Recipe
 from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.files.iterations import iteration_folder
 from iwopd_megatron.files.shipped import find_recipe
 from iwopd_megatron.hf.folder import check_model
 
@@ -57,8 +58,9 @@ def open_target(path: Path, overrides: list[str], template: Path | None) -> Iter
 
 @contextlib.contextmanager
 def _open_folder(path: Path, overrides: list[str], template: Path | None) -> Iterator[Target]:
-    """Yield the target of a run folder, a model folder or a checkpoint."""
+    """Yield the target of a run folder, a model folder, a checkpoint or a root of iterations."""
     own = Path("runs/eval") / path.resolve().name
+    path = iteration_folder(path)
     if (path / "recipe.yaml").is_file():
         recipe = load_recipe(path / "recipe.yaml", overrides)
         hf = path / "hf"

@@ -4,4 +4,14 @@ In come paths; out go trees, rows and bytes, or one sentence that names file and
 nothing of models, recipes or training.
 """
 
-__all__ = ["jsonl", "lock", "outputs", "rawfile", "run_files", "shipped", "typed_json", "yaml_file"]
+__all__ = [
+    "iterations",
+    "jsonl",
+    "lock",
+    "outputs",
+    "rawfile",
+    "run_files",
+    "shipped",
+    "typed_json",
+    "yaml_file",
+]

@@ -17,6 +17,7 @@ import torch
 
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.files import lock
+from iwopd_megatron.files.iterations import TRACKER
 
 PAGE, STAGE = 4096, 16 * 2**20
 UNFINISHED = "unfinished.jsonl"  # see weights/continuation.py
@@ -200,7 +201,7 @@ def is_own(folder: Path) -> bool:
     """Return whether a folder may be replaced: it is empty, or a model's or a checkpoint's."""
     if not folder.is_dir():
         return False
-    known = ("config.json", "metadata.json", "manifest.json")
+    known = ("config.json", "metadata.json", "manifest.json", TRACKER)
     return not any(folder.iterdir()) or any((folder / name).is_file() for name in known)
 
 

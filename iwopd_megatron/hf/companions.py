@@ -75,8 +75,8 @@ def template_of(checkpoint: Path, given: Path | None) -> Path:
     own = checkpoint / FOLDER
     if not (own / "config.json").is_file():
         raise RecipeError(
-            f"{checkpoint} carries no config.json and tokenizer ({FOLDER}/), as checkpoints of "
-            "earlier versions do not; add --hf FOLDER."
+            f"{checkpoint} carries no config.json and tokenizer ({FOLDER}/), as those of other "
+            "programs and earlier versions do not; add --hf FOLDER."
         )
     return own
 

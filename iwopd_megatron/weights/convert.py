@@ -15,13 +15,14 @@ from typing import Any, TypeAlias
 import torch
 
 from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.files.iterations import iteration_folder
 from iwopd_megatron.files.rawfile import check_free, complete_folder
 from iwopd_megatron.hf import companions
 from iwopd_megatron.hf.companions import copy_companions, template_of
 from iwopd_megatron.hf.config import HfConfig, read_hf_config
 from iwopd_megatron.hf.folder import check_weights
 from iwopd_megatron.hf.shapes import EMBEDDING, HEAD, hf_shape
-from iwopd_megatron.weights import manifest, pieces, shards
+from iwopd_megatron.weights import bridge_folder, manifest, pieces, shards
 from iwopd_megatron.weights.continuation import ConversionRecord, Rows, convert_blocks, identity
 from iwopd_megatron.weights.hf_reader import HfTensors
 from iwopd_megatron.weights.manifest import DTYPE_NAMES, DTYPES
@@ -43,6 +44,8 @@ from iwopd_megatron.weights.torch_dist.writer import (
     write_metadata,
 )
 
+# Global tensors with a row for every token.
+VOCABULARY = {"embedding.word_embeddings.weight", "output_layer.weight"}
 Chunks: TypeAlias = list[tuple[Piece, Slot]]  # a block's pieces and their places in a checkpoint
 
 
@@ -56,33 +59,45 @@ def hf_to_megatron(
 ) -> dict[str, Any]:
     """Write a checkpoint of a Hugging Face folder; RecipeError if it is unfit.
 
-    Returns {"tensors", "bytes", "kept": tensors that an interrupted run had written}.
+    names: native or te, whose modules have the weights; bridge, te in the folder that
+    Megatron-Bridge and ms-swift load (bridge_folder.py). Returns {"tensors", "bytes", "kept":
+    tensors that an interrupted run had written}.
     """
-    if names not in ("native", "te"):
-        raise RecipeError(f"names={names} is unknown; write native or te.")
-    hf = read_hf_config(source)
+    if names not in ("native", "te", "bridge"):
+        raise RecipeError(f"names={names} is unknown; write native, te or bridge.")
+    hf, is_bridge = read_hf_config(source), names == "bridge"
+    if is_bridge:
+        bridge_folder.check_provider(hf, source)
+    modules = "te" if is_bridge else names
     weights = check_weights(source, hf)
     tensors = HfTensors(source, getattr(torch, hf.dtype), weights)
     before = manifest.read(source)
     manifest.verify_config(before, hf, source)
     check_free(out, 0, force, (source,))
-    plan, blocks = _plan_import(tensors, names, hf)
-    for key in object_keys(hf, names):
+    plan, blocks = _plan_import(tensors, modules, hf)
+    for key in object_keys(hf, modules):
         plan.add_object(key, None)
     with complete_folder(out, plan.nbytes, force, (source,)) as folder:
         limits = [pieces.PIECE_BYTES, checkpoint_writer.FILE_BYTES]
         record = ConversionRecord(folder, identity(source, names=names, limits=limits), say)
-        writer = CheckpointWriter(plan, folder)
+        place = folder / bridge_folder.ITERATION if is_bridge else folder
+        place.mkdir(exist_ok=True)
+        writer = CheckpointWriter(plan, place)
         mover = _ToMegatron(tensors, writer)
         found = convert_blocks(blocks, mover.write, mover.read_back, hf, record, workers)
         if hf.tie_word_embeddings and HEAD in tensors:
             found[HEAD] = found[EMBEDDING]
         manifest.verify_tensors(before, found, source)
-        manifest.write(folder, hf, found)
-        copy_companions(source, folder / companions.FOLDER)
+        manifest.write(place, hf, found)
+        copy_companions(source, place / companions.FOLDER)
         writer.close()
-        common = serialise({"content_metadata": METADATA})
-        write_metadata(folder, [plan.contents], common)
+        common: dict[str, Any] = {"content_metadata": METADATA}
+        if is_bridge:
+            common["args"] = bridge_folder.ARGS
+        write_metadata(place, [plan.contents], serialise(common))
+        if is_bridge:
+            dtype = DTYPES[found[EMBEDDING]["dtype"]]
+            bridge_folder.write_around(folder, out, hf, dtype)
     return {"tensors": len(found), "bytes": plan.nbytes, "kept": record.kept}
 
 
@@ -143,18 +158,20 @@ def megatron_to_hf(
 ) -> dict[str, Any]:
     """Write a Hugging Face folder of a checkpoint, with the template's configs and tokenizer.
 
-    Without a template, with those that the checkpoint carries (`companions.FOLDER`).
+    Without a template, with those that the checkpoint carries (`companions.FOLDER`). A root of
+    iterations is the one that its tracker names.
     The checkpoint may come from any layout, with or without optimiser states. Returns what
     `hf_to_megatron` does; RecipeError if it does not fit the template's config.json or its own
     manifest.
     """
+    source = iteration_folder(source)
     reader, template = CheckpointReader(source), template_of(source, template)
     hf = read_hf_config(template)
     before = manifest.read(source)
     manifest.verify_config(before, hf, template)
     check_free(out, 0, force, (source, template))
     names = find_names(reader.tensors)
-    _check_shapes(reader, expected_tensors(hf, names))
+    _check_shapes(reader, expected_tensors(hf, names), bridge_folder.is_padded(source, hf))
     all_blocks = list(weight_blocks(hf, names))
     for key, lead in {block.key: len(block.place) for block in all_blocks}.items():
         reader.index(key, lead)
@@ -206,9 +223,18 @@ class _ToHf:
                 yield name, rows
 
 
-def _check_shapes(reader: CheckpointReader, expected: dict[str, tuple[int, ...]]) -> None:
-    """Raise RecipeError if a checkpoint's weights are not those that config.json implies."""
+def _check_shapes(
+    reader: CheckpointReader, expected: dict[str, tuple[int, ...]], is_padded: bool
+) -> None:
+    """Raise RecipeError if a checkpoint's weights are not those that config.json implies.
+
+    Where the vocabulary is padded, rows beyond config.json's are no weights.
+    """
     shapes = reader.shapes()
+    if is_padded:
+        for key in VOCABULARY & shapes.keys() & expected.keys():
+            rows = min(shapes[key][0], expected[key][0])
+            shapes[key] = (rows, *shapes[key][1:])
     for key in sorted(shapes.keys() | expected.keys()):
         if key not in shapes:
             raise RecipeError(f"{reader.folder} has no '{key}' although config.json implies it.")

@@ -132,7 +132,8 @@ def _ends(
 def _check_format(folder: Path) -> None:
     file = folder / "metadata.json"
     if not file.is_file() or not (folder / ".metadata").is_file():
-        inside = sorted([*folder.glob("round_??????"), *folder.glob("checkpoints/round_??????")])
+        kinds = ("round_??????", "checkpoints/round_??????", "iter_???????")
+        inside = sorted(found for kind in kinds for found in folder.glob(kind))
         hint = f"; name one of its checkpoints, e.g. {inside[-1]}" if inside else ""
         raise RecipeError(
             f"{folder} has no metadata.json and .metadata; it is not a torch_dist checkpoint{hint}."
