@@ -38,7 +38,7 @@ def check_settings(student: Student) -> None:
         is_native = value in _ANYWHERE.get(name, ())
         if not is_native and not has_transformer_engine(DTYPES[student.dtype]):
             raise RecipeError(
-                f"student.megatron.{name}={value} needs TransformerEngine, a GPU and "
+                f"student.megatron.{name}={str(value).lower()} needs TransformerEngine, a GPU and "
                 "student.dtype=bf16; leave it out."
             )
 

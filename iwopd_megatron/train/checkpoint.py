@@ -3,7 +3,7 @@
 checkpoints/round_000010/ appears by one rename when it is complete (saver.py); files.json in it has
 the size and xxh3 of every file, so that a damaged one is found before anything is loaded. Any
 layout can load it (`fully_reshardable`; Megatron's default optimiser format is refused by its own
-writer in 0.16.1).
+writer, in 0.16.1 and in 0.19.2).
 """
 
 from __future__ import annotations
