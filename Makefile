@@ -148,6 +148,16 @@ bench-convert: setup build/bridge-venv/ready
 	$(RUN) bench/convert.py $(DISK)
 	$(RUN) bench/convert_bridges.py $(DISK)
 
+# What Megatron-Core offers instead of what the project does (5 minutes; Megatron-Core 0.19).
+.PHONY: bench-megatron
+bench-megatron: setup build/emerging-optimizers
+	$(RUN) bench/refit.py
+	$(RUN) bench/hybrid_cp.py
+	PYTHONPATH=build/emerging-optimizers $(RUN) bench/muon.py
+
+build/emerging-optimizers:
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --target $@ emerging-optimizers==0.3.0 absl-py
+
 # Conversion: every byte back, and damages noticed.
 bench-exactness: setup
 	$(RUN) bench/exactness.py

@@ -26,8 +26,9 @@ from iwopd_megatron.weights.hf_reader import HfTensors, load_shards
 # A recipe with a value at every key, so that each can be changed.
 SERVICE = {"parallel": {}, "processes": 1}
 TEACHER = {"hf": "teacher", "offload": True, "microbatch_tokens": 512, "service": SERVICE}
+STUDENT = {"hf": "student", "random_init": 1, "megatron": {"moe_permute_fusion": True}}
 EVERYTHING = {
-    "out": "RUN", "student": {"hf": "student", "random_init": 1}, "teacher": TEACHER,
+    "out": "RUN", "student": STUDENT, "teacher": TEACHER,
     "base": {"hf": "base", "microbatch_tokens": 512}, "processes": 1,
     "data": {
         "train": [{"path": "train.jsonl"}], "eval": "eval.jsonl", "held_out": ["aime24"],
@@ -41,6 +42,7 @@ FOLLOWS = {  # every key that `MAY_CHANGE` frees; the rest is refused
     "out",
     "processes",
     "student.recompute",
+    "student.megatron.*",
     "data.benchmarks.mine.*",
     "train.rounds",
     "train.microbatch_tokens",

@@ -36,6 +36,7 @@ from iwopd_megatron.errors import (
 from iwopd_megatron.evaluation.continuations import PrefixStudy, study_prefixes
 from iwopd_megatron.evaluation.progress import BenchProgress
 from iwopd_megatron.evaluation.run_benchmarks import BenchRun, run_benchmarks
+from iwopd_megatron.models.passed_on import check_settings
 from iwopd_megatron.parity import parity
 from iwopd_megatron.parity.hf_reference import Reference
 from iwopd_megatron.records.disk import disk_told
@@ -66,6 +67,8 @@ def run_arms(arms: list[Arm], resume: bool) -> None:
     watch_signals()
     die_with_parent()
     check_installed(arms[0].recipe)
+    for arm in arms:
+        check_settings(arm.recipe.student)
     parallel = initialise(arms[0].recipe.student.parallel, arms[0].recipe.train.seed)
     with Progress(sum(arm.recipe.train.rounds for arm in arms), parallel.is_main) as progress:
         for note in dict.fromkeys(note for arm in arms for note in doctor.findings(arm.recipe)):

@@ -6,7 +6,14 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]
 NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
@@ -67,6 +74,54 @@ class Model(Section):
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="parameter and matrix-product type")
 
 
+class MegatronSettings(Section):
+    """Settings of Megatron's TransformerConfig under its own names; null: Megatron's default.
+
+    They change where and how experts are computed, not what.
+    """
+
+    moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] | None = Field(
+        None, description="how tokens reach their experts; flex needs TransformerEngine"
+    )
+    moe_flex_dispatcher_backend: Literal["deepep", "hybridep", "ncclep"] | None = Field(
+        None, description="what carries tokens under flex; a library of its own"
+    )
+    moe_permute_fusion: bool | None = Field(
+        None, description="TransformerEngine's kernels sort tokens by expert"
+    )
+    use_transformer_engine_op_fuser: bool | None = Field(
+        None, description="TransformerEngine's fused experts, which the paged stash needs"
+    )
+    moe_expert_rank_capacity_factor: float | None = Field(
+        None, gt=0, description="tokens a rank has room for, over the mean; more stop the run"
+    )
+    moe_paged_stash: bool | None = Field(
+        None, description="keep experts' activations in pages of a buffer; a full one stops the run"
+    )
+    moe_paged_stash_page_size: PositiveInt | None = Field(None, description="tokens of a page")
+    moe_paged_stash_buffer_size_factor_cuda: float | None = Field(
+        None, description="size of the buffer: over the mean, or negative: over the largest so far"
+    )
+    moe_paged_stash_buffer_size_factor_cpu: float | None = Field(
+        None, description="the same for a buffer in host memory; 0: none"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _graphs_need_one_shape(cls, value: Any) -> Any:
+        if isinstance(value, dict) and any("cuda_graph" in str(name) for name in value):
+            raise ValueError(
+                "leave CUDA graphs out: Megatron captures a layer once, for one length and one "
+                "number of packed sequences, and micro-batches here differ in both"
+            )
+        return value
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The settings that are passed on."""
+        return self.model_dump(exclude_none=True)
+
+
 class Student(Model):
     """The model that is trained: its layout, its start and what its backward pass recomputes."""
 
@@ -78,6 +133,7 @@ class Student(Model):
         "none",
         description="activations recomputed in the backward pass: attention and experts, or all",
     )
+    megatron: MegatronSettings = MegatronSettings()
 
 
 class Frozen(Model):

@@ -4,4 +4,4 @@ In come an `HfConfig` and a layout; out go this rank's model chunks, their optim
 probs of micro-batches, to train on or to score.
 """
 
-__all__ = ["actor", "gpt", "native_ops", "optimizer", "rotary", "router_load"]
+__all__ = ["actor", "gpt", "native_ops", "optimizer", "passed_on", "rotary", "router_load"]

@@ -17,6 +17,7 @@ from iwopd_megatron.batch.trajectory import Trajectory
 from iwopd_megatron.loss.linear_loss import linear_loss
 from iwopd_megatron.loss.logprobs import LogProbs, linear_logprobs
 from iwopd_megatron.models.gpt import HiddenStateModel
+from iwopd_megatron.models.passed_on import check_room
 from iwopd_megatron.models.router_load import RouterLoad
 from iwopd_megatron.runtime import device
 from iwopd_megatron.runtime.megatron import (
@@ -72,7 +73,7 @@ class Schedule:
 
         iterators = [iter(batches) for _ in self.chunks]
         with torch.set_grad_enabled(not forward_only):
-            return get_forward_backward_func()(
+            kept = get_forward_backward_func()(
                 forward_step_func=step,
                 data_iterator=iterators if len(iterators) > 1 else iterators[0],
                 model=self.chunks,
@@ -81,6 +82,8 @@ class Schedule:
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
+        check_room(self.chunks)
+        return kept
 
     def accumulate(
         self, optimizer: Any, batches: list[MicroBatch], length: int, objective: Objective

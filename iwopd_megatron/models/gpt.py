@@ -6,12 +6,14 @@ without a `[tokens, vocab]` tensor. Qwen3 and Qwen3-MoE, tied or untied.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from iwopd_megatron.config.models import Layout
+from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.hf.config import HfConfig
 from iwopd_megatron.models import layer_specs
 from iwopd_megatron.models.marks import mark_parameter
@@ -43,9 +45,16 @@ class HiddenStateModel(GPTModel):
 
 
 def transformer_config(
-    hf: HfConfig, layout: Layout, dtype: str = "fp32", recompute: str = "none"
+    hf: HfConfig,
+    layout: Layout,
+    dtype: str = "fp32",
+    recompute: str = "none",
+    further: Mapping[str, Any] | None = None,
 ) -> TransformerConfig:
-    """Return Megatron's configuration for a config.json that transformers' Qwen3(-MoE) reads."""
+    """Return Megatron's configuration for a config.json that transformers' Qwen3(-MoE) reads.
+
+    further: a recipe's own settings of it; RecipeError if Megatron refuses them.
+    """
     torch_dtype = DTYPES[dtype]
     settings = dict(
         num_layers=hf.num_hidden_layers,
@@ -91,7 +100,13 @@ def transformer_config(
     if layer_specs.has_transformer_engine(torch_dtype):  # YaRN's factor on both queries and keys
         settings["softmax_scale"] = hf.rope.attention_factor**2 * hf.head_dim**-0.5
     settings |= _expert_settings(hf, torch_dtype) | _recompute_settings(hf, recompute)
-    config = TransformerConfig(**settings)
+    try:
+        config = TransformerConfig(**settings | dict(further or {}))
+    except (AssertionError, ValueError) as error:
+        if not further:
+            raise
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise RecipeError(f"Megatron-Core refuses student.megatron: {reason}.") from None
     config.rope = hf.rope  # native attention turns queries and keys by it
     return config
 
@@ -125,11 +140,18 @@ def _recompute_settings(hf: HfConfig, recompute: str) -> dict[str, Any]:
 
 
 def build_model(
-    hf: HfConfig, parallel: Parallel, dtype: str = "fp32", recompute: str = "none"
+    hf: HfConfig,
+    parallel: Parallel,
+    dtype: str = "fp32",
+    recompute: str = "none",
+    further: Mapping[str, Any] | None = None,
 ) -> list[HiddenStateModel]:
-    """Return this rank's `layout.vpp` chunks in `dtype`, of initial weights: load others later."""
+    """Return this rank's `layout.vpp` chunks in `dtype`, of initial weights: load others later.
+
+    further: as `transformer_config` takes it.
+    """
     layout = parallel.layout
-    config = transformer_config(hf, layout, dtype, recompute)
+    config = transformer_config(hf, layout, dtype, recompute, further)
     fused = layer_specs.has_transformer_engine(config.params_dtype)
     chunks = []
     for stage in range(layout.vpp):

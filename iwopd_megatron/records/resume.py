@@ -25,6 +25,7 @@ MAY_CHANGE = (
     "processes",
     "student.parallel",
     "student.recompute",
+    "student.megatron",
     "teacher.offload",
     "teacher.microbatch_tokens",
     "teacher.urls",

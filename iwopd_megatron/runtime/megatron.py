@@ -63,3 +63,11 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 from megatron.core.utils import unwrap_model
+
+try:
+    from megatron.core.transformer.moe.paged_stash import check_paged_stash_overflow
+except ImportError:  # before 0.18, which has no paged stash
+
+    def check_paged_stash_overflow():
+        """Report that nothing was stashed."""
+        return None

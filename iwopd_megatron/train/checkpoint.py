@@ -2,8 +2,8 @@
 
 checkpoints/round_000010/ appears by one rename when it is complete (saver.py); files.json in it has
 the size and xxh3 of every file, so that a damaged one is found before anything is loaded. Any
-layout and any Megatron-Core from 0.16 to 0.19 can load it (`fully_reshardable`: other optimiser
-formats cut tensors where no layout can find them again).
+layout and any Megatron-Core from 0.16 to 0.19 can load it (`fully_reshardable`; Megatron's default
+optimiser format cuts tensors where no layout finds them again, and is refused by its own writer).
 """
 
 from __future__ import annotations

@@ -37,7 +37,8 @@ class StudentModel:
         settings = recipe.student
         self.parallel = parallel
         self.hf = read_hf_config(settings.hf)
-        chunks = build_model(self.hf, parallel, settings.dtype, settings.recompute)
+        further = settings.megatron.given
+        chunks = build_model(self.hf, parallel, settings.dtype, settings.recompute, further)
         self.loaded = load_shards(chunks, self.sources(recipe), self.hf, parallel)
         self.stream = WeightStream(chunks, self.hf, parallel)
         self.chunks = wrap_data_parallel(wrap_precision(chunks), recipe.train)
