@@ -72,7 +72,7 @@ build/vllm-venv/ready: tests/with_vllm/environment/requirements.txt
 	touch $@
 
 # Megatron-Bridge and ms-swift convert, save and load beside the product, on this machine's CPU, in an
-# environment of their own (5.8 GB; Megatron-Core 0.19 needs Python 3.12).
+# environment of their own (5.9 GB; Megatron-Core 0.19 needs Python 3.12).
 test-bridge: setup build/bridge-venv/ready
 	$(RUN) -m pytest tests/with_bridge
 
