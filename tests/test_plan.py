@@ -73,12 +73,14 @@ def test_states_of_an_expert_parallel_rank():
 
 
 def test_activations_of_a_layer():
-    assert layer_bytes(TINY, Layout(), "none") == 112 + 128
-    assert layer_bytes(TINY, Layout(tp=2), "none") == 120
-    assert layer_bytes(TINY, Layout(), "selective") == 112 + 32
+    attention = 2 * (16 + 24 + 12) + 4 * (4 + 1 + 1)
+    assert layer_bytes(TINY, Layout(), "none") == attention + 128 + 4
+    assert layer_bytes(TINY, Layout(tp=2), "none") == (attention + 128 + 4) / 2
+    assert layer_bytes(TINY, Layout(), "selective") == attention + 32
     assert layer_bytes(TINY, Layout(), "full") == 16
-    assert layer_bytes(TINY_MOE, Layout(), "none") == 112 + 288
-    assert layer_bytes(TINY_MOE, Layout(etp=2), "none") == 112 + 320
+    dispatch = 4 + 24 * 2  # the norm's factor; two experts a token
+    assert layer_bytes(TINY_MOE, Layout(), "none") == attention + 288 + dispatch
+    assert layer_bytes(TINY_MOE, Layout(etp=2), "none") == attention + 320 + dispatch
 
 
 def test_microbatches_in_flight():

@@ -8,11 +8,11 @@ import json
 import sys
 from pathlib import Path
 
-from iwopd_megatron.runtime import stand_ins
+import on_cpu
 
 
 def main(jobs: list[list[str]]) -> None:
-    stand_ins.install()
+    on_cpu.install()
     from megatron.bridge import AutoBridge
     from megatron.bridge.training.model_load_save import (
         load_model_config,

@@ -8,11 +8,11 @@ import os
 import sys
 from pathlib import Path
 
-from iwopd_megatron.runtime import stand_ins
+import on_cpu
 
 
 def main(jobs: list[list[str]]) -> None:
-    stand_ins.install()
+    on_cpu.install()
     from swift.megatron import megatron_export_main
 
     # one process, gloo, any free port
