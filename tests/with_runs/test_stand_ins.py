@@ -1,4 +1,8 @@
-"""What stands for CUDA's part of Megatron-Core: each left out, alone, is missed."""
+"""What stands for CUDA's part of Megatron-Core: left out, alone, it is missed.
+
+Of those that are not named here Megatron makes use too (in both versions), but a step of a small
+MoE on tp2 etp2 goes on without any one of them.
+"""
 
 import os
 import subprocess
@@ -7,10 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from iwopd_megatron.runtime import stand_ins
-
 SCRIPT = Path(__file__).with_name("without_stand_in.py")
-NAMES = ["device=", "Tensor.type", *stand_ins.torch_parts(), *stand_ins.megatron_parts()]
+NAMES = [
+    "device=",
+    "Tensor.type",
+    "torch.cuda.current_device",
+    "torch.cuda.Stream",
+    "torch.cuda.current_stream",
+    "torch.cuda.get_rng_state",
+    "megatron.core.tensor_parallel.random._get_cuda_rng_state",
+    "megatron.core.transformer.moe.token_dispatcher.sort_chunks_by_idxs",
+]
 
 
 def run_without(name, model):
