@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import pickle
 import time
 import uuid
 from dataclasses import replace
@@ -31,6 +30,7 @@ from iwopd_megatron.rollout.server import (
     ServerRefused,
     header,
 )
+from iwopd_megatron.rollout.tensor_pickle import pickle_tensors
 from iwopd_megatron.runtime.device import has_gpu
 
 
@@ -193,7 +193,7 @@ class SglangServer(HttpServer):
 
     async def send(self, tensors: NamedTensors) -> None:
         parts = [(name, tensor.cpu()) for name, tensor in tensors]
-        encoded = base64.b64encode(pickle.dumps(parts)).decode()
+        encoded = base64.b64encode(pickle_tensors(parts)).decode()
         await self._post(
             "/update_weights_from_tensor",
             serialized_named_tensors=[encoded] * self.tp,
