@@ -47,7 +47,9 @@ def examine(
 
 def _versions() -> Table:
     """Return the table of this machine's versions and what is known of them."""
-    table = Table("", "here", "", "tested", "asked for")
+    table = Table()
+    for heading in ("", "here", "", "tested", "asked for"):
+        table.add_column(heading, no_wrap=heading in ("", "here"))
     for support in versions.all_support():
         here = versions.installed(support.distribution)
         wanted = str(versions.required(support.distribution))
