@@ -19,7 +19,7 @@ OUT ?= runs/demo
 DISK ?=
 KILLS ?= 20
 
-.PHONY: setup docs fix fuzz demo demo-sglang demo-models ablation support test test-oldest test-runs test-sglang test-vllm test-bridge test-slurm lint bench bench-loss \
+.PHONY: setup docs fix fuzz demo demo-sglang demo-models ablation support test test-core test-oldest test-runs test-sglang test-vllm test-bridge test-slurm lint bench bench-loss \
 	bench-convert bench-exactness bench-plan bench-streaming bench-trl drill gpu-check gpu-check-venv gpu-tables cluster-venv
 
 setup: $(VENV)/ready
@@ -59,14 +59,17 @@ demo-models: setup
 test: setup
 	$(RUN) -m pytest -n 2 --dist loadfile
 
-# Parity, checkpoints (killed while saving, too), losses and the planner on the oldest versions that are supported,
-# in an environment of their own; and checkpoints of either Megatron-Core read by the other.
-OLDEST := build/oldest-venv
+# Parity, checkpoints (killed while saving, too), losses and the planner.
 CORE := parity traps routing packing native_ops plan_measured torch_dist convert continue mapping \
 	loss linear_loss logprobs weighting objectives topk
+test-core: setup
+	TESTED_SUITE=core $(RUN) -m pytest -n 2 --dist loadfile $(CORE:%=tests/test_%.py) tests/with_runs/test_resume.py
+
+# The same on the oldest versions that are supported, in an environment of their own; and checkpoints of
+# either Megatron-Core read by the other.
+OLDEST := build/oldest-venv
 test-oldest: setup
-	$(MAKE) setup VENV=$(OLDEST) PYTHON=$(call first,$(OLD))
-	TESTED_SUITE=core $(subst $(VENV)/,$(OLDEST)/,$(RUN)) -m pytest -n 2 --dist loadfile $(CORE:%=tests/test_%.py) tests/with_runs/test_resume.py
+	$(MAKE) test-core VENV=$(OLDEST) PYTHON=$(call first,$(OLD))
 	OTHER_PYTHON=$(OLDEST)/bin/python $(RUN) -m pytest tests/with_versions
 
 # Whole runs: trained, killed, resumed, evaluated, launched on this machine.

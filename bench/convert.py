@@ -16,12 +16,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 import numpy
 import torch
+from anonymous_memory import watched
 
 from iwopd_megatron.hf.config import parse_hf_config
 from iwopd_megatron.hf.shapes import hf_names, hf_shape
@@ -77,33 +77,18 @@ def write_model(folder: Path, config: dict, layers: int) -> int:
     return plan.nbytes
 
 
-def anonymous_mb() -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) / 1024
-
-
 def convert_here(direction: str, source: str, out: str, template: str) -> None:
     """One conversion in this process, watched, when told to; prints [seconds, peak MB]."""
     print("ready", flush=True)
     input()
-    start, peak, done = anonymous_mb(), 0.0, threading.Event()
 
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.005):
-            peak = max(peak, anonymous_mb() - start)
+    def work() -> None:
+        if direction == "import":
+            hf_to_megatron(Path(source), Path(out), workers=WORKERS)
+        else:
+            megatron_to_hf(Path(source), Path(out), Path(template), workers=WORKERS)
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    began = time.perf_counter()
-    if direction == "import":
-        hf_to_megatron(Path(source), Path(out), workers=WORKERS)
-    else:
-        megatron_to_hf(Path(source), Path(out), Path(template), workers=WORKERS)
-    seconds = time.perf_counter() - began
-    done.set()
-    watcher.join()
-    print(json.dumps([seconds, peak]))
+    print(json.dumps(watched(work)))
 
 
 def convert(direction: str, source: Path, out: Path, template: Path) -> list[float]:

@@ -8,7 +8,6 @@ checkpoint exported again.
 
 import math
 import os
-import pickle
 import shutil
 import sys
 import tempfile
@@ -18,6 +17,7 @@ os.environ["OMP_NUM_THREADS"] = "4"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from checkpoint_contents import contents
 from gpu_check import ROOT, in_world, print_heading, print_row
 from safetensors.torch import load_file, save_file
 
@@ -55,19 +55,6 @@ def write_models(folder: Path) -> list[Path]:
     }
     save_file(low, folder / "moe/model.safetensors", metadata={"format": "pt"})
     return [folder / "moe", folder / "dense"]
-
-
-def contents(checkpoint: Path) -> dict:
-    """Name -> (shape, dtype), or None for an object.
-
-    Without the common state, which Megatron 0.19 keeps here and those before it in common.pt.
-    """
-    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
-    return {
-        key: (tuple(item.size), item.properties.dtype) if hasattr(item, "size") else None
-        for key, item in metadata.state_dict_metadata.items()
-        if key != "common_state/shard_0_1"
-    }
 
 
 def save_and_load(source: Path, converted: Path, own: Path, queue) -> None:

@@ -15,13 +15,12 @@ import logging
 import statistics
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from anonymous_memory import watched
 from megatron.core.resharding import refit
 
 from iwopd_megatron.config.models import Layout
@@ -117,31 +116,6 @@ def counted(received: list[int]) -> Iterator[None]:
             setattr(dist, name, original)
 
 
-def anonymous_mb() -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) / 1024
-
-
-def watched(function: Callable[[], None]) -> tuple[float, float]:
-    """Seconds and peak MB of anonymous memory above what was there before."""
-    before, peak, done = anonymous_mb(), 0.0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.002):
-            peak = max(peak, anonymous_mb() - before)
-
-    thread = threading.Thread(target=watch)
-    dist.barrier()
-    thread.start()
-    start = time.perf_counter()
-    function()
-    seconds = time.perf_counter() - start
-    done.set()
-    thread.join()
-    return seconds, peak
-
-
 def check(way: Callable[[], None], chunks: list, wanted: list) -> tuple[str, int]:
     """How many of the model's parameters are wrong after one transfer, or why it was refused."""
     for chunk in chunks:
@@ -183,7 +157,8 @@ def run(folder: Path, source: dict, target: dict, queue) -> None:
     figures: dict[str, list] = {name: [] for name in timed}
     for _ in range(REPEATS):
         for name, way in timed.items():
-            seconds, peak = zip(*gather(watched(way)), strict=True)
+            dist.barrier()
+            seconds, peak = zip(*gather(watched(way, every=0.002)), strict=True)
             figures[name].append((max(seconds), max(peak)))
     if first.is_main:
         medians = {

@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,9 @@ from iwopd_megatron.weights.hf_reader import HfTensors, load_shards
 from iwopd_megatron.weights.table import weight_blocks
 from iwopd_megatron.weights.torch_dist import writer as torch_dist
 from iwopd_megatron.weights.torch_dist.blob import data_start, envelope, serialise
+
+sys.path.append(str(Path(__file__).parents[1] / "bench"))
+from checkpoint_contents import contents  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -145,25 +149,11 @@ def test_export_of_megatrons_own_checkpoint(folders, tmp_path, layout, dense):
 
 
 def save_plain(folders, out) -> None:
-    torch.cuda.synchronize = lambda: None  # Megatron's save, which the project does without, asks
     parallel = initialise(Layout())
     for folder in folders:
         (out / folder.name).mkdir()
         chunks = build_model(read_hf_config(folder), parallel)
         dist_checkpointing.save(state_of(chunks, parallel), str(out / folder.name))
-
-
-def contents(folder) -> dict:
-    """Name -> (shape, dtype) or None for objects.
-
-    Without the common state, which Megatron 0.19 keeps here and those before it in common.pt.
-    """
-    metadata = pickle.loads((folder / ".metadata").read_bytes())
-    return {
-        key: (tuple(item.size), item.properties.dtype) if hasattr(item, "size") else None
-        for key, item in metadata.state_dict_metadata.items()
-        if key != "common_state/shard_0_1"
-    }
 
 
 def test_the_same_names_shapes_and_objects_as_megatron_writes(folders, converted, tmp_path):

@@ -53,7 +53,7 @@ def shards_not_marked_as_shards():
 
 
 def neighbours_swap_messages():
-    without_setting(batch_p2p_comm=True, batch_p2p_sync=False)  # the latter is CUDA's
+    without_setting(batch_p2p_comm=True)
 
 
 # (what removes the fix, a layout it matters in, the figure that must be far off)

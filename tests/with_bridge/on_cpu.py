@@ -4,7 +4,7 @@ import torch
 
 from iwopd_megatron.runtime import stand_ins
 
-NOTHING = ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats")
+NOTHING = ("set_device", "empty_cache", "reset_peak_memory_stats")
 
 
 _to = torch.Tensor.to

@@ -23,7 +23,7 @@ def table(iteration: Path) -> dict[str, list]:
         [key, list(x.size), str(x.properties.dtype)] for key, x in items if hasattr(x, "size")
     ]
     objects = [key for key, x in items if not hasattr(x, "size")]
-    own = "common_state/"  # how Megatron-Core 0.17 and later keep common.pt
+    own = "common_state/"  # how Megatron-Core 0.19 keeps what common.pt had
     return {
         "tensors": sorted(tensors),
         "objects": sorted(key for key in objects if not key.startswith(own)),

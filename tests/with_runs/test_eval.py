@@ -30,21 +30,19 @@ def few(tmp_path_factory) -> Path:
     return path
 
 
+def on_few(few, out) -> list:
+    """What `iwopd eval` is told beside the model: four samples of each of these problems."""
+    bench = ["--bench", "few", "--bench-file", f"few={few}"]
+    return [*bench, "--samples", 4, "--out", out, *SMALL]
+
+
 @pytest.fixture(scope="module")
 def whole(few, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "eval"
     result = iwopd(
         "eval",
         RECIPE,
-        "--bench",
-        "few",
-        "--bench-file",
-        f"few={few}",
-        "--samples",
-        4,
-        "--out",
-        out,
-        *SMALL,
+        *on_few(few, out),
     )
     assert result.returncode == 0, result.stderr
     assert "few" in result.stdout and "mean@n" in result.stdout and result.stderr == ""
@@ -88,15 +86,7 @@ def test_killed_and_resumed(whole, few, tmp_path):
     out = tmp_path / "eval"
     words = [
         RECIPE,
-        "--bench",
-        "few",
-        "--bench-file",
-        f"few={few}",
-        "--samples",
-        4,
-        "--out",
-        out,
-        *SMALL,
+        *on_few(few, out),
     ]
     answers = out / "few" / "answers.jsonl"
     process = started("eval", *words)
@@ -197,15 +187,7 @@ def test_megatron_checkpoint(whole, few, tmp_path):
         tmp_path / "checkpoint",
         "--hf",
         STUDENT,
-        "--bench",
-        "few",
-        "--bench-file",
-        f"few={few}",
-        "--samples",
-        4,
-        "--out",
-        tmp_path / "eval",
-        *SMALL,
+        *on_few(few, tmp_path / "eval"),
     )
     assert result.returncode == 0, result.stderr
     same = [(x / "few" / "samples.jsonl").read_text() for x in (whole, tmp_path / "eval")]
