@@ -82,6 +82,17 @@ def _names(mapped: list) -> Iterator[tuple[str, object]]:
     return ((name, x) for x in mapped for name in x.hf_names)
 
 
+def on_cpu() -> None:
+    """Stand in for what refit alone asks of CUDA: freeing a cache, pinning host memory."""
+    empty = torch.empty
+
+    def unpinned(*args, pin_memory=False, **kwargs):
+        return empty(*args, **kwargs)
+
+    torch.empty = unpinned
+    torch.cuda.empty_cache = lambda: None
+
+
 def refit_into(source: list, chunks: list) -> None:
     """Megatron's way; its interface has one model, or a list."""
     refit.swap_model_weights(source, chunks, "gloo")
@@ -139,6 +150,7 @@ def check(way: Callable[[], None], chunks: list, wanted: list) -> tuple[str, int
 
 def run(folder: Path, source: dict, target: dict, queue) -> None:
     logging.disable(logging.WARNING)
+    on_cpu()
     hf = read_hf_config(folder)
     first = initialise(Layout(**source))
     own = build_model(hf, first)
