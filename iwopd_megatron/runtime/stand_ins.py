@@ -4,7 +4,6 @@ Megatron speaks to `torch.cuda` directly. With these in place the same model, sc
 optimiser run on CPU tensors and gloo. `device.install()` decides whether they are needed.
 """
 
-import contextlib
 import pkgutil
 from collections.abc import Collection
 
@@ -71,9 +70,7 @@ def torch_parts() -> dict[str, object]:
         "torch.cuda.synchronize": lambda: None,  # in Megatron's own save and refit
         "torch.cuda.Stream": _Stream,
         "torch.cuda.current_stream": _Stream,
-        "torch.cuda.stream": lambda stream: contextlib.nullcontext(),
         "torch.cuda.get_rng_state": lambda: torch.get_rng_state(),
-        "torch.cuda.manual_seed": lambda seed: torch.manual_seed(seed),
         "torch.Tensor.cuda": lambda tensor: tensor,
     }
 
@@ -110,6 +107,7 @@ def megatron_parts() -> dict[str, object]:
     dispatcher = "megatron.core.transformer.moe.token_dispatcher"
     return {
         f"{random}._get_cuda_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
+        # without CUDA torch keeps every call, with its stack, for when there is some
         f"{random}._set_cuda_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
         f"{dispatcher}.maybe_move_tensor_to_cpu": to_cpu,
         f"{dispatcher}.sort_chunks_by_idxs": sort_chunks_unless_sorted,
