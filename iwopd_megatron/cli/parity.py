@@ -15,6 +15,7 @@ import typer
 from iwopd_megatron.config.load import read_recipe
 from iwopd_megatron.config.models import Layout
 from iwopd_megatron.config.preflight import check_layout, describe
+from iwopd_megatron.config.recipe import Recipe
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.hf.config import read_hf_config
 from iwopd_megatron.hf.folder import check_weights
@@ -100,16 +101,48 @@ def rehearse(
     processes: Annotated[
         int, typer.Option(min=1, help="at most so many; larger layouts are halved until they fit")
     ] = 8,
+    full: Annotated[
+        bool, typer.Option("--full", help="instead at its real size, on tensors without memory")
+    ] = False,
+    all_layers: Annotated[
+        bool, typer.Option("--all-layers", help="with --full: every layer, not two a chunk")
+    ] = False,
+    short: Annotated[
+        bool, typer.Option("--short", help="with --full: fewer layers' slices, no hot experts")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="with --full: one JSON object")] = False,
 ) -> None:
-    """Run a recipe's layouts at toy size on CPUs and compare them with Hugging Face."""
+    """Run a recipe's layouts at toy size on CPUs and compare them with Hugging Face.
+
+    With --full the whole run at its real size, every rank's slices, bytes and collectives.
+    """
     if "RANK" in os.environ:
         raise RecipeError("rehearse starts its own processes; run it without torchrun.")
-    found = rehearsals(read_recipe(recipe, overrides or []), processes)
+    content = read_recipe(recipe, overrides or [])
+    if full:
+        return _rehearse_full(content, all_layers, short, as_json)
+    for name, given in (("all-layers", all_layers), ("short", short), ("json", as_json)):
+        if given:
+            raise RecipeError(f"--{name} is of the full rehearsal; add --full.")
+    found = rehearsals(content, processes)
     quiet()
     code = 0
     for role, rehearsal in found.items():
         code = max(code, _run(role, rehearsal))
     sys.exit(code)
+
+
+def _rehearse_full(recipe: Recipe, all_layers: bool, short: bool, as_json: bool) -> None:
+    """Rehearse at real size; print what was found; exit with 1 on any finding."""
+    quiet()
+    from iwopd_megatron.rehearsal import full, table
+
+    found = full.rehearse(recipe, all_layers, short)
+    if as_json:
+        print(json.dumps(found.as_json()))
+    else:
+        table.show(found)
+    sys.exit(1 if found.findings else 0)
 
 
 def _run(role: str, rehearsal: Rehearsal) -> int:

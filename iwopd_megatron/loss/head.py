@@ -110,7 +110,7 @@ def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """Add a @ b to `total` in place, which is fp32 whatever the product's dtype."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
-    elif total.is_cuda and _HAS_OUT_DTYPE:  # summed in fp32 by the product itself
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    elif tile_ops.is_fused(total) and _HAS_OUT_DTYPE:  # summed in fp32 by the product itself
+        torch.ops.iwopd.add_product_(total, a, b)
     else:
         total += a @ b

@@ -49,7 +49,7 @@ def linear_loss(
     """
     if rows is not None:
         hidden = hidden.index_select(0, rows)
-    chunk = chunk_tokens or (GPU_CHUNK if device.has_gpu() else CPU_CHUNK)
+    chunk = chunk_tokens or (GPU_CHUNK if device.has_gpu_kernels() else CPU_CHUNK)
     default = default_tile()
     tile = default[0], chunk_vocab or default[1]
     loss, logp, entropy, topk_logp = _LinearLoss.apply(

@@ -101,7 +101,7 @@ def linear_logprobs(
 
 def default_tile(topk: int = 0) -> tuple[int, int]:
     """Return tokens and vocabulary entries of a tile of logits on this device."""
-    if device.has_gpu():
+    if device.has_gpu_kernels():
         return GPU_TILE
     return CPU_TOPK_TILE if topk else CPU_TILE
 

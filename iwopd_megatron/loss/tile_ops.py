@@ -1,7 +1,7 @@
 """What the LM head does with a tile of logits: its statistics in one read, its gradient in place.
 
 On a GPU the matrix products are so fast that every further pass over the logits shows; there both
-are one Triton kernel each (tile_kernels.py). On CPUs they are torch's operations.
+are one Triton kernel each (tile_kernels.py), which torch knows as operators (tile_operators.py). On CPUs they are torch's operations.
 Shapes: C tokens and U vocabulary entries of a tile, K scored ids.
 """
 
@@ -10,6 +10,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+
+from iwopd_megatron.loss import tile_operators  # noqa: F401  (torch.ops.iwopd)
+from iwopd_megatron.runtime import device
 
 
 class Statistics(NamedTuple):
@@ -29,7 +32,7 @@ class EntropyGradient(NamedTuple):
 
 def is_fused(tile: torch.Tensor) -> bool:
     """Return whether the kernels are used for tensors where this one is."""
-    return tile.is_cuda
+    return tile.is_cuda or device.is_rehearsed()
 
 
 def scaled(tile_CU: torch.Tensor, inv_temperature: float) -> torch.Tensor:
@@ -41,9 +44,7 @@ def scaled(tile_CU: torch.Tensor, inv_temperature: float) -> torch.Tensor:
 def statistics(tile_CU: torch.Tensor, inv_temperature: float, with_entropy: bool) -> Statistics:
     """Return a tile's statistics; its contents, products of hidden states and head, may be lost."""
     if is_fused(tile_CU):
-        from iwopd_megatron.loss import tile_kernels
-
-        return Statistics(*tile_kernels.statistics(tile_CU, inv_temperature))
+        return Statistics(*torch.ops.iwopd.tile_statistics(tile_CU, inv_temperature))
     logits_CU = scaled(tile_CU, inv_temperature)
     max_C = logits_CU.amax(-1)
     if not with_entropy:
@@ -66,11 +67,10 @@ def gradient(
     it; logz: logsumexp of the whole row.
     """
     if is_fused(tile_CU):
-        from iwopd_megatron.loss import tile_kernels
-
-        return tile_kernels.gradient_(
+        torch.ops.iwopd.tile_gradient_(
             tile_CU, inv_temperature, ids_CK, logz_C, dids_CK, *(entropy or (None, None))
         )
+        return tile_CU
     logits_CU = scaled(tile_CU, inv_temperature)
     dlogz_C1 = dids_CK.sum(1, keepdim=True)  # every scored log-prob subtracts the normaliser once
     if entropy is None:

@@ -86,7 +86,7 @@ def transformer_config(
         # Loading overwrites every weight, but Megatron 0.16 sets the attribute that the gradient
         # norm needs, to count a tensor-parallel shard once, only while it initialises.
         perform_initialization=True,
-        use_cpu_initialization=not device.has_gpu(),
+        use_cpu_initialization=not device.has_gpu_kernels(),
         calculate_per_token_loss=True,  # gradients are summed; the loss brings its own denominator
         # Over gloo two neighbours that are one process swap their messages when sent as one batch.
         batch_p2p_comm=False,

@@ -14,8 +14,8 @@ from iwopd_megatron.runtime import device
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Return x / sqrt(mean(x^2) + eps) * weight over the last dim; by torch's kernel on a GPU."""
-    if device.has_gpu():
-        return F.rms_norm(x, (x.shape[-1],), weight, eps)
+    if device.has_gpu_kernels():
+        return torch.ops.aten._fused_rms_norm(x, (x.shape[-1],), weight, eps)[0]
     return _RmsNorm.apply(x, weight, eps)
 
 

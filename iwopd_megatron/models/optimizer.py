@@ -14,6 +14,7 @@ from iwopd_megatron.runtime.megatron import (
     MegatronModule,
     OptimizerParamScheduler,
     finalize_model_grads,
+    megatron_clip_grads,
     megatron_distributed,
     megatron_optimizer,
 )
@@ -37,7 +38,7 @@ class FusedAdam(torch.optim.Optimizer):
                 continue
             done = group["step"]
             group["step"] = done + 1
-            on_gpu = device.has_gpu()
+            on_gpu = device.has_gpu_kernels()
             self.update(
                 params,
                 [p.grad for p in params],
@@ -64,6 +65,18 @@ def _use_fused_adam() -> None:
         megatron_distributed.HAVE_APEX_OR_TE = megatron_distributed.USING_APEX_OPTIMIZER = True
 
 
+def _sum_norms_on_the_device() -> None:
+    """Have Megatron's own norm of many gradients, where it has no library's, read none of them."""
+    if megatron_clip_grads.l2_norm_impl.__name__ == "local_multi_tensor_l2_norm":
+        megatron_clip_grads.l2_norm_impl = _norm_of_all
+
+
+def _norm_of_all(_chunk, _flag, tensor_lists, *_) -> tuple[torch.Tensor, None]:
+    """Return the Euclidean norm of all tensors together, fp32 `[1]`, as Apex's function does."""
+    norms = torch._foreach_norm([x for tensors in tensor_lists for x in tensors])
+    return torch.linalg.vector_norm(torch.stack(norms).float())[None], None
+
+
 def wrap_data_parallel(chunks: list[MegatronModule], train: Train) -> list[DistributedDataParallel]:
     """Return Megatron's DDP around each chunk; it sums gradients over ranks in fp32, unscaled."""
     config = chunks[0].config
@@ -83,6 +96,7 @@ def _finalize(model, num_tokens=None, **kwargs) -> None:
 def build_optimizer(wrapped: list[DistributedDataParallel], train: Train):
     """Return Megatron's AdamW over the wrapped chunks, sharded over data-parallel ranks if set."""
     _use_fused_adam()
+    _sum_norms_on_the_device()
     config = wrapped[0].config
     optimizer = megatron_optimizer.get_megatron_optimizer(
         megatron_optimizer.OptimizerConfig(

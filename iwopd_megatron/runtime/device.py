@@ -7,7 +7,7 @@ On a machine without a GPU `install()` puts CPU stand-ins (stand_ins.py) in the 
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -15,11 +15,33 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 _CPU = torch.device("cpu")
 _installed = False
+_as_gpu = False
 
 
 def has_gpu() -> bool:
     """Return whether this process computes on a GPU."""
     return torch.cuda.is_available() and not _installed
+
+
+def has_gpu_kernels() -> bool:
+    """Return whether tiles, kernels and copies are a GPU's: on one, or while one is rehearsed."""
+    return _as_gpu or has_gpu()
+
+
+def is_rehearsed() -> bool:
+    """Return whether a GPU is rehearsed: tensors have shapes, and are on no GPU."""
+    return _as_gpu
+
+
+@contextlib.contextmanager
+def as_gpu() -> Iterator[None]:
+    """Choose what a GPU would be given inside, for tensors without memory (room rehearsal)."""
+    global _as_gpu
+    before, _as_gpu = _as_gpu, True
+    try:
+        yield
+    finally:
+        _as_gpu = before
 
 
 def current_device() -> torch.device:
@@ -77,6 +99,8 @@ def peak_memory_bytes() -> int:
 def grouped_mm_kernel(dtype: torch.dtype) -> Callable[..., torch.Tensor] | None:
     """Return torch's grouped matrix product; None where it has none for device and dtype."""
     public = getattr(torch.nn.functional, "grouped_mm", None)
+    if is_rehearsed():
+        return public if dtype == torch.bfloat16 else None
     if not has_gpu():
         return public if dtype == torch.float32 else None
     capability, _ = torch.cuda.get_device_capability()

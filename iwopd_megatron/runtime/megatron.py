@@ -29,6 +29,7 @@ from megatron.core.distributed import (
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.optimizer import clip_grads as megatron_clip_grads
 from megatron.core.optimizer import distrib_optimizer as megatron_distributed
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.packed_seq_params import PackedSeqParams

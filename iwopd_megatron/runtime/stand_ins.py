@@ -77,6 +77,8 @@ def torch_parts() -> dict[str, object]:
 
 def megatron_parts() -> dict[str, object]:
     """Return what stands for parts of Megatron-Core, by full name."""
+    from iwopd_megatron.runtime import device
+
     import megatron.core.tensor_parallel.mappings as mappings
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
@@ -88,14 +90,14 @@ def megatron_parts() -> dict[str, object]:
 
     def sort_chunks_unless_sorted(x, split_sizes, order, probs=None, fused=False):
         """Megatron copies all tokens of a rank that has every expert, twice, to where they are."""
-        if torch.equal(order, torch.arange(len(order))):
+        if not device.is_rehearsed() and torch.equal(order, torch.arange(len(order))):
             return x, probs
         return sort_chunks(x, split_sizes, order, probs=probs, fused=fused)
 
     gather = mappings._gather_along_first_dim  # called by its global name, in mappings.py only
 
     def gather_along_first_dim(x, group, output_split_sizes=None, use_global_buffer=False):
-        if output_split_sizes is None or group.size() == 1:
+        if output_split_sizes is None or group.size() == 1 or device.is_rehearsed():
             return gather(x, group, output_split_sizes, use_global_buffer)
         longest = max(1, *output_split_sizes)  # gloo gathers equal parts only
         padded = x.new_zeros((longest, *x.shape[1:]))

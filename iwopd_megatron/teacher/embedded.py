@@ -5,6 +5,7 @@ An embedded teacher is one; ExOPD's base student is another.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -13,26 +14,36 @@ from iwopd_megatron.batch.packing import Packer
 from iwopd_megatron.batch.scores import Support
 from iwopd_megatron.batch.trajectory import Trajectory
 from iwopd_megatron.config.models import Frozen
-from iwopd_megatron.hf.config import read_hf_config
+from iwopd_megatron.hf.config import HfConfig, read_hf_config
 from iwopd_megatron.models.actor import Schedule
 from iwopd_megatron.models.gpt import build_model, wrap_precision
 from iwopd_megatron.runtime import device
 from iwopd_megatron.weights.hf_reader import HfTensors, load_shards
+from iwopd_megatron.weights.sharding import Source
 
 
 class EmbeddedScorer:
     """A `Scorer` whose model lies in the layout of `packer`; all ranks of the world make it."""
 
-    def __init__(self, settings: Frozen, packer: Packer, temperature: float):
+    def __init__(
+        self,
+        settings: Frozen,
+        packer: Packer,
+        temperature: float,
+        hf: HfConfig | None = None,
+        sources: Mapping[str, Source] | None = None,
+    ):
         """Load the model of `settings`; between calls it is in host memory if they say offload.
 
-        packer: how samples become micro-batches; temperature: of the rollouts.
+        packer: how samples become micro-batches; temperature: of the rollouts; hf, sources: instead
+        of those of the settings' folder.
         """
         self.offload = settings.offload
         self.packer = replace(packer, budget=settings.microbatch_tokens or packer.budget)
-        hf = read_hf_config(settings.hf)
+        hf = read_hf_config(settings.hf) if hf is None else hf
+        whole = HfTensors(settings.hf) if sources is None else sources
         chunks = build_model(hf, packer.parallel, settings.dtype)
-        self.loaded = load_shards(chunks, HfTensors(settings.hf), hf, packer.parallel)
+        self.loaded = load_shards(chunks, whole, hf, packer.parallel)
         self.chunks = wrap_precision(chunks)
         for chunk in self.chunks:
             chunk.eval().requires_grad_(False)

@@ -84,7 +84,7 @@ def save(
     parallel: Parallel,
 ) -> None:
     """Begin a checkpoint of `extra["round"]`, which `saver` completes. Collective."""
-    state = _state(chunks, optimizer, parallel, is_loading=False)
+    state = sharded_state(chunks, optimizer, parallel, is_loading=False)
     state |= {"scheduler": scheduler.state_dict(), "extra": extra}
     saver.start(state, extra["round"])
 
@@ -97,7 +97,7 @@ def load(
     parallel: Parallel,
 ) -> dict[str, Any]:
     """Restore a checkpoint into this layout; return what was saved as `extra`. Collective."""
-    state = _state(chunks, optimizer, parallel, is_loading=True)
+    state = sharded_state(chunks, optimizer, parallel, is_loading=True)
     saved_world = dist_checkpointing.load_common_state_dict(str(folder))["extra"]["world"]
     if saved_world != parallel.world:
         del state["rng"]  # sampling is keyed by (seed, round, prompt); nothing else draws numbers
@@ -112,7 +112,7 @@ def load(
     return loaded["extra"]
 
 
-def _state(
+def sharded_state(
     chunks: list[torch.nn.Module],
     optimizer: megatron_optimizer.MegatronOptimizer,
     parallel: Parallel,
@@ -120,12 +120,18 @@ def _state(
 ) -> dict[str, Any]:
     """Return what Megatron saves or loads: models, optimiser, this rank's generator."""
     metadata = METADATA | {"dp_cp_group": parallel.dp_cp.group}
-    state: dict[str, Any] = {
-        f"model{i}": chunk.sharded_state_dict(metadata=metadata)
-        for i, chunk in enumerate(unwrap_model(chunks))
-    }
+    state = model_state(chunks, parallel)
     state["optimizer"] = optimizer.sharded_state_dict(
         dict(state), is_loading=is_loading, metadata=metadata
     )
     state["rng"] = ShardedObject("rng", torch.get_rng_state(), (parallel.world,), (parallel.rank,))
     return state
+
+
+def model_state(chunks: list[torch.nn.Module], parallel: Parallel) -> dict[str, Any]:
+    """Return this rank's weights as Megatron saves or loads them, by chunk."""
+    metadata = METADATA | {"dp_cp_group": parallel.dp_cp.group}
+    return {
+        f"model{i}": chunk.sharded_state_dict(metadata=metadata)
+        for i, chunk in enumerate(unwrap_model(chunks))
+    }

@@ -16,7 +16,7 @@ from iwopd_megatron.batch.packing import MicroBatch, Packer
 from iwopd_megatron.batch.routing import RoutingReplay
 from iwopd_megatron.batch.trajectory import Trajectory
 from iwopd_megatron.config.recipe import Recipe
-from iwopd_megatron.hf.config import read_hf_config
+from iwopd_megatron.hf.config import HfConfig, read_hf_config
 from iwopd_megatron.models.actor import Schedule
 from iwopd_megatron.models.gpt import build_model, wrap_precision
 from iwopd_megatron.models.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
@@ -25,6 +25,7 @@ from iwopd_megatron.runtime.parallel import Parallel
 from iwopd_megatron.train import checkpoint
 from iwopd_megatron.train.saver import Saver
 from iwopd_megatron.weights.hf_reader import HfTensors, load_shards
+from iwopd_megatron.weights.sharding import Source
 from iwopd_megatron.weights.sync import WeightStream
 from iwopd_megatron.weights.transformers_views import random_weights
 
@@ -32,14 +33,24 @@ from iwopd_megatron.weights.transformers_views import random_weights
 class StudentModel:
     """This rank's shards of a Megatron model under training, with optimiser and schedule."""
 
-    def __init__(self, recipe: Recipe, parallel: Parallel):
-        """Build the model and read its weights. Collective."""
+    def __init__(
+        self,
+        recipe: Recipe,
+        parallel: Parallel,
+        hf: HfConfig | None = None,
+        sources: Mapping[str, Source] | None = None,
+    ):
+        """Build the model and read its weights. Collective.
+
+        hf, sources: instead of those of the recipe's folder.
+        """
         settings = recipe.student
         self.parallel = parallel
-        self.hf = read_hf_config(settings.hf)
+        self.hf = read_hf_config(settings.hf) if hf is None else hf
         further = settings.megatron.given
         chunks = build_model(self.hf, parallel, settings.dtype, settings.recompute, further)
-        self.loaded = load_shards(chunks, self.sources(recipe), self.hf, parallel)
+        whole = self.sources(recipe) if sources is None else sources
+        self.loaded = load_shards(chunks, whole, self.hf, parallel)
         self.stream = WeightStream(chunks, self.hf, parallel)
         self.chunks = wrap_data_parallel(wrap_precision(chunks), recipe.train)
         self.optimizer = build_optimizer(self.chunks, recipe.train)

@@ -1,0 +1,252 @@
+"""One role's rehearsal: its slices, few ranks that differ, all ranks' programs, and its figures.
+
+Two small models, of one and of two layers in every chunk, give what a layer takes; all the rest is
+counted once. Bytes, calls and seconds are linear in the layers, which a test holds.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from iwopd_megatron.plan.plan import Plan
+from iwopd_megatron.rehearsal.collectives import Call, Mailbox
+from iwopd_megatron.rehearsal.job import Job
+from iwopd_megatron.rehearsal.ledger import Phase, Storage
+from iwopd_megatron.rehearsal.place import Place, covering, places
+from iwopd_megatron.rehearsal.rank import RankRehearsal, RankRun
+from iwopd_megatron.rehearsal.replay import compare, play, program_of
+from iwopd_megatron.rehearsal.slices import Slices, read_slices
+from iwopd_megatron.rehearsal.world import Groups
+
+GIB = 2**30
+KEPT = 0.02  # of the peak: what forward and backward may leave behind
+ROOM = 1.1  # times the planned bytes that a rank may take
+HOT = (2.0, 4.0)
+COMPUTING = ("forward/backward", "score")
+
+
+@dataclass
+class RoleReport:
+    """What was found of one role. Bytes at the busiest rank, of `peak_rank`."""
+
+    role: str
+    world: int
+    layers: int
+    slices: Slices
+    rehearsed: list[int] = field(default_factory=list)  # ranks
+    phases: dict[str, dict[str, float]] = field(default_factory=dict)  # bytes at the peak, by kind
+    peak_rank: int = 0
+    peak: float = 0.0
+    planned: float = 0.0
+    hot: dict[float, float] = field(default_factory=dict)  # peak with an expert rank that hot
+    kept: float = 0.0
+    volumes: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)  # of a micro-batch, by phase
+    costs: Counter[str] = field(default_factory=Counter)  # seconds of the computing phases
+    microbatches: int = 1
+    findings: list[str] = field(default_factory=list)
+
+
+class RoleRehearsal:
+    """Rehearses one job."""
+
+    def __init__(self, job: Job, plan: Plan, all_layers: bool, short: bool):
+        self.job, self.plan, self.short = job, plan, short
+        layers = job.layers_a_chunk
+        self.sizes = [layers] if all_layers or layers <= 1 else [1, 2]
+        self.report = RoleReport(job.role, job.world, job.hf.num_hidden_layers, Slices())
+        self.report.microbatches = job.microbatches
+        self.groups = Groups()
+
+    def run(self) -> RoleReport:
+        """Do all parts; return what was found."""
+        report, job = self.report, self.job
+        sliced = job.with_layers(1) if self.short and self.sizes[0] != job.layers_a_chunk else job
+        report.slices = read_slices(sliced)
+        report.findings += report.slices.findings
+        ranks = covering(job.world, job.layout)
+        report.rehearsed = [place.rank for place in ranks]
+        runs = [self._runs(size, ranks) for size in self.sizes]
+        self._memory(runs, ranks)
+        self._programs(runs[-1])
+        self._volumes([x[ranks[0].rank] for x in runs])
+        self._seconds(runs)
+        if job.hf.num_experts and job.layout.ep > 1 and not self.short:
+            self._hot(ranks[0].rank)
+        return report
+
+    def _job(self, size: float) -> Job:
+        return self.job if size == self.job.layers_a_chunk else self.job.with_layers(int(size))
+
+    def _runs(self, size: float, ranks: list[Place], hot: float = 1.0) -> dict[int, RankRun]:
+        """Return what every one of these ranks does, in a model of `size` layers a chunk."""
+        setup, mailbox = self.plan.setup, Mailbox()
+        found = {}
+        for place in ranks:
+            rehearsal = RankRehearsal(self._job(size), setup.gpu, setup.rates, mailbox)
+            self.groups = Groups()
+            found[place.rank] = rehearsal.run(place.rank, hot, self.groups)
+        return found
+
+    def _at_size(self, values: list[float], stage: int) -> float:
+        """Return a figure at all layers of a stage, from those of the small models."""
+        if len(values) == 1:
+            return values[0]
+        layers = self.job.layers_a_chunk
+        return values[0] + (layers - 1) * (values[1] - values[0])
+
+    def _memory(self, runs: list[dict[int, RankRun]], ranks: list[Place]) -> None:
+        """Find the busiest rank's bytes by phase and kind, and what is kept."""
+        report = self.report
+        for place in ranks:
+            own = [x[place.rank] for x in runs]
+            phases = {
+                name: self._peak([x.memory[name] for x in own], place.pp) for name in own[-1].memory
+            }
+            peak = max(sum(phases[name].values()) for name in COMPUTING if name in phases)
+            if peak > report.peak:
+                report.peak, report.peak_rank, report.phases = peak, place.rank, phases
+            kept = self._at_size([sum(x.nbytes for x in run.kept) for run in own], place.pp)
+            if kept > report.kept:
+                report.kept = kept
+                if kept > KEPT * peak:
+                    report.findings.append(self._kept(place.rank, kept, own[-1].kept))
+            report.findings += [f"{self.job.role} rank {place.rank}: {x}" for x in own[-1].wrong]
+        memory = next(x for x in self.plan.roles if x.name == self.job.role).memory
+        report.planned = memory.allocated
+        self._too_much(runs)
+
+    def _peak(self, phases: list[Phase], stage: int) -> dict[str, float]:
+        """Return bytes by kind at the most of a phase, whichever of the head's and the layers'."""
+        moments = []
+        for peaks in ([x.head for x in phases], [x.body for x in phases]):
+            kinds = peaks[-1].kinds
+            moments.append(
+                {k: self._at_size([x.kinds.get(k, 0) for x in peaks], stage) for k in kinds}
+            )
+        return max(moments, key=lambda kinds: sum(kinds.values()))
+
+    def _kept(self, rank: int, kept: float, storages: list[Storage]) -> str:
+        largest = storages[0]
+        return (
+            f"{self.job.role} rank {rank}: {kept / GIB:.2f} GiB of forward and backward are still "
+            f"there afterwards, the largest {_described(largest)}."
+        )
+
+    def _too_much(self, runs: list[dict[int, RankRun]]) -> None:
+        report, gpu = self.report, self.plan.setup.gpu
+        memory = runs[-1][report.peak_rank].memory
+        phase = next(memory[name] for name in COMPUTING if name in memory)
+        largest = max((phase.head, phase.body), key=lambda peak: peak.size).largest
+        what = f"; the largest at the peak: {_described(largest[0])}" if largest else ""
+        if report.peak > gpu.memory:
+            report.findings.append(
+                f"{report.role} rank {report.peak_rank} takes {report.peak / GIB:.1f} GiB of "
+                f"tensors, a GPU has {gpu.memory / GIB:.1f}{what}."
+            )
+        elif report.peak > ROOM * report.planned:
+            report.findings.append(
+                f"{report.role} rank {report.peak_rank} takes {report.peak / GIB:.1f} GiB of "
+                f"tensors, the plan has {report.planned / GIB:.1f}{what}."
+            )
+
+    def _programs(self, runs: dict[int, RankRun]) -> None:
+        """Compare rehearsed ranks inside each group; play all ranks of the world."""
+        programs = {rank: run.program for rank, run in runs.items()}
+        self.report.findings += [f"{self.job.role}: {x}" for x in compare(programs)]
+        stages = {place.pp: place.rank for place in reversed(covering(self.job.world, self.job.layout))}
+        everyone: dict[int, list[Call]] = dict(programs)
+        groups = self.groups.by_axis
+        for place in places(self.job.world, self.job.layout):
+            if place.rank not in everyone:
+                template = stages[place.pp]
+                everyone[place.rank] = program_of(
+                    place.rank, programs[template], template, groups
+                )
+        self.report.findings += [f"{self.job.role}: {x}" for x in play(everyone)]
+
+    def _volumes(self, runs: list[RankRun]) -> None:
+        """Count calls and bytes by phase, axis and operation."""
+        counted = [_volumes(run) for run in runs]
+        for key in counted[-1]:
+            count, size = (
+                self._at_size([x.get(key, (0, 0))[i] for x in counted], 0) for i in range(2)
+            )
+            self.report.volumes.setdefault(key[0], {})[key[1]] = count, size
+
+    def _seconds(self, runs: list[dict[int, RankRun]]) -> None:
+        """Find the slowest rank's seconds of a micro-batch, and what they go to."""
+        name = COMPUTING[0] if self.job.trains else COMPUTING[1]
+        rate = _communication(self.plan)
+        for rank in runs[0]:
+            own = [x[rank] for x in runs]
+            place = Place.of(rank, self.job.world, self.job.layout)
+            operations = {
+                key: self._at_size([x.seconds[name].get(key, 0.0) for x in own], place.pp)
+                for key in own[-1].seconds[name]
+            }
+            talk = self._at_size([rate(x.calls[name]) for x in own], place.pp)
+            costs = Counter(operations | {"communication": talk})
+            if costs.total() > self.report.costs.total():
+                self.report.costs = costs
+                self.report.seconds[name] = costs.total() / self.job.microbatches
+
+    def _hot(self, rank: int) -> None:
+        """Find the peak of a rank whose experts get more than their share."""
+        for hot in HOT:
+            if hot > self.job.layout.ep:
+                continue
+            place = Place.of(rank, self.job.world, self.job.layout)
+            runs = [self._runs(size, [place], hot)[rank] for size in self.sizes]
+            self.report.hot[hot] = max(
+                sum(self._peak([x.memory[name] for x in runs], place.pp).values())
+                for name in COMPUTING
+                if name in runs[-1].memory
+            )
+
+
+def _volumes(run: RankRun) -> dict[tuple[str, str], tuple[float, float]]:
+    found: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0])
+    for phase, calls in run.calls.items():
+        for call in calls:
+            entry = found[phase, f"{call.operation} {call.axis}"]
+            entry[0] += 1
+            entry[1] += call.nbytes
+    return {key: (count, size) for key, (count, size) in found.items()}
+
+
+def _communication(plan: Plan) -> Callable[[list[Call]], float]:
+    """Return what gives the seconds of calls at the cluster's link rates.
+
+    A call moves its bytes (n - 1) / n times, an all-reduce twice; by NVLink where all its ranks are
+    on a node, else by one adapter a GPU.
+    """
+    gpu, rates, node = plan.setup.gpu, plan.setup.rates, plan.setup.cluster.gpus_per_node
+
+    def seconds(calls: list[Call]) -> float:
+        total = 0.0
+        for call in calls:
+            n = len(call.ranks)
+            if n == 1 and call.peer is None:
+                continue
+            inside = len({rank // node for rank in call.ranks}) == 1
+            moved = {
+                "all_reduce": 2 * call.nbytes * (n - 1) / n,
+                "all_gather": call.nbytes * (n - 1),
+                "reduce_scatter": call.nbytes * (n - 1) / n,
+                "all_to_all": call.nbytes * (n - 1) / n,
+            }.get(call.operation, call.nbytes)
+            total += moved / ((gpu.nvlink if inside else gpu.network) * rates.link)
+        return total
+
+    return seconds
+
+
+def _described(storage: Storage) -> str:
+    shape = ", ".join(map(str, storage.shape))
+    return (
+        f"{storage.nbytes / GIB:.2f} GiB, {str(storage.dtype)[6:]} [{shape}], made at "
+        f"{storage.line}"
+    )

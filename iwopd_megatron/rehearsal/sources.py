@@ -1,0 +1,55 @@
+"""Hugging Face tensors of which only shapes exist: what is read of each is noted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from iwopd_megatron.hf.config import HfConfig
+from iwopd_megatron.hf.shapes import hf_names, hf_shape
+
+Region = tuple[tuple[int, int], ...]  # (first, end) of every axis
+
+
+@dataclass(frozen=True)
+class HollowTensor:
+    """A whole tensor; indexing it notes the part and returns one without content."""
+
+    name: str
+    shape: tuple[int, ...]
+    reads: list[tuple[str, Region]]
+
+    def get_shape(self) -> list[int]:
+        """Return the whole tensor's shape."""
+        return list(self.shape)
+
+    def get_dtype(self) -> str:
+        """Return bfloat16, as safetensors names it."""
+        return "BF16"
+
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> torch.Tensor:
+        """Note a read; return a tensor of its shape, bf16."""
+        axes = index if isinstance(index, tuple) else (index,)
+        full = [*axes, *[slice(None)] * (len(self.shape) - len(axes))]
+        region = tuple(s.indices(n)[:2] for s, n in zip(full, self.shape, strict=True))
+        self.reads.append((self.name, region))
+        return torch.empty([end - first for first, end in region], dtype=torch.bfloat16)
+
+
+class HollowFolder(Mapping[str, HollowTensor]):
+    """The tensors that a config implies; `reads` has every part that was read, in order."""
+
+    def __init__(self, hf: HfConfig):
+        self.shapes = {name: hf_shape(name, hf) for name in hf_names(hf)}
+        self.reads: list[tuple[str, Region]] = []
+
+    def __getitem__(self, name: str) -> HollowTensor:
+        return HollowTensor(name, self.shapes[name], self.reads)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)

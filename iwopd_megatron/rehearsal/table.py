@@ -1,0 +1,76 @@
+"""A rehearsal as a table in the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from iwopd_megatron.rehearsal.full import Rehearsal
+from iwopd_megatron.rehearsal.role import GIB, RoleReport
+
+TOLD = 0.2  # two opinions on a round that differ by more say why
+LARGEST = 10  # costs
+
+
+def show(found: Rehearsal, console: Console | None = None) -> None:
+    """Print a line for every part of every role, a round's two times, and all findings."""
+    console = console or Console()
+    table = Table(title=f"rehearsed in {found.seconds:.0f} s, {found.peak_rss_mb / 1024:.1f} GiB")
+    for name in ("role", "part", "rehearsed", "planned"):
+        table.add_column(name, justify="left", overflow="fold")
+    for role in found.roles:
+        for part, rehearsed, planned in _lines(found, role):
+            table.add_row(role.role, part, rehearsed, planned)
+    rehearsed, planned = found.round_seconds, found.plan.seconds
+    table.add_row("all", "round", f"{rehearsed:.0f} s", f"{planned:.0f} s")
+    console.print(table)
+    if abs(rehearsed - planned) > TOLD * planned:
+        console.print(_why(found), soft_wrap=True)
+    for finding in found.findings:
+        console.print(f"finding: {finding}", soft_wrap=True, markup=False, highlight=False)
+    if not found.findings:
+        console.print("nothing found")
+
+
+def _lines(found: Rehearsal, role: RoleReport) -> list[tuple[str, str, str]]:
+    slices = role.slices
+    lines = [
+        (
+            "slices",
+            f"{slices.ranks} of {role.world} ranks read {slices.tensors:,} tensors, "
+            f"{len(slices.gaps)} gaps, {len(slices.overlaps)} overlaps",
+            "",
+        )
+    ]
+    for phase, kinds in role.phases.items():
+        size = sum(kinds.values())
+        parts = ", ".join(f"{kind} {n / GIB:.1f}" for kind, n in kinds.items() if n > GIB / 20)
+        planned = f"{role.planned / GIB:.1f} GiB" if phase in role.seconds else ""
+        lines.append((f"memory, {phase}", f"{size / GIB:.1f} GiB: {parts}", planned))
+    for hot, size in role.hot.items():
+        lines.append((f"memory, expert rank x{hot:g}", f"{size / GIB:.1f} GiB", ""))
+    lines.append(("kept after backward", f"{role.kept / GIB:.2f} GiB", "0"))
+    for phase, calls in role.volumes.items():
+        if phase not in role.seconds:
+            continue
+        for what, (count, size) in calls.items():
+            each = count / role.microbatches
+            lines.append(
+                (f"{phase}", f"{each:.0f} x {what}, {size / role.microbatches / GIB:.2f} GiB", "")
+            )
+    for phase, seconds in role.seconds.items():
+        lines.append((f"time, {phase}", f"{seconds:.2f} s a micro-batch", ""))
+    return lines
+
+
+def _why(found: Rehearsal) -> str:
+    """Say where the largest costs of the trainer's micro-batches are."""
+    trainer = found.roles[0]
+    total = trainer.costs.total()
+    costs = ", ".join(
+        f"{name} {seconds / total:.0%}" for name, seconds in trainer.costs.most_common(LARGEST)
+    )
+    return (
+        f"the two times of a round differ by more than {TOLD:.0%}: of the rehearsed trainer's time "
+        f"{costs}"
+    )
