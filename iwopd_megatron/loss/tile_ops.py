@@ -1,7 +1,8 @@
 """What the LM head does with a tile of logits: its statistics in one read, its gradient in place.
 
 On a GPU the matrix products are so fast that every further pass over the logits shows; there both
-are one Triton kernel each (tile_kernels.py), which torch knows as operators (tile_operators.py). On CPUs they are torch's operations.
+are one Triton kernel each (tile_kernels.py), known to torch as operators (tile_operators.py). On
+CPUs they are torch's operations.
 Shapes: C tokens and U vocabulary entries of a tile, K scored ids.
 """
 

@@ -85,9 +85,8 @@ class SdpaAttention(MegatronModule):
         """Return `[s, b, h, d]` of three such; a shorter query is the end of the key sequence."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if q.shape[2] != k.shape[2]:
-            bias = causal_lower_right(q.shape[2], k.shape[2])
-            if device.is_rehearsed():  # a mask as a tensor, where no kernel has it built in
-                bias = None
+            # where no kernel has the mask built in, it would be a tensor
+            bias = None if device.is_rehearsed() else causal_lower_right(q.shape[2], k.shape[2])
             groups = q.shape[1] // k.shape[1]  # CausalBias kernels do not broadcast grouped queries
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)

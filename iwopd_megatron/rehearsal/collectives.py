@@ -7,7 +7,7 @@ and a run over gloo is recorded by the same lines as a rehearsal in which nobody
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 

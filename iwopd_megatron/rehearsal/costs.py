@@ -7,7 +7,7 @@ An operation takes the longer of its FLOP at the rate its kind reaches and its b
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 import torch
@@ -32,12 +32,19 @@ class Costs:
     gpu: Gpu
     rates: Rates
     name: str = "other"  # of the phase that runs
-    phases: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    phases: dict[str, dict[str, float]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(float))
+    )
 
     def see(self, operation: Operation, inputs: list[torch.Tensor], outputs: list[torch.Tensor]):
         """Add an operation's seconds."""
         name = operation._schema.name.split("::")[1]
-        if operation.namespace == "prim" or name in _NOTHING or _is_view(operation) or not _is_on_gpu(inputs, outputs):
+        if (
+            operation.namespace == "prim"
+            or name in _NOTHING
+            or _is_view(operation)
+            or not _is_on_gpu(inputs, outputs)
+        ):
             return
         self.phases[self.name][name] += self._seconds(name, inputs, outputs) + LAUNCH
 
@@ -53,7 +60,7 @@ class Costs:
 
     @staticmethod
     def _flop(name: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> float:
-        """Return multiply-adds times 2: of products, and of causal attention (half of the square)."""
+        """Return multiply-adds times 2: of products and of causal attention, half of a square."""
         if name in ("mm", "bmm", "addmm", "addmm_", "baddbmm", "_grouped_mm", "add_product_"):
             a, b = inputs[-2:] if name.startswith(("add", "badd")) else inputs[:2]
             if name == "_grouped_mm" and a.dim() == b.dim() == 2:  # gradients of weights

@@ -53,7 +53,8 @@ class Job:
         """Models that score in the trainer's processes, by name."""
         if not self.trains:
             return {}
-        models = {k: m for k, m in self.recipe.named_teachers.items() if not m.is_remote}
+        models: dict[str, Frozen] = {}
+        models |= {k: m for k, m in self.recipe.named_teachers.items() if not m.is_remote}
         if self.recipe.base_model is not None:
             models["base"] = self.recipe.base_model
         return {key: (planning_config(model.hf), model) for key, model in models.items()}

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import FrameType
 
 import torch
 
@@ -112,9 +113,7 @@ class Ledger:
         size = storage.nbytes()
         line = calling_line()
         kind = self.kind
-        self._alive[key] = Storage(
-            size, kind, self.name, tuple(tensor.shape), tensor.dtype, line
-        )
+        self._alive[key] = Storage(size, kind, self.name, tuple(tensor.shape), tensor.dtype, line)
         self._now[kind] += size
         self.total += size
         weakref.finalize(storage, self._free, key).atexit = False
@@ -146,7 +145,7 @@ class Ledger:
 
 def calling_line() -> str:
     """Return `file:line` of the innermost line of this package, or of Megatron, that is running."""
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         path = frame.f_code.co_filename
         if (path.startswith(PACKAGE) and not path.startswith(OVERLOOKED)) or "/megatron/" in path:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
+from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -68,12 +69,12 @@ class Memoryless(Watched):
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
 
     def __enter__(self):
-        self._apply = torch.nn.Module._apply
-        torch.nn.Module._apply = _stay  # torch cannot swap FakeTensors that are referred to
+        self._stay = mock.patch.object(torch.nn.Module, "_apply", _stay)
+        self._stay.start()  # torch cannot swap FakeTensors that are referred to
         return super().__enter__()
 
     def __exit__(self, *failure):
-        torch.nn.Module._apply = self._apply
+        self._stay.stop()
         return super().__exit__(*failure)
 
     def compute(self, func, inputs, args, kwargs):

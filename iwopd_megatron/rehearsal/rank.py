@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -12,6 +11,8 @@ import torch
 from iwopd_megatron.batch.objective import DistillationObjective, LikelihoodObjective, Objective
 from iwopd_megatron.batch.packing import MicroBatch, Packer, Support
 from iwopd_megatron.batch.trajectory import Trajectory
+from iwopd_megatron.config.models import Frozen
+from iwopd_megatron.hf.config import HfConfig
 from iwopd_megatron.plan.hardware import Gpu, Rates
 from iwopd_megatron.rehearsal.checkpoints import check_optimizer, pieces_of
 from iwopd_megatron.rehearsal.collectives import Call, Mailbox, Recorder
@@ -38,7 +39,7 @@ class RankRun:
     memory: dict[str, Phase] = field(default_factory=dict)
     kept: list[Storage] = field(default_factory=list)  # made by forward and backward, still there
     wrong: list[str] = field(default_factory=list)  # of optimiser states in a checkpoint
-    seconds: dict[str, Counter[str]] = field(default_factory=dict)
+    seconds: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def program(self) -> list[Call]:
@@ -125,6 +126,7 @@ class RankRehearsal:
         self, load: str, score: str, job: Job, packer: Packer, samples: list[Trajectory], hot: float
     ) -> EmbeddedScorer:
         with self.phase(load, "weights" if load == "load" else "scorer"):
+            assert isinstance(job.model, Frozen)
             scorer = EmbeddedScorer(job.model, packer, 1.0, job.hf, HollowFolder(job.hf))
         routing = Routing(scorer.chunks, packer.parallel, hot)
         with self.phase(score, "activations"):
@@ -154,7 +156,7 @@ class RankRehearsal:
         length = job.tokens // each // multiple * multiple
         prompt, response = [5] * (length // 8), [7] * (length + 1 - length // 8)
         scores = [-1.0] * len(response)
-        old = scores if job.recipe.is_distilling and job.recipe.steps_per_round > 1 else None
+        old = scores if job.recipe.is_distilling and job.recipe.steps_per_round > 1 else []
         return [
             Trajectory(i, prompt, response, scores, scores, old_logp=old)
             for i in range(each * job.microbatches * parallel.dp.size)
@@ -182,6 +184,6 @@ class RankRehearsal:
                         self.ledger.count_as(value, "optimizer")
 
 
-def replace_model(job: Job, hf, model) -> Job:
+def replace_model(job: Job, hf: HfConfig, model: Frozen) -> Job:
     """Return a job for a model that is embedded in the trainer's processes."""
     return replace(job, hf=hf, model=model, tokens=model.microbatch_tokens or job.tokens)

@@ -87,15 +87,15 @@ def _difference(
                 )
         elif x.nbytes != y.nbytes and x.dtype != OBJECTS:
             return (
-                f"{axis} {_short(ranks)}: in call {i}, {x.operation}, rank {a} has {x.nbytes} bytes "
-                f"and rank {b} {y.nbytes} ({y.line})."
+                f"{axis} {_short(ranks)}: in call {i}, {x.operation}, rank {a} has {x.nbytes} "
+                f"bytes and rank {b} {y.nbytes} ({y.line})."
             )
     if len(first) != len(second):
         more, less, calls = (a, b, first) if len(first) > len(second) else (b, a, second)
         call = calls[min(len(first), len(second))]
         return (
-            f"{axis} {_short(ranks)}: rank {more} calls {call.operation} once more than rank {less} "
-            f"({call.line})."
+            f"{axis} {_short(ranks)}: rank {more} calls {call.operation} once more than rank "
+            f"{less} ({call.line})."
         )
     return None
 
@@ -151,7 +151,9 @@ def play(programs: Mapping[int, Sequence[Call]]) -> list[str]:
     left = sum(map(len, sent.values()))
     if left and not found:
         pair = next(pair for pair, box in sent.items() if box)
-        found.append(f"{left} messages are never received, the first of rank {pair[0]} to {pair[1]}.")
+        found.append(
+            f"{left} messages are never received, the first of rank {pair[0]} to {pair[1]}."
+        )
     return found
 
 
@@ -182,9 +184,7 @@ def _stuck(rank: int, call: Call, programs, at: Mapping[int, int]) -> str:
         elif (other.operation, other.axis, other.ranks) != (call.operation, call.axis, call.ranks):
             missing.append(f"rank {member}, which is at {other.operation} of {other.axis}")
     who = missing[0] if missing else "others"
-    return (
-        f"rank {rank} waits for ever in {call.operation} of {call.axis} ({call.line}) for {who}."
-    )
+    return f"rank {rank} waits for ever in {call.operation} of {call.axis} ({call.line}) for {who}."
 
 
 def _short(ranks: tuple[int, ...]) -> str:

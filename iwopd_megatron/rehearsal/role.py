@@ -6,8 +6,7 @@ counted once. Bytes, calls and seconds are linear in the layers, which a test ho
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import dataclass, field
 
 from iwopd_megatron.plan.plan import Plan
@@ -18,6 +17,7 @@ from iwopd_megatron.rehearsal.place import Place, covering, places
 from iwopd_megatron.rehearsal.rank import RankRehearsal, RankRun
 from iwopd_megatron.rehearsal.replay import compare, play, program_of
 from iwopd_megatron.rehearsal.slices import Slices, read_slices
+from iwopd_megatron.rehearsal.traffic import communication, volumes
 from iwopd_megatron.rehearsal.world import Groups
 
 GIB = 2**30
@@ -156,20 +156,20 @@ class RoleRehearsal:
         """Compare rehearsed ranks inside each group; play all ranks of the world."""
         programs = {rank: run.program for rank, run in runs.items()}
         self.report.findings += [f"{self.job.role}: {x}" for x in compare(programs)]
-        stages = {place.pp: place.rank for place in reversed(covering(self.job.world, self.job.layout))}
+        stages = {
+            place.pp: place.rank for place in reversed(covering(self.job.world, self.job.layout))
+        }
         everyone: dict[int, list[Call]] = dict(programs)
         groups = self.groups.by_axis
         for place in places(self.job.world, self.job.layout):
             if place.rank not in everyone:
                 template = stages[place.pp]
-                everyone[place.rank] = program_of(
-                    place.rank, programs[template], template, groups
-                )
+                everyone[place.rank] = program_of(place.rank, programs[template], template, groups)
         self.report.findings += [f"{self.job.role}: {x}" for x in play(everyone)]
 
     def _volumes(self, runs: list[RankRun]) -> None:
         """Count calls and bytes by phase, axis and operation."""
-        counted = [_volumes(run) for run in runs]
+        counted = [volumes(run) for run in runs]
         for key in counted[-1]:
             count, size = (
                 self._at_size([x.get(key, (0, 0))[i] for x in counted], 0) for i in range(2)
@@ -179,7 +179,7 @@ class RoleRehearsal:
     def _seconds(self, runs: list[dict[int, RankRun]]) -> None:
         """Find the slowest rank's seconds of a micro-batch, and what they go to."""
         name = COMPUTING[0] if self.job.trains else COMPUTING[1]
-        rate = _communication(self.plan)
+        rate = communication(self.plan)
         for rank in runs[0]:
             own = [x[rank] for x in runs]
             place = Place.of(rank, self.job.world, self.job.layout)
@@ -205,43 +205,6 @@ class RoleRehearsal:
                 for name in COMPUTING
                 if name in runs[-1].memory
             )
-
-
-def _volumes(run: RankRun) -> dict[tuple[str, str], tuple[float, float]]:
-    found: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0])
-    for phase, calls in run.calls.items():
-        for call in calls:
-            entry = found[phase, f"{call.operation} {call.axis}"]
-            entry[0] += 1
-            entry[1] += call.nbytes
-    return {key: (count, size) for key, (count, size) in found.items()}
-
-
-def _communication(plan: Plan) -> Callable[[list[Call]], float]:
-    """Return what gives the seconds of calls at the cluster's link rates.
-
-    A call moves its bytes (n - 1) / n times, an all-reduce twice; by NVLink where all its ranks are
-    on a node, else by one adapter a GPU.
-    """
-    gpu, rates, node = plan.setup.gpu, plan.setup.rates, plan.setup.cluster.gpus_per_node
-
-    def seconds(calls: list[Call]) -> float:
-        total = 0.0
-        for call in calls:
-            n = len(call.ranks)
-            if n == 1 and call.peer is None:
-                continue
-            inside = len({rank // node for rank in call.ranks}) == 1
-            moved = {
-                "all_reduce": 2 * call.nbytes * (n - 1) / n,
-                "all_gather": call.nbytes * (n - 1),
-                "reduce_scatter": call.nbytes * (n - 1) / n,
-                "all_to_all": call.nbytes * (n - 1) / n,
-            }.get(call.operation, call.nbytes)
-            total += moved / ((gpu.nvlink if inside else gpu.network) * rates.link)
-        return total
-
-    return seconds
 
 
 def _described(storage: Storage) -> str:

@@ -1,4 +1,4 @@
-"""Routing that is a number: every expert gets its share of the tokens, or one rank's experts more."""
+"""Routing as a number: every expert gets its share of the tokens, or one rank's get more."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def _check_layer(job: Job, place: Place, names: Iterable[str], found: Slices) ->
 
 
 def _misplaced(job: Job, place: Place, name: str, region: Region) -> str | None:
-    """Return what is wrong if a part is not the one at this rank's place on the axis that cuts it."""
+    """Return what is wrong with a part that is not the one at this rank's place on its axis."""
     shape = hf_shape(name, job.hf)
     is_expert = ".experts." in name
     rank, size = (place.etp, job.layout.etp) if is_expert else (place.tp, job.layout.tp)

@@ -21,10 +21,10 @@ def show(found: Rehearsal, console: Console | None = None) -> None:
     for role in found.roles:
         for part, rehearsed, planned in _lines(found, role):
             table.add_row(role.role, part, rehearsed, planned)
-    rehearsed, planned = found.round_seconds, found.plan.seconds
-    table.add_row("all", "round", f"{rehearsed:.0f} s", f"{planned:.0f} s")
+    ours, theirs = found.round_seconds, found.plan.seconds
+    table.add_row("all", "round", f"{ours:.0f} s", f"{theirs:.0f} s")
     console.print(table)
-    if abs(rehearsed - planned) > TOLD * planned:
+    if abs(ours - theirs) > TOLD * theirs:
         console.print(_why(found), soft_wrap=True)
     for finding in found.findings:
         console.print(f"finding: {finding}", soft_wrap=True, markup=False, highlight=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from unittest import mock
 
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -50,8 +51,5 @@ def _groups_of_one(groups: Groups | None) -> Iterator[None]:
             groups.by_axis.setdefault(group_desc or "", []).append(tuple(ranks))
         return make(ranks, backend="fake", group_desc=group_desc)
 
-    dist.new_group = new_group
-    try:
+    with mock.patch.object(dist, "new_group", new_group):
         yield
-    finally:
-        dist.new_group = make

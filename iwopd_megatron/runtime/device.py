@@ -125,4 +125,4 @@ def install() -> None:
     _installed = True
     from iwopd_megatron.runtime import stand_ins
 
-    stand_ins.install()
+    stand_ins.install(is_rehearsed)

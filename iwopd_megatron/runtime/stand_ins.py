@@ -5,7 +5,7 @@ optimiser run on CPU tensors and gloo. `device.install()` decides whether they a
 """
 
 import pkgutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -50,13 +50,16 @@ class _Stream:
         pass
 
 
-def install(without: Collection[str] = ()) -> None:
+def install(
+    is_rehearsed: Callable[[], bool] = lambda: False, without: Collection[str] = ()
+) -> None:
     """Replace parts of torch and Megatron-Core in this process; there is no way back.
 
     `without` leaves some out, by name: each must be missed, or else it can go.
     """
     _CudaToCpu().__enter__()
-    for make in (torch_parts, megatron_parts):  # Megatron is imported after torch's
+    # Megatron is imported after torch's
+    for make in (torch_parts, lambda: megatron_parts(is_rehearsed)):
         for path, stand_in in make().items():
             if path not in without:
                 owner, name = path.rsplit(".", 1)
@@ -75,10 +78,11 @@ def torch_parts() -> dict[str, object]:
     }
 
 
-def megatron_parts() -> dict[str, object]:
-    """Return what stands for parts of Megatron-Core, by full name."""
-    from iwopd_megatron.runtime import device
+def megatron_parts(is_rehearsed: Callable[[], bool] = lambda: False) -> dict[str, object]:
+    """Return what stands for parts of Megatron-Core, by full name.
 
+    is_rehearsed: says whether a GPU's own are to run, on tensors without memory.
+    """
     import megatron.core.tensor_parallel.mappings as mappings
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
@@ -90,14 +94,14 @@ def megatron_parts() -> dict[str, object]:
 
     def sort_chunks_unless_sorted(x, split_sizes, order, probs=None, fused=False):
         """Megatron copies all tokens of a rank that has every expert, twice, to where they are."""
-        if not device.is_rehearsed() and torch.equal(order, torch.arange(len(order))):
+        if not is_rehearsed() and torch.equal(order, torch.arange(len(order))):
             return x, probs
         return sort_chunks(x, split_sizes, order, probs=probs, fused=fused)
 
     gather = mappings._gather_along_first_dim  # called by its global name, in mappings.py only
 
     def gather_along_first_dim(x, group, output_split_sizes=None, use_global_buffer=False):
-        if output_split_sizes is None or group.size() == 1 or device.is_rehearsed():
+        if output_split_sizes is None or group.size() == 1 or is_rehearsed():
             return gather(x, group, output_split_sizes, use_global_buffer)
         longest = max(1, *output_split_sizes)  # gloo gathers equal parts only
         padded = x.new_zeros((longest, *x.shape[1:]))

@@ -18,8 +18,7 @@ from iwopd_megatron.hf.config import HfConfig, read_hf_config
 from iwopd_megatron.models.actor import Schedule
 from iwopd_megatron.models.gpt import build_model, wrap_precision
 from iwopd_megatron.runtime import device
-from iwopd_megatron.weights.hf_reader import HfTensors, load_shards
-from iwopd_megatron.weights.sharding import Source
+from iwopd_megatron.weights.hf_reader import HfTensors, Source, load_shards
 
 
 class EmbeddedScorer:

@@ -4,4 +4,4 @@ In comes a recipe with its data; out goes a run folder from which the run can go
 kill.
 """
 
-__all__ = ["compare", "progress", "trainer"]
+__all__ = ["checkpoint", "compare", "progress", "student", "trainer"]

@@ -8,7 +8,7 @@ optimiser format cuts tensors where no layout finds them again, and is refused b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,10 +128,10 @@ def sharded_state(
     return state
 
 
-def model_state(chunks: list[torch.nn.Module], parallel: Parallel) -> dict[str, Any]:
+def model_state(chunks: Sequence[torch.nn.Module], parallel: Parallel) -> dict[str, Any]:
     """Return this rank's weights as Megatron saves or loads them, by chunk."""
     metadata = METADATA | {"dp_cp_group": parallel.dp_cp.group}
     return {
         f"model{i}": chunk.sharded_state_dict(metadata=metadata)
-        for i, chunk in enumerate(unwrap_model(chunks))
+        for i, chunk in enumerate(unwrap_model(list(chunks)))
     }

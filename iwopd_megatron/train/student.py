@@ -24,8 +24,7 @@ from iwopd_megatron.models.router_load import RouterLoad
 from iwopd_megatron.runtime.parallel import Parallel
 from iwopd_megatron.train import checkpoint
 from iwopd_megatron.train.saver import Saver
-from iwopd_megatron.weights.hf_reader import HfTensors, load_shards
-from iwopd_megatron.weights.sharding import Source
+from iwopd_megatron.weights.hf_reader import HfTensors, Source, load_shards
 from iwopd_megatron.weights.sync import WeightStream
 from iwopd_megatron.weights.transformers_views import random_weights
 

@@ -20,7 +20,7 @@ def leave_out(name: str) -> None:
         stand_ins._cuda_type = lambda name: name
     else:
         everything = stand_ins.install
-        stand_ins.install = lambda: everything(without=[name])
+        stand_ins.install = lambda is_rehearsed: everything(is_rehearsed, [name])
 
 
 def tokens_stay_where_they_are() -> None:
