@@ -73,7 +73,7 @@ def test_states_of_an_expert_parallel_rank():
 
 
 def test_activations_of_a_layer():
-    attention = 2 * (16 + 24 + 12) + 4 * (4 + 1 + 1)
+    attention = 2 * (16 + 24 + 12) + 4 * (4 + 1 + 1)  # one key-value head: queries are not copied
     assert layer_bytes(TINY, Layout(), "none") == attention + 128 + 4
     assert layer_bytes(TINY, Layout(tp=2), "none") == (attention + 128 + 4) / 2
     assert layer_bytes(TINY, Layout(), "selective") == attention + 32
