@@ -178,13 +178,13 @@ def routed(hf, hot):
 
 def check_peaks(cases):
     problems = []
-    for world, hf, axes, dtype, hot in cases:
+    for _, hf, axes, dtype, hot in cases:
         layout, size = Layout(**axes), ModelSize.of(hf)
         parallel = initialise(layout)
         samples = routed(hf, hot)[: 4 * parallel.dp.size]
         for recompute in ("none", "selective", "full", "score"):
             is_scoring = recompute == "score"
-            # CPUs have no kernel for grouped products in bf16, whose parts are most of a forward run.
+            # CPUs have no kernel for grouped products in bf16, whose parts come on top.
             own = "fp32" if is_scoring else dtype
             width = 2 if own == "bf16" else 4
             chunks = build_model(hf, parallel, own, "none" if is_scoring else recompute)

@@ -128,7 +128,7 @@ def _gradients(size: ModelSize, layout: Layout, local: float, width: int, hot: f
 
     Dense = 5 w f / tp a token: gradients of product, gate and up, and SwiGLU's three intermediate
     tensors, without the product, which is free by then; + w h f / tp for a weight's gradient.
-    Experts, of R = K etp hot / tp copies a token, with W = E h f / (ep etp) weights of a projection:
+    Experts, of R = K etp hot / tp copies a token, with W = E h f / (ep etp) weights a projection:
     SwiGLU's backward, fp32 as probabilities are = R (3w + 12) f / etp + w W; the down projection's
     = R w (h + f / etp) + w W; the up projection's = R w (h - f / etp) + 2 w W; and, dispatched to
     other ranks, the forward run's end = R w 3h + w h K / tp: outputs, in both orders, and copies as

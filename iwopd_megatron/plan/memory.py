@@ -108,7 +108,7 @@ def head_bytes(
 ) -> float:
     """Bytes of the LM head on the last stage: tiles of logits, and in training both gradients.
 
-    Training = max(4 rows V / tp, 2 h (V / tp + N)) + 4 h (V / tp + N) + 2 h N, with N = tokens / cp:
+    Training = max(4 rows V / tp, 2 h (V / tp + N)) + 4 h (V / tp + N) + 2 h N, N = tokens / cp:
     two bf16 tiles, the one begun and the one before, or both gradients in bf16; the gradients of
     head and hidden states in fp32; the hidden states that predict (V: size of the vocabulary).
     Scoring = 10 rows V / tp: the bf16 product, and where the top K are looked for fp32 logits and 4
@@ -139,7 +139,7 @@ def moments(
     micro-batch, before cp cuts it; precision: default bf16; hot: tokens of the busiest expert rank
     over the mean.
     """
-    found = []
+    found, hot = [], hot if layout.ep > 1 else 1.0
     for stage in sorted({0, layout.pp - 1}):
         base = states(size, layout, world, precision or Precision(), stage, distributed)
         base = replace(base, communication=buffer_bytes(size, layout, tokens))
@@ -179,7 +179,7 @@ def scoring(
     weights = max(size.share(layout, stage).total for stage in {0, layout.pp - 1}) * width
     communication = buffer_bytes(size, layout, tokens, width)
     hidden = 2 * width * size.hidden / layout.tp * tokens / layout.cp
-    layer = scoring_bytes(size, layout, tokens, width, hot)
+    layer = scoring_bytes(size, layout, tokens, width, hot if layout.ep > 1 else 1.0)
     head = head_bytes(size, layout, tokens, training=False)
     if layer > head + hidden:
         return Memory(weights=weights, activations=layer, communication=communication)

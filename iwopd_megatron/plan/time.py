@@ -97,8 +97,7 @@ def _layer(load: Workload, passes: float, recompute: str | None) -> float:
     + passes / 3 x (bytes kept x `rates.passes` / HBM + `rates.moe_layer` or `dense_layer`)
     + in training 10 bytes a weight / HBM to sum gradients: fp32 read and written, bf16 read.
 
-    passes: 1 forward, 3 with backward, more with recomputation; recompute: None where no backward
-    pass follows.
+    passes: 1 forward, 3 with backward, more with recomputation; recompute: None without backward.
     """
     size, layout, gpu, rates = load.size, load.layout, load.gpu, load.rates
     local = load.tokens / layout.cp
