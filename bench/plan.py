@@ -5,13 +5,14 @@ Lines marked * set a rate of plan.hardware.Rates; medians are over all others.
 
 import json
 import statistics
+from dataclasses import replace
 
 from plan_anchors import DECODINGS, ROUNDS, TRAININGS, Decoding, Round, Training
 
 from iwopd_megatron.config.models import Layout
 from iwopd_megatron.plan.generation import Lengths, generate
 from iwopd_megatron.plan.hardware import GPUS, RATES
-from iwopd_megatron.plan.memory import head_bytes, training
+from iwopd_megatron.plan.memory import moments
 from iwopd_megatron.plan.time import (
     Workload,
     decode_step,
@@ -27,16 +28,15 @@ GIB = 2**30
 def memory(anchor: Training) -> tuple[float, float]:
     """Predicted and published bytes. The runs' loss keeps bf16 and fp32 logits of all tokens."""
     tokens = anchor.length * anchor.micro
-    found = training(
+    logits = tokens / anchor.layout.cp * anchor.size.vocab / anchor.layout.tp * 6
+    found = moments(
         anchor.size, anchor.layout, anchor.gpus, tokens, anchor.recompute, anchor.precision
     )
-    local = tokens / anchor.layout.cp
-    logits = local * anchor.size.vocab / anchor.layout.tp * 6
-    ours = head_bytes(anchor.size, anchor.layout, tokens) if found.head else 0
-    change = logits - ours if found.head else 0
+    found = [replace(one, head=logits) if one.head else one for one in found]
+    fullest = max(found, key=lambda one: one.total)
     if anchor.allocated:
-        return found.allocated + change, anchor.allocated
-    return found.total + change, anchor.reserved
+        return fullest.allocated, anchor.allocated
+    return fullest.total, anchor.reserved
 
 
 def training_speed(anchor: Training) -> float:

@@ -18,7 +18,7 @@ from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.hf.known_models import known_model, known_models, planning_config
 from iwopd_megatron.plan.activations import in_flight, layer_bytes
 from iwopd_megatron.plan.generation import QUANTILES, Generation, Lengths, generate, scored_at
-from iwopd_megatron.plan.hardware import GPUS, Gpu, Rates
+from iwopd_megatron.plan.hardware import FRAGMENTATION, GIB, GPUS, Gpu, Rates
 from iwopd_megatron.plan.memory import (
     Memory,
     Precision,
@@ -32,7 +32,7 @@ from iwopd_megatron.plan.model_size import ModelSize
 from iwopd_megatron.plan.picture import write_picture
 from iwopd_megatron.plan.plan import Plan, plan
 from iwopd_megatron.plan.search import search, splits
-from iwopd_megatron.plan.text import overrides
+from iwopd_megatron.plan.text import imbalance, notes, overrides
 from iwopd_megatron.plan.time import (
     Software,
     Workload,
@@ -73,7 +73,7 @@ def test_states_of_an_expert_parallel_rank():
 
 
 def test_activations_of_a_layer():
-    attention = 2 * (16 + 24 + 12) + 4 * (4 + 1 + 1)
+    attention = 2 * (16 + 24 + 12) + 4 * (4 + 1 + 1)  # one key-value head: queries are not copied
     assert layer_bytes(TINY, Layout(), "none") == attention + 128 + 4
     assert layer_bytes(TINY, Layout(tp=2), "none") == (attention + 128 + 4) / 2
     assert layer_bytes(TINY, Layout(), "selective") == attention + 32
@@ -312,13 +312,26 @@ def test_command_prints_figures_and_fails_where_it_does_not_fit():
     assert found.exit_code == 0 and figures["fits"]
     assert set(figures["roles"]) == {"trainer", "teacher", "rollout"}
     parts = figures["roles"]["trainer"]["memory"]
-    assert {"weights", "gradients", "optimizer", "activations", "head"} <= set(parts)
+    assert {"weights", "gradients", "optimizer", "activations"} <= set(parts)
     assert run(str(RECIPE), "cluster.trainer=8", "student.recompute=none").exit_code == 1
     larger = json.loads(run(str(RECIPE), "--gpus", "128", "--gpu", "h200", "--json").stdout)
     assert larger["gpus"] == 128 and larger["gpu"] == "h200"
     assert "proposals" in json.loads(run(str(SMALL), "--search", "--json").stdout)
     text = run(str(SMALL)).stdout
     assert "GPU-hours" in text and "breaks first" in text
+
+
+def test_a_rank_with_twice_the_tokens_of_experts_is_said_to_need_more():
+    found = plan(read_recipe(RECIPE))
+    needed = dict((role.name, more) for role, more in imbalance(found))
+    rows = found.setup.recipe.train.microbatch_tokens * MOE_30B.topk
+    # outputs in both orders, the copies as received, and what the layer saves
+    expected = rows * 2 * (4 * MOE_30B.hidden + 3 * MOE_30B.ffn) * FRAGMENTATION
+    assert needed["trainer"] == pytest.approx(expected)
+    assert set(needed) == {"trainer", "teacher"}
+    said = next(line for line in notes(found) if "twice the tokens" in line)
+    assert f"trainer {expected / GIB:+.1f} GiB" in said
+    assert not imbalance(plan(read_recipe(SMALL)))
 
 
 def test_a_proposals_line_makes_its_plan():

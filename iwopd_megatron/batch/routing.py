@@ -45,9 +45,11 @@ class RoutingReplay:
                     self._waiting.append(deque())
                     choose = partial(self._choose, waiting=self._waiting[-1])
                     module.register_forward_pre_hook(choose)
+                    module.register_forward_hook(_forget)
 
     def restart(self) -> None:
-        """Forget forward passes that no backward pass followed; call before a schedule."""
+        """Forget the routes of all forward passes; call before a schedule, and after it."""
+        self._routes = None
         for waiting in self._waiting:
             waiting.clear()
 
@@ -70,6 +72,11 @@ class RoutingReplay:
         replay.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
         # Not set_target_indices(): its list of past targets is emptied by no forward pass.
         replay.target_topk_idx = routes[router.layer_number - 1].long()
+
+
+def _forget(router: TopKRouter, _inputs: tuple, _output: tuple) -> None:
+    """Let go of a router's experts once it has chosen them."""
+    router.router_replay.target_topk_idx = None
 
 
 def cut_routes(

@@ -179,8 +179,9 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss, *_):
+        # In place: another fp32 copy of the head's gradient would be the step's largest tensor.
         gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *((gradient * dloss).to(dtype) for gradient, dtype in gradients), *[None] * 6
+        return *(gradient.mul_(dloss).to(dtype) for gradient, dtype in gradients), *[None] * 6
 
 
 def _differentiate(

@@ -83,7 +83,17 @@ class Schedule:
                 forward_only=forward_only,
             )
         check_room(self.chunks)
+        self._forget()
         return kept
+
+    def _forget(self) -> None:
+        """Let go of what the last micro-batch left in models and hooks."""
+        for chunk in self.chunks:
+            unwrap_model(chunk).set_input_tensor(None)
+        if self.replay is not None:
+            self.replay.restart()
+        if self.load is not None:
+            self.load.forget()
 
     def accumulate(
         self, optimizer: Any, batches: list[MicroBatch], length: int, objective: Objective

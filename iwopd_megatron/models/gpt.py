@@ -16,6 +16,7 @@ from iwopd_megatron.config.models import Layout
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.hf.config import HfConfig
 from iwopd_megatron.models import layer_specs
+from iwopd_megatron.models.dispatched import forget_dispatched
 from iwopd_megatron.models.marks import mark_parameter
 from iwopd_megatron.models.rotary import inverse_frequencies
 from iwopd_megatron.runtime import device
@@ -174,6 +175,7 @@ def build_model(
                 inverse_frequencies(hf.rope, hf.head_dim, device.current_device())
             )
         mark_expert_parameters(chunk)
+        forget_dispatched(chunk)
         if chunk.pre_process and hf.pad_token_id is not None:
             withhold_pad_gradient(chunk.embedding.word_embeddings, hf.pad_token_id, parallel)
         chunks.append(chunk)
@@ -209,7 +211,14 @@ def withhold_pad_gradient(embedding: torch.nn.Module, pad_id: int, parallel: Par
     embedding.register_forward_hook(withhold)
 
 
+class HalfPrecisionModel(Float16Module):
+    """Megatron's bf16 wrapper, whose last stage returns bf16 too: the LM head sums in fp32."""
+
+    def forward(self, *inputs, **kwargs):
+        return super().forward(*inputs, fp32_output=False, **kwargs)
+
+
 def wrap_precision(chunks: list[HiddenStateModel]) -> list[MegatronModule]:
     """Cast bf16 chunks and their pipeline inputs as Megatron does; fp32 chunks pass through."""
     config = chunks[0].config
-    return [Float16Module(config, chunk) if config.bf16 else chunk for chunk in chunks]
+    return [HalfPrecisionModel(config, chunk) if config.bf16 else chunk for chunk in chunks]

@@ -42,6 +42,10 @@ class RouterLoad:
         """Note which tokens `[T / tp]` of a chunk's next forward pass are no padding."""
         self._is_real = is_real_T
 
+    def forget(self) -> None:
+        """Let go of the last micro-batch's tokens; call after a schedule."""
+        self._is_real = self._is_real.new_zeros(0)
+
     def _count(self, router: TopKRouter, _inputs: tuple, output: tuple) -> None:
         is_second_run = is_checkpointing() and torch.is_grad_enabled()
         if self._is_counting and not is_second_run:

@@ -9,8 +9,11 @@ formulas
     f = width of the MLP        n = query heads                 E, K = experts, experts a token
     m = key-value heads         w = bytes of an element
     tp, pp, vpp, ep, etp, cp = the layout's degrees
+    hot = tokens of the busiest expert rank over the mean
 
-tests/test_plan_measured.py holds the formulas against tensors that Megatron's layers save.
+Counted is what the torch-native modules allocate on a GPU, sequences of a micro-batch of one
+length. TransformerEngine's fused kernels need less while backward runs; packing unequal lengths
+pads queries, keys and values. tests/test_plan_measured.py holds the formulas against live tensors.
 """
 
 from __future__ import annotations
@@ -20,22 +23,23 @@ from iwopd_megatron.plan.model_size import ModelSize
 
 
 def attention_bytes(size: ModelSize, layout: Layout, width: int = 2) -> float:
-    """Bytes of one layer's attention, per token = (w (2h + 3q + 3k) + 4 (2n + m + 1)) / tp.
+    """Bytes of one layer's attention, per token = (w (2h + 4q + 3k) + 4 (2n + m + 1)) / tp.
 
-    2h: the norm's input and output. 3q: queries as projected, as turned (rotary), and the
-    attention's output. 3k: keys as projected and as turned, values. In fp32, flash attention's
-    log-sum of every head (4n) and the factor of every norm: the heads' (4n + 4m) and the layer's.
-    With TransformerEngine; the native attention copies its output once more.
+    2h: the norm's input and output. 4q: queries as projected, as copied out of between keys and
+    values (but where a rank has one head of these: 3q), as turned (rotary), and the attention's
+    output. 3k: keys as projected and as turned, values. In fp32, flash attention's log-sum of every
+    head (4n) and the factor of every norm: the heads' (4n + 4m) and the layer's.
     """
     kept = 2 * size.hidden + 3 * size.queries + 3 * size.keys
+    kept += size.queries * (size.kv_heads > layout.tp)
     return (width * kept + 4 * (2 * size.heads + size.kv_heads + 1)) / layout.tp
 
 
-def mlp_bytes(size: ModelSize, layout: Layout, width: int = 2) -> float:
+def mlp_bytes(size: ModelSize, layout: Layout, width: int = 2, hot: float = 1.0) -> float:
     """Bytes of one layer's MLP or experts, per token.
 
     Dense = (w (2h + 3f) + 4) / tp: the norm's input, output and fp32 factor; gate, up and product.
-    Experts = (w (2h + K etp (h + 3f / etp)) + 4 + 24K + 8E) / tp: each of the K copies of a
+    Experts = (w (2h + K etp hot (h + 3f / etp)) + 4 + 24K + 8E) / tp: each of the K copies of a
     token's input, which every rank of an etp group holds, with its part of gate, up and product.
     24K: which experts and in which order (int64), their fp32 probabilities before and after the
     dispatch. 8E: the int64 order of all tokens for all experts, of which Megatron 0.17 and later
@@ -44,12 +48,14 @@ def mlp_bytes(size: ModelSize, layout: Layout, width: int = 2) -> float:
     kept: float = 2 * size.hidden
     if not size.experts:
         return (width * (kept + 3 * size.ffn) + 4) / layout.tp
-    copies = size.topk * layout.etp
+    copies = size.topk * layout.etp * hot
     kept += copies * (size.hidden + 3 * size.ffn / layout.etp)
     return (width * kept + 4 + 24 * size.topk + 8 * size.experts) / layout.tp
 
 
-def layer_bytes(size: ModelSize, layout: Layout, recompute: str, width: int = 2) -> float:
+def layer_bytes(
+    size: ModelSize, layout: Layout, recompute: str, width: int = 2, hot: float = 1.0
+) -> float:
     """Bytes that one layer keeps from forward to backward, per token, by `recompute`.
 
     none = attention + MLP. selective = attention + 2 w h / tp: the MLP is computed again from its
@@ -60,7 +66,7 @@ def layer_bytes(size: ModelSize, layout: Layout, recompute: str, width: int = 2)
         return width * size.hidden / layout.tp
     if recompute == "selective":
         return attention_bytes(size, layout, width) + 2 * width * size.hidden / layout.tp
-    return attention_bytes(size, layout, width) + mlp_bytes(size, layout, width)
+    return attention_bytes(size, layout, width) + mlp_bytes(size, layout, width, hot)
 
 
 def in_flight(layout: Layout, stage: int) -> float:
@@ -78,37 +84,98 @@ def in_flight(layout: Layout, stage: int) -> float:
 
 
 def activation_bytes(
-    size: ModelSize, layout: Layout, tokens: int, recompute: str, stage: int, width: int = 2
-) -> float:
-    """Bytes of activations of a rank of pipeline stage `stage` (0 first).
+    size: ModelSize,
+    layout: Layout,
+    tokens: int,
+    recompute: str,
+    stage: int,
+    width: int = 2,
+    hot: float = 1.0,
+) -> tuple[float, float]:
+    """Bytes of activations of a rank of pipeline stage `stage` (0 first), at its two fullest times.
 
-    = tokens / cp x (kept + hidden + again + widest), where, in bytes per token,
-    kept = layer_bytes x layers / pp x in_flight: from forward to backward;
-    hidden = w h / tp for the final norm, and on the first stage as much again for the embedding;
-    again = mlp_bytes (selective) or attention_bytes + mlp_bytes (full): the layer computed again;
-    widest = w 2f K / tp: the gradients of gate and up, while backward passes through them.
-    tokens: of a micro-batch, before cp cuts it.
+    While the LM head runs = tokens / cp x (kept + (2 w h + 4) / tp): the final norm's input, output
+    and factor. While the last layer's backward runs = tokens / cp x (kept + `_again` + w h / tp) +
+    `_gradients`: the layer computed again, the gradient that came to it. Where kept = (layer_bytes
+    x layers / pp + w h / tp but on the last stage) x in_flight: from forward to backward, with the
+    stage's output. tokens: of a micro-batch, before cp cuts it.
     """
-    local = tokens / layout.cp
-    kept = layer_bytes(size, layout, recompute, width) * size.layers / layout.pp
-    total = kept * in_flight(layout, stage)
-    total += width * size.hidden / layout.tp * (1 + (stage == 0))
-    if recompute != "none":
-        total += mlp_bytes(size, layout, width)
-        total += attention_bytes(size, layout, width) if recompute == "full" else 0
-    widest = (2 * size.ffn / layout.etp if size.experts else 2 * size.ffn) * width
-    total += widest * size.topk * layout.etp / layout.tp
-    return total * local
+    local, hidden = tokens / layout.cp, width * size.hidden / layout.tp
+    kept = layer_bytes(size, layout, recompute, width, hot) * size.layers / layout.pp
+    kept += hidden * (stage < layout.pp - 1)
+    kept *= in_flight(layout, stage)
+    again = _again(size, layout, recompute, width, hot)
+    layer = local * (kept + again + hidden) + _gradients(size, layout, local, width, hot)
+    return local * (kept + 2 * hidden + 4 / layout.tp), layer
+
+
+def _again(size: ModelSize, layout: Layout, recompute: str, width: int, hot: float) -> float:
+    """Bytes per token of a layer's second run, with its output: none = 0.
+
+    Full = attention_bytes + mlp_bytes, as the layer's input is kept already. Selective = mlp_bytes
+    - w h / tp, as the norm's input and output are.
+    """
+    if recompute == "none":
+        return 0.0
+    mlp = mlp_bytes(size, layout, width, hot)
+    if recompute == "selective":
+        return mlp - width * size.hidden / layout.tp
+    return attention_bytes(size, layout, width) + mlp
+
+
+def _gradients(size: ModelSize, layout: Layout, local: float, width: int, hot: float) -> float:
+    """Bytes that an MLP's run adds to what it saves, for `local` tokens: the most of its steps.
+
+    Dense = 5 w f / tp a token: gradients of product, gate and up, and SwiGLU's three intermediate
+    tensors, without the product, which is free by then; + w h f / tp for a weight's gradient.
+    Experts, of R = K etp hot / tp copies a token, with W = E h f / (ep etp) weights a projection:
+    SwiGLU's backward, fp32 as probabilities are = R (3w + 12) f / etp + w W; the down projection's
+    = R w (h + f / etp) + w W; the up projection's = R w (h - f / etp) + 2 w W; and, dispatched to
+    other ranks, the forward run's end = R w 3h + w h K / tp: outputs, in both orders, and copies as
+    sent and as received, which Megatron's callers hold.
+    """
+    if not size.experts:
+        return width * size.ffn / layout.tp * (5 * local + size.hidden)
+    rows = local / layout.tp * size.topk * layout.etp * hot
+    ffn = size.ffn / layout.etp
+    weights = width * size.experts / layout.ep * size.hidden * ffn
+    steps = [
+        rows * (3 * width + 12) * ffn + weights,
+        rows * width * (size.hidden + ffn) + weights,
+        rows * width * (size.hidden - ffn) + 2 * weights,
+    ]
+    if layout.ep * layout.etp > 1:
+        own = local / layout.tp * size.topk
+        steps.append(width * size.hidden * (3 * rows + own))
+    return max(steps)
+
+
+def scoring_bytes(
+    size: ModelSize, layout: Layout, tokens: int, width: int = 2, hot: float = 1.0
+) -> float:
+    """Bytes of activations of a rank that only scores, at a layer's MLP, where they are most.
+
+    Dense = tokens / cp x w ((4h + 3f) / tp + h + h / tp where tp > 1): embeddings, residual twice
+    and norm; gate, up and product; output before and after it is scattered.
+    Experts = tokens / cp x (w 4h + 5E + 8K) / tp + R w (h + max(3f / etp, h + f / etp)) with the R
+    copies of `_gradients`; where they are dispatched, the max is of 2h too (outputs in both
+    orders), and copies as received and as sent are there, w h each. 5E + 8K: fp32 probabilities, a
+    map of bools, the order of tokens.
+    """
+    local, hidden = tokens / layout.cp / layout.tp, width * size.hidden
+    if not size.experts:
+        out = hidden * layout.tp + hidden * (layout.tp > 1)
+        return local * (4 * hidden + 3 * width * size.ffn + out)
+    own, ffn = local * size.topk, width * size.ffn / layout.etp
+    rows, is_dispatched = own * layout.etp * hot, layout.ep * layout.etp > 1
+    copies = rows * (hidden + max(3 * ffn, hidden + ffn, 2 * hidden * is_dispatched))
+    copies += (own + rows) * hidden * is_dispatched
+    return local * (4 * hidden + 5 * size.experts + 8 * size.topk) + copies
 
 
 def buffer_bytes(size: ModelSize, layout: Layout, tokens: int, width: int = 2) -> float:
-    """Bytes of communication's receive buffers, which live beside the activations.
+    """Bytes of the buffer that a tensor-parallel group's sequence is gathered into, which stays.
 
-    = 2 w h x (gathered + dispatched): gathered = tokens / cp where tp > 1, the whole sequence of
-    a tensor-parallel group; dispatched = tokens / (cp tp) x K etp where ep etp > 1, the copies of
-    tokens that experts get.
+    = w h tokens / cp where tp > 1. Copies of tokens that experts get are among the activations.
     """
-    local = tokens / layout.cp
-    gathered = 2 * width * size.hidden * local if layout.tp > 1 else 0
-    rows = local / layout.tp * size.topk * layout.etp if layout.ep * layout.etp > 1 else 0
-    return gathered + 2 * width * size.hidden * rows
+    return width * size.hidden * tokens / layout.cp if layout.tp > 1 else 0.0

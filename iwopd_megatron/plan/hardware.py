@@ -50,10 +50,10 @@ class Rates:
     link: float = 0.8  # of a large message
     # Calibrated: times that the bytes saved for backward pass through memory, forward and backward;
     # Qwen3-8B, 16 H100 (Megatron-Bridge's model card, 512.7 TFLOP/s).
-    passes: float = 8.0
+    passes: float = 6.8
     # Calibrated: permutation, host waits and launches of an MoE layer, forward and backward;
     # Qwen3-30B-A3B, 16 H100, overlapped dispatch (Megatron-LM pull request 5728, 240.5 TFLOP/s).
-    moe_layer: float = 2.0e-3  # seconds
+    moe_layer: float = 2.7e-3  # seconds
     dense_layer: float = 0.2e-3  # seconds
     # Calibrated on single requests: launches of one layer of a decode step under CUDA graphs;
     # Qwen3-1.7B and Qwen3-30B-A3B, vLLM on an A100 (tt-inference-server issue 340).
@@ -63,7 +63,7 @@ class Rates:
     decode_hbm: float = 0.8
     # Calibrated: a whole round over its parts run alone, which host work, uneven batches and
     # waiting add; GRPO on Qwen3-30B-A3B, 32 H100, 192 s a step (NeMo-RL performance summary).
-    system: float = 1.69
+    system: float = 1.68
 
 
 RATES = Rates()

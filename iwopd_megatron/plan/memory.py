@@ -12,12 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from iwopd_megatron.config.models import Layout
-from iwopd_megatron.plan.activations import (
-    activation_bytes,
-    attention_bytes,
-    buffer_bytes,
-    mlp_bytes,
-)
+from iwopd_megatron.plan.activations import activation_bytes, buffer_bytes, scoring_bytes
 from iwopd_megatron.plan.hardware import CONTEXT, FRAGMENTATION, Gpu
 from iwopd_megatron.plan.model_size import ModelSize
 
@@ -111,18 +106,50 @@ def states(
 def head_bytes(
     size: ModelSize, layout: Layout, tokens: int, training: bool = True, rows: int = HEAD_ROWS
 ) -> float:
-    """Bytes of the LM head on the last stage: a tile of logits, and in training both gradients.
+    """Bytes of the LM head on the last stage: tiles of logits, and in training both gradients.
 
-    Training = 2 rows V / tp + 6 h (V / tp + tokens / cp): the bf16 product, over which its gradient
-    is written; fp32 gradients of the head and of the hidden states, and both in bf16 (V: size of
-    the vocabulary). Scoring = 10 rows V / tp: the bf16 product, and where the top K are looked for
-    fp32 logits and 4 bytes that sort them. See loss/logprobs.py and loss/linear_loss.py.
+    Training = max(4 rows V / tp, 2 h (V / tp + N)) + 4 h (V / tp + N) + 2 h N, N = tokens / cp:
+    two bf16 tiles, the one begun and the one before, or both gradients in bf16; the gradients of
+    head and hidden states in fp32; the hidden states that predict (V: size of the vocabulary).
+    Scoring = 10 rows V / tp: the bf16 product, and where the top K are looked for fp32 logits and 4
+    bytes that sort them. See loss/logprobs.py and loss/linear_loss.py.
     """
     vocab, local = size.vocab / layout.tp, tokens / layout.cp
     tile = min(rows, local) * vocab
     if not training:
         return tile * 10
-    return tile * 2 + (vocab + local) * size.hidden * 6
+    gradient = (vocab + local) * size.hidden
+    return max(4 * tile, 2 * gradient) + 4 * gradient + 2 * local * size.hidden
+
+
+def moments(
+    size: ModelSize,
+    layout: Layout,
+    world: int,
+    tokens: int,
+    recompute: str = "none",
+    precision: Precision | None = None,
+    distributed: bool = True,
+    hot: float = 1.0,
+) -> list[Memory]:
+    """Memory of a trainer's rank of the first and of the last pipeline stage, at two moments each.
+
+    Bytes = states + the gathered sequence's buffer, with activations and LM head while the head
+    runs (last stage only), or activations in a layer's backward. world: all ranks; tokens: of a
+    micro-batch, before cp cuts it; precision: default bf16; hot: tokens of the busiest expert rank
+    over the mean.
+    """
+    found, hot = [], hot if layout.ep > 1 else 1.0
+    for stage in sorted({0, layout.pp - 1}):
+        base = states(size, layout, world, precision or Precision(), stage, distributed)
+        base = replace(base, communication=buffer_bytes(size, layout, tokens))
+        width = (precision or Precision()).weight
+        at_head, in_layer = activation_bytes(size, layout, tokens, recompute, stage, width, hot)
+        if stage == layout.pp - 1:
+            head = head_bytes(size, layout, tokens)
+            found.append(replace(base, activations=at_head, head=head))
+        found.append(replace(base, activations=in_layer))
+    return found
 
 
 def training(
@@ -133,41 +160,30 @@ def training(
     recompute: str = "none",
     precision: Precision | None = None,
     distributed: bool = True,
+    hot: float = 1.0,
 ) -> Memory:
-    """Memory of a trainer's busiest rank: of its first or its last pipeline stage.
-
-    Bytes = states + activations + head (last stage only) + receive buffers. world: all ranks;
-    tokens: of a micro-batch, before cp cuts it; precision: default bf16.
-    """
-    precision = precision or Precision()
-
-    def at(stage: int) -> Memory:
-        base = states(size, layout, world, precision, stage, distributed)
-        is_last = stage == layout.pp - 1
-        return replace(
-            base,
-            activations=activation_bytes(size, layout, tokens, recompute, stage),
-            head=head_bytes(size, layout, tokens) if is_last else 0,
-            communication=buffer_bytes(size, layout, tokens),
-        )
-
-    return max((at(stage) for stage in {0, layout.pp - 1}), key=lambda memory: memory.total)
+    """Memory of a trainer's busiest rank at its fullest moment: the largest of `moments`."""
+    found = moments(size, layout, world, tokens, recompute, precision, distributed, hot)
+    return max(found, key=lambda memory: memory.total)
 
 
-def scoring(size: ModelSize, layout: Layout, tokens: int, width: int = 2) -> Memory:
-    """Memory of a rank that only scores (forward passes).
+def scoring(
+    size: ModelSize, layout: Layout, tokens: int, width: int = 2, hot: float = 1.0
+) -> Memory:
+    """Memory of a rank that only scores (forward passes), in a layer or in the LM head if more.
 
-    Bytes = width x parameters of its larger end stage + one layer's attention and MLP x tokens / cp
-    + a tile of logits + receive buffers. tokens: of a micro-batch, before cp cuts it.
+    Bytes = width x parameters of its larger end stage + the gathered sequence's buffer, and the
+    larger of `scoring_bytes` and a tile of logits + 2 w h / tp x tokens / cp for hidden states.
+    tokens: of a micro-batch, before cp cuts it.
     """
     weights = max(size.share(layout, stage).total for stage in {0, layout.pp - 1}) * width
-    layer = attention_bytes(size, layout, width) + mlp_bytes(size, layout, width)
-    return Memory(
-        weights=weights,
-        activations=layer * tokens / layout.cp,
-        head=head_bytes(size, layout, tokens, training=False),
-        communication=buffer_bytes(size, layout, tokens, width),
-    )
+    communication = buffer_bytes(size, layout, tokens, width)
+    hidden = 2 * width * size.hidden / layout.tp * tokens / layout.cp
+    layer = scoring_bytes(size, layout, tokens, width, hot if layout.ep > 1 else 1.0)
+    head = head_bytes(size, layout, tokens, training=False)
+    if layer > head + hidden:
+        return Memory(weights=weights, activations=layer, communication=communication)
+    return Memory(weights=weights, activations=hidden, head=head, communication=communication)
 
 
 def kv_bytes(size: ModelSize, tp: int, width: int = 2) -> float:

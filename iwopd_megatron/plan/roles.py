@@ -64,7 +64,7 @@ def roles(setup: Setup) -> list[PlannedRole]:
 
 def teacher_role(setup: Setup, teacher: PlannedTeacher) -> PlannedRole:
     """Return a teacher's service: its memory while it scores."""
-    memory = scoring(teacher.size, teacher.layout, teacher.tokens)
+    memory = scoring(teacher.size, teacher.layout, teacher.tokens, hot=setup.assumed.hot)
     knob = f"raise {teacher.key}.service.parallel.{'ep' if teacher.size.experts else 'tp'}"
     return _role(setup, teacher.key, teacher.gpus, teacher.layout, memory, knob)
 
@@ -100,6 +100,7 @@ def trainer_role(setup: Setup) -> PlannedRole:
         student.recompute,
         Precision.of(student.dtype),
         train.distributed_optimizer,
+        setup.assumed.hot,
     )
     if not setup.cluster.rollout:
         whole = setup.student.parameters * Precision.of(student.dtype).weight
@@ -125,7 +126,7 @@ def _moments(setup: Setup, training: Memory) -> list[tuple[Memory, dict[str, flo
     for name, model in models.items():
         size, width = ModelSize.of(planning_config(model.hf)), Precision.of(model.dtype).weight
         tokens = model.microbatch_tokens or recipe.train.microbatch_tokens
-        needed = scoring(size, setup.layout_of(size), tokens, width)
+        needed = scoring(size, setup.layout_of(size), tokens, width, setup.assumed.hot)
         there[name] = 0.0 if model.offload else needed.weights
         away |= {name: needed} if model.offload else {}
     found = [(replace(training, scorer=sum(there.values())), there)]

@@ -21,12 +21,13 @@ from iwopd_megatron.plan.time import Workload
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What a recipe does not say: lengths in tokens, and how full micro-batches are."""
+    """What a recipe does not say: lengths in tokens, fullness of micro-batches, load of experts."""
 
     mean_prompt: float = 200.0  # competition problems with the chat template
     mean_response: float | None = None  # default: 0.3 of the limit
     spread: float = 0.8  # of the log of a response's length
     packing: float = 0.93  # share of a micro-batch's budget that is filled
+    hot: float = 1.0  # tokens of the busiest expert rank over the mean, in every layer
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from iwopd_megatron.config.models import Layout
 from iwopd_megatron.config.preflight import describe
 from iwopd_megatron.plan.hardware import GIB
 from iwopd_megatron.plan.plan import Plan
+from iwopd_megatron.plan.roles import PlannedRole
 from iwopd_megatron.plan.teachers import shares_are_given
 
 
@@ -113,6 +115,12 @@ def notes(plan: Plan) -> list[str]:
         given = shares_are_given(setup.recipe)
         why = "as data.train mixes them" if given else "assumed: data.train does not say"
         lines.append(f"scored responses, all sources of one length: {parts} ({why})")
+    if needed := imbalance(plan):
+        parts = ", ".join(
+            f"{role.name} {more / GIB:+.1f} GiB{'' if role.margin >= more else ', too much'}"
+            for role, more in needed
+        )
+        lines.append(f"a rank whose experts get twice the tokens planned would need: {parts}")
     if setup.cluster.rollout:
         lines.append(
             f"servers: {setup.prompts / setup.servers:.0f} requests each, "
@@ -132,6 +140,20 @@ def notes(plan: Plan) -> list[str]:
         + [f"breaks first: {sentence}" for sentence in plan.limits()[:1]]
         + [f"then: {sentence}" for sentence in plan.limits()[1:]]
     )
+
+
+def imbalance(plan: Plan) -> list[tuple[PlannedRole, float]]:
+    """Return roles and the bytes that a rank with twice the planned tokens of experts needs more.
+
+    Roles without expert parallelism, which has such ranks, are left out.
+    """
+    assumed = replace(plan.setup.assumed, hot=2 * plan.setup.assumed.hot)
+    twice = Plan(replace(plan.setup, assumed=assumed)).roles
+    found = [
+        (role, more.memory.total - role.memory.total)
+        for role, more in zip(plan.roles, twice, strict=True)
+    ]
+    return [(role, more) for role, more in found if more > 0]
 
 
 def print_proposals(plans: list[Plan], top: int = 5) -> None:

@@ -55,7 +55,7 @@ def forward(load: Workload) -> float:
 
     = layers / pp x layer + head, each of one pass.
     """
-    return _stage(load, _layer(load, 1, False), _head(load, 1))
+    return _stage(load, _layer(load, 1, None), _head(load, 1))
 
 
 def forward_backward(load: Workload, recompute: str) -> float:
@@ -65,7 +65,7 @@ def forward_backward(load: Workload, recompute: str) -> float:
     what is computed again: nothing (none), the MLP's part of a pass (selective), or one (full).
     """
     again = {"none": 0.0, "selective": _mlp_share(load.size), "full": 1.0}[recompute]
-    return _stage(load, _layer(load, 3 + again, True), _head(load, 3))
+    return _stage(load, _layer(load, 3 + again, recompute), _head(load, 3))
 
 
 def _stage(load: Workload, layer: float, head: float) -> float:
@@ -86,18 +86,18 @@ def _mlp_share(size: ModelSize) -> float:
     return mlp / (mlp + size.attention)
 
 
-def _layer(load: Workload, passes: float, trains: bool) -> float:
+def _layer(load: Workload, passes: float, recompute: str | None) -> float:
     """Return seconds of one layer of a micro-batch in so many passes: passes x (
 
     attention's product: T tokens, h (2q + 2k) / tp weights;
     attention: 2 length q T / tp FLOP, two products of length x q and half of them masked;
     MLP's product: T tokens, 3 h f / tp weights; or of experts: T K etp / tp copies of tokens, each
-    2 x 3 h f / etp FLOP, E 3 h f / (ep etp) weights, and the dispatch of the copies;
-    tensor- and context-parallel communication)
+    2 x 3 h f / etp FLOP, E 3 h f / (ep etp) weights)
+    + `_dispatches` x the dispatch of the copies + tensor- and context-parallel communication
     + passes / 3 x (bytes kept x `rates.passes` / HBM + `rates.moe_layer` or `dense_layer`)
     + in training 10 bytes a weight / HBM to sum gradients: fp32 read and written, bf16 read.
 
-    passes: 1 forward, 3 with backward, more with recomputation.
+    passes: 1 forward, 3 with backward, more with recomputation; recompute: None without backward.
     """
     size, layout, gpu, rates = load.size, load.layout, load.gpu, load.rates
     local = load.tokens / layout.cp
@@ -111,16 +111,18 @@ def _layer(load: Workload, passes: float, trains: bool) -> float:
         per_copy = size.mlp / layout.etp
         arithmetic = 2 * copies * per_copy / (gpu.tflops * rates.grouped_gemm)
         seconds += max(arithmetic, 2 * weights / (gpu.hbm * rates.hbm))
-        seconds += _dispatch(load, copies) * (1 - load.software.hidden_dispatch)
     else:
         weights = size.mlp / layout.tp
         seconds += _product(load, local, weights, rates.gemm)
-    seconds += _sequence_parallel(load, local)
     seconds *= passes
+    if size.experts:
+        dispatch = _dispatch(load, copies) * (1 - load.software.hidden_dispatch)
+        seconds += dispatch * _dispatches(recompute)
+    seconds += _sequence_parallel(load, local, recompute)
     kept = layer_bytes(size, layout, "none") * local
     seconds += kept * rates.passes * passes / 3 / (gpu.hbm * rates.hbm)
     seconds += (rates.moe_layer if size.experts else rates.dense_layer) * passes / 3
-    if trains:
+    if recompute is not None:
         width = 8 if load.software.fused_gradients else 10  # read and write fp32, read bf16
         seconds += width * (weights + size.attention / layout.tp) / (gpu.hbm * rates.hbm)
     return seconds
@@ -141,6 +143,16 @@ def _head(load: Workload, passes: int) -> float:
     tokens = load.tokens / load.layout.cp
     elementwise = 20 * tokens * load.size.vocab / load.layout.tp / (load.gpu.hbm * load.rates.hbm)
     return passes * (_product(load, tokens, weights, load.rates.gemm) + elementwise / 2)
+
+
+def _dispatches(recompute: str | None) -> int:
+    """Return how often a layer's copies of tokens cross to the experts and back in a micro-batch.
+
+    Forward 1; 2 with backward; 3 with the MLP or the layer computed again, two all-to-alls each.
+    tests/test_plan_collectives.py counts what is issued. Left out: with them go probabilities, 4
+    bytes a copy beside 2 h, and counts by expert.
+    """
+    return {None: 1, "none": 2}.get(recompute, 3)
 
 
 def _dispatch(load: Workload, copies: float) -> float:
@@ -165,18 +177,21 @@ def _dispatch(load: Workload, copies: float) -> float:
     return 2 * max(crossing / (gpu.network * rate), local / (gpu.nvlink * rate))
 
 
-def _sequence_parallel(load: Workload, tokens: float) -> float:
-    """Return seconds of a layer's tensor- and context-parallel communication in a forward pass.
+def _sequence_parallel(load: Workload, tokens: float, recompute: str | None) -> float:
+    """Return seconds of a layer's tensor- and context-parallel communication in a micro-batch.
 
-    Bytes = 2 pairs x 2 h T (tp - 1) / tp + 2 x 2 k / tp x tokens (cp - 1) / cp: a pair is an
-    all-gather and a reduce-scatter, around attention and a dense MLP (experts take sequence shards,
-    so 1 pair instead of 2); keys and values are gathered over cp. By NVLink where tp cp ranks are
-    within a node.
+    Bytes = 2 h T (tp - 1) / tp x collectives + 2 x 2 k / tp x tokens (cp - 1) / cp x gathers. Of
+    collectives, attention and a dense MLP have one all-gather and one reduce-scatter forward, those
+    and the gather of the input again backward (5 in all), and 2 more where computed again; experts
+    take sequence shards. Keys and values are gathered over cp as often as `_dispatches` says. By
+    NVLink where tp cp ranks are within a node.
     """
     layout, size = load.layout, load.size
-    pairs = 1 if size.experts else 2
-    moved = pairs * 2 * 2 * size.hidden * tokens * (layout.tp - 1) / layout.tp
-    moved += 2 * 2 * size.keys / layout.tp * load.tokens * (layout.cp - 1) / layout.cp
+    attention = {None: 2, "full": 7}.get(recompute, 5)
+    mlp = 0 if size.experts else {None: 2, "none": 5}.get(recompute, 7)
+    moved = (attention + mlp) * 2 * size.hidden * tokens * (layout.tp - 1) / layout.tp
+    gathered = 2 * 2 * size.keys / layout.tp * load.tokens * (layout.cp - 1) / layout.cp
+    moved += gathered * _dispatches(recompute)
     inside = layout.tp * layout.cp <= load.gpus_per_node
     bandwidth = load.gpu.nvlink if inside else load.gpu.network
     return moved / (bandwidth * load.rates.link)
