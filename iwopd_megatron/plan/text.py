@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -172,5 +174,7 @@ def overrides(plan: Plan) -> list[str]:
 
 
 def _flow(layout: Layout) -> str:
-    """Return the axes larger than one as a YAML flow mapping, quoted for a shell."""
-    return "'{" + ", ".join(f"{axis}: {size}" for axis, size in layout if size > 1) + "}'"
+    """Return what a layout has but defaults as a YAML flow mapping, quoted for a shell."""
+    given = layout.model_dump(exclude_defaults=True)
+    flow = yaml.safe_dump(given, default_flow_style=True, sort_keys=False, width=10**6)
+    return shlex.quote(flow.strip())
