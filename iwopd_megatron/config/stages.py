@@ -111,12 +111,12 @@ def _placements(layout: Layout, layers: int) -> Iterator[dict[str, bool | int | 
         counts = [least] * chunks
         for place in [*range(1, chunks - 1), 0][:more]:  # never the head's, which has work enough
             counts[place] += 1
-        yield {STRING: _string(counts)}
+        yield {STRING: layout_string(counts)}
 
 
-def _string(counts: list[int]) -> str:
-    """Return Megatron's layout string of every chunk's number of layers."""
-    first, *middle, last = ("t" if n == 1 else f"t*{n}" for n in counts)
+def layout_string(counts: list[int]) -> str:
+    """Return Megatron's layout string of every chunk's number of layers, in the network's order."""
+    first, *middle, last = ({0: "", 1: "t"}.get(n, f"t*{n}") for n in counts)
     runs = [(text, len(list(run))) for text, run in groupby(middle)]
     inner = [f"({text}|)*{n}" if n > 1 else f"{text}|" for text, n in runs]
     return f"E{first}|{''.join(inner)}{last}L"
@@ -183,7 +183,7 @@ def _placed(text: str, layout: Layout, layers: int) -> list[int]:
     for pattern in REPEATED:
         text = re.sub(pattern, lambda match: match[1] * int(match[2]), text)
     chunks, wanted = text.split("|"), layout.pp * layout.vpp
-    example = _string([1] * max(2, wanted))
+    example = layout_string([1] * max(2, wanted))
     if strange := set(text) - set("EtL|"):
         raise RecipeError(
             f"{STRING} has '{min(strange)}', which is no E (embedding), t (layer) or L (LM head); "

@@ -16,6 +16,7 @@ tests/test_plan_measured.py holds the formulas against tensors that Megatron's l
 from __future__ import annotations
 
 from iwopd_megatron.config.models import Layout
+from iwopd_megatron.config.stages import stage_layers
 from iwopd_megatron.plan.model_size import ModelSize
 
 
@@ -66,6 +67,8 @@ def layer_bytes(size: ModelSize, layout: Layout, recompute: str, width: int = 2)
 def in_flight(layout: Layout, stage: int) -> float:
     """Micro-batches whose activations stage `stage` (0 first) holds at once, in whole stages.
 
+    Where all of its chunks have as many layers; `layers_in_flight` counts them one by one.
+
     1F1B = pp - stage (Narayanan et al., arXiv 2104.04473, section 2.2). Interleaved, vpp > 1 =
     (2 (pp - 1 - stage) + (vpp - 1) pp + 1) / vpp: Megatron's warm-up chunks and the one after them,
     each 1 / vpp of a stage. On stage 0 that is pp (1 + (pp - 1) / (pp vpp)), as arXiv 2205.05198,
@@ -77,21 +80,32 @@ def in_flight(layout: Layout, stage: int) -> float:
     return (2 * behind + (layout.vpp - 1) * layout.pp + 1) / layout.vpp
 
 
+def layers_in_flight(size: ModelSize, layout: Layout, stage: int) -> float:
+    """Layers of stage `stage` whose activations it holds at once, one for each micro-batch.
+
+    = layers of every chunk x how many of the micro-batches in flight are in it: 1F1B pp - stage;
+    interleaved, the first 2 (pp - 1 - stage) + (vpp - 1) pp + 1 passes, of which each chunk in turn
+    has pp.
+    """
+    chunks = [len(chunk) for chunk in stage_layers(layout, size.layers)[stage]]
+    passes = round(in_flight(layout, stage) * layout.vpp)
+    return sum(chunks[i // layout.pp % layout.vpp] for i in range(passes))
+
+
 def activation_bytes(
     size: ModelSize, layout: Layout, tokens: int, recompute: str, stage: int, width: int = 2
 ) -> float:
     """Bytes of activations of a rank of pipeline stage `stage` (0 first).
 
     = tokens / cp x (kept + hidden + again + widest), where, in bytes per token,
-    kept = layer_bytes x layers / pp x in_flight: from forward to backward;
+    kept = layer_bytes x layers_in_flight: from forward to backward;
     hidden = w h / tp for the final norm, and on the first stage as much again for the embedding;
     again = mlp_bytes (selective) or attention_bytes + mlp_bytes (full): the layer computed again;
     widest = w 2f K / tp: the gradients of gate and up, while backward passes through them.
     tokens: of a micro-batch, before cp cuts it.
     """
     local = tokens / layout.cp
-    kept = layer_bytes(size, layout, recompute, width) * size.layers / layout.pp
-    total = kept * in_flight(layout, stage)
+    total = layer_bytes(size, layout, recompute, width) * layers_in_flight(size, layout, stage)
     total += width * size.hidden / layout.tp * (1 + (stage == 0))
     if recompute != "none":
         total += mlp_bytes(size, layout, width)

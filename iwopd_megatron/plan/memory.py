@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from iwopd_megatron.config.models import Layout
+from iwopd_megatron.config.stages import distinct_stages
 from iwopd_megatron.plan.activations import (
     activation_bytes,
     attention_bytes,
@@ -134,7 +135,7 @@ def training(
     precision: Precision | None = None,
     distributed: bool = True,
 ) -> Memory:
-    """Memory of a trainer's busiest rank: of its first or its last pipeline stage.
+    """Memory of a trainer's busiest rank: of the fullest of its unlike pipeline stages.
 
     Bytes = states + activations + head (last stage only) + receive buffers. world: all ranks;
     tokens: of a micro-batch, before cp cuts it; precision: default bf16.
@@ -151,16 +152,18 @@ def training(
             communication=buffer_bytes(size, layout, tokens),
         )
 
-    return max((at(stage) for stage in {0, layout.pp - 1}), key=lambda memory: memory.total)
+    stages = distinct_stages(layout, size.layers)
+    return max(map(at, stages), key=lambda memory: memory.total)
 
 
 def scoring(size: ModelSize, layout: Layout, tokens: int, width: int = 2) -> Memory:
     """Memory of a rank that only scores (forward passes).
 
-    Bytes = width x parameters of its larger end stage + one layer's attention and MLP x tokens / cp
+    Bytes = width x parameters of its largest stage + one layer's attention and MLP x tokens / cp
     + a tile of logits + receive buffers. tokens: of a micro-batch, before cp cuts it.
     """
-    weights = max(size.share(layout, stage).total for stage in {0, layout.pp - 1}) * width
+    stages = distinct_stages(layout, size.layers)
+    weights = max(size.share(layout, stage).total for stage in stages) * width
     layer = attention_bytes(size, layout, width) + mlp_bytes(size, layout, width)
     return Memory(
         weights=weights,

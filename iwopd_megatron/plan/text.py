@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
+from itertools import groupby
 from typing import Any
 
 import yaml
@@ -11,8 +13,10 @@ from rich.table import Table
 
 from iwopd_megatron.config.models import Layout
 from iwopd_megatron.config.preflight import describe
+from iwopd_megatron.config.stages import layers_of_stages
 from iwopd_megatron.plan.hardware import GIB
 from iwopd_megatron.plan.plan import Plan
+from iwopd_megatron.plan.setup import Setup
 from iwopd_megatron.plan.teachers import shares_are_given
 
 
@@ -104,6 +108,7 @@ def notes(plan: Plan) -> list[str]:
         for role in plan.roles
         if not role.fits
     ]
+    lines += _uneven_stages(setup)
     lines += setup.said
     tail = f", {plan.generation.tail:.0%} of generation with less than a quarter of them left"
     lines.append(
@@ -134,6 +139,22 @@ def notes(plan: Plan) -> list[str]:
         + [f"breaks first: {sentence}" for sentence in plan.limits()[:1]]
         + [f"then: {sentence}" for sentence in plan.limits()[1:]]
     )
+
+
+def _uneven_stages(setup: Setup) -> Iterator[str]:
+    """Yield a sentence for every model whose pipeline stages have settings of their own."""
+    models = [("student", setup.layout, setup.student)]
+    models += [
+        (one.key, one.layout, one.size) for one in setup.teachers if one.key in setup.services
+    ]
+    for name, layout, size in models:
+        if layout.placement:
+            runs = groupby(layers_of_stages(layout, size.layers))
+            sizes = [(len(list(run)), layers) for layers, run in runs]
+            said = ", ".join(
+                f"{count} x {layers}" if count > 1 else f"{layers}" for count, layers in sizes
+            )
+            yield f"{name}: stages of {said} layers"
 
 
 def print_proposals(plans: list[Plan], top: int = 5) -> None:
