@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
@@ -43,6 +42,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         **({"teachers": _teachers(plan)} if len(setup.teachers) > 1 else {}),
         "assumed": list(setup.said),
         "student": describe(setup.layout),
+        **({"stages": stages} if (stages := _uneven_stages(setup)) else {}),
         "recompute": setup.recipe.student.recompute,
         "round": {
             "seconds": plan.seconds,
@@ -108,7 +108,7 @@ def notes(plan: Plan) -> list[str]:
         for role in plan.roles
         if not role.fits
     ]
-    lines += _uneven_stages(setup)
+    lines += [_stages_line(*item) for item in _uneven_stages(setup).items()]
     lines += setup.said
     tail = f", {plan.generation.tail:.0%} of generation with less than a quarter of them left"
     lines.append(
@@ -141,20 +141,21 @@ def notes(plan: Plan) -> list[str]:
     )
 
 
-def _uneven_stages(setup: Setup) -> Iterator[str]:
-    """Yield a sentence for every model whose pipeline stages have settings of their own."""
+def _uneven_stages(setup: Setup) -> dict[str, list[int]]:
+    """Return the layers of every stage, of models whose stages have settings of their own."""
     models = [("student", setup.layout, setup.student)]
-    models += [
-        (one.key, one.layout, one.size) for one in setup.teachers if one.key in setup.services
-    ]
-    for name, layout, size in models:
-        if layout.placement:
-            runs = groupby(layers_of_stages(layout, size.layers))
-            sizes = [(len(list(run)), layers) for layers, run in runs]
-            said = ", ".join(
-                f"{count} x {layers}" if count > 1 else f"{layers}" for count, layers in sizes
-            )
-            yield f"{name}: stages of {said} layers"
+    models += [(x.key, x.layout, x.size) for x in setup.teachers if x.key in setup.services]
+    return {
+        name: layers_of_stages(layout, size.layers)
+        for name, layout, size in models
+        if layout.placement
+    }
+
+
+def _stages_line(name: str, stages: list[int]) -> str:
+    runs = [(len(list(run)), layers) for layers, run in groupby(stages)]
+    said = ", ".join(f"{n} x {layers}" if n > 1 else f"{layers}" for n, layers in runs)
+    return f"{name}: stages of {said} layers"
 
 
 def print_proposals(plans: list[Plan], top: int = 5) -> None:
