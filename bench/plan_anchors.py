@@ -8,6 +8,7 @@ trainer has not: overlapped dispatch, one copy a node, weight gradients summed i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from iwopd_megatron.config.models import Layout
 from iwopd_megatron.hf.known_models import known_model
@@ -16,10 +17,14 @@ from iwopd_megatron.plan.model_size import ModelSize
 from iwopd_megatron.plan.time import Software
 
 GB, GIB = 1e9, 2**30
-OVERLAPPED = Software(hidden_dispatch=0.9, fused_gradients=True, head_as_layer=True)
-HYBRID = Software(one_copy_a_node=True, fused_gradients=True, head_as_layer=True)
-HYBRID_OVERLAPPED = Software(0.9, True, True, True)
-FUSED = Software(fused_gradients=True, head_as_layer=True)
+OVERLAPPED = Software(hidden_dispatch=0.9, fused_gradients=True)
+HYBRID = Software(one_copy_a_node=True, fused_gradients=True)
+HYBRID_OVERLAPPED = Software(0.9, True, True)
+FUSED = Software(fused_gradients=True)
+COUNTED: dict[str, Any] = {
+    "account_for_embedding_in_pipeline_split": True,
+    "account_for_loss_in_pipeline_split": True,
+}
 BF16_GRADIENTS = Precision(gradient=2)
 
 
@@ -77,7 +82,8 @@ def _pai(what: str, layout: Layout, micro: int, sequences: int, recompute: str, 
 
 
 EP16, CARD = Layout(ep=16), "Megatron-Bridge model card"
-PAI_TP1, PAI_TP2 = Layout(pp=32, vpp=3, ep=8), Layout(tp=2, pp=32, vpp=3, ep=8)
+PAI_TP1 = Layout(pp=32, vpp=3, ep=8, **COUNTED)
+PAI_TP2 = Layout(tp=2, pp=32, vpp=3, ep=8, **COUNTED)
 TRAININGS = [
     Training(
         "Qwen3-8B, 16 H100",
@@ -215,7 +221,7 @@ TRAININGS = [
         "235B-A22B, 256 H100, overlapped",
         "Megatron-LM PR 5728",
         MOE_235B,
-        Layout(tp=2, pp=8, vpp=4, ep=32),
+        Layout(tp=2, pp=8, vpp=4, ep=32, **COUNTED),
         "h100-80",
         256,
         4096,
@@ -356,7 +362,7 @@ ROUNDS = [
     Round(
         "235B-A22B, 128 H100",
         MOE_235B,
-        Layout(tp=2, pp=8, cp=2, ep=16),
+        Layout(tp=2, pp=8, cp=2, ep=16, **COUNTED),
         128,
         512,
         5698,
@@ -368,7 +374,7 @@ ROUNDS = [
     Round(
         "235B-A22B, 256 H100",
         MOE_235B,
-        Layout(tp=2, pp=8, cp=2, ep=16),
+        Layout(tp=2, pp=8, cp=2, ep=16, **COUNTED),
         256,
         512,
         5713,

@@ -13,6 +13,12 @@ from iwopd_megatron.parity import hf_reference, parity
 from iwopd_megatron.runtime.local_world import local_context
 from iwopd_megatron.runtime.parallel import shutdown
 
+# Pipelines of stages with unequally many of the models' 4 layers, some with none.
+COUNTED = {
+    "account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True,
+}  # fmt: skip
+FIRST, LAST = (f"num_layers_in_{which}_pipeline_stage" for which in ("first", "last"))
+STRING = "pipeline_model_parallel_layout"
 UNEQUAL, EQUAL = [24, 16, 32, 20, 28, 12, 24, 32], [32] * 8
 # name: (processes, model, lengths, micro-batch tokens, axes larger than one, dtype, recompute)
 CASES = {
@@ -55,6 +61,22 @@ CASES = {
     "tp2 etp2 ep2": (4, "moe", UNEQUAL, 96, {"tp": 2, "etp": 2, "ep": 2}, "fp32", "none"),
     "cp4": (4, "moe", UNEQUAL, 96, {"cp": 4}, "fp32", "none"),
     "tied tp2 pp2": (4, "tied", UNEQUAL, 96, {"tp": 2, "pp": 2}, "fp32", "none"),
+    "pp2: 1, 3": (2, "moe", UNEQUAL, 96, {"pp": 2, FIRST: 1}, "fp32", "none"),
+    "pp2: 3, 1, full recompute": (2, "moe", UNEQUAL, 96, {"pp": 2, LAST: 1}, "fp32", "full"),
+    "dense pp2: E, 4": (2, "dense", UNEQUAL, 96, {"pp": 2, STRING: "E|t*4L"}, "fp32", "none"),
+    "pp2: 4, L": (2, "moe", UNEQUAL, 96, {"pp": 2, STRING: "Et*4|L"}, "fp32", "none"),
+    "pp2 vpp2: E 3, 1 L": (2, "moe", UNEQUAL, 40, {"pp": 2, "vpp": 2, STRING: "E|t|t*3|L"}, "fp32",
+                           "none"),
+    "pp2 vpp3, counted": (2, "moe", UNEQUAL, 40, {"pp": 2, "vpp": 3, **COUNTED}, "fp32", "full"),
+    "tied pp2 vpp3, counted": (2, "tied", UNEQUAL, 40, {"pp": 2, "vpp": 3, **COUNTED}, "fp32",
+                               "none"),
+    "bf16 pp2: E, 4": (2, "moe", UNEQUAL, 96, {"pp": 2, STRING: "E|t*4L"}, "bf16", "none"),
+    "pp3, counted": (3, "moe", UNEQUAL, 96, {"pp": 3, **COUNTED}, "fp32", "selective"),
+    "pp2 ep2: 1, 3": (4, "moe", UNEQUAL, 96, {"pp": 2, "ep": 2, FIRST: 1}, "fp32", "none"),
+    "tp2 pp2 vpp2 ep2: 2 1, 1 L": (4, "moe", UNEQUAL, 40, {"tp": 2, "pp": 2, "vpp": 2, "ep": 2,
+                                   STRING: "Ett|t|t|L"}, "fp32", "none"),
+    "tied tp2 pp2: 4, L": (4, "tied", UNEQUAL, 96, {"tp": 2, "pp": 2, STRING: "Et*4|L"}, "fp32",
+                           "none"),
 }  # fmt: skip
 
 
@@ -86,7 +108,7 @@ def outcomes(folders):
                 folders[model], samples, dtype == "bf16"
             )
     found = {}
-    for world in (1, 2, 4):
+    for world in sorted({case[0] for case in CASES.values()}):
         cases = {name: case for name, case in CASES.items() if case[0] == world}
         queue = local_context().SimpleQueue()
         run_world(world, check_on_this_rank, cases, folders, references, queue)

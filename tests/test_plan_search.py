@@ -23,7 +23,7 @@ def bases(role, counts, words=()):
 
 
 def layouts(base, gpus, model, chunks):
-    found = plan_search._layouts(base, planning_config(model.hf), chunks)
+    found = plan_search._layouts(base, [planning_config(model.hf)], chunks)
     return [layout for layout in found if gpus % layout.unit == 0]
 
 

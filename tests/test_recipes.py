@@ -9,9 +9,10 @@ from worlds import run_world
 
 from iwopd_megatron.config.load import load_recipe, read_recipe
 from iwopd_megatron.config.models import Layout
+from iwopd_megatron.config.stages import layers_of_stages
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.parity import hf_reference, parity
-from iwopd_megatron.parity.rehearse import BUDGET, rehearsals, scaled, write_model
+from iwopd_megatron.parity.rehearse import BUDGET, rehearsals, scaled, scaled_stages, write_model
 from iwopd_megatron.plan.plan import plan
 from iwopd_megatron.runtime.local_world import local_context
 from iwopd_megatron.runtime.parallel import shutdown
@@ -25,9 +26,10 @@ def test_the_papers_pairs_are_all_there():
     small = ["Qwen3-4B", "Qwen3-1.7B", "Qwen3-0.6B"]
     teachers = ["Qwen3-30B-A3B-Instruct-2507", "Qwen3-4B-Instruct-2507"]
     expected = {(teacher, student) for teacher in teachers for student in small}
-    assert pairs == expected | {("Qwen3-235B-A22B-Instruct-2507", "Qwen3-30B-A3B")}
+    large = {("Qwen3-235B-A22B-Instruct-2507", f"Qwen3-{x}") for x in ("30B-A3B", "235B-A22B")}
+    assert pairs == expected | large
     sizes = [read_recipe(path).cluster.gpus for path in RECIPES]
-    assert sorted(set(sizes)) == [8, 16, 32, 64, 128]
+    assert sorted(set(sizes)) == [8, 16, 32, 64, 128, 256]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -115,6 +117,45 @@ def test_layouts_are_scaled_down_and_no_further():
     assert scaled(Layout(tp=4, ep=8), 4) == Layout(tp=4, ep=4)
     assert scaled(Layout(tp=2, pp=8, vpp=4, ep=16, cp=2), 8).unit <= 8
     assert scaled(Layout(pp=3), 2) == Layout()
+
+
+UNEVEN = [
+    ({"account_for_embedding_in_pipeline_split": True}, [[1, 2], [1, 2, 2, 2]]),
+    ({"account_for_loss_in_pipeline_split": True}, [[2, 1], [2, 2, 2, 1]]),
+    ({"account_for_embedding_in_pipeline_split": True,
+      "account_for_loss_in_pipeline_split": True}, [[2, 1], [1, 2, 2, 1]]),
+    ({"num_layers_in_first_pipeline_stage": 4}, [[1, 2], [1, 2, 2, 2]]),
+    ({"num_layers_in_first_pipeline_stage": 12, "num_layers_in_last_pipeline_stage": 11},
+     [[2, 1], [2, 2, 2, 1]]),
+    ({"pipeline_model_parallel_layout": "E|(t*16|)*5t*14|L"}, [[0, 1], [0, 2, 2, 0]]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "expected"), UNEVEN, ids=str)
+def test_uneven_stages_stay_uneven_at_toy_size(settings, expected):
+    layers = next(n for n in (95, 94, 88) if fits(Layout(pp=8, **settings), n))
+    for limit, stages in zip((2, 4), expected, strict=True):
+        axes = scaled(Layout(pp=8, **settings), limit)
+        layout, toy = scaled_stages(Layout(pp=8, **settings), layers, axes)
+        assert layout.axes == axes.axes == Layout(pp=limit).axes
+        assert layers_of_stages(layout, toy) == stages
+    alone = scaled(Layout(pp=8, ep=8, **settings), 1)
+    assert scaled_stages(Layout(pp=8, **settings), layers, alone) == (Layout(), 2)
+
+
+def fits(layout, layers):
+    try:
+        return layers_of_stages(layout, layers)
+    except RecipeError:
+        return None
+
+
+def test_the_235b_students_stages_are_uneven_as_planned_and_as_rehearsed():
+    recipe = read_recipe(Path("recipes/qwen3_235b_a22b_self.yaml"))
+    assert layers_of_stages(recipe.student.parallel, 94) == [11, *[12] * 6, 11]
+    toy = rehearsals(recipe, PROCESSES)["student"]
+    assert toy.config["num_hidden_layers"] == 3
+    assert layers_of_stages(toy.layout, toy.layers) == [2, 1]
 
 
 def test_a_missing_model_is_named_before_training():

@@ -140,7 +140,13 @@ def count_experts(layouts, folder, samples, queue):
 
 LOADS = {
     1: [({}, "none"), ({}, "full"), ({}, "selective")],
-    2: [({"tp": 2}, "none"), ({"cp": 2}, "full"), ({"pp": 2}, "selective"), ({"ep": 2}, "none")],
+    2: [
+        ({"tp": 2}, "none"),
+        ({"cp": 2}, "full"),
+        ({"pp": 2}, "selective"),
+        ({"ep": 2}, "none"),
+        ({"pp": 2, "vpp": 2, "pipeline_model_parallel_layout": "E|t*3|t|L"}, "full"),
+    ],
     4: [({"tp": 2, "pp": 2, "vpp": 2, "ep": 2}, "full")],
 }
 

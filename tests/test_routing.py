@@ -42,6 +42,8 @@ LAYOUTS = {
         ({}, "none"), ({"tp": 2}, "none"), ({"tp": 2}, "full"), ({"ep": 2}, "selective"),
         ({"cp": 2}, "none"), ({"cp": 2}, "full"), ({"pp": 2}, "none"), ({"pp": 2}, "full"),
         ({"pp": 2}, "selective"), ({"pp": 2, "vpp": 2}, "none"), ({"pp": 2, "vpp": 2}, "full"),
+        ({"pp": 2, "num_layers_in_first_pipeline_stage": 1}, "full"),
+        ({"pp": 2, "vpp": 2, "pipeline_model_parallel_layout": "E|t*3|t|L"}, "selective"),
     ],
     4: [
         ({"tp": 2, "cp": 2, "ep": 2}, "full"),

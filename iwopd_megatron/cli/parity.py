@@ -16,6 +16,7 @@ from iwopd_megatron.config.load import read_recipe
 from iwopd_megatron.config.models import Layout
 from iwopd_megatron.config.preflight import check_layout, describe
 from iwopd_megatron.config.recipe import Recipe
+from iwopd_megatron.config.stages import layers_of_stages
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.hf.config import read_hf_config
 from iwopd_megatron.hf.folder import check_weights
@@ -66,6 +67,9 @@ def parity(
     ep: Degree = 1,
     etp: Degree = 1,
     cp: Degree = 1,
+    pipeline_model_parallel_layout: Annotated[
+        str | None, typer.Option(help="layers of every stage, e.g. 'Et*3|tL': uneven pipelines")
+    ] = None,
     packed: Annotated[
         bool, typer.Option("--packed", help="several sequences of unequal length a micro-batch")
     ] = False,
@@ -76,7 +80,8 @@ def parity(
     """Compare a layout with Hugging Face on every rank: logits, loss, gradients, optimiser step."""
     if "RANK" in os.environ:
         raise RecipeError("parity starts its own processes; run it without torchrun.")
-    layout = Layout(tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, cp=cp)
+    axes = dict(tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, cp=cp)
+    layout = Layout(**axes, pipeline_model_parallel_layout=pipeline_model_parallel_layout)
     hf = read_hf_config(folder)
     check_weights(folder, hf)
     check_layout(layout, hf, "parity")
@@ -157,6 +162,8 @@ def _run(role: str, rehearsal: Rehearsal) -> int:
     if code:
         return code
     said = {"role": role, "layout": describe(layout), "recompute": recompute}
+    if layout.placement:
+        said["stages"] = layers_of_stages(layout, rehearsal.layers)
     print(json.dumps(said | result))
     for problem in problems:
         print(f"error: {role}: {problem}", file=sys.stderr)

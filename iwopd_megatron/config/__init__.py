@@ -13,5 +13,6 @@ __all__ = [
     "models",
     "preflight",
     "recipe",
+    "stages",
     "starter",
 ]

@@ -17,6 +17,7 @@ from pydantic import (
 
 PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]
 NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
+AXES = ("tp", "pp", "vpp", "ep", "etp", "cp")  # the fields of a Layout that are sizes of axes
 
 
 class Section(BaseModel):
@@ -50,6 +51,34 @@ class Layout(Section):
     ep: PositiveInt = Field(1, description="expert-parallel size")
     etp: PositiveInt = Field(1, description="tensor-parallel size inside each expert")
     cp: PositiveInt = Field(1, description="context-parallel size")
+    # Where layers are, under Megatron's names; config/stages.py reads them.
+    account_for_embedding_in_pipeline_split: bool = Field(
+        False, description="the embedding counts as a layer where layers are dealt to stages"
+    )
+    account_for_loss_in_pipeline_split: bool = Field(
+        False, description="the LM head counts as a layer where layers are dealt to stages"
+    )
+    num_layers_in_first_pipeline_stage: PositiveInt | None = Field(
+        None, description="layers of the first stage; the others share the rest evenly"
+    )
+    num_layers_in_last_pipeline_stage: PositiveInt | None = Field(
+        None, description="layers of the last stage; the others share the rest evenly"
+    )
+    pipeline_model_parallel_layout: str | None = Field(
+        None,
+        max_length=1000,
+        description="every stage's layers, e.g. Et*3|(t*4|)*2t*3L: E embedding, t layer, L LM head",
+    )
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """Sizes of the axes by name; what the other fields say is no axis."""
+        return {name: getattr(self, name) for name in AXES}
+
+    @property
+    def placement(self) -> dict[str, bool | int | str]:
+        """The settings that say where layers are, as far as they are given, by Megatron's names."""
+        return self.model_dump(exclude=set(AXES), exclude_defaults=True)
 
     @property
     def unit(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from iwopd_megatron.config.stages import stage_layers
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.hf.config import HfConfig
 from iwopd_megatron.hf.folder import check_model
@@ -124,17 +125,20 @@ def check_world(layout: Layout, world: int, key: str) -> None:
 
 def describe(layout: Layout) -> str:
     """Return the axes larger than one in words, e.g. `tp2 ep2`."""
-    return " ".join(f"{name}{size}" for name, size in layout if size > 1) or "of one process"
+    sizes = [f"{name}{size}" for name, size in layout.axes.items() if size > 1]
+    return " ".join(sizes) or "of one process"
 
 
 def check_layout(layout: Layout, hf: HfConfig, role: str) -> None:
-    """Refuse degrees that do not divide the model; RecipeError names its `role`."""
+    """Refuse degrees that do not divide the model, and stages Megatron cannot have; RecipeError.
+
+    It names the model's `role`.
+    """
     experts = hf.num_experts
     rules = [
         ("tp", layout.tp, "num_attention_heads", hf.num_attention_heads),
         ("tp", layout.tp, "num_key_value_heads", hf.num_key_value_heads),
         ("tp", layout.tp, "vocab_size", hf.vocab_size),
-        ("pp x vpp", layout.pp * layout.vpp, "num_hidden_layers", hf.num_hidden_layers),
     ]
     if experts:
         rules += [
@@ -154,8 +158,10 @@ def check_layout(layout: Layout, hf: HfConfig, role: str) -> None:
             f"{role} is a dense model: ep={layout.ep} etp={layout.etp} need experts; "
             "write ep=1 etp=1."
         )
-    if layout.vpp > 1 and layout.pp == 1:
-        raise RecipeError(f"{role}: vpp={layout.vpp} needs pp >= 2; write vpp=1 or pp=2.")
+    try:
+        stage_layers(layout, hf.num_hidden_layers)
+    except RecipeError as error:
+        raise RecipeError(f"{role}: {error}") from None
 
 
 def check_service_sizes(recipe: Recipe) -> None:

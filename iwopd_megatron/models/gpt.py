@@ -76,6 +76,7 @@ def transformer_config(
         sequence_parallel=layout.tp > 1,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        **layout.placement,
         context_parallel_size=layout.cp,
         # A dense teacher in a world that cuts the student's experts is not cut along those axes.
         expert_model_parallel_size=layout.ep if hf.num_experts else 1,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from iwopd_megatron.config.models import Layout
 from iwopd_megatron.config.preflight import check_layout
 from iwopd_megatron.config.recipe import Recipe
+from iwopd_megatron.config.stages import EMBEDDING, LOSS, STRING, layout_string, stage_layers
 from iwopd_megatron.hf.known_models import planning_config
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class Rehearsal:
     layout: Layout
     recompute: str
     processes: int
+    layers: int
 
     @property
     def config(self) -> dict[str, Any]:
@@ -41,7 +43,7 @@ class Rehearsal:
             vocab_size=512,
             hidden_size=64,
             intermediate_size=128,
-            num_hidden_layers=max(2, axes.pp * axes.vpp),
+            num_hidden_layers=self.layers,
             num_attention_heads=2 * max(2, axes.tp),
             num_key_value_heads=max(2, axes.tp),
             head_dim=16,
@@ -85,22 +87,47 @@ def rehearsals(recipe: Recipe, limit: int) -> dict[str, Rehearsal]:
         is_moe = hf.num_experts > 0
         if not is_moe:
             layout = layout.model_copy(update={"ep": 1, "etp": 1})
-        layout = scaled(layout, limit)
+        layout, layers = scaled_stages(layout, hf.num_hidden_layers, scaled(layout, limit))
         copies = 2 if 2 * layout.unit <= limit else 1  # data parallelism, where there is room
         tied = hf.tie_word_embeddings
-        found[role] = Rehearsal(is_moe, tied, layout, recompute, copies * layout.unit)
+        found[role] = Rehearsal(is_moe, tied, layout, recompute, copies * layout.unit, layers)
     return found
 
 
 def scaled(layout: Layout, limit: int) -> Layout:
-    """Return a layout of at most `limit` processes: the largest axis is halved; vpp at most 2."""
-    axes = dict(layout) | {"vpp": min(2, layout.vpp)}
+    """Return a layout of at most `limit` processes: the largest axis is halved; vpp at most 2.
+
+    Its stages are even.
+    """
+    axes = layout.axes | {"vpp": min(2, layout.vpp)}
     while (found := Layout(**axes)).unit > limit:
         axis = max(GIVES_WAY, key=lambda name: axes[name])
         axes[axis] = axes[axis] // 2 if axes[axis] % 2 == 0 else 1
         if axes["pp"] == 1:
             axes["vpp"] = 1
     return found
+
+
+def scaled_stages(layout: Layout, layers: int, axes: Layout) -> tuple[Layout, int]:
+    """Return `axes` with stages as unlike as those of a layout of so many layers, and toy layers.
+
+    Embedding and LM head that count as layers still do; other settings become a layout string.
+    """
+    given, chunks = layout.placement, axes.pp * axes.vpp
+    if not given or axes.pp == 1:
+        return axes, max(2, chunks)
+    if given.keys() & {EMBEDDING, LOSS}:
+        if chunks == 2:  # where both count, both stages have as many layers
+            given = dict(list(given.items())[-1:])
+        return Layout(**axes.axes, **given), 2 * chunks - len(given)
+    stages = stage_layers(layout, layers)
+    real = [len(stage[chunk]) for chunk in range(layout.vpp) for stage in stages]
+    least = min(filter(None, real))
+    chosen = [real[round(i * (len(real) - 1) / (chunks - 1))] for i in range(chunks)]
+    counts = [0 if n == 0 else 1 if n == least else 2 for n in chosen]
+    if len(set(counts)) == 1:
+        counts[-1] += 1
+    return Layout(**axes.axes, **{STRING: layout_string(counts)}), sum(counts)
 
 
 def write_model(folder: Path, config: dict[str, Any]) -> None:

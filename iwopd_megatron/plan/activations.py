@@ -19,6 +19,7 @@ pads queries, keys and values. tests/test_plan_measured.py holds the formulas ag
 from __future__ import annotations
 
 from iwopd_megatron.config.models import Layout
+from iwopd_megatron.config.stages import stage_layers
 from iwopd_megatron.plan.model_size import ModelSize
 
 
@@ -72,6 +73,8 @@ def layer_bytes(
 def in_flight(layout: Layout, stage: int) -> float:
     """Micro-batches whose activations stage `stage` (0 first) holds at once, in whole stages.
 
+    Where all of its chunks have as many layers; `layers_in_flight` counts them one by one.
+
     1F1B = pp - stage (Narayanan et al., arXiv 2104.04473, section 2.2). Interleaved, vpp > 1 =
     (2 (pp - 1 - stage) + (vpp - 1) pp + 1) / vpp: Megatron's warm-up chunks and the one after them,
     each 1 / vpp of a stage. On stage 0 that is pp (1 + (pp - 1) / (pp vpp)), as arXiv 2205.05198,
@@ -81,6 +84,18 @@ def in_flight(layout: Layout, stage: int) -> float:
     if layout.vpp == 1:
         return behind + 1
     return (2 * behind + (layout.vpp - 1) * layout.pp + 1) / layout.vpp
+
+
+def layers_in_flight(size: ModelSize, layout: Layout, stage: int) -> float:
+    """Layers of stage `stage` whose activations it holds at once, one for each micro-batch.
+
+    = layers of every chunk x how many of the micro-batches in flight are in it: 1F1B pp - stage;
+    interleaved, the first 2 (pp - 1 - stage) + (vpp - 1) pp + 1 passes, of which each chunk in turn
+    has pp.
+    """
+    chunks = [len(chunk) for chunk in stage_layers(layout, size.layers)[stage]]
+    passes = round(in_flight(layout, stage) * layout.vpp)
+    return sum(chunks[i // layout.pp % layout.vpp] for i in range(passes))
 
 
 def activation_bytes(
@@ -96,14 +111,13 @@ def activation_bytes(
 
     While the LM head runs = tokens / cp x (kept + (2 w h + 4) / tp): the final norm's input, output
     and factor. While the last layer's backward runs = tokens / cp x (kept + `_again` + w h / tp) +
-    `_gradients`: the layer computed again, the gradient that came to it. Where kept = (layer_bytes
-    x layers / pp + w h / tp but on the last stage) x in_flight: from forward to backward, with the
-    stage's output. tokens: of a micro-batch, before cp cuts it.
+    `_gradients`: the layer computed again, the gradient that came to it. Where kept =
+    layer_bytes x layers_in_flight + w h / tp x in_flight but on the last stage: from forward to
+    backward, with the stage's output. tokens: of a micro-batch, before cp cuts it.
     """
     local, hidden = tokens / layout.cp, width * size.hidden / layout.tp
-    kept = layer_bytes(size, layout, recompute, width, hot) * size.layers / layout.pp
-    kept += hidden * (stage < layout.pp - 1)
-    kept *= in_flight(layout, stage)
+    kept = layer_bytes(size, layout, recompute, width, hot) * layers_in_flight(size, layout, stage)
+    kept += hidden * (stage < layout.pp - 1) * in_flight(layout, stage)
     again = _again(size, layout, recompute, width, hot)
     layer = local * (kept + again + hidden) + _gradients(size, layout, local, width, hot)
     return local * (kept + 2 * hidden + 4 / layout.tp), layer

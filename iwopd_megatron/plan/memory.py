@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from iwopd_megatron.config.models import Layout
+from iwopd_megatron.config.stages import distinct_stages
 from iwopd_megatron.plan.activations import activation_bytes, buffer_bytes, scoring_bytes
 from iwopd_megatron.plan.hardware import CONTEXT, FRAGMENTATION, Gpu
 from iwopd_megatron.plan.model_size import ModelSize
@@ -172,11 +173,14 @@ def scoring(
 ) -> Memory:
     """Memory of a rank that only scores (forward passes), in a layer or in the LM head if more.
 
-    Bytes = width x parameters of its larger end stage + the gathered sequence's buffer, and the
+    Bytes = width x parameters of its largest stage + the gathered sequence's buffer, and the
     larger of `scoring_bytes` and a tile of logits + 2 w h / tp x tokens / cp for hidden states.
     tokens: of a micro-batch, before cp cuts it.
     """
-    weights = max(size.share(layout, stage).total for stage in {0, layout.pp - 1}) * width
+    weights = (
+        max(size.share(layout, stage).total for stage in distinct_stages(layout, size.layers))
+        * width
+    )
     communication = buffer_bytes(size, layout, tokens, width)
     hidden = 2 * width * size.hidden / layout.tp * tokens / layout.cp
     layer = scoring_bytes(size, layout, tokens, width, hot if layout.ep > 1 else 1.0)

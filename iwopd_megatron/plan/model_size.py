@@ -2,7 +2,7 @@
 
 Counts are parameters, as Megatron builds them here: vocabulary never padded, no biases, query and
 key norms, SwiGLU. Per rank: attention, dense MLP and vocabulary over tp, experts over ep x etp,
-layers over pp; norms and routers whole on every tp rank.
+layers over stages; norms and routers whole on every tp rank.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from iwopd_megatron.config.models import Layout
+from iwopd_megatron.config.stages import layers_of_stages
 from iwopd_megatron.hf.config import HfConfig
 
 
@@ -110,13 +111,13 @@ class ModelSize:
     def share(self, layout: Layout, stage: int) -> Share:
         """Return one rank's parameters on pipeline stage `stage` (0 first, pp - 1 last).
 
-        Dense = layers / pp x (attention / tp + norms + router + dense MLP / tp), and vocabulary /
-        tp for the embedding on the first stage, vocabulary / tp + h for head and final norm on the
-        last.
-        Expert = layers / pp x experts x MLP / (ep etp). A tied head is a copy of the embedding
-        where pp > 1, and no parameters where pp = 1.
+        Dense = layers x (attention / tp + norms + router + dense MLP / tp), and vocabulary / tp for
+        the embedding on the first stage, vocabulary / tp + h for head and final norm on the last;
+        layers: of this stage (`config.stages`).
+        Expert = layers x experts x MLP / (ep etp). A tied head is a copy of the embedding where
+        pp > 1, and no parameters where pp = 1.
         """
-        tp, layers = layout.tp, self.layers / layout.pp
+        tp, layers = layout.tp, layers_of_stages(layout, self.layers)[stage]
         layer = self.attention / tp + self.norms + self.router
         expert = 0.0
         if self.experts:

@@ -80,7 +80,7 @@ def rollout_role(setup: Setup) -> PlannedRole:
 def _role(
     setup: Setup, name: str, gpus: int, layout: Layout, memory: Memory, knob: str
 ) -> PlannedRole:
-    axes = " ".join(f"{axis}{size}" for axis, size in layout if size > 1)
+    axes = " ".join(f"{axis}{size}" for axis, size in layout.axes.items() if size > 1)
     what = f"{axes} dp{copies(layout, gpus)}".strip()
     return PlannedRole(name, gpus, what, memory, setup.gpu.memory, knob)
 

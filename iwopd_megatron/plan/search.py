@@ -15,6 +15,7 @@ from itertools import product
 from iwopd_megatron.config.cluster import Cluster
 from iwopd_megatron.config.models import Layout
 from iwopd_megatron.config.preflight import check_layout
+from iwopd_megatron.config.stages import with_stages
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.hf.config import HfConfig
 from iwopd_megatron.hf.known_models import planning_config
@@ -96,7 +97,9 @@ def splits(cluster: Cluster, total: int) -> Iterator[Cluster]:
 def _best_trainers(bases: dict[int, Setup]) -> Found:
     setup = next(iter(bases.values()))
     train, options = setup.recipe.train, []
-    for layout in _layouts(setup, planning_config(setup.recipe.student.hf), (1, 2, 4)):
+    embedded = [teacher.model.hf for teacher in setup.teachers if not teacher.model.is_remote]
+    models = [planning_config(folder) for folder in (setup.recipe.student.hf, *embedded)]
+    for layout in _layouts(setup, models, (1, 2, 4)):
         load = setup.load(setup.student, layout, setup.filled(train.microbatch_tokens))
         for recompute in ("none", "selective", "full"):
             changes: Changes = {"student.parallel": layout, "student.recompute": recompute}
@@ -128,7 +131,7 @@ def _best_teachers(bases: dict[int, Setup]) -> Found:
 def _best_service(bases: dict[int, Setup], key: str) -> Found:
     setup, options = next(iter(bases.values())), []
     teacher = setup.teacher(key)
-    for layout in _layouts(setup, planning_config(teacher.model.hf), (1,)):
+    for layout in _layouts(setup, [planning_config(teacher.model.hf)], (1,)):
         load = setup.load(teacher.size, layout, setup.filled(teacher.tokens))
         options.append(Option({f"{key}.service.parallel": layout}, load, forward(load)))
 
@@ -197,13 +200,21 @@ def _has_room(role: PlannedRole) -> bool:
     return role.fits and role.margin > MARGIN * role.capacity
 
 
-def _layouts(setup: Setup, hf: HfConfig, chunks: tuple[int, ...]) -> Iterator[Layout]:
-    """Yield layouts that Megatron accepts; tp x cp stays in a node."""
-    experts = DEGREES if hf.num_experts else (1,)
+def _layouts(setup: Setup, models: list[HfConfig], chunks: tuple[int, ...]) -> Iterator[Layout]:
+    """Yield layouts that Megatron accepts of the first model and those embedded beside it.
+
+    tp x cp stays in a node; stages are uneven only where the first's layers do not divide.
+    """
+    first, *others = models
+    experts = DEGREES if first.num_experts else (1,)
     for tp, pp, ep, cp in product(DEGREES[:4], DEGREES, experts, DEGREES[:4]):
         if tp * cp <= setup.cluster.gpus_per_node:
             for vpp in chunks if pp > 1 else (1,):
-                layout = Layout(tp=tp, pp=pp, vpp=vpp, ep=ep, cp=cp)
+                axes = Layout(tp=tp, pp=pp, vpp=vpp, ep=ep, cp=cp)
+                layout = with_stages(axes, first.num_hidden_layers)
                 with contextlib.suppress(RecipeError):
-                    check_layout(layout, hf, "student")
-                    yield layout
+                    if layout is not None:
+                        check_layout(layout, first, "student")
+                        for model in others:
+                            check_layout(layout, model, "teacher")
+                        yield layout

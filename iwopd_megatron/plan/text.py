@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
 from iwopd_megatron.config.models import Layout
 from iwopd_megatron.config.preflight import describe
+from iwopd_megatron.config.stages import layers_of_stages
 from iwopd_megatron.plan.hardware import GIB
 from iwopd_megatron.plan.plan import Plan
 from iwopd_megatron.plan.roles import PlannedRole
+from iwopd_megatron.plan.setup import Setup
 from iwopd_megatron.plan.teachers import shares_are_given
 
 
@@ -39,6 +44,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         **({"teachers": _teachers(plan)} if len(setup.teachers) > 1 else {}),
         "assumed": list(setup.said),
         "student": describe(setup.layout),
+        **({"stages": stages} if (stages := _uneven_stages(setup)) else {}),
         "recompute": setup.recipe.student.recompute,
         "round": {
             "seconds": plan.seconds,
@@ -104,6 +110,7 @@ def notes(plan: Plan) -> list[str]:
         for role in plan.roles
         if not role.fits
     ]
+    lines += [_stages_line(*item) for item in _uneven_stages(setup).items()]
     lines += setup.said
     tail = f", {plan.generation.tail:.0%} of generation with less than a quarter of them left"
     lines.append(
@@ -156,6 +163,23 @@ def imbalance(plan: Plan) -> list[tuple[PlannedRole, float]]:
     return [(role, more) for role, more in found if more > 0]
 
 
+def _uneven_stages(setup: Setup) -> dict[str, list[int]]:
+    """Return the layers of every stage, of models whose stages have settings of their own."""
+    models = [("student", setup.layout, setup.student)]
+    models += [(x.key, x.layout, x.size) for x in setup.teachers if x.key in setup.services]
+    return {
+        name: layers_of_stages(layout, size.layers)
+        for name, layout, size in models
+        if layout.placement
+    }
+
+
+def _stages_line(name: str, stages: list[int]) -> str:
+    runs = [(len(list(run)), layers) for layers, run in groupby(stages)]
+    said = ", ".join(f"{n} x {layers}" if n > 1 else f"{layers}" for n, layers in runs)
+    return f"{name}: stages of {said} layers"
+
+
 def print_proposals(plans: list[Plan], top: int = 5) -> None:
     """Print a table of `search`'s best, then the overrides that make each, a line to copy."""
     console = Console(soft_wrap=True)
@@ -194,5 +218,7 @@ def overrides(plan: Plan) -> list[str]:
 
 
 def _flow(layout: Layout) -> str:
-    """Return the axes larger than one as a YAML flow mapping, quoted for a shell."""
-    return "'{" + ", ".join(f"{axis}: {size}" for axis, size in layout if size > 1) + "}'"
+    """Return what a layout has but defaults as a YAML flow mapping, quoted for a shell."""
+    given = layout.model_dump(exclude_defaults=True)
+    flow = yaml.safe_dump(given, default_flow_style=True, sort_keys=False, width=10**6)
+    return shlex.quote(flow.strip())

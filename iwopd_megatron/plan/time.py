@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from iwopd_megatron.config.models import Layout
+from iwopd_megatron.config.stages import layers_of_stages
 from iwopd_megatron.plan.activations import layer_bytes
 from iwopd_megatron.plan.hardware import RATES, Gpu, Rates
 from iwopd_megatron.plan.memory import data_parallel
@@ -33,7 +34,6 @@ class Software:
     hidden_dispatch: float = 0.0  # share of the dispatch behind computation
     one_copy_a_node: bool = False  # a token crosses the network once a node (HybridEP, DeepEP)
     fused_gradients: bool = False  # weight gradients summed inside the product
-    head_as_layer: bool = False  # the last stage has a layer less for the head, the first for input
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Workload:
 
 
 def forward(load: Workload) -> float:
-    """Return seconds of one micro-batch's forward pass on the busiest pipeline stage, the last.
+    """Return seconds of one micro-batch's forward pass on the slowest pipeline stage.
 
-    = layers / pp x layer + head, each of one pass.
+    = layers x layer, and + head on the last; each of one pass.
     """
     return _stage(load, _layer(load, 1, None), _head(load, 1))
 
@@ -69,15 +69,12 @@ def forward_backward(load: Workload, recompute: str) -> float:
 
 
 def _stage(load: Workload, layer: float, head: float) -> float:
-    """Return seconds of the last stage from seconds of a layer and of the head.
+    """Return seconds of the slowest stage from seconds of a layer and of the head.
 
-    Where the head counts as a layer, layers + 2 are dealt out, and the slowest stage is one of
-    layers only or the last with one less and the head.
+    = max(most layers of a stage x layer, layers of the last x layer + head).
     """
-    layers, pp = load.size.layers, load.layout.pp
-    if load.software.head_as_layer and pp > 1:
-        return max((layers + 2) / pp * layer, ((layers + 2) / pp - 1) * layer + head)
-    return layers / pp * layer + head
+    layers = layers_of_stages(load.layout, load.size.layers)
+    return max(max(layers) * layer, layers[-1] * layer + head)
 
 
 def _mlp_share(size: ModelSize) -> float:
@@ -212,9 +209,10 @@ def optimizer_step(load: Workload, world: int) -> float:
     = 6 bytes x parameters x (n - 1) / n / bandwidth: gradients scattered in fp32 (4), weights
     gathered in bf16 (2); + 30 bytes x parameters / n / HBM: main weights and moments read and
     written (24), gradients read (4), weights written (2). Dense and experts' parameters each with
-    their n.
+    their n. parameters: of the stage with most layers.
     """
-    share = load.size.share(load.layout, 0)
+    layers = layers_of_stages(load.layout, load.size.layers)
+    share = load.size.share(load.layout, layers.index(max(layers)))
     dense, expert = data_parallel(load.layout, world)
     inside = world <= load.gpus_per_node
     bandwidth = (load.gpu.nvlink if inside else load.gpu.network) * load.rates.link

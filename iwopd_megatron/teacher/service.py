@@ -99,7 +99,7 @@ class ServiceScorer:
             "model_type": self.hf.model_type,
             "architectures": read_json(self.teacher.hf, "config.json").get("architectures"),
             "dtype": self.teacher.dtype,
-            "layout": self.service.parallel.model_dump(),
+            "layout": self.service.parallel.axes | self.service.parallel.placement,
             "max_sequence_tokens": self.limits().max_tokens,
             "has_logprob_temperature": True,
             **identity(self.teacher.hf, AutoTokenizer.from_pretrained(folder)),

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -22,6 +23,18 @@ from iwopd_megatron.runtime.parallel import initialise
 from iwopd_megatron.train import checkpoint
 from iwopd_megatron.train.saver import Saver
 from iwopd_megatron.weights.hf_reader import HfTensors, load_shards
+
+
+def whole_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Return every tensor, whole: weights, the optimiser's fp32 weights and both moments."""
+    metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    state = {
+        key: torch.empty(item.size, dtype=item.properties.dtype)
+        for key, item in metadata.items()
+        if hasattr(item, "size")
+    }
+    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    return state
 
 
 def resave(model: Path, saved: Path | None, out: Path, layout: Layout) -> None:

@@ -11,11 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
+from with_versions.resave import whole_tensors
 
 HERE, OTHER = sys.executable, os.environ.get("OTHER_PYTHON")
 ROOT = Path(__file__).parents[2]
-FIRST, SECOND = {"ep": 2}, {"tp": 2, "etp": 2}
+LAYOUTS = {  # of the writer, of the reader
+    "moe": ({"ep": 2}, {"tp": 2, "etp": 2}),
+    "dense": ({"pp": 2, "vpp": 2}, {"tp": 2}),
+    "uneven": (
+        {"pp": 2, "vpp": 2, "pipeline_model_parallel_layout": "E|t*3|t|L"},
+        {"pp": 2, "num_layers_in_first_pipeline_stage": 1},
+    ),
+}
 
 
 def python(interpreter, *args):
@@ -36,33 +43,21 @@ def resave(interpreter, model, saved, out, layout):
     return out / "checkpoints" / "round_000001"
 
 
-def tensors(checkpoint):
-    """Every tensor, whole: weights, the optimiser's fp32 weights and both moments."""
-    metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    state = {
-        key: torch.empty(item.size, dtype=item.properties.dtype)
-        for key, item in metadata.items()
-        if hasattr(item, "size")
-    }
-    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
-    return state
-
-
 def test_the_two_are_different_versions():
     ask = "from importlib.metadata import version; print(version('megatron-core'))"
     assert python(HERE, "-c", ask) != python(OTHER, "-c", ask)
 
 
-@pytest.mark.parametrize("kind", ["moe", "dense"])
+@pytest.mark.parametrize("kind", LAYOUTS)
 @pytest.mark.parametrize(("writer", "reader"), [(HERE, OTHER), (OTHER, HERE)], ids=["to", "from"])
 def test_weights_and_optimiser_come_back_from_the_other(
     writer, reader, kind, moe_folder, dense_folder, tmp_path
 ):
-    model = {"moe": moe_folder, "dense": dense_folder}[kind]
-    first, second = (FIRST, SECOND) if kind == "moe" else ({"pp": 2, "vpp": 2}, {"tp": 2})
+    model = dense_folder if kind == "dense" else moe_folder
+    first, second = LAYOUTS[kind]
     written = resave(writer, model, "-", tmp_path / "written", first)
     loaded = resave(reader, model, written, tmp_path / "loaded", second)
-    before, after = tensors(written), tensors(loaded)
+    before, after = whole_tensors(written), whole_tensors(loaded)
     assert before.keys() == after.keys()
     moments = [key for key in before if "exp_avg" in key]
     assert len(moments) > 10 and all(before[key].any() for key in moments)
