@@ -32,7 +32,8 @@ class EmbeddedScorer:
         self.packer = replace(packer, budget=settings.microbatch_tokens or packer.budget)
         hf = read_hf_config(settings.hf)
         chunks = build_model(hf, packer.parallel, settings.dtype)
-        self.loaded = load_shards(chunks, HfTensors(settings.hf), hf, packer.parallel)
+        tensors = HfTensors(settings.hf)
+        self.loaded = load_shards(chunks, tensors, hf, packer.parallel, frozen=True)
         self.chunks = wrap_precision(chunks)
         for chunk in self.chunks:
             chunk.eval().requires_grad_(False)

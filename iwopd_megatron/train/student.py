@@ -87,6 +87,19 @@ class StudentModel:
         return plain.score([Trajectory(0, ids[:1], ids[1:])], packer)[0][0]
 
     @property
+    def nbytes(self) -> int:
+        """Bytes that an optimiser step changes: parameters, gradients and optimiser states."""
+        own = [p for chunk in self.chunks for p in chunk.parameters()]
+        states = [
+            state
+            for part in self.optimizer.chained_optimizers
+            for states in part.optimizer.state.values()
+            for state in states.values()
+        ]
+        gradients = sum(p.main_grad.nbytes for p in own)
+        return sum(one.nbytes for one in own + states) + gradients
+
+    @property
     def lr(self) -> float:
         """The learning rate of this round's steps."""
         return self.optimizer.param_groups[0]["lr"]

@@ -108,11 +108,17 @@ class Loaded(NamedTuple):
 
 @torch.no_grad()
 def load_shards(
-    chunks: list[GPTModel], sources: Mapping[str, Source], hf: HfConfig, parallel: Parallel
+    chunks: list[GPTModel],
+    sources: Mapping[str, Source],
+    hf: HfConfig,
+    parallel: Parallel,
+    frozen: bool = False,
 ) -> Loaded:
     """Fill this rank's parameters from its own slices of whole tensors, by Hugging Face name.
 
-    RecipeError if a shard has not its parameter's shape, or is not finite.
+    frozen: they are only read, so a shard in their dtype on their device takes their place. One
+    that is a slice of a file stays there: its pages are the file's own, which need no memory of
+    the process. RecipeError if a shard has not its parameter's shape, or is not finite.
     """
     start, nbytes = time.perf_counter(), 0
     for chunk in chunks:
@@ -126,6 +132,10 @@ def load_shards(
                     f"{tuple(shard.shape)}, config.json implies {tuple(mapped.parameter.shape)}."
                 )
             check_finite(shard, mapped.hf_names[0])
-            mapped.parameter.copy_(shard)
+            own = mapped.parameter
+            if frozen and shard.dtype == own.dtype and shard.device == own.device:
+                own.data = shard.contiguous()
+            else:
+                own.copy_(shard)
             nbytes += shard.nbytes
     return Loaded(nbytes, time.perf_counter() - start)
