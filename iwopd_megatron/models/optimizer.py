@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
@@ -64,9 +66,10 @@ class FusedAdam(torch.optim.Optimizer):
         )
 
 
-def _runs(params):
+def _runs(params: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """Yield parameters in runs of STEP_BYTES, or one: the step has a temporary of a run's size."""
-    run, size = [], 0
+    run: list[torch.Tensor] = []
+    size = 0
     for one in params:
         if run and size + one.nbytes > STEP_BYTES:
             yield run

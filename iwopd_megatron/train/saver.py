@@ -107,10 +107,8 @@ class Saver:
 
         While writers live, what training changes is there twice: `nbytes` of each process here.
         """
-        if self._pending is None:
-            return
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if any_rank(not device.has_gpu() and available() < nbytes * here):
+        needed = nbytes * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if self._pending is not None and any_rank(not device.has_gpu() and available() < needed):
             self.finish()
 
     def finish(self) -> None:
