@@ -20,6 +20,7 @@ from iwopd_megatron.hf.config import read_hf_config
 from iwopd_megatron.rollout.decoder import Decoder
 from iwopd_megatron.rollout.engine import OnSample, Prompt, Sampling, Weights
 from iwopd_megatron.runtime import device
+from iwopd_megatron.runtime.host_memory import give_back
 from iwopd_megatron.runtime.parallel import gather
 from iwopd_megatron.weights.sync import WeightStream
 
@@ -76,6 +77,7 @@ class HfEngine:
         with device.plain_torch():
             for start in range(0, len(mine), self.batch_size):
                 own += self._generate_batch(mine[start : start + self.batch_size], sampling)
+        give_back()  # packed weights and caches
         by_index = {sample.index: sample for part in gather(own) for sample in part}
         if on_sample is not None and dist.get_rank() == 0:
             for sample in by_index.values():

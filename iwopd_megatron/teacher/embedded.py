@@ -17,6 +17,7 @@ from iwopd_megatron.hf.config import read_hf_config
 from iwopd_megatron.models.actor import Schedule
 from iwopd_megatron.models.gpt import build_model, wrap_precision
 from iwopd_megatron.runtime import device
+from iwopd_megatron.runtime.host_memory import give_back
 from iwopd_megatron.weights.hf_reader import HfTensors, load_shards
 
 
@@ -40,6 +41,7 @@ class EmbeddedScorer:
         self.schedule = Schedule(self.chunks, packer.parallel, temperature)
         if self.offload:
             self._move("cpu")
+        give_back()  # the initial weights, whose place was taken
 
     def score_samples(
         self, samples: list[Trajectory], topk: int = 0

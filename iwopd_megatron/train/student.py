@@ -21,6 +21,7 @@ from iwopd_megatron.models.actor import Schedule
 from iwopd_megatron.models.gpt import build_model, wrap_precision
 from iwopd_megatron.models.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from iwopd_megatron.models.router_load import RouterLoad
+from iwopd_megatron.runtime.host_memory import give_back
 from iwopd_megatron.runtime.parallel import Parallel
 from iwopd_megatron.train import checkpoint
 from iwopd_megatron.train.saver import Saver
@@ -51,6 +52,7 @@ class StudentModel:
         if experts:
             self.load = RouterLoad(self.chunks, self.hf.num_hidden_layers, experts)
         self.schedule = Schedule(self.chunks, parallel, temperature, replay, self.load)
+        give_back()  # the parameters as they were before they moved into Megatron's buffers
 
     @staticmethod
     def sources(recipe: Recipe) -> Mapping[str, Any]:
@@ -67,7 +69,9 @@ class StudentModel:
         last-stage ranks.
         """
         with self.load.counting() if self.load is not None else contextlib.nullcontext():
-            return self.schedule.accumulate(self.optimizer, batches, length, objective)
+            kept = self.schedule.accumulate(self.optimizer, batches, length, objective)
+        give_back()  # activations, before the step has temporaries
+        return kept
 
     @property
     def expert_tokens(self) -> torch.Tensor | None:
