@@ -186,10 +186,10 @@ def test_causal_mask():
 def test_weights_are_named_as_on_disk(moe_folder, dense_folder, tied_folder):
     for folder in (moe_folder, dense_folder, tied_folder):
         engine, disk = HfEngine(folder, torch.float32, {NO_EOS}, 8), dict(weights(folder))
-        shapes = {name: tensor.shape for name, tensor in engine.weights.items()}
+        shapes = {name: tensor.shape for name, tensor in engine.model.weights.items()}
         assert shapes == {name: tensor.shape for name, tensor in disk.items()}
         engine.update(disk.items(), 0)
-        assert all(torch.equal(engine.weights[name], disk[name]) for name in disk)
+        assert all(torch.equal(engine.model.weights[name], disk[name]) for name in disk)
 
 
 def test_an_update_that_lacks_a_tensor_is_an_error(moe_folder):

@@ -95,6 +95,7 @@ def _run(arms: list[Arm], out: Path, resume: bool) -> int:
     from iwopd_megatron.cli import worker
 
     is_main = os.environ.get("RANK", "0") == "0"  # under torchrun every rank is here
+    worker.check_memory([arm.recipe for arm in arms if arm.data is not None])
     with contextlib.ExitStack() as stack:
         for arm in arms if is_main else []:
             stack.enter_context(locked(arm.recipe.out))

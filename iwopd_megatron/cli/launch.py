@@ -17,7 +17,9 @@ from iwopd_megatron.files.outputs import check_folder
 from iwopd_megatron.launch.launch import newest_folder
 from iwopd_megatron.launch.profile import load_profile
 from iwopd_megatron.launch.submit import submit
+from iwopd_megatron.plan import host_check
 from iwopd_megatron.records.resume import check_start
+from iwopd_megatron.runtime.host_memory import available
 
 Run = Annotated[Path, typer.Argument(help="run folder, a recipe's 'out'")]
 
@@ -52,6 +54,8 @@ def launch(
             print(f"note: {note}")
     check_folder(loaded.out, "out")
     check_start(loaded, resume)
+    if profile.is_waiting and not profile.has_gpus and not dryrun:
+        host_check.check(loaded, available())
     code = submit(loaded, profile, dryrun)
     if not dryrun and profile.is_waiting:
         sys.exit(code)

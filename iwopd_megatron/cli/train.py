@@ -64,6 +64,7 @@ def _train(recipe: Recipe, resume: bool) -> None:
         if is_main:
             stack.enter_context(locked(recipe.out))
         worker = load_worker()
+        worker.check_memory([recipe])
         sys.exit(worker.execute(recipe.world, worker.train, (recipe, resume, data)))
 
 

@@ -39,8 +39,11 @@ from iwopd_megatron.evaluation.run_benchmarks import BenchRun, run_benchmarks
 from iwopd_megatron.models.passed_on import check_settings
 from iwopd_megatron.parity import parity
 from iwopd_megatron.parity.hf_reference import Reference
+from iwopd_megatron.plan import host_check
 from iwopd_megatron.records.disk import disk_told
 from iwopd_megatron.records.wandb_log import check_installed
+from iwopd_megatron.runtime import device
+from iwopd_megatron.runtime.host_memory import available
 from iwopd_megatron.runtime.local_world import start_local
 from iwopd_megatron.runtime.parallel import initialise, shutdown
 from iwopd_megatron.runtime.stop import die_with_parent, watch_signals
@@ -52,6 +55,18 @@ EXIT_CODES = {
     error.__name__: error.exit_code
     for error in (RecipeError, GateError, ServiceError, DiskError, CheckpointError, UserError)
 }
+
+
+def check_memory(recipes: list[Recipe]) -> None:
+    """Refuse runs that this machine's memory would not do, where it has no GPU; RecipeError.
+
+    Under torchrun the first process of each machine looks.
+    """
+    if device.has_gpu() or os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    there, here = available(), os.environ.get("LOCAL_WORLD_SIZE")
+    for recipe in recipes:
+        host_check.check(recipe, there, int(here) if here else None)
 
 
 def train(recipe: Recipe, resume: bool, data: RunData) -> None:

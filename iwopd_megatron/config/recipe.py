@@ -99,6 +99,9 @@ class Gates(Section):
     max_canary: float = Field(
         0.1, gt=0, description="the same for a fixed prompt, right after a weight update"
     )
+    host_memory: bool = Field(
+        True, description="on CPUs: refuse to start where the machine's memory would not do"
+    )
     on_bad_sample: Literal["stop", "drop"] = Field(
         "stop",
         description="an answer whose teacher log-probs are impossible (NaN, -inf, positive): stop "

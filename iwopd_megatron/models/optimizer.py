@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
 from iwopd_megatron.config.recipe import Train
+from iwopd_megatron.models.whole_states import keep_in_place
 from iwopd_megatron.runtime import device
 from iwopd_megatron.runtime.megatron import (
     DistributedDataParallel,
@@ -18,6 +21,8 @@ from iwopd_megatron.runtime.megatron import (
     megatron_distributed,
     megatron_optimizer,
 )
+
+STEP_BYTES = 64 * 2**20  # on a CPU; one call is quicker for many small tensors
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -38,24 +43,41 @@ class FusedAdam(torch.optim.Optimizer):
                 continue
             done = group["step"]
             group["step"] = done + 1
-            on_gpu = device.has_gpu_kernels()
-            self.update(
-                params,
-                [p.grad for p in params],
-                [self.state[p]["exp_avg"] for p in params],
-                [self.state[p]["exp_avg_sq"] for p in params],
-                [],
-                list(torch.full((len(params),), float(done), device=params[0].device).unbind()),
-                foreach=not on_gpu,
-                fused=on_gpu or None,
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
+            for some in [params] if device.has_gpu_kernels() else _runs(params):
+                self._step(group, some, done)
+
+    def _step(self, group, params, done):
+        on_gpu = device.has_gpu_kernels()
+        self.update(
+            params,
+            [p.grad for p in params],
+            [self.state[p]["exp_avg"] for p in params],
+            [self.state[p]["exp_avg_sq"] for p in params],
+            [],
+            list(torch.full((len(params),), float(done), device=params[0].device).unbind()),
+            foreach=not on_gpu,
+            fused=on_gpu or None,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def _runs(params: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Yield parameters in runs of STEP_BYTES, or one: the step has a temporary of a run's size."""
+    run: list[torch.Tensor] = []
+    size = 0
+    for one in params:
+        if run and size + one.nbytes > STEP_BYTES:
+            yield run
+            run, size = [], 0
+        run.append(one)
+        size += one.nbytes
+    yield run
 
 
 def _use_fused_adam() -> None:
@@ -117,6 +139,7 @@ def build_optimizer(wrapped: list[DistributedDataParallel], train: Train):
     config.grad_scale_func = optimizer.scale_loss
     for part in optimizer.chained_optimizers:
         part.init_state_fn(part.optimizer, part.config)  # a checkpoint may come before any step
+    keep_in_place(optimizer)
     return optimizer
 
 

@@ -7,4 +7,15 @@ Formulas: activations.py and memory.py (bytes), time.py (seconds of a step), gen
 phases.py (seconds of a round), hardware.py (what GPUs and software reach).
 """
 
-__all__ = ["hardware", "model_size", "phases", "picture", "plan", "search", "setup", "text", "time"]
+__all__ = [
+    "hardware",
+    "host_check",
+    "model_size",
+    "phases",
+    "picture",
+    "plan",
+    "search",
+    "setup",
+    "text",
+    "time",
+]

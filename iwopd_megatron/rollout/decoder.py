@@ -1,14 +1,15 @@
 """The embedded engine's model: Qwen3 and Qwen3-MoE as one function over a preallocated cache.
 
 Plain tensors under Hugging Face names, so that a decoding step of a small model costs its
-arithmetic and not its calls; query, key and value weights lie together, as do gate and up.
+arithmetic and not its calls; query, key and value weights lie together, as do gate and up
+(decoder_weights.py), and large ones are packed while a batch is decoded (packed.py).
 Shapes: B rows, S new positions, L cache slots, D hidden, H query heads, G key-value heads, d head
 size, E experts, F ffn, N = B S tokens, K experts of a token.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -16,73 +17,64 @@ import torch.nn.functional as F
 from iwopd_megatron.hf.config import HfConfig
 from iwopd_megatron.models.native_ops import grouped_mm, rms_scale, rotate, swiglu
 from iwopd_megatron.models.rotary import inverse_frequencies, turn
-
-
-class Layer(NamedTuple):
-    """One layer's weights. Dense: one expert and no router."""
-
-    attention_norm: torch.Tensor  # [D]
-    qkv: torch.Tensor  # [(H + 2 G) d, D]
-    qk_norm: torch.Tensor  # [2, d]
-    out: torch.Tensor  # [D, H d]
-    ffn_norm: torch.Tensor  # [D]
-    router: torch.Tensor | None  # [E, D]
-    gate_up: torch.Tensor  # [E, D, 2 F]
-    down: torch.Tensor  # [E, F, D]
+from iwopd_megatron.rollout.decoder_weights import (
+    DecoderWeights,
+    Layer,
+    own_weights,
+    viewed_weights,
+)
+from iwopd_megatron.rollout.packed import Packed, PackedLayer, PackedWeights, pack
 
 
 class Decoder:
-    """A Qwen3 or Qwen3-MoE model; `weights` has every tensor by its Hugging Face name, to fill."""
+    """A Qwen3 or Qwen3-MoE model, of weights of its own or of the trainer's."""
 
     def __init__(self, hf: HfConfig, dtype: torch.dtype, on: torch.device):
         self.hf, self.on, self.dtype = hf, on, dtype
         self.head_dim, self.heads = hf.head_dim, hf.num_attention_heads
         self.groups, self.eps = hf.num_key_value_heads, hf.rms_norm_eps
-        hidden = hf.hidden_size
-        self.embedding, self.norm = self._new(hf.vocab_size, hidden), self._new(hidden)
-        tied = hf.tie_word_embeddings
-        self.head = self.embedding if tied else self._new(hf.vocab_size, hidden)
-        self.weights = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.norm}
-        if not tied:
-            self.weights["lm_head.weight"] = self.head
-        self.layers = [self._layer(i) for i in range(hf.num_hidden_layers)]
         self.frequency = inverse_frequencies(hf.rope, self.head_dim, on)
+        self._read: DecoderWeights | None = None
+        self._named: dict[str, torch.Tensor] | None = None  # of its own
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Its own weights by their Hugging Face names, to fill: from now on it reads these.
+
+        They take memory only once they are asked for; at first they are zero.
+        """
+        if self._named is None:
+            self._read, self._named = own_weights(self.hf, self._new)
+        return self._named
+
+    def view(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        """Read the trainer's parameters, by Megatron's names, from now on, as they are then."""
+        self._read, self._named = viewed_weights(self.hf, parameters), None
+
+    @property
+    def read(self) -> DecoderWeights:
+        """The weights that it reads; RuntimeError before it has any."""
+        if self._read is None:
+            raise RuntimeError("this decoder has no weights yet: fill `weights`, or call `view`.")
+        return self._read
+
+    def packed(self, rows: int, steps: int) -> PackedWeights | None:
+        """Return packed copies of what it reads now, for `steps` calls with one new position each.
+
+        None where they would not pay.
+        """
+        return pack(self.read, rows, steps)
 
     def _new(self, *shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=self.dtype, device=self.on)
 
-    def _layer(self, i: int) -> Layer:
-        hf, hidden, head = self.hf, self.hf.hidden_size, self.head_dim
-        experts = hf.num_experts
-        ffn = hf.ffn_size
-        layer = Layer(
-            attention_norm=self._new(hidden),
-            qkv=self._new((self.heads + 2 * self.groups) * head, hidden),
-            qk_norm=self._new(2, head),
-            out=self._new(hidden, self.heads * head),
-            ffn_norm=self._new(hidden),
-            router=self._new(experts, hidden) if experts else None,
-            gate_up=self._new(experts or 1, hidden, 2 * ffn),
-            down=self._new(experts or 1, ffn, hidden),
-        )
-        rows = [self.heads * head, self.groups * head, self.groups * head]
-        own = dict(zip(("q_proj", "k_proj", "v_proj"), layer.qkv.split(rows), strict=True))
-        own |= {"q_norm": layer.qk_norm[0], "k_norm": layer.qk_norm[1], "o_proj": layer.out}
-        own = {f"self_attn.{name}": tensor for name, tensor in own.items()}
-        own |= {"input_layernorm": layer.attention_norm, "post_attention_layernorm": layer.ffn_norm}
-        if layer.router is not None:
-            own["mlp.gate"] = layer.router
-        for e, (gate_up, down) in enumerate(zip(layer.gate_up.mT, layer.down.mT, strict=True)):
-            prefix = f"mlp.experts.{e}." if experts else "mlp."
-            gate, up = gate_up.chunk(2)
-            own |= {prefix + "gate_proj": gate, prefix + "up_proj": up, prefix + "down_proj": down}
-        self.weights |= {f"model.layers.{i}.{name}.weight": tensor for name, tensor in own.items()}
-        return layer
-
     def new_cache(self, rows: int, slots: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return keys `[B, G, d, L]` and values `[B, G, L, d]` of every layer, all zero."""
         shape = rows, self.groups, slots, self.head_dim
-        return [(self._new(*shape).mT.contiguous(), self._new(*shape)) for _ in self.layers]
+        return [
+            (self._new(*shape).mT.contiguous(), self._new(*shape))
+            for _ in range(self.hf.num_hidden_layers)
+        ]
 
     def __call__(
         self,
@@ -91,20 +83,25 @@ class Decoder:
         cache: list[tuple[torch.Tensor, torch.Tensor]],
         start: int,
         mask: torch.Tensor | None,
+        packed: PackedWeights | None = None,
     ) -> torch.Tensor:
         """Return logits `[B, V]` after the last new position; new keys go to slots `start` on.
 
         Either start is 0, or S is 1. ids, positions: int64 `[B, S]`; mask: bool
-        `[B, 1, S, start + S]`, True where a query sees a slot, or None: every earlier one.
+        `[B, 1, S, start + S]`, True where a query sees a slot, or None: every earlier one;
+        packed: copies of the weights for B rows, where S is 1.
         """
+        weights = self.read
         turned = turn(positions[..., None, None] * self.frequency, self.hf.rope, self.dtype)
-        x = F.embedding(ids, self.embedding)
-        for layer, slots in zip(self.layers, cache, strict=True):
+        x = F.embedding(ids, weights.embedding)
+        copies = [None] * len(cache) if packed is None else packed.layers
+        for layer, copy, slots in zip(weights.layers, copies, cache, strict=True):
             x = x + self._attention(
-                layer, self._normed(x, layer.attention_norm), turned, slots, start, mask
+                layer, self._normed(x, layer.attention_norm), turned, slots, start, mask, copy
             )
-            x = x + self._ffn(layer, self._normed(x, layer.ffn_norm).flatten(0, 1)).view_as(x)
-        return self._normed(x[:, -1], self.norm) @ self.head.t()
+            x = x + self._ffn(layer, self._normed(x, layer.ffn_norm).flatten(0, 1), copy).view_as(x)
+        last = self._normed(x[:, -1], weights.norm)
+        return _product(last, weights.head, packed and packed.head)
 
     def _normed(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
         normed = (x * rms_scale(x, self.eps)).to(x.dtype)
@@ -118,14 +115,14 @@ class Decoder:
         slots: tuple[torch.Tensor, torch.Tensor],
         start: int,
         mask: torch.Tensor | None,
+        packed: PackedLayer | None,
     ) -> torch.Tensor:
         """Return the attention's output `[B, S, D]`, and write new keys and values to `slots`.
 
         x: `[B, S, D]`, normed; turned: cos and sin of the positions' rotary angles.
         """
         rows, new = x.shape[:2]
-        qkv = (x @ layer.qkv.t()).view(rows, new, -1, self.head_dim)
-        qk, value = qkv.split([self.heads + self.groups, self.groups], 2)
+        qk, value = self._split(_product(x, layer.qkv, packed and packed.qkv))
         qk, sizes = self._normed(qk), [self.heads, self.groups]
         for part, weight in zip(qk.split(sizes, 2), layer.qk_norm, strict=True):
             part.mul_(weight)
@@ -139,7 +136,18 @@ class Decoder:
             )
         else:
             out = self._attend_last(query, keys, values, mask)
-        return out.transpose(1, 2).flatten(2) @ layer.out.t()
+        return _product(out.transpose(1, 2).flatten(2), layer.out, packed and packed.out)
+
+    def _split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return queries and keys together, `[B, S, H + G, d]`, and values `[B, S, G, d]`."""
+        if not self.read.is_grouped:
+            parts = qkv.unflatten(-1, (-1, self.head_dim))
+            qk, value = parts.split([self.heads + self.groups, self.groups], 2)
+            return qk, value
+        query, key, value = qkv.unflatten(-1, (self.groups, -1, self.head_dim)).split(
+            [self.heads // self.groups, 1, 1], 3
+        )
+        return torch.cat([query.flatten(2, 3), key.squeeze(3)], 2), value.squeeze(3)
 
     def _attend_last(
         self,
@@ -155,9 +163,10 @@ class Decoder:
             score = score.masked_fill_(~mask, -torch.inf)
         return (score.softmax(-1).to(values.dtype) @ values).view(query.shape)
 
-    def _ffn(self, layer: Layer, x_ND: torch.Tensor) -> torch.Tensor:
+    def _ffn(self, layer: Layer, x_ND: torch.Tensor, packed: PackedLayer | None) -> torch.Tensor:
         if layer.router is None:
-            return swiglu(x_ND @ layer.gate_up[0]) @ layer.down[0]
+            act = swiglu(_product(x_ND, layer.gate_up[0].t(), packed and packed.gate_up))
+            return _product(act, layer.down[0].t(), packed and packed.down)
         count = self.hf.num_experts_per_tok
         prob_NK, expert_NK = (x_ND @ layer.router.t()).float().softmax(-1).topk(count)
         if self.hf.norm_topk_prob:
@@ -169,3 +178,8 @@ class Decoder:
         out = grouped_mm(act, layer.down, counts)
         scale = prob_NK.flatten()[order, None].to(out.dtype)
         return torch.zeros_like(x_ND).index_add_(0, token, out * scale)
+
+
+def _product(x: torch.Tensor, weight_OI: torch.Tensor, packed: Packed | None) -> torch.Tensor:
+    """Return x weight^T, `[..., O]`, of x `[..., I]`."""
+    return x @ weight_OI.t() if packed is None else packed.product(x)

@@ -20,7 +20,9 @@ from iwopd_megatron.hf.config import read_hf_config
 from iwopd_megatron.rollout.decoder import Decoder
 from iwopd_megatron.rollout.engine import OnSample, Prompt, Sampling, Weights
 from iwopd_megatron.runtime import device
+from iwopd_megatron.runtime.host_memory import give_back
 from iwopd_megatron.runtime.parallel import gather
+from iwopd_megatron.weights.sync import WeightStream
 
 
 class HfEngine:
@@ -29,23 +31,34 @@ class HfEngine:
     def __init__(self, folder: Path, dtype: torch.dtype, eos_ids: set[int], batch_size: int):
         """folder: Hugging Face's, for the model's shape; batch_size: prompts decoded together."""
         self.model = Decoder(read_hf_config(folder), dtype, device.current_device())
-        self.weights = self.model.weights
         self.eos_ids = torch.tensor(sorted(eos_ids), device=device.current_device())
         self.batch_size = batch_size
         self.version = -1
 
     @torch.no_grad()
     def update(self, weights: Weights, version: int) -> None:
-        """As the protocol says; RuntimeError if a tensor of the model does not come."""
-        missing = set(self.weights)
+        """As the protocol says; RuntimeError if a tensor of the model does not come.
+
+        Where every parameter is whole in this process there is no second copy of them: the engine
+        reads the trainer's, which change with an optimiser step, right before the next `update`.
+        """
+        parameters = weights.in_place if isinstance(weights, WeightStream) else None
+        if parameters is not None:
+            self.model.view(parameters)
+        else:
+            self._copy(weights, version)
+        self.version = version
+
+    def _copy(self, weights: Weights, version: int) -> None:
+        own = self.model.weights
+        missing = set(own)
         for name, tensor in weights:
-            self.weights[name].copy_(tensor)
+            own[name].copy_(tensor)
             missing.discard(name)
         if missing:
             raise RuntimeError(
                 f"weight version {version} lacks {len(missing)} tensors, e.g. {min(missing)}."
             )
-        self.version = version
 
     def close(self) -> None:
         """Do nothing: all it holds is this process's memory."""
@@ -64,6 +77,7 @@ class HfEngine:
         with device.plain_torch():
             for start in range(0, len(mine), self.batch_size):
                 own += self._generate_batch(mine[start : start + self.batch_size], sampling)
+        give_back()  # packed weights and caches
         by_index = {sample.index: sample for part in gather(own) for sample in part}
         if on_sample is not None and dist.get_rank() == 0:
             for sample in by_index.values():
@@ -107,13 +121,16 @@ class HfEngine:
         positions = (visible[:, :width].cumsum(1) - 1).clamp(min=0)
         is_padded = not bool(visible.all())
         start, mask = 0, _causal_mask(visible[:, :width]) if is_padded else None
+        packed = None
         for step in range(sampling.max_tokens):
-            logits = self.model(ids, positions, cache, start, mask)
+            logits = self.model(ids, positions, cache, start, mask, packed)
             token, logp = _sample(logits.float(), uniform[:, step], sampling)
             tokens[:, step], logps[:, step] = token, logp
             done |= torch.isin(token, self.eos_ids)
             if done.all():
                 break
+            if step == 0:  # after the prompts, whose pass has memory of its own
+                packed = self.model.packed(rows, sampling.max_tokens)
             ids, positions, start = token[:, None], positions[:, -1:] + 1, width + step
             mask = visible[:, None, None, : start + 1] if is_padded else None
         return tokens, logps

@@ -18,6 +18,7 @@ from iwopd_megatron.hf.config import HfConfig, read_hf_config
 from iwopd_megatron.models.actor import Schedule
 from iwopd_megatron.models.gpt import build_model, wrap_precision
 from iwopd_megatron.runtime import device
+from iwopd_megatron.runtime.host_memory import give_back
 from iwopd_megatron.weights.hf_reader import HfTensors, Source, load_shards
 
 
@@ -42,13 +43,14 @@ class EmbeddedScorer:
         hf = read_hf_config(settings.hf) if hf is None else hf
         whole = HfTensors(settings.hf) if sources is None else sources
         chunks = build_model(hf, packer.parallel, settings.dtype)
-        self.loaded = load_shards(chunks, whole, hf, packer.parallel)
+        self.loaded = load_shards(chunks, whole, hf, packer.parallel, frozen=True)
         self.chunks = wrap_precision(chunks)
         for chunk in self.chunks:
             chunk.eval().requires_grad_(False)
         self.schedule = Schedule(self.chunks, packer.parallel, temperature)
         if self.offload:
             self._move("cpu")
+        give_back()  # the initial weights, whose place was taken
 
     def score_samples(
         self, samples: list[Trajectory], topk: int = 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import shutil
 import signal
 import tempfile
@@ -24,6 +25,8 @@ from iwopd_megatron.errors import CheckpointError, UserError
 from iwopd_megatron.files.rawfile import flush
 from iwopd_megatron.hf.companions import FOLDER as COMPANIONS
 from iwopd_megatron.records.disk import disk_error, disk_reason, disk_told
+from iwopd_megatron.runtime import device
+from iwopd_megatron.runtime.host_memory import available
 from iwopd_megatron.runtime.parallel import Parallel, any_rank, gather
 from iwopd_megatron.runtime.stop import die_with_parent
 from iwopd_megatron.train.sharded_save import RankFiles, ShardedSave
@@ -97,6 +100,15 @@ class Saver:
     def poll(self) -> None:
         """Complete the pending checkpoint if all ranks have written theirs. One all-reduce."""
         if self._pending is not None and not any_rank(not self._pending.writer.is_over()):
+            self.finish()
+
+    def make_way(self, nbytes: int) -> None:
+        """Wait for the pending checkpoint if there is no room to train beside it. Collective.
+
+        While writers live, what training changes is there twice: `nbytes` of each process here.
+        """
+        needed = nbytes * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if self._pending is not None and any_rank(not device.has_gpu() and available() < needed):
             self.finish()
 
     def finish(self) -> None:

@@ -36,7 +36,10 @@ from iwopd_megatron.weights.torch_dist.writer import (
 
 @dataclass(frozen=True)
 class RankFiles:
-    """The files of one rank: what goes where, with its data on the host."""
+    """The files of one rank: what goes where, with its data on the host.
+
+    Data that is there already is not copied: whoever writes them forks first.
+    """
 
     folder: Path
     plan: CheckpointPlan

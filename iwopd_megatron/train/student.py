@@ -21,6 +21,7 @@ from iwopd_megatron.models.actor import Schedule
 from iwopd_megatron.models.gpt import build_model, wrap_precision
 from iwopd_megatron.models.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from iwopd_megatron.models.router_load import RouterLoad
+from iwopd_megatron.runtime.host_memory import give_back
 from iwopd_megatron.runtime.parallel import Parallel
 from iwopd_megatron.train import checkpoint
 from iwopd_megatron.train.saver import Saver
@@ -61,6 +62,7 @@ class StudentModel:
         if experts:
             self.load = RouterLoad(self.chunks, self.hf.num_hidden_layers, experts)
         self.schedule = Schedule(self.chunks, parallel, temperature, replay, self.load)
+        give_back()  # the parameters as they were before they moved into Megatron's buffers
 
     @staticmethod
     def sources(recipe: Recipe) -> Mapping[str, Any]:
@@ -77,7 +79,9 @@ class StudentModel:
         last-stage ranks.
         """
         with self.load.counting() if self.load is not None else contextlib.nullcontext():
-            return self.schedule.accumulate(self.optimizer, batches, length, objective)
+            kept = self.schedule.accumulate(self.optimizer, batches, length, objective)
+        give_back()  # activations, before the step has temporaries
+        return kept
 
     @property
     def expert_tokens(self) -> torch.Tensor | None:
@@ -95,6 +99,19 @@ class StudentModel:
         """Return log-probs (nats, temperature 1) of ids[1:] by the present weights. Collective."""
         plain = replace(self.schedule, temperature=1.0)
         return plain.score([Trajectory(0, ids[:1], ids[1:])], packer)[0][0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that an optimiser step changes: parameters, gradients and optimiser states."""
+        own = [p for chunk in self.chunks for p in chunk.parameters()]
+        states = [
+            state
+            for part in self.optimizer.chained_optimizers
+            for states in part.optimizer.state.values()
+            for state in states.values()
+        ]
+        gradients = sum(p.main_grad.nbytes for p in own)
+        return sum(one.nbytes for one in own + states) + gradients
 
     @property
     def lr(self) -> float:

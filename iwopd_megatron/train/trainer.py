@@ -216,6 +216,7 @@ class Trainer:
     def _train(self, this: Round, packed: Iterable[PackedMinibatch]) -> Round:
         """Take the round's optimiser steps; adds its metrics."""
         line: dict[str, Any] = {"kind": "round", "round": this.number}
+        self.saver.make_way(self.student.nbytes)
         with this.clock.phase("train"):
             on_skip = partial(self.log.skipped_step, this.number)
             line |= train_round(self.recipe, self.student, this.scored, packed, on_skip)

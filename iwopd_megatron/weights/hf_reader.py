@@ -14,6 +14,7 @@ from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.hf.config import HfConfig, read_hf_config
 from iwopd_megatron.hf.folder import Weight, find_weights, stored_weights
 from iwopd_megatron.hf.shapes import HEAD
+from iwopd_megatron.runtime import device
 from iwopd_megatron.weights.scaled_tensors import ScaledSlice
 from iwopd_megatron.weights.sharding import Source, TensorSlice
 from iwopd_megatron.weights.table import mapped_parameters
@@ -108,11 +109,17 @@ class Loaded(NamedTuple):
 
 @torch.no_grad()
 def load_shards(
-    chunks: list[GPTModel], sources: Mapping[str, Source], hf: HfConfig, parallel: Parallel
+    chunks: list[GPTModel],
+    sources: Mapping[str, Source],
+    hf: HfConfig,
+    parallel: Parallel,
+    frozen: bool = False,
 ) -> Loaded:
     """Fill this rank's parameters from its own slices of whole tensors, by Hugging Face name.
 
-    RecipeError if a shard has not its parameter's shape, or is not finite.
+    frozen: they are only read, so a shard in their dtype on their device takes their place. One
+    that is a slice of a file stays there: its pages are the file's own, which need no memory of
+    the process. RecipeError if a shard has not its parameter's shape, or is not finite.
     """
     start, nbytes = time.perf_counter(), 0
     for chunk in chunks:
@@ -126,6 +133,11 @@ def load_shards(
                     f"{tuple(shard.shape)}, config.json implies {tuple(mapped.parameter.shape)}."
                 )
             check_finite(shard, mapped.hf_names[0])
-            mapped.parameter.copy_(shard)
+            own = mapped.parameter
+            is_alike = shard.dtype == own.dtype and shard.device == own.device
+            if frozen and is_alike and not device.is_rehearsed():
+                own.data = shard.contiguous()
+            else:
+                own.copy_(shard)
             nbytes += shard.nbytes
     return Loaded(nbytes, time.perf_counter() - start)

@@ -61,6 +61,11 @@ def _columns(source: Source, rank: int, size: int) -> Tensor:
     return source[:, rank * step : (rank + 1) * step]
 
 
+def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Return the parts one after the other along a dim; one alone needs no copy."""
+    return torch.cat(list(parts), dim) if len(parts) > 1 else parts[0]
+
+
 def _shard_qkv(sources: Sequence[Source], rank: int, size: int, hf: HfConfig) -> Tensor:
     """Interleave as Megatron does: q, k, v of one key-value group together, [q..q k v] a group."""
     groups, head = hf.num_key_value_heads // size, hf.head_dim
@@ -70,7 +75,7 @@ def _shard_qkv(sources: Sequence[Source], rank: int, size: int, hf: HfConfig) ->
 
 
 def _unshard_qkv(shards: Sequence[Tensor], hf: HfConfig) -> list[Tensor]:
-    whole = torch.cat(list(shards)) if len(shards) > 1 else shards[0]  # one needs no copy
+    whole = _joined(shards)
     whole = whole.unflatten(0, (hf.num_key_value_heads, -1, hf.head_dim))
     queries = whole.shape[1] - 2
     return [x.flatten(0, 2) for x in whole.split([queries, 1, 1], 1)]
@@ -82,7 +87,7 @@ def _shard_gated(sources: Sequence[Source], rank: int, size: int, hf: HfConfig) 
 
 def _unshard_gated(shards: Sequence[Tensor], hf: HfConfig) -> list[Tensor]:
     pairs = zip(*(shard.chunk(2) for shard in shards), strict=True)
-    return [torch.cat(halves) for halves in pairs]
+    return [_joined(halves) for halves in pairs]
 
 
 def _shard_grouped_gated(sources: Sequence[Source], rank: int, size: int, hf: HfConfig) -> Tensor:
@@ -115,11 +120,11 @@ REPLICATED = Sharding(
 )
 ROWS = Sharding(
     lambda sources, rank, size, hf: _rows(sources[0], rank, size),
-    lambda shards, hf: [torch.cat(list(shards))],
+    lambda shards, hf: [_joined(shards)],
 )
 COLUMNS = Sharding(
     lambda sources, rank, size, hf: _columns(sources[0], rank, size),
-    lambda shards, hf: [torch.cat(list(shards), 1)],
+    lambda shards, hf: [_joined(shards, 1)],
 )
 QKV = Sharding(_shard_qkv, _unshard_qkv, is_stack=False)
 GATED = Sharding(_shard_gated, _unshard_gated)

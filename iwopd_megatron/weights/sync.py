@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from iwopd_megatron.hf.config import HfConfig
+from iwopd_megatron.runtime import device
 from iwopd_megatron.weights.table import MappedParameter, mapped_parameters
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class WeightStream:
 
     def __init__(self, chunks: list[GPTModel], hf: HfConfig, parallel: Parallel):
         """Collective: every rank learns the others' names and number of buckets."""
-        self.hf, self.parallel = hf, parallel
+        self.hf, self.parallel, self.chunks = hf, parallel, chunks
         mapped = [x for chunk in chunks for x in mapped_parameters(chunk, hf) if not x.is_copy]
         dense = [x for x in mapped if not x.is_expert]
         experts = [x for x in mapped if x.is_expert]
@@ -53,6 +54,19 @@ class WeightStream:
         self.buckets += self._buckets(experts, parallel.expert_model, parallel.etp.size)
         self.counts = [0] * parallel.pp.size  # buckets of every pipeline stage
         dist.all_gather_object(self.counts, len(self.buckets), group=parallel.pp.group)
+
+    @property
+    def in_place(self) -> dict[str, torch.Tensor] | None:
+        """The parameters by Megatron's names, where they lie; None unless all are whole here.
+
+        None on a GPU too, where TransformerEngine's modules may hold them otherwise.
+        """
+        axes = self.parallel.tp, self.parallel.pp, self.parallel.expert_model
+        if device.has_gpu() or any(axis.size > 1 for axis in axes):
+            return None
+        return {
+            name: one.detach() for chunk in self.chunks for name, one in chunk.named_parameters()
+        }
 
     @staticmethod
     def _buckets(mapped: list[MappedParameter], axis: Axis, shards: int) -> list[_Bucket]:
@@ -79,6 +93,8 @@ class WeightStream:
     def _gather(self, bucket: _Bucket) -> dict[str, torch.Tensor]:
         """Return a bucket's whole tensors from the shards of all ranks of its axis."""
         size = bucket.axis.size
+        if size == 1:
+            return self._whole(bucket)
         flat = torch.cat([x.parameter.detach().flatten() for x in bucket.parameters])
         shards = flat.new_empty(size, flat.numel())
         dist.all_gather_into_tensor(shards.view(-1), flat, group=bucket.axis.group)
@@ -92,6 +108,14 @@ class WeightStream:
                 tensors = mapped.sharding.unshard(own, self.hf)
                 whole.update(zip(bucket.names[first][i], tensors, strict=True))
             start += shape.numel()
+        return whole
+
+    def _whole(self, bucket: _Bucket) -> dict[str, torch.Tensor]:
+        """Return the same where this rank's shards are the whole tensors: views where it can."""
+        whole: dict[str, torch.Tensor] = {}
+        for mapped in bucket.parameters:
+            tensors = mapped.sharding.unshard([mapped.parameter.detach()], self.hf)
+            whole.update(zip(mapped.hf_names, tensors, strict=True))
         return whole
 
     def _send(self, whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,0 +1,122 @@
+"""The weights that `Decoder` multiplies by: its own, or the trainer's where they lie.
+
+Its own are in Hugging Face's order, query, key and value rows together, to be filled by name. A
+process that holds every parameter whole has them in Megatron's order: the engine reads those, and
+an optimiser step changes what it reads. Shapes: D hidden, H query heads, G key-value heads, d head
+size, E experts, F ffn, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+
+from iwopd_megatron.hf.config import HfConfig
+
+New = Callable[..., torch.Tensor]  # sizes -> zeros
+
+
+class Layer(NamedTuple):
+    """One layer's weights. Dense: one expert and no router."""
+
+    attention_norm: torch.Tensor  # [D]
+    qkv: torch.Tensor  # [(H + 2 G) d, D]
+    qk_norm: tuple[torch.Tensor, torch.Tensor]  # [d] each
+    out: torch.Tensor  # [D, H d]
+    ffn_norm: torch.Tensor  # [D]
+    router: torch.Tensor | None  # [E, D]
+    gate_up: torch.Tensor  # [E, D, 2 F]
+    down: torch.Tensor  # [E, F, D]
+
+
+class DecoderWeights(NamedTuple):
+    """A whole model's weights."""
+
+    embedding: torch.Tensor  # [V, D]
+    norm: torch.Tensor  # [D]
+    head: torch.Tensor  # [V, D], the embedding where tied
+    layers: list[Layer]
+    is_grouped: bool  # qkv rows by group, as Megatron has them: q..q k v of a key-value head
+
+
+def own_weights(hf: HfConfig, new: New) -> tuple[DecoderWeights, dict[str, torch.Tensor]]:
+    """Return zero weights, and every tensor of them by its Hugging Face name, to fill."""
+    hidden, tied = hf.hidden_size, hf.tie_word_embeddings
+    embedding, norm = new(hf.vocab_size, hidden), new(hidden)
+    head = embedding if tied else new(hf.vocab_size, hidden)
+    named = {"model.embed_tokens.weight": embedding, "model.norm.weight": norm}
+    if not tied:
+        named["lm_head.weight"] = head
+    layers = []
+    for i in range(hf.num_hidden_layers):
+        layer, own = _own_layer(hf, new)
+        layers.append(layer)
+        named |= {f"model.layers.{i}.{name}.weight": tensor for name, tensor in own.items()}
+    return DecoderWeights(embedding, norm, head, layers, is_grouped=False), named
+
+
+def _own_layer(hf: HfConfig, new: New) -> tuple[Layer, dict[str, torch.Tensor]]:
+    hidden, head, experts, ffn = hf.hidden_size, hf.head_dim, hf.num_experts, hf.ffn_size
+    heads, groups = hf.num_attention_heads, hf.num_key_value_heads
+    layer = Layer(
+        attention_norm=new(hidden),
+        qkv=new((heads + 2 * groups) * head, hidden),
+        qk_norm=(new(head), new(head)),
+        out=new(hidden, heads * head),
+        ffn_norm=new(hidden),
+        router=new(experts, hidden) if experts else None,
+        gate_up=new(experts or 1, hidden, 2 * ffn),
+        down=new(experts or 1, ffn, hidden),
+    )
+    rows = [heads * head, groups * head, groups * head]
+    own = dict(zip(("q_proj", "k_proj", "v_proj"), layer.qkv.split(rows), strict=True))
+    own |= {"q_norm": layer.qk_norm[0], "k_norm": layer.qk_norm[1], "o_proj": layer.out}
+    own = {f"self_attn.{name}": tensor for name, tensor in own.items()}
+    own |= {"input_layernorm": layer.attention_norm, "post_attention_layernorm": layer.ffn_norm}
+    if layer.router is not None:
+        own["mlp.gate"] = layer.router
+    for e, (gate_up, down) in enumerate(zip(layer.gate_up.mT, layer.down.mT, strict=True)):
+        prefix = f"mlp.experts.{e}." if experts else "mlp."
+        gate, up = gate_up.chunk(2)
+        own |= {prefix + "gate_proj": gate, prefix + "up_proj": up, prefix + "down_proj": down}
+    return layer, own
+
+
+def viewed_weights(hf: HfConfig, parameters: Mapping[str, torch.Tensor]) -> DecoderWeights:
+    """Return the torch-native model's parameters, whole and by Megatron's names, as weights.
+
+    Nothing is copied: a change of the parameters is a change of these.
+    """
+    embedding = parameters["embedding.word_embeddings.weight"]
+    head = embedding if hf.tie_word_embeddings else parameters["output_layer.weight"]
+    layers = [_viewed_layer(hf, i, parameters) for i in range(hf.num_hidden_layers)]
+    norm = parameters["decoder.final_layernorm.weight"]
+    return DecoderWeights(embedding, norm, head, layers, is_grouped=True)
+
+
+def _viewed_layer(hf: HfConfig, i: int, parameters: Mapping[str, torch.Tensor]) -> Layer:
+    def own(name: str) -> torch.Tensor:
+        return parameters[f"decoder.layers.{i}.{name}"]
+
+    experts, hidden = hf.num_experts, hf.hidden_size
+    if experts:  # as GroupedExperts (models/experts.py) reads its two parameters
+        gate_up = own("mlp.experts.weight1").view(experts, hidden, -1)
+        down = own("mlp.experts.weight2").view(experts, -1, hidden)
+    else:
+        gate_up = own("mlp.linear_fc1.weight").t()[None]
+        down = own("mlp.linear_fc2.weight").t()[None]
+    return Layer(
+        attention_norm=own("input_layernorm.weight"),
+        qkv=own("self_attention.linear_qkv.weight"),
+        qk_norm=(
+            own("self_attention.q_layernorm.weight"),
+            own("self_attention.k_layernorm.weight"),
+        ),
+        out=own("self_attention.linear_proj.weight"),
+        ffn_norm=own("pre_mlp_layernorm.weight"),
+        router=own("mlp.router.weight") if experts else None,
+        gate_up=gate_up,
+        down=down,
+    )
