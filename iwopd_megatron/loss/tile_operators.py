@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+KINDS = ("cuda", "cpu")  # the latter by Triton's interpreter
+
 torch.library.define("iwopd::tile_statistics", "(Tensor tile, float scale) -> Tensor[]")
 torch.library.define(
     "iwopd::tile_gradient_",
@@ -17,7 +19,7 @@ torch.library.define(
 torch.library.define("iwopd::add_product_", "(Tensor(a!) total, Tensor a, Tensor b) -> ()")
 
 
-@torch.library.impl("iwopd::tile_statistics", "CUDA")
+@torch.library.impl("iwopd::tile_statistics", KINDS)
 def _statistics(tile_CU: torch.Tensor, scale: float) -> list[torch.Tensor]:
     from iwopd_megatron.loss import tile_kernels  # imports Triton
 
@@ -29,7 +31,7 @@ def _(tile_CU: torch.Tensor, scale: float) -> list[torch.Tensor]:
     return list(tile_CU.new_empty(3, len(tile_CU), dtype=torch.float32).unbind())
 
 
-@torch.library.impl("iwopd::tile_gradient_", "CUDA")
+@torch.library.impl("iwopd::tile_gradient_", KINDS)
 def _gradient(tile_CU, scale, ids_CK, logz_C, dids_CK, dentropy_C, mean_logit_C) -> None:
     from iwopd_megatron.loss import tile_kernels
 
@@ -41,9 +43,12 @@ def _(tile_CU, scale, ids_CK, logz_C, dids_CK, dentropy_C, mean_logit_C) -> None
     return None
 
 
-@torch.library.impl("iwopd::add_product_", "CUDA")
+@torch.library.impl("iwopd::add_product_", KINDS)
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    if total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
 
 
 @torch.library.register_fake("iwopd::add_product_")

@@ -85,8 +85,7 @@ class SdpaAttention(MegatronModule):
         """Return `[s, b, h, d]` of three such; a shorter query is the end of the key sequence."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if q.shape[2] != k.shape[2]:
-            # where no kernel has the mask built in, it would be a tensor
-            bias = None if device.is_rehearsed() else causal_lower_right(q.shape[2], k.shape[2])
+            bias = _lower_right(q.shape[2], k.shape[2])
             groups = q.shape[1] // k.shape[1]  # CausalBias kernels do not broadcast grouped queries
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
@@ -134,3 +133,12 @@ class SdpaAttention(MegatronModule):
                 start += chunk
             offset += length
         return torch.cat(out)
+
+
+def _lower_right(queries: int, keys: int) -> torch.Tensor | None:
+    """Return the causal mask of queries that are the last of the keys; GPUs have it built in."""
+    if device.has_gpu():
+        return causal_lower_right(queries, keys)
+    if device.is_rehearsed():
+        return None
+    return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)

@@ -7,6 +7,7 @@ from functools import cached_property
 
 from iwopd_megatron.config.models import Frozen, Layout, Student
 from iwopd_megatron.config.recipe import Recipe
+from iwopd_megatron.config.stages import layers_of_stages
 from iwopd_megatron.hf.config import HfConfig
 from iwopd_megatron.hf.known_models import planning_config
 from iwopd_megatron.plan.plan import Plan
@@ -41,12 +42,14 @@ class Job:
     def with_layers(self, each: int) -> Job:
         """Return the same with so many layers in every chunk of every stage."""
         layers = each * self.layout.pp * self.layout.vpp
-        return replace(self, hf=replace(self.hf, num_hidden_layers=layers))
+        layout = Layout(**self.layout.axes)
+        return replace(self, layout=layout, hf=replace(self.hf, num_hidden_layers=layers))
 
-    @property
-    def layers_a_chunk(self) -> float:
-        """Layers of a chunk."""
-        return self.hf.num_hidden_layers / (self.layout.pp * self.layout.vpp)
+    @cached_property
+    def layers_a_chunk(self) -> list[float]:
+        """Layers of a chunk, by stage: their mean over its chunks."""
+        stages = layers_of_stages(self.layout, self.hf.num_hidden_layers)
+        return [layers / self.layout.vpp for layers in stages]
 
     @cached_property
     def embedded(self) -> dict[str, tuple[HfConfig, Frozen]]:

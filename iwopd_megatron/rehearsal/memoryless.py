@@ -170,6 +170,16 @@ def _index_put(tensor: torch.Tensor, indices, values, accumulate=False) -> torch
     return aten.index_put_.default(tensor, _as_places(indices), values, accumulate)
 
 
+def _grouped_mm(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor, *_, **__) -> torch.Tensor:
+    """Return `[T, out]`, or of two matrices `[E, in, out]`; torch's own rule is of bf16 alone.
+
+    a: `[T, in]` with b: `[E, in, out]`; or `[in, T]` with `[T, out]`.
+    """
+    if b.dim() == 3:
+        return a.new_empty(a.shape[0], b.shape[2])
+    return a.new_empty(len(offs), a.shape[0], b.shape[1])
+
+
 def _as_places(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
     places: list[torch.Tensor | None] = []
     for index in indices:
@@ -183,6 +193,7 @@ def _as_places(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | No
 _BY_VALUE: dict[Operation, Callable[..., Any]] = {
     aten._local_scalar_dense.default: _number,
     aten.masked_select.default: _masked_select,
+    aten._grouped_mm.default: _grouped_mm,
     aten.index.Tensor: _index,
     aten.index_put_.default: _index_put,
 }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 
@@ -19,7 +20,7 @@ from iwopd_megatron.rehearsal.collectives import Call, Mailbox, Recorder
 from iwopd_megatron.rehearsal.costs import Costs
 from iwopd_megatron.rehearsal.job import LONGEST, SEQUENCES, Job
 from iwopd_megatron.rehearsal.ledger import Ledger, Phase, Storage
-from iwopd_megatron.rehearsal.memoryless import Memoryless
+from iwopd_megatron.rehearsal.memoryless import Memoryless, Watched
 from iwopd_megatron.rehearsal.routing import Routing
 from iwopd_megatron.rehearsal.sources import HollowFolder
 from iwopd_megatron.rehearsal.world import Groups, alone
@@ -28,6 +29,7 @@ from iwopd_megatron.runtime.parallel import Parallel
 from iwopd_megatron.teacher.embedded import EmbeddedScorer
 from iwopd_megatron.train import checkpoint
 from iwopd_megatron.train.student import StudentModel
+from iwopd_megatron.weights.hf_reader import Source
 
 
 @dataclass
@@ -50,10 +52,18 @@ class RankRun:
 class RankRehearsal:
     """Runs one rank's phases under observers."""
 
-    def __init__(self, job: Job, gpu: Gpu, rates: Rates, mailbox: Mailbox | None = None):
-        self.job = job
+    def __init__(
+        self,
+        job: Job,
+        gpu: Gpu,
+        rates: Rates,
+        mailbox: Mailbox | None = None,
+        folder: Callable[[HfConfig, Path], Mapping[str, Source]] = lambda hf, _: HollowFolder(hf),
+    ):
+        """folder: returns a model's tensors, of its config and its Hugging Face folder."""
+        self.job, self.folder = job, folder
         self.ledger, self.costs = Ledger(), Costs(gpu, rates)
-        self.recorder = Recorder(is_alone=True, mailbox=mailbox)
+        self.mailbox = mailbox
         self.result = RankRun(-1)
 
     @contextlib.contextmanager
@@ -71,11 +81,16 @@ class RankRehearsal:
 
         groups: takes the world's process groups.
         """
-        self.result.rank = rank
-        with alone(rank, self.job.world, self.job.layout, groups) as parallel:
-            mode = Memoryless([self.ledger, self.costs], self.recorder)
-            with device.as_gpu(), mode:
-                (self._train if self.job.trains else self._score)(parallel, hot)
+        with alone(rank, self.job.world, self.job.layout, groups) as parallel, device.as_gpu():
+            return self.perform(parallel, Memoryless, Recorder(True, self.mailbox), hot)
+
+    def perform(
+        self, parallel: Parallel, mode: type[Watched], recorder: Recorder, hot: float = 1.0
+    ) -> RankRun:
+        """Do all phases as the rank of `parallel`, under a mode; in a real world `Watched`."""
+        self.result.rank, self.recorder = parallel.rank, recorder
+        with mode([self.ledger, self.costs], recorder):
+            (self._train if self.job.trains else self._score)(parallel, hot)
         self.result.memory = self.ledger.phases
         self.result.seconds = dict(self.costs.phases)
         return self.result
@@ -83,7 +98,8 @@ class RankRehearsal:
     def _train(self, parallel: Parallel, hot: float) -> None:
         job, recipe = self.job, self.job.recipe
         with self.phase("load", "weights"):
-            student = StudentModel(recipe, parallel, job.hf, HollowFolder(job.hf))
+            folder = self.folder(job.hf, recipe.student.hf)
+            student = StudentModel(recipe, parallel, job.hf, folder)
         self._tell_apart(student)
         packer = Packer(parallel, job.tokens)
         samples = self.samples(parallel)
@@ -127,7 +143,8 @@ class RankRehearsal:
     ) -> EmbeddedScorer:
         with self.phase(load, "weights" if load == "load" else "scorer"):
             assert isinstance(job.model, Frozen)
-            scorer = EmbeddedScorer(job.model, packer, 1.0, job.hf, HollowFolder(job.hf))
+            folder = self.folder(job.hf, job.model.hf)
+            scorer = EmbeddedScorer(job.model, packer, 1.0, job.hf, folder)
         routing = Routing(scorer.chunks, packer.parallel, hot)
         with self.phase(score, "activations"):
             scores = scorer.score_samples(samples, self.topk)

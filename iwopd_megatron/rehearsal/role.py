@@ -24,6 +24,7 @@ GIB = 2**30
 KEPT = 0.02  # of the peak: what forward and backward may leave behind
 ROOM = 1.1  # times the planned bytes that a rank may take
 HOT = (2.0, 4.0)
+SMALL = (1, 2)  # layers a chunk of the two models that stand for all
 COMPUTING = ("forward/backward", "score")
 
 
@@ -54,8 +55,8 @@ class RoleRehearsal:
 
     def __init__(self, job: Job, plan: Plan, all_layers: bool, short: bool):
         self.job, self.plan, self.short = job, plan, short
-        layers = job.layers_a_chunk
-        self.sizes = [layers] if all_layers or layers <= 1 else [1, 2]
+        small = max(job.layers_a_chunk) > SMALL[-1] and not all_layers
+        self.sizes: list[int | None] = [*SMALL] if small else [None]  # None: as it is
         self.report = RoleReport(job.role, job.world, job.hf.num_hidden_layers, Slices())
         self.report.microbatches = job.microbatches
         self.groups = Groups()
@@ -63,8 +64,7 @@ class RoleRehearsal:
     def run(self) -> RoleReport:
         """Do all parts; return what was found."""
         report, job = self.report, self.job
-        sliced = job.with_layers(1) if self.short and self.sizes[0] != job.layers_a_chunk else job
-        report.slices = read_slices(sliced)
+        report.slices = read_slices(self._job(self.sizes[0]) if self.short else job)
         report.findings += report.slices.findings
         ranks = covering(job.world, job.layout)
         report.rehearsed = [place.rank for place in ranks]
@@ -77,10 +77,10 @@ class RoleRehearsal:
             self._hot(ranks[0].rank)
         return report
 
-    def _job(self, size: float) -> Job:
-        return self.job if size == self.job.layers_a_chunk else self.job.with_layers(int(size))
+    def _job(self, size: int | None) -> Job:
+        return self.job if size is None else self.job.with_layers(size)
 
-    def _runs(self, size: float, ranks: list[Place], hot: float = 1.0) -> dict[int, RankRun]:
+    def _runs(self, size: int | None, ranks: list[Place], hot: float = 1.0) -> dict[int, RankRun]:
         """Return what every one of these ranks does, in a model of `size` layers a chunk."""
         setup, mailbox = self.plan.setup, Mailbox()
         found = {}
@@ -94,8 +94,8 @@ class RoleRehearsal:
         """Return a figure at all layers of a stage, from those of the small models."""
         if len(values) == 1:
             return values[0]
-        layers = self.job.layers_a_chunk
-        return values[0] + (layers - 1) * (values[1] - values[0])
+        layers = self.job.layers_a_chunk[stage]
+        return values[0] + (layers - SMALL[0]) * (values[1] - values[0]) / (SMALL[1] - SMALL[0])
 
     def _memory(self, runs: list[dict[int, RankRun]], ranks: list[Place]) -> None:
         """Find the busiest rank's bytes by phase and kind, and what is kept."""

@@ -13,6 +13,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from iwopd_megatron.config.stages import stage_layers
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.hf.shapes import hf_names, hf_shape
 from iwopd_megatron.models.gpt import build_model
@@ -113,7 +114,14 @@ def _rank(
 def _check_layer(job: Job, place: Place, names: Iterable[str], found: Slices) -> None:
     """Check that a parameter's tensors are this stage's layers and this rank's experts."""
     experts, size = job.hf.num_experts, job.layout.ep
+    stage = stage_layers(job.layout, job.hf.num_hidden_layers)[place.pp]
     for name in names:
+        if ".layers." in name:
+            layer = int(name.split(".layers.")[1].split(".")[0])
+            if not any(layer in chunk for chunk in stage):
+                found.wrong.append(
+                    f"{job.role} rank {place.rank} holds {name}, a layer of another stage."
+                )
         if ".experts." in name:
             expert = int(name.split(".experts.")[1].split(".")[0])
             if expert // (experts // size) != place.ep:

@@ -20,33 +20,35 @@ class HollowTensor:
     name: str
     shape: tuple[int, ...]
     reads: list[tuple[str, Region]]
+    dtype: torch.dtype
 
     def get_shape(self) -> list[int]:
         """Return the whole tensor's shape."""
         return list(self.shape)
 
     def get_dtype(self) -> str:
-        """Return bfloat16, as safetensors names it."""
-        return "BF16"
+        """Return its dtype, as safetensors names it."""
+        return {torch.bfloat16: "BF16", torch.float32: "F32"}[self.dtype]
 
     def __getitem__(self, index: slice | tuple[slice, ...]) -> torch.Tensor:
-        """Note a read; return a tensor of its shape, bf16."""
+        """Note a read; return a tensor of its shape."""
         axes = index if isinstance(index, tuple) else (index,)
         full = [*axes, *[slice(None)] * (len(self.shape) - len(axes))]
         region = tuple(s.indices(n)[:2] for s, n in zip(full, self.shape, strict=True))
         self.reads.append((self.name, region))
-        return torch.empty([end - first for first, end in region], dtype=torch.bfloat16)
+        return torch.empty([end - first for first, end in region], dtype=self.dtype)
 
 
 class HollowFolder(Mapping[str, HollowTensor]):
     """The tensors that a config implies; `reads` has every part that was read, in order."""
 
-    def __init__(self, hf: HfConfig):
+    def __init__(self, hf: HfConfig, dtype: torch.dtype = torch.bfloat16):
+        self.dtype = dtype
         self.shapes = {name: hf_shape(name, hf) for name in hf_names(hf)}
         self.reads: list[tuple[str, Region]] = []
 
     def __getitem__(self, name: str) -> HollowTensor:
-        return HollowTensor(name, self.shapes[name], self.reads)
+        return HollowTensor(name, self.shapes[name], self.reads, self.dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)

@@ -54,10 +54,9 @@ def _lines(found: Rehearsal, role: RoleReport) -> list[tuple[str, str, str]]:
         if phase not in role.seconds:
             continue
         for what, (count, size) in calls.items():
-            each = count / role.microbatches
-            lines.append(
-                (f"{phase}", f"{each:.0f} x {what}, {size / role.microbatches / GIB:.2f} GiB", "")
-            )
+            if size > GIB / 100:
+                text = f"{count:.0f} x {what}, {size / GIB:.2f} GiB"
+                lines.append((f"{phase}, {role.microbatches} micro-batches", text, ""))
     for phase, seconds in role.seconds.items():
         lines.append((f"time, {phase}", f"{seconds:.2f} s a micro-batch", ""))
     return lines

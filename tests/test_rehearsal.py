@@ -1,0 +1,308 @@
+"""A whole run rehearsed on tensors without memory: against a real run, and with planted faults."""
+
+import json
+import pickle
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from worlds import run_world
+
+from iwopd_megatron.config.load import read_recipe
+from iwopd_megatron.config.models import Layout
+from iwopd_megatron.loss import linear_loss, logprobs
+from iwopd_megatron.models import experts
+from iwopd_megatron.plan.hardware import GPUS, RATES
+from iwopd_megatron.rehearsal import checkpoints, slices
+from iwopd_megatron.rehearsal.collectives import Call, Mailbox, Recorder
+from iwopd_megatron.rehearsal.job import Job, jobs
+from iwopd_megatron.rehearsal.memoryless import Memoryless, Watched
+from iwopd_megatron.rehearsal.place import Place, covering
+from iwopd_megatron.rehearsal.rank import RankRehearsal
+from iwopd_megatron.rehearsal.replay import compare, play, program_of
+from iwopd_megatron.rehearsal.role import RoleRehearsal
+from iwopd_megatron.rehearsal.routing import expert_counts
+from iwopd_megatron.rehearsal.sources import HollowFolder
+from iwopd_megatron.rehearsal.world import Groups, alone
+from iwopd_megatron.runtime.parallel import initialise, shutdown
+from iwopd_megatron.train.student import StudentModel
+from iwopd_megatron.weights import sharding, table
+from iwopd_megatron.weights.hf_reader import HfTensors
+
+RECIPE = Path(__file__).parents[1] / "recipes/demo_tiny_moe.yaml"
+LAYOUTS = {
+    "tp2 ep2 cp2": dict(tp=2, ep=2, cp=2),
+    "pp2 ep2": dict(pp=2, ep=2),
+    "pp2 vpp2 tp2": dict(pp=2, vpp=2, tp=2),
+    "tp2 ep2 etp2": dict(tp=2, ep=2, etp=2),
+}
+pytestmark = pytest.mark.usefixtures("in_the_repository")
+
+
+def job_of(world: int, axes: dict[str, int], *changes: str) -> Job:
+    layout = ", ".join(f"{name}: {size}" for name, size in axes.items())
+    given = [f"student.parallel={{{layout}}}", f"cluster={{trainer: {world}}}"]
+    recipe = read_recipe(RECIPE, [*given, "train.microbatch_tokens=256", *changes])
+    return jobs(recipe)[1][0]
+
+
+def rehearsal_of(job: Job, mailbox: Mailbox | None = None, **more) -> RankRehearsal:
+    return RankRehearsal(job, GPUS["h100-80"], RATES, mailbox, **more)
+
+
+def told(run) -> dict:
+    """What is compared of a rank: its calls without their lines, and bytes by phase."""
+    calls = {
+        phase: [[*vars(call).values()][:5] + [call.peer, call.sent, call.received] for call in own]
+        for phase, own in run.calls.items()
+    }
+    peaks = {name: [phase.peak, sum(phase.after.values())] for name, phase in run.memory.items()}
+    return json.loads(json.dumps({"calls": calls, "peaks": peaks}))
+
+
+def forked(function, *args):
+    """Return what a function returns in a fork of this process.
+
+    Where tensors without memory went backward, torch starts threads, and forks no more.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result"
+        run_world(1, _written, result, function, *args)
+        return pickle.loads(result.read_bytes())
+
+
+def _written(file: Path, function, *args) -> None:
+    file.write_bytes(pickle.dumps(function(*args)))
+
+
+def real_rank(job: Job, out: Path) -> None:
+    """Do a rehearsal's phases for real, over gloo, and write down what was seen."""
+    parallel = initialise(job.layout)
+    own = rehearsal_of(job, folder=lambda hf, folder: HfTensors(folder))
+    run = own.perform(parallel, Watched, Recorder(is_alone=False))
+    (out / f"{parallel.rank}.json").write_text(json.dumps(told(run)))
+    shutdown()
+
+
+def rehearsed_rank(job: Job, rank: int) -> dict:
+    """Rehearse a rank as the CPU runs it."""
+    with alone(rank, job.world, job.layout) as parallel:
+        own = rehearsal_of(job, folder=lambda hf, _: HollowFolder(hf, torch.float32))
+        return told(own.perform(parallel, Memoryless, Recorder(is_alone=True)))
+
+
+def objects(call: list) -> bool:
+    """Whether a call is of pickled objects, whose sizes a rank alone does not know."""
+    return call[0] in ("all_gather", "broadcast") and call[4] == "uint8"
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_real_run_says_and_holds_what_was_rehearsed(name, tmp_path, moe_folder):
+    """Calls are the same, with groups, bytes, dtypes and peers; live bytes within 2 percent."""
+    job = job_of(4, LAYOUTS[name], f"student.hf={moe_folder}", f"teacher.hf={moe_folder}")
+    run_world(4, real_rank, job, tmp_path)
+    for rank in range(4):
+        real = json.loads((tmp_path / f"{rank}.json").read_text())
+        ours = forked(rehearsed_rank, job, rank)
+        assert ours["calls"].keys() == real["calls"].keys()
+        for phase, calls in real["calls"].items():
+            said = [x for x in ours["calls"][phase] if not objects(x)]
+            assert said == [x for x in calls if not objects(x)], (rank, phase)
+        assert any(call[3] for calls in real["calls"].values() for call in calls)
+        for phase, sizes in real["peaks"].items():
+            assert ours["peaks"][phase] == pytest.approx(sizes, rel=0.02), (rank, phase)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A job of eight ranks, of one layer a chunk."""
+    return job_of(8, dict(tp=2, pp=2, ep=2)).with_layers(1)
+
+
+def report_of(job: Job, all_layers: bool = True):
+    return forked(_report, job, all_layers)
+
+
+def _report(job: Job, all_layers: bool):
+    plan, _ = jobs(job.recipe)
+    return RoleRehearsal(job, plan, all_layers, short=True).run()
+
+
+def test_nothing_is_found_where_nothing_is_wrong(small):
+    report = report_of(small)
+    assert [x for x in report.findings if "the plan has" not in x] == []
+    assert report.slices.ranks == 8
+    assert report.peak > 0
+
+
+def test_figures_are_linear_in_the_layers():
+    """Two small models say what all six layers take: bytes, calls and seconds."""
+    job = job_of(4, dict(tp=2, ep=2), "student.recompute=full")
+    whole, small = (report_of(job.with_layers(6), all_layers) for all_layers in (True, False))
+    assert small.peak == pytest.approx(whole.peak, rel=0.01)
+    assert small.kept == pytest.approx(whole.kept, rel=0.01)
+    for phase, calls in whole.volumes.items():
+        for what, figures in calls.items():
+            assert small.volumes[phase][what] == pytest.approx(figures, rel=0.01), (phase, what)
+    assert small.seconds == pytest.approx(whole.seconds, rel=0.01)
+
+
+def with_row(monkeypatch, name: str, cut) -> None:
+    """Cut the parameters whose pattern ends in `name` in another way."""
+    rows = [
+        (pattern, replace(own, shard=cut) if pattern.endswith(name) else own, names)
+        for pattern, own, names in table.WEIGHT_TABLE
+    ]
+    assert rows != table.WEIGHT_TABLE
+    monkeypatch.setattr(table, "WEIGHT_TABLE", rows)
+
+
+def test_a_slice_of_the_neighbours_rows_is_found(small, monkeypatch):
+    def neighbours(sources, rank, size, hf):
+        return sharding._rows(sources[0], (rank + 1) % size, size)
+
+    with_row(monkeypatch, r"word_embeddings\.weight", neighbours)
+    found = slices.read_slices(small).findings
+    assert any("model.embed_tokens.weight, where its place, 0 of 2" in x for x in found)
+
+
+def test_a_tensor_read_by_nobody_is_found(small, monkeypatch):
+    rows = [
+        (p, s, [n.replace("q_norm", "k_norm") for n in names]) for p, s, names in table.WEIGHT_TABLE
+    ]
+    monkeypatch.setattr(table, "WEIGHT_TABLE", rows)
+    found = slices.read_slices(small)
+    assert any("self_attn.q_norm.weight is read by nobody" in x for x in found.gaps)
+
+
+def test_a_swapped_expert_range_is_found(small, monkeypatch):
+    init = experts.GroupedMoELayer.__init__
+
+    def swapped(self, *args, **more):
+        init(self, *args, **more)
+        count = self.config.num_moe_experts
+        self.local_expert_indices = [(i + count // 2) % count for i in self.local_expert_indices]
+
+    monkeypatch.setattr(experts.GroupedMoELayer, "__init__", swapped)
+    found = slices.read_slices(small).findings
+    assert any("an expert of expert-parallel rank 1, and is 0" in x for x in found)
+
+
+def programs(job: Job, ranks=None, hot: float = 1.0) -> dict[int, list[Call]]:
+    ranks = ranks or [place.rank for place in covering(job.world, job.layout)]
+    return forked(_programs, job, ranks, hot)
+
+
+def _programs(job: Job, ranks: list[int], hot: float) -> dict[int, list[Call]]:
+    mailbox = Mailbox()
+    return {rank: rehearsal_of(job, mailbox).run(rank, hot).program for rank in ranks}
+
+
+def test_a_missing_send_is_named(small):
+    said = programs(small)
+    assert play(said) == []
+    calls = said[4]
+    del calls[next(i for i, call in enumerate(calls) if call.operation == "send")]
+    found = play(said)
+    assert any("rank 0 waits for ever for rank 4's message" in x for x in found)
+
+
+def test_a_branch_on_local_tokens_is_found(monkeypatch):
+    """One of two ranks, the one with more tokens, asks all whether it has too many."""
+    job = job_of(4, dict(ep=2)).with_layers(1)
+    forward = experts.GroupedExperts.forward
+
+    def asking(self, hidden, tokens_per_expert, probs):
+        if int(tokens_per_expert.sum()) > 300:
+            dist.all_reduce(torch.ones(1, dtype=torch.int64), group=self.ep_group)
+        return forward(self, hidden, tokens_per_expert, probs)
+
+    monkeypatch.setattr(experts.GroupedExperts, "forward", asking)
+    said = programs(job, [0, 1], hot=1.5)
+    tokens = [call.sent for call in said[0] if call.operation == "all_to_all"]
+    assert tokens[0][0] > tokens[0][1]  # the first rank's experts are hot
+    found = compare(said) + play(said)
+    assert any("EXPERT_MODEL_PARALLEL_GROUP [0, 1]: call" in x for x in found)
+    assert any("waits for ever in" in x for x in found)
+
+
+def test_an_all_reduce_over_the_wrong_group_is_found(small, monkeypatch):
+    """A sum over data-parallel ranks where tensor-parallel ones are meant, on one of them."""
+    step = StudentModel.step
+
+    def wrong(self):
+        p = self.parallel
+        dist.all_reduce(torch.ones(1), group=(p.dp if p.tp.rank else p.tp).group)
+        return step(self)
+
+    monkeypatch.setattr(StudentModel, "step", wrong)
+    found = compare(programs(small))
+    assert any("TENSOR_MODEL_PARALLEL_GROUP [0, 1]" in x for x in found)
+
+
+def test_an_activation_kept_by_a_global_is_named(small, monkeypatch):
+    kept = []
+    forward = experts.GroupedExperts.forward
+
+    def keeping(self, hidden, tokens_per_expert, probs):
+        out = forward(self, hidden, tokens_per_expert, probs)
+        kept.append(out[0])
+        return out
+
+    monkeypatch.setattr(experts.GroupedExperts, "forward", keeping)
+    found = report_of(small).findings
+    assert any("are still there afterwards" in x and "GiB" in x for x in found)
+    assert any("experts.py" in x or "native_ops.py" in x for x in found)
+
+
+def test_a_tile_that_ignores_the_budget_is_found(monkeypatch):
+    job = job_of(2, dict(ep=2)).with_layers(1)
+    job = replace(job, hf=replace(job.hf, vocab_size=65536), tokens=8192)
+    peak = report_of(job).peak
+    for module in (logprobs, linear_loss):
+        monkeypatch.setattr(module, "default_tile", lambda topk=0: (2**20, 2**20))
+    report = report_of(job)
+    assert report.peak > 1.5 * peak
+    assert any("loss/" in x and "the plan has" in x for x in report.findings)
+
+
+def test_pieces_of_a_checkpoint_that_do_not_tile_are_found():
+    def piece(first, rows, is_written=True):
+        return checkpoints.Piece("w", (8, 4), torch.float32, (first, 0), (rows, 4), is_written)
+
+    assert checkpoints.check_pieces([piece(0, 4), piece(4, 4), piece(4, 4, False)]) == []
+    assert "16 of 32" in checkpoints.check_pieces([piece(0, 4)])[0]
+    assert "twice" in checkpoints.check_pieces([piece(0, 4), piece(0, 4)])[0]
+    assert "nobody" in checkpoints.check_pieces([piece(0, 8), piece(4, 4, False)])[0]
+
+
+@pytest.mark.parametrize("axes", [dict(tp=2, cp=2, pp=2, ep=4), dict(ep=2, etp=2, tp=2), {}])
+def test_places_are_megatrons(axes):
+    layout, world = Layout(**axes), 2 * Layout(**axes).unit
+    for rank in range(world):
+        place = Place.of(rank, world, layout)
+        with alone(rank, world, layout) as p:
+            ours = place.tp, place.cp, place.dp, place.pp, place.etp, place.ep
+            assert ours == tuple(x.rank for x in (p.tp, p.cp, p.dp, p.pp, p.etp, p.ep))
+
+
+def test_programs_of_ranks_that_did_not_run_are_those_that_do(small):
+    said = programs(small, [0, 3])
+    groups, real = Groups(), said[3]
+    with alone(0, small.world, small.layout, groups):
+        pass
+    ours = program_of(3, said[0], 0, groups.by_axis)
+    keep = [x for x in real if x.dtype != "uint8"]
+    assert [(x.operation, x.ranks, x.nbytes) for x in ours if x.dtype != "uint8"] == [
+        (x.operation, x.ranks, x.nbytes) for x in keep
+    ]
+
+
+def test_counts_of_experts_are_whole_and_hot():
+    assert expert_counts(100, 8, 2, 4, 1.0) == [25] * 8
+    hot = expert_counts(100, 8, 2, 4, 2.0)
+    assert sum(hot) == 200
+    assert hot[:2] == [50, 50]
