@@ -96,9 +96,10 @@ def activation_bytes(
 
     While the LM head runs = tokens / cp x (kept + (2 w h + 4) / tp): the final norm's input, output
     and factor. While the last layer's backward runs = tokens / cp x (kept + `_again` + w h / tp) +
-    `_gradients`: the layer computed again, the gradient that came to it. Where kept = (layer_bytes
-    x layers / pp + w h / tp but on the last stage) x in_flight: from forward to backward, with the
-    stage's output. tokens: of a micro-batch, before cp cuts it.
+    `_gradients`: the layer computed again, the gradient that came to it; + w h V / tp for a tied
+    head's gradient, which waits for the embedding's. Where kept = (layer_bytes x layers / pp + w h
+    / tp but on the last stage) x in_flight: from forward to backward, with the stage's output.
+    tokens: of a micro-batch, before cp cuts it.
     """
     local, hidden = tokens / layout.cp, width * size.hidden / layout.tp
     kept = layer_bytes(size, layout, recompute, width, hot) * size.layers / layout.pp
@@ -106,6 +107,8 @@ def activation_bytes(
     kept *= in_flight(layout, stage)
     again = _again(size, layout, recompute, width, hot)
     layer = local * (kept + again + hidden) + _gradients(size, layout, local, width, hot)
+    if size.tied and layout.pp == 1:
+        layer += width * size.vocabulary / layout.tp
     return local * (kept + 2 * hidden + 4 / layout.tp), layer
 
 
