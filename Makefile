@@ -60,8 +60,8 @@ test: setup
 	$(RUN) -m pytest -n 2 --dist loadfile
 
 # Parity, checkpoints (killed while saving, too), losses and the planner.
-CORE := parity traps routing packing native_ops plan_measured torch_dist convert continue mapping \
-	loss linear_loss logprobs weighting objectives topk
+CORE := parity traps routing packing native_ops memory_kept plan_measured plan_collectives torch_dist \
+	convert continue mapping loss linear_loss logprobs weighting objectives topk
 test-core: setup
 	TESTED_SUITE=core $(RUN) -m pytest -n 2 --dist loadfile $(CORE:%=tests/test_%.py) tests/with_runs/test_resume.py
 

@@ -158,6 +158,7 @@ PEAKS = [
     (1, WIDE, {}, "bf16", 1.0),
     (1, WIDE, {}, "fp32", 1.0),
     (1, LONG, {}, "bf16", 1.0),
+    (1, replace(LONG, vocab_size=4096, tie_word_embeddings=True), {}, "bf16", 1.0),
     (2, WIDE, {"ep": 2}, "bf16", 1.0),
     (2, WIDE, {"ep": 2}, "bf16", 2.0),
     (2, FLAT, {"ep": 2}, "bf16", 1.0),

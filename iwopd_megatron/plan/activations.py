@@ -111,7 +111,8 @@ def activation_bytes(
 
     While the LM head runs = tokens / cp x (kept + (2 w h + 4) / tp): the final norm's input, output
     and factor. While the last layer's backward runs = tokens / cp x (kept + `_again` + w h / tp) +
-    `_gradients`: the layer computed again, the gradient that came to it. Where kept =
+    `_gradients`: the layer computed again, the gradient that came to it; + w h V / tp for a tied
+    head's gradient, which waits for the embedding's. Where kept =
     layer_bytes x layers_in_flight + w h / tp x in_flight but on the last stage: from forward to
     backward, with the stage's output. tokens: of a micro-batch, before cp cuts it.
     """
@@ -120,6 +121,8 @@ def activation_bytes(
     kept += hidden * (stage < layout.pp - 1) * in_flight(layout, stage)
     again = _again(size, layout, recompute, width, hot)
     layer = local * (kept + again + hidden) + _gradients(size, layout, local, width, hot)
+    if size.tied and layout.pp == 1:
+        layer += width * size.vocabulary / layout.tp
     return local * (kept + 2 * hidden + 4 / layout.tp), layer
 
 
