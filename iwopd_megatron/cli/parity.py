@@ -8,7 +8,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -128,7 +128,7 @@ def _run(role: str, rehearsal: Rehearsal) -> int:
         code, result, problems = comparison.run(rehearsal.samples())
     if code:
         return code
-    said = {"role": role, "layout": describe(layout), "recompute": recompute}
+    said: dict[str, Any] = {"role": role, "layout": describe(layout), "recompute": recompute}
     if layout.placement:
         said["stages"] = layers_of_stages(layout, rehearsal.layers)
     print(json.dumps(said | result))
