@@ -117,6 +117,10 @@ def test_layout_arithmetic():
         (["student.parallel.vpp=2"], ["vpp=2 needs pp >= 2", "vpp=1 or pp=2"]),
         (["student.parallel.pp=3"], ["pp x vpp=3", "num_hidden_layers (4)", "1, 2, 4"]),
         (["student.parallel.pp=2", "student.parallel.vpp=4"], ["pp x vpp=8", "(4)"]),
+        (["student.parallel.pp=3"], ["write account_for_embedding_in_pipeline_split=true and"]),
+        (["student.parallel.pipeline_model_parallel_layout=7"], ["layout' is 7; write text"]),
+        (["student.parallel.num_layers_in_first_pipeline_stage=0"], ["is 0", "greater than 0"]),
+        (["student.parallel.pipeline_model_parallel_layout=tttt"], ["student: ", "the one E"]),
         (["student.parallel.tp=2", "processes=3"], ["processes=3", "multiple of 2", "tp2"]),
         (["train.warmup_rounds=5"], ["warmup_rounds=5", "smaller than train.rounds=5"]),
         (["train.lr"], ["override 'train.lr' is not key=value", "write e.g."]),
@@ -178,6 +182,10 @@ def test_teacher_must_fit_the_layout(recipe):
     write_zeros(recipe.parent / "other", HF | {"num_hidden_layers": 3})
     message = refusal(recipe, f"teacher.hf={recipe.parent / 'other'}", "student.parallel.pp=2")
     assert message.startswith("teacher: pp x vpp=2 does not divide num_hidden_layers (3)")
+    assert message.endswith(", or give it a layout of its own, teacher.service.parallel.")
+    uneven = ["student.parallel.pp=2", "student.parallel.pipeline_model_parallel_layout=Et|t*3L"]
+    message = refusal(recipe, f"teacher.hf={recipe.parent / 'other'}", *uneven)
+    assert "places 4 layers (t), num_hidden_layers is 3; write as many, or give it a" in message
 
 
 def test_folders(recipe):

@@ -58,6 +58,8 @@ CASES = [
     (2, MOE, {"ep": 2}, "bf16", True),
     (2, MOE, {"tp": 2}, "bf16", True),
     (2, TIED, {"pp": 2}, "bf16", True),
+    (2, TIED, {"pp": 2, "num_layers_in_first_pipeline_stage": 1}, "bf16", True),
+    (2, MOE, {"pp": 2, "pipeline_model_parallel_layout": "E|t*4L"}, "bf16", True),
     (4, MOE, {"tp": 2, "pp": 2, "ep": 2}, "bf16", True),
     (4, MOE, {"ep": 2}, "fp32", True),
     (4, MOE, {"tp": 2, "etp": 2}, "bf16", True),

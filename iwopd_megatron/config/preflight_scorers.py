@@ -52,7 +52,11 @@ def _check_model(recipe: Recipe, model: Frozen, role: str, weights: bool = True)
 def _check_teacher(recipe: Recipe, teacher: Teacher, role: str) -> None:
     hf = _check_model(recipe, teacher, role, weights=not teacher.urls)
     if not teacher.is_remote:
-        check_layout(recipe.student.parallel, hf, "teacher")
+        try:
+            check_layout(recipe.student.parallel, hf, "teacher")
+        except RecipeError as error:
+            own = "or give it a layout of its own, teacher.service.parallel"
+            raise RecipeError(f"{str(error).rstrip('.')}, {own}.") from None
         return
     unread = [name for name in ("offload", "microbatch_tokens") if getattr(teacher, name)]
     if unread:
