@@ -243,9 +243,8 @@ class Trainer:
         """Evaluate the weights after this round, if the recipe evaluates."""
         if self.evaluation:
             clock = Clock()
-            scores = self.evaluation.scores(self.engine)
-            trouble = self.evaluation.trouble
-            self.log.evaluated(this, scores, trouble, clock.elapsed(), self.tokenizer)
+            found = self.evaluation.scores(self.engine), self.evaluation.trouble
+            self.log.evaluated(this, *found, clock.elapsed(), self.tokenizer)
 
     def _service_event(self, text: str) -> None:
         self.recorder.event(self.round, "service", text)
