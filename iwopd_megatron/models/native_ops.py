@@ -9,13 +9,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from iwopd_megatron.models.norm_operators import FusedRmsNorm
 from iwopd_megatron.runtime import device
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Return x / sqrt(mean(x^2) + eps) * weight over the last dim; by torch's kernel on a GPU."""
     if device.has_gpu_kernels():
-        return torch.ops.aten._fused_rms_norm(x, (x.shape[-1],), weight, eps)[0]
+        return FusedRmsNorm.apply(x, weight, eps)
     return _RmsNorm.apply(x, weight, eps)
 
 

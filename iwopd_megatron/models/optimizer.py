@@ -87,16 +87,26 @@ def _use_fused_adam() -> None:
         megatron_distributed.HAVE_APEX_OR_TE = megatron_distributed.USING_APEX_OPTIMIZER = True
 
 
-def _sum_norms_on_the_device() -> None:
-    """Have Megatron's own norm of many gradients, where it has no library's, read none of them."""
+def _clip_on_the_device() -> None:
+    """Have Megatron's own norm and scaling of many gradients, where no library has them, be ours.
+
+    Its norm reads every gradient's on the host, its scaling holds a copy of all gradients.
+    """
     if megatron_clip_grads.l2_norm_impl.__name__ == "local_multi_tensor_l2_norm":
         megatron_clip_grads.l2_norm_impl = _norm_of_all
+        megatron_clip_grads.multi_tensor_scale_impl = _scale_all
 
 
 def _norm_of_all(_chunk, _flag, tensor_lists, *_) -> tuple[torch.Tensor, None]:
     """Return the Euclidean norm of all tensors together, fp32 `[1]`, as Apex's function does."""
     norms = torch._foreach_norm([x for tensors in tensor_lists for x in tensors])
     return torch.linalg.vector_norm(torch.stack(norms).float())[None], None
+
+
+def _scale_all(_chunk, _flag, tensor_lists, scale: float) -> None:
+    """Write the first tensors times `scale` to the second, which may be the same."""
+    for source, target in zip(*tensor_lists, strict=True):
+        torch.mul(source, scale, out=target)
 
 
 def wrap_data_parallel(chunks: list[MegatronModule], train: Train) -> list[DistributedDataParallel]:
@@ -118,7 +128,7 @@ def _finalize(model, num_tokens=None, **kwargs) -> None:
 def build_optimizer(wrapped: list[DistributedDataParallel], train: Train):
     """Return Megatron's AdamW over the wrapped chunks, sharded over data-parallel ranks if set."""
     _use_fused_adam()
-    _sum_norms_on_the_device()
+    _clip_on_the_device()
     config = wrapped[0].config
     optimizer = megatron_optimizer.get_megatron_optimizer(
         megatron_optimizer.OptimizerConfig(

@@ -1,7 +1,7 @@
 """One role's rehearsal: its slices, few ranks that differ, all ranks' programs, and its figures.
 
-Two small models, of one and of two layers in every chunk, give what a layer takes; all the rest is
-counted once. Bytes, calls and seconds are linear in the layers, which a test holds.
+Two small models, of two and of three layers in every chunk, give what a layer takes; all the rest
+is counted once. Bytes, calls and seconds are linear in the layers, which a test holds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GIB = 2**30
 KEPT = 0.02  # of the peak: what forward and backward may leave behind
 ROOM = 1.1  # times the planned bytes that a rank may take
 HOT = (2.0, 4.0)
-SMALL = (1, 2)  # layers a chunk of the two models that stand for all
+SMALL = (2, 3)  # layers a chunk of the two models that stand for all
 COMPUTING = ("forward/backward", "score")
 
 
