@@ -28,9 +28,10 @@ from iwopd_megatron.rehearsal.routing import expert_counts
 from iwopd_megatron.rehearsal.sources import HollowFolder
 from iwopd_megatron.rehearsal.world import Groups, alone
 from iwopd_megatron.runtime.parallel import initialise, shutdown
+from iwopd_megatron.teacher import embedded
 from iwopd_megatron.train.student import StudentModel
 from iwopd_megatron.weights import sharding, table
-from iwopd_megatron.weights.hf_reader import HfTensors
+from iwopd_megatron.weights.hf_reader import HfTensors, load_shards
 
 RECIPE = Path(__file__).parents[1] / "recipes/demo_tiny_moe.yaml"
 LAYOUTS = {
@@ -100,8 +101,10 @@ def objects(call: list) -> bool:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_real_run_says_and_holds_what_was_rehearsed(name, tmp_path, moe_folder):
+def test_a_real_run_says_and_holds_what_was_rehearsed(name, tmp_path, moe_folder, monkeypatch):
     """Calls are the same, with groups, bytes, dtypes and peers; live bytes within 2 percent."""
+    # Frozen weights stay in their file on a CPU, as on no GPU.
+    monkeypatch.setattr(embedded, "load_shards", lambda *given, frozen: load_shards(*given))
     job = job_of(4, LAYOUTS[name], f"student.hf={moe_folder}", f"teacher.hf={moe_folder}")
     run_world(4, real_rank, job, tmp_path)
     for rank in range(4):

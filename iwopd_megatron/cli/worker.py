@@ -44,7 +44,7 @@ from iwopd_megatron.records.disk import disk_told
 from iwopd_megatron.records.wandb_log import check_installed
 from iwopd_megatron.runtime import device
 from iwopd_megatron.runtime.host_memory import available
-from iwopd_megatron.runtime.local_world import start_local
+from iwopd_megatron.runtime.local_world import MOST_LOCAL, start_local
 from iwopd_megatron.runtime.parallel import initialise, shutdown
 from iwopd_megatron.runtime.stop import die_with_parent, watch_signals
 from iwopd_megatron.train.compare import Arm, is_finished
@@ -66,7 +66,9 @@ def check_memory(recipes: list[Recipe]) -> None:
         return
     there, here = available(), os.environ.get("LOCAL_WORLD_SIZE")
     for recipe in recipes:
-        host_check.check(recipe, there, int(here) if here else None)
+        processes = int(here) if here else recipe.world
+        if processes <= MOST_LOCAL:  # more are refused for their number
+            host_check.check(recipe, there, processes)
 
 
 def train(recipe: Recipe, resume: bool, data: RunData) -> None:

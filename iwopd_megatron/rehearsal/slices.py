@@ -189,7 +189,7 @@ def _push(job: Job, place: Place, found: Slices, mailbox: Mailbox) -> None:
     for rank in ranks[:-1]:
         with contextlib.suppress(NotSaidYet):
             deque(_stream(job, rank, mailbox), maxlen=0)
-    for rank in {ranks[0], ranks[-1]}:
+    for rank in dict.fromkeys([ranks[-1], ranks[0]]):
         _check_stream(job, rank, found, mailbox)
 
 
