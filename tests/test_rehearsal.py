@@ -115,8 +115,13 @@ def test_a_real_run_says_and_holds_what_was_rehearsed(name, tmp_path, moe_folder
             said = [x for x in ours["calls"][phase] if not objects(x)]
             assert said == [x for x in calls if not objects(x)], (rank, phase)
         assert any(call[3] for calls in real["calls"].values() for call in calls)
+        calls = [call for own in real["calls"].values() for call in own]
+        sent = max((call[3] for call in calls if call[0] == "send"), default=0)  # held on its way
         for phase, sizes in real["peaks"].items():
-            assert ours["peaks"][phase] == pytest.approx(sizes, rel=0.02), (rank, phase)
+            assert ours["peaks"][phase] == pytest.approx(sizes, rel=0.02, abs=2 * sent), (
+                rank,
+                phase,
+            )
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from iwopd_megatron.rehearsal.routing import Routing
 from iwopd_megatron.rehearsal.sources import HollowFolder
 from iwopd_megatron.rehearsal.world import Groups, alone
 from iwopd_megatron.runtime import device
+from iwopd_megatron.runtime.megatron import mpu
 from iwopd_megatron.runtime.parallel import Parallel
 from iwopd_megatron.teacher.embedded import EmbeddedScorer
 from iwopd_megatron.train import checkpoint
@@ -113,8 +114,11 @@ class RankRehearsal:
                 student.score(samples, packer)
         with self.phase("forward/backward", "activations"):
             kept = student.accumulate(batches, length, self.objective(parallel))
-        del kept
-        self.result.kept = self.ledger.alive("forward/backward")
+        del kept, batches
+        for buffer in mpu.get_global_memory_buffer().buffer.values():
+            self.ledger.count_as(buffer, "buffer")  # gathered sequences', used again and again
+        alive = self.ledger.alive("forward/backward")
+        self.result.kept = [x for x in alive if x.kind != "buffer"]
         with self.phase("step", "step"):
             student.step()
         with self.phase("save", "save"):

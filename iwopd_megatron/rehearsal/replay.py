@@ -21,7 +21,7 @@ Groups = Mapping[str, Sequence[tuple[int, ...]]]
 def program_of(rank: int, template: Sequence[Call], of: int, groups: Groups) -> list[Call]:
     """Return what `rank` does if it does what rank `of` did, in the groups that it is in itself.
 
-    KeyError where it has no group of that kind.
+    Both are of one stage. KeyError where it has no group of that kind.
     """
     own: dict[tuple[str, tuple[int, ...]], tuple[int, ...]] = {}
     calls = []
@@ -30,7 +30,11 @@ def program_of(rank: int, template: Sequence[Call], of: int, groups: Groups) -> 
         if key not in own:
             own[key] = _counterpart(rank, of, call, groups)
         ranks = own[key]
-        peer = None if call.peer is None else ranks[call.ranks.index(call.peer)]
+        peer = call.peer
+        if call.operation in ("send", "receive") and peer is not None:
+            peer += rank - of  # of the other stage's ranks the one with the same place in it
+        elif peer is not None:
+            peer = ranks[call.ranks.index(peer)]
         calls.append(replace(call, ranks=ranks, peer=peer))
     return calls
 
