@@ -13,6 +13,7 @@ from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.files.shipped import PROFILES
 from iwopd_megatron.launch.launch import make_job, new_folder, newest_folder, write_job
 from iwopd_megatron.launch.profile import Profile, load_profile
+from iwopd_megatron.launch.rehearsed import rehearse
 from iwopd_megatron.launch.roles import Job, read_job
 from iwopd_megatron.launch.submit import verdict
 
@@ -259,3 +260,22 @@ def test_bad_comparisons_launch_nothing(tmp_path, arguments, sentence):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_launch_on_gpus_is_rehearsed_first(capfd):
+    """What would not fit is found before anything is submitted; what is well goes on."""
+    recipe = Path("recipes/qwen3_4b_to_0p6b.yaml")
+    site = profile(gpu="h100-80", python=sys.executable)
+    rehearse(recipe, [], read_recipe(recipe, []), site)
+    assert "nothing found" in capfd.readouterr().out
+    large = ["train.microbatch_tokens=2000000"]
+    with pytest.raises(RecipeError, match="nothing was submitted.*--no-rehearsal"):
+        rehearse(recipe, large, read_recipe(recipe, large), site)
+    assert "finding: trainer rank 0 takes" in capfd.readouterr().out
+
+
+def test_where_nothing_can_rehearse_that_is_said(capsys, monkeypatch):
+    recipe = Path("recipes/qwen3_4b_to_0p6b.yaml")
+    monkeypatch.setattr(sys, "executable", "nothing")
+    rehearse(recipe, [], read_recipe(recipe, []), profile(gpu="h100-80", python="nowhere"))
+    assert "the launch is not rehearsed" in capsys.readouterr().out

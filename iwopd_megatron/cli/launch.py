@@ -16,6 +16,7 @@ from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.files.outputs import check_folder
 from iwopd_megatron.launch.launch import newest_folder
 from iwopd_megatron.launch.profile import load_profile
+from iwopd_megatron.launch.rehearsed import rehearse
 from iwopd_megatron.launch.submit import submit
 from iwopd_megatron.plan import host_check
 from iwopd_megatron.records.resume import check_start
@@ -36,6 +37,13 @@ def launch(
     resume: Annotated[
         bool, typer.Option("--resume", help="go on with the run folder's newest checkpoint")
     ] = False,
+    rehearsal: Annotated[
+        bool,
+        typer.Option(
+            "--rehearsal/--no-rehearsal",
+            help="on GPUs: first `rehearse --full --short`",
+        ),
+    ] = True,
 ) -> None:
     """Run trainer, teachers and rollout servers as one job of a cluster.
 
@@ -56,6 +64,8 @@ def launch(
     check_start(loaded, resume)
     if profile.is_waiting and not profile.has_gpus and not dryrun:
         host_check.check(loaded, available())
+    if rehearsal and profile.has_gpus and not dryrun and not resume:
+        rehearse(recipe, overrides or [], loaded, profile)
     code = submit(loaded, profile, dryrun)
     if not dryrun and profile.is_waiting:
         sys.exit(code)

@@ -5,4 +5,14 @@ starts the role's processes again when they die, and what `iwopd status` and `iw
 show. No torch.
 """
 
-__all__ = ["launch", "log", "nemo", "profile", "rendezvous", "roles", "status", "submit"]
+__all__ = [
+    "launch",
+    "log",
+    "nemo",
+    "profile",
+    "rehearsed",
+    "rendezvous",
+    "roles",
+    "status",
+    "submit",
+]

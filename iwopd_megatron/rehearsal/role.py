@@ -22,7 +22,7 @@ from iwopd_megatron.rehearsal.world import Groups
 
 GIB = 2**30
 KEPT = 0.02  # of the peak: what forward and backward may leave behind
-ROOM = 1.1  # times the planned bytes that a rank may take
+ROOM, SLACK = 1.1, 0.5 * GIB  # a rank may take so many times the planned bytes, and so many more
 HOT = (2.0, 4.0)
 SMALL = (2, 3)  # layers a chunk of the two models that stand for all
 COMPUTING = ("forward/backward", "score")
@@ -146,7 +146,7 @@ class RoleRehearsal:
                 f"{report.role} rank {report.peak_rank} takes {report.peak / GIB:.1f} GiB of "
                 f"tensors, a GPU has {gpu.memory / GIB:.1f}{what}."
             )
-        elif report.peak > ROOM * report.planned:
+        elif report.peak > ROOM * report.planned + SLACK:
             report.findings.append(
                 f"{report.role} rank {report.peak_rank} takes {report.peak / GIB:.1f} GiB of "
                 f"tensors, the plan has {report.planned / GIB:.1f}{what}."

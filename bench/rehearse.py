@@ -1,0 +1,58 @@
+"""The planner against a rehearsal, for every recipe: memory of each role, a round, and findings.
+
+    python bench/rehearse.py [--short] [RECIPE ...]
+
+One table row for every role: bytes of tensors planned and rehearsed, with an expert rank that gets
+two and four times its share, seconds of a round both ways, what the rehearsal took. Exits with 1
+where anything was found.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+warnings.filterwarnings("ignore")
+
+from iwopd_megatron.config.load import read_recipe  # noqa: E402
+from iwopd_megatron.rehearsal import full  # noqa: E402
+from iwopd_megatron.rehearsal.role import GIB  # noqa: E402
+from iwopd_megatron.runtime.quiet import quiet  # noqa: E402
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+def row(recipe: Path, short: bool) -> int:
+    """Rehearse one recipe; print its rows and findings; return how many were found."""
+    found = full.rehearse(read_recipe(recipe, []), short=short)
+    for role in found.roles:
+        hot = " / ".join(f"{size / GIB:.1f}" for size in role.hot.values()) or "-"
+        first = role is found.roles[0]
+        last = f"{found.plan.seconds:.0f} / {found.round_seconds:.0f}" if first else ""
+        took = f"{found.seconds:.0f}" if first else ""
+        print(
+            f"| {recipe.stem if first else ''} | {role.role}, {role.world} "
+            f"| {role.planned / GIB:.2f} | {role.peak / GIB:.2f} "
+            f"| {role.peak / role.planned - 1:+.1%} | {hot} | {last} | {took} |",
+            flush=True,
+        )
+    for finding in found.findings:
+        print(f"finding: {recipe.name}: {finding}", flush=True)
+    return len(found.findings)
+
+
+def main() -> None:
+    """Rehearse the recipes that are named, or all."""
+    quiet()
+    short = "--short" in sys.argv
+    named = [Path(name) for name in sys.argv[1:] if not name.startswith("--")]
+    print("| recipe | role, ranks | planned GiB | rehearsed | | x2 / x4 | round s, both | took s |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    count = sum(row(recipe, short) for recipe in named or sorted(RECIPES.glob("*.yaml")))
+    print(f"{count} findings")
+    sys.exit(count > 0)
+
+
+if __name__ == "__main__":
+    main()
