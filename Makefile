@@ -165,6 +165,11 @@ build/emerging-optimizers:
 bench-exactness: setup
 	$(RUN) bench/exactness.py
 
+# Every recipe at its real size without a GPU, in the short form: fails where anything is found.
+.PHONY: rehearse
+rehearse: setup
+	$(RUN) bench/rehearse.py --short
+
 # The planner's predictions against published measurements.
 bench-plan: setup
 	$(RUN) bench/plan.py

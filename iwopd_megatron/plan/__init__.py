@@ -18,4 +18,5 @@ __all__ = [
     "setup",
     "text",
     "time",
+    "traffic",
 ]

@@ -22,6 +22,7 @@ from iwopd_megatron.plan.activations import layer_bytes
 from iwopd_megatron.plan.hardware import RATES, Gpu, Rates
 from iwopd_megatron.plan.memory import data_parallel
 from iwopd_megatron.plan.model_size import ModelSize
+from iwopd_megatron.plan.traffic import dispatches, sequence_collectives
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def _layer(load: Workload, passes: float, recompute: str | None) -> float:
     attention: 2 length q T / tp FLOP, two products of length x q and half of them masked;
     MLP's product: T tokens, 3 h f / tp weights; or of experts: T K etp / tp copies of tokens, each
     2 x 3 h f / etp FLOP, E 3 h f / (ep etp) weights)
-    + `_dispatches` x the dispatch of the copies + tensor- and context-parallel communication
+    + `dispatches` x the dispatch of the copies + tensor- and context-parallel communication
     + passes / 3 x (bytes kept x `rates.passes` / HBM + `rates.moe_layer` or `dense_layer`)
     + in training 10 bytes a weight / HBM to sum gradients: fp32 read and written, bf16 read.
 
@@ -114,7 +115,7 @@ def _layer(load: Workload, passes: float, recompute: str | None) -> float:
     seconds *= passes
     if size.experts:
         dispatch = _dispatch(load, copies) * (1 - load.software.hidden_dispatch)
-        seconds += dispatch * _dispatches(recompute)
+        seconds += dispatch * dispatches(recompute)
     seconds += _sequence_parallel(load, local, recompute)
     kept = layer_bytes(size, layout, "none") * local
     seconds += kept * rates.passes * passes / 3 / (gpu.hbm * rates.hbm)
@@ -142,16 +143,6 @@ def _head(load: Workload, passes: int) -> float:
     return passes * (_product(load, tokens, weights, load.rates.gemm) + elementwise / 2)
 
 
-def _dispatches(recompute: str | None) -> int:
-    """Return how often a layer's copies of tokens cross to the experts and back in a micro-batch.
-
-    Forward 1; 2 with backward; 3 with the MLP or the layer computed again, two all-to-alls each.
-    tests/test_plan_collectives.py counts what is issued. Left out: with them go probabilities, 4
-    bytes a copy beside 2 h, and counts by expert.
-    """
-    return {None: 1, "none": 2}.get(recompute, 3)
-
-
 def _dispatch(load: Workload, copies: float) -> float:
     """Return seconds of both all-to-alls of a layer's forward pass, to the experts and back.
 
@@ -177,18 +168,14 @@ def _dispatch(load: Workload, copies: float) -> float:
 def _sequence_parallel(load: Workload, tokens: float, recompute: str | None) -> float:
     """Return seconds of a layer's tensor- and context-parallel communication in a micro-batch.
 
-    Bytes = 2 h T (tp - 1) / tp x collectives + 2 x 2 k / tp x tokens (cp - 1) / cp x gathers. Of
-    collectives, attention and a dense MLP have one all-gather and one reduce-scatter forward, those
-    and the gather of the input again backward (5 in all), and 2 more where computed again; experts
-    take sequence shards. Keys and values are gathered over cp as often as `_dispatches` says. By
-    NVLink where tp cp ranks are within a node.
+    Bytes = 2 h T (tp - 1) / tp x `sequence_collectives` + 2 x 2 k / tp x tokens (cp - 1) / cp x
+    `dispatches`: keys and values are gathered over cp. By NVLink where tp cp ranks are in a node.
     """
     layout, size = load.layout, load.size
-    attention = {None: 2, "full": 7}.get(recompute, 5)
-    mlp = 0 if size.experts else {None: 2, "none": 5}.get(recompute, 7)
-    moved = (attention + mlp) * 2 * size.hidden * tokens * (layout.tp - 1) / layout.tp
+    moved = sequence_collectives(size, recompute) * 2 * size.hidden * tokens
+    moved *= (layout.tp - 1) / layout.tp
     gathered = 2 * 2 * size.keys / layout.tp * load.tokens * (layout.cp - 1) / layout.cp
-    moved += gathered * _dispatches(recompute)
+    moved += gathered * dispatches(recompute)
     inside = layout.tp * layout.cp <= load.gpus_per_node
     bandwidth = load.gpu.nvlink if inside else load.gpu.network
     return moved / (bandwidth * load.rates.link)

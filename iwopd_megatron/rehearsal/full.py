@@ -94,6 +94,10 @@ def _role_json(role: RoleReport) -> dict[str, Any]:
             }
             for phase, calls in role.volumes.items()
         },
+        "moved_gib": {
+            axis: {"rehearsed": round(a / GIB, 3), "planned": round(b / GIB, 3)}
+            for axis, (a, b) in role.moved.items()
+        },
         "microbatch_s": {name: round(s, 4) for name, s in role.seconds.items()},
     }
 

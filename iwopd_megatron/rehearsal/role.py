@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from iwopd_megatron.plan.model_size import ModelSize
 from iwopd_megatron.plan.plan import Plan
+from iwopd_megatron.plan.traffic import microbatch_bytes, step_bytes
 from iwopd_megatron.rehearsal.collectives import Call, Mailbox
 from iwopd_megatron.rehearsal.job import Job
 from iwopd_megatron.rehearsal.ledger import Phase, Storage
@@ -17,7 +19,7 @@ from iwopd_megatron.rehearsal.place import Place, covering, places
 from iwopd_megatron.rehearsal.rank import RankRehearsal, RankRun
 from iwopd_megatron.rehearsal.replay import compare, play, program_of
 from iwopd_megatron.rehearsal.slices import Slices, read_slices
-from iwopd_megatron.rehearsal.traffic import communication, volumes
+from iwopd_megatron.rehearsal.traffic import STEP, by_axis, communication, volumes
 from iwopd_megatron.rehearsal.world import Groups
 
 GIB = 2**30
@@ -44,6 +46,7 @@ class RoleReport:
     hot: dict[float, float] = field(default_factory=dict)  # peak with an expert rank that hot
     kept: float = 0.0
     volumes: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
+    moved: dict[str, tuple[float, float]] = field(default_factory=dict)  # by axis, and planned
     seconds: dict[str, float] = field(default_factory=dict)  # of a micro-batch, by phase
     costs: Counter[str] = field(default_factory=Counter)  # seconds of the computing phases
     microbatches: int = 1
@@ -175,6 +178,18 @@ class RoleRehearsal:
                 self._at_size([x.get(key, (0, 0))[i] for x in counted], 0) for i in range(2)
             )
             self.report.volumes.setdefault(key[0], {})[key[1]] = count, size
+        job, size_of = self.job, ModelSize.of(self.job.hf)
+        phases = STEP if job.trains else COMPUTING
+        recompute = getattr(job.model, "recompute", None) if job.trains else None
+        planned = {
+            axis: job.microbatches * n
+            for axis, n in microbatch_bytes(size_of, job.layout, job.tokens, recompute).items()
+        }
+        planned |= step_bytes(size_of, job.layout, job.world) if job.trains else {}
+        rehearsed = [by_axis(run, phases) for run in runs]
+        for axis in planned | rehearsed[-1]:
+            total = self._at_size([x.get(axis, 0.0) for x in rehearsed], 0)
+            self.report.moved[axis] = total, planned.get(axis, 0.0)
 
     def _seconds(self, runs: list[dict[int, RankRun]]) -> None:
         """Find the slowest rank's seconds of a micro-batch, and what they go to."""

@@ -50,13 +50,10 @@ def _lines(found: Rehearsal, role: RoleReport) -> list[tuple[str, str, str]]:
     for hot, size in role.hot.items():
         lines.append((f"memory, expert rank x{hot:g}", f"{size / GIB:.1f} GiB", ""))
     lines.append(("kept after backward", f"{role.kept / GIB:.2f} GiB", "0"))
-    for phase, calls in role.volumes.items():
-        if phase not in role.seconds:
-            continue
-        for what, (count, size) in calls.items():
-            if size > GIB / 100:
-                text = f"{count:.0f} x {what}, {size / GIB:.2f} GiB"
-                lines.append((f"{phase}, {role.microbatches} micro-batches", text, ""))
+    for axis, (moved, planned_bytes) in role.moved.items():
+        if moved > GIB / 100:
+            what = f"moved over {axis}, {role.microbatches} micro-batches"
+            lines.append((what, f"{moved / GIB:.2f} GiB", f"{planned_bytes / GIB:.2f} GiB"))
     for phase, seconds in role.seconds.items():
         lines.append((f"time, {phase}", f"{seconds:.2f} s a micro-batch", ""))
     return lines

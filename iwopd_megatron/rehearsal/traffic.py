@@ -38,28 +38,51 @@ def volumes(run: RankRun) -> dict[tuple[str, str], tuple[float, float]]:
     return {key: (count, size) for key, (count, size) in found.items()}
 
 
+def moved(call: Call) -> float:
+    """Return the bytes that a rank sends of a call (plan/traffic.py); of a receive none."""
+    n = len(call.ranks)
+    factor = {
+        "all_reduce": 2 * (n - 1) / n,
+        "all_gather": n - 1,
+        "reduce_scatter": (n - 1) / n,
+        "all_to_all": (n - 1) / n,
+        "send": 1,
+        "broadcast": 1,
+    }.get(call.operation, 0)
+    return call.nbytes * factor
+
+
+# Phases of one optimiser step, and the planner's names of the axes whose bytes it has.
+STEP = ("forward/backward", "step")
+PLANNED = {"ep": "ep", "tp": "tp", "cp": "cp", "pp": "pp", "world": "pp", "dp x cp": "dp",
+           "dp": "dp", "expert dp": "expert dp"}  # fmt: skip
+
+
+def by_axis(run: RankRun, phases: tuple[str, ...]) -> dict[str, float]:
+    """Return the bytes that a rank moves over each axis in these phases."""
+    found: dict[str, float] = defaultdict(float)
+    for phase in phases:
+        for call in run.calls.get(phase, []):
+            axis = AXES.get(call.axis, call.axis)
+            if axis == "world" and call.operation != "send":  # a number or two
+                continue
+            found[PLANNED.get(axis, axis)] += moved(call)
+    return dict(found)
+
+
 def communication(plan: Plan) -> Callable[[list[Call]], float]:
     """Return what gives the seconds of calls at the cluster's link rates.
 
-    A call moves its bytes (n - 1) / n times, an all-reduce twice; by NVLink where all its ranks are
-    on a node, else by one adapter a GPU.
+    Bytes move by NVLink where all ranks of a call are on a node, else by one adapter a GPU.
     """
     gpu, rates, node = plan.setup.gpu, plan.setup.rates, plan.setup.cluster.gpus_per_node
 
     def seconds(calls: list[Call]) -> float:
         total = 0.0
         for call in calls:
-            n = len(call.ranks)
-            if n == 1 and call.peer is None:
-                continue
-            inside = len({rank // node for rank in call.ranks}) == 1
-            moved = {
-                "all_reduce": 2 * call.nbytes * (n - 1) / n,
-                "all_gather": call.nbytes * (n - 1),
-                "reduce_scatter": call.nbytes * (n - 1) / n,
-                "all_to_all": call.nbytes * (n - 1) / n,
-            }.get(call.operation, call.nbytes)
-            total += moved / ((gpu.nvlink if inside else gpu.network) * rates.link)
+            ends = call.ranks if call.peer is None else (call.peer, *call.ranks[:1])
+            inside = len({rank // node for rank in ends}) == 1
+            total += moved(call) / ((gpu.nvlink if inside else gpu.network) * rates.link)
         return total
 
     return seconds
