@@ -19,7 +19,8 @@ from iwopd_megatron.models.gpt import build_model, wrap_precision
 from iwopd_megatron.models.optimizer import build_optimizer, wrap_data_parallel
 from iwopd_megatron.plan.hardware import Gpu, Rates
 from iwopd_megatron.plan.model_size import ModelSize
-from iwopd_megatron.plan.time import Workload, _dispatches, _sequence_parallel
+from iwopd_megatron.plan.time import Workload, _sequence_parallel
+from iwopd_megatron.plan.traffic import dispatches
 from iwopd_megatron.runtime.parallel import initialise, shutdown
 
 RECOMPUTE = None, "none", "selective", "full"  # None: scoring
@@ -69,7 +70,7 @@ def check_dispatch(folder):
     hf, problems = read_hf_config(folder), []
     for recompute in RECOMPUTE:
         found = collectives(hf, {"ep": 2}, recompute)
-        times, layers = _dispatches(recompute), hf.num_hidden_layers
+        times, layers = dispatches(recompute), hf.num_hidden_layers
         hidden = "alltoall_base", "bfloat16", hf.hidden_size
         probs = "alltoall_base", "float32", 1
         expected = {hidden: 2 * times * layers, probs: times * layers}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -64,9 +65,11 @@ def launch(
     check_start(loaded, resume)
     if profile.is_waiting and not profile.has_gpus and not dryrun:
         host_check.check(loaded, available())
-    if rehearsal and profile.has_gpus and not dryrun and not resume:
-        rehearse(recipe, overrides or [], loaded, profile)
-    code = submit(loaded, profile, dryrun)
+    first = partial(rehearse, recipe, overrides or [], loaded, profile)
+    if not rehearsal or not profile.has_gpus or dryrun or resume:
+        code = submit(loaded, profile, dryrun)
+    else:
+        code = submit(loaded, profile, dryrun, first)
     if not dryrun and profile.is_waiting:
         sys.exit(code)
     if not dryrun:

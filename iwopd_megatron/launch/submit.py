@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -16,10 +17,13 @@ from iwopd_megatron.launch.rendezvous import Rendezvous, newest_attempt
 from iwopd_megatron.launch.roles import Job
 
 
-def submit(recipe: Recipe, profile: Profile, dryrun: bool) -> int:
+def submit(
+    recipe: Recipe, profile: Profile, dryrun: bool, first: Callable[[], None] = lambda: None
+) -> int:
     """Print a recipe's roles and submit them as one job; with `dryrun`, write its scripts only.
 
-    Returns the job's exit code where the executor stays until it ends, else 0.
+    first: is called when all else is well and nothing is written yet. Returns the job's exit code
+    where the executor stays until it ends, else 0.
     """
     folder = new_folder(recipe)
     job = make_job(recipe, profile, folder)
@@ -27,6 +31,7 @@ def submit(recipe: Recipe, profile: Profile, dryrun: bool) -> int:
     from iwopd_megatron.launch import nemo
 
     places = nemo.executors(job, profile, folder)
+    first()
     write_job(job, recipe, folder)
     name = nemo.launch(job, places, profile, folder, dryrun)
     print(f"written to {folder}" if dryrun else f"job {name} launched from {folder}")

@@ -77,13 +77,20 @@ class RankRehearsal:
         self.costs.name = before
         self.result.calls.setdefault(name, []).extend(self.recorder.calls[start:])
 
-    def run(self, rank: int, hot: float = 1.0, groups: Groups | None = None) -> RankRun:
+    def run(
+        self,
+        rank: int,
+        hot: float = 1.0,
+        groups: Groups | None = None,
+        mode: type[Memoryless] = Memoryless,
+    ) -> RankRun:
         """Run `rank` with `hot` times the mean tokens on the first expert rank; return what it did.
 
-        groups: takes the world's process groups.
+        groups: takes the world's process groups; mode: `Shapes` where calls alone are wanted, in
+        which attention is none of a GPU's kernels and its bytes and seconds mean nothing.
         """
         with alone(rank, self.job.world, self.job.layout, groups) as parallel, device.as_gpu():
-            return self.perform(parallel, Memoryless, Recorder(True, self.mailbox), hot)
+            return self.perform(parallel, mode, Recorder(True, self.mailbox), hot)
 
     def perform(
         self, parallel: Parallel, mode: type[Watched], recorder: Recorder, hot: float = 1.0

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from iwopd_megatron.config.stages import distinct_stages
 from iwopd_megatron.plan.model_size import ModelSize
 from iwopd_megatron.plan.plan import Plan
 from iwopd_megatron.plan.traffic import microbatch_bytes, step_bytes
 from iwopd_megatron.rehearsal.collectives import Call, Mailbox
 from iwopd_megatron.rehearsal.job import Job
 from iwopd_megatron.rehearsal.ledger import Phase, Storage
+from iwopd_megatron.rehearsal.memoryless import Memoryless, Shapes
 from iwopd_megatron.rehearsal.place import Place, covering, places
 from iwopd_megatron.rehearsal.rank import RankRehearsal, RankRun
 from iwopd_megatron.rehearsal.replay import compare, play, program_of
@@ -63,6 +65,7 @@ class RoleRehearsal:
         self.report = RoleReport(job.role, job.world, job.hf.num_hidden_layers, Slices())
         self.report.microbatches = job.microbatches
         self.groups = Groups()
+        self.mailboxes: dict[int | None, Mailbox] = {}  # by size
 
     def run(self) -> RoleReport:
         """Do all parts; return what was found."""
@@ -71,9 +74,11 @@ class RoleRehearsal:
         report.findings += report.slices.findings
         ranks = covering(job.world, job.layout)
         report.rehearsed = [place.rank for place in ranks]
-        runs = [self._runs(size, ranks) for size in self.sizes]
-        self._memory(runs, ranks)
-        self._programs(runs[-1])
+        busy = self._busy(ranks)
+        runs = [self._runs(size, busy) for size in self.sizes]
+        others = [place for place in ranks if place not in busy]
+        self._memory(runs, busy)
+        self._programs(runs[0] | self._runs(self.sizes[0], others, mode=Shapes))
         self._volumes([x[ranks[0].rank] for x in runs])
         self._seconds(runs)
         if job.hf.num_experts and job.layout.ep > 1 and not self.short:
@@ -83,14 +88,29 @@ class RoleRehearsal:
     def _job(self, size: int | None) -> Job:
         return self.job if size is None else self.job.with_layers(size)
 
-    def _runs(self, size: int | None, ranks: list[Place], hot: float = 1.0) -> dict[int, RankRun]:
+    def _busy(self, ranks: list[Place]) -> list[Place]:
+        """Return the first rank of every stage that is unlike others, and of the second.
+
+        Of these bytes and seconds are wanted, of the others only what they say.
+        """
+        stages = {*distinct_stages(self.job.layout, self.job.hf.num_hidden_layers), 0, 1}
+        firsts = {place.pp: place for place in reversed(ranks)}
+        return [place for place in firsts.values() if place.pp in stages]
+
+    def _runs(
+        self,
+        size: int | None,
+        ranks: list[Place],
+        hot: float = 1.0,
+        mode: type[Memoryless] = Memoryless,
+    ) -> dict[int, RankRun]:
         """Return what every one of these ranks does, in a model of `size` layers a chunk."""
-        setup, mailbox = self.plan.setup, Mailbox()
+        setup, mailbox = self.plan.setup, self.mailboxes.setdefault(size, Mailbox())
         found = {}
         for place in ranks:
             rehearsal = RankRehearsal(self._job(size), setup.gpu, setup.rates, mailbox)
             self.groups = Groups()
-            found[place.rank] = rehearsal.run(place.rank, hot, self.groups)
+            found[place.rank] = rehearsal.run(place.rank, hot, self.groups, mode)
         return found
 
     def _at_size(self, values: list[float], stage: int) -> float:

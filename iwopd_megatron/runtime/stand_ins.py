@@ -34,7 +34,7 @@ def _names_cuda(device: object) -> bool:
 
 def _cuda_type(name: str) -> str:
     """Return the type string that Megatron's DDP sorts parameters by: "torch.cuda.FloatTensor"."""
-    return name.replace("torch.", "torch.cuda.", 1)
+    return name.replace("torch.meta.", "torch.").replace("torch.", "torch.cuda.", 1)
 
 
 class _Stream:
