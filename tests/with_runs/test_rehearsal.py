@@ -33,7 +33,7 @@ from iwopd_megatron.train.student import StudentModel
 from iwopd_megatron.weights import sharding, table
 from iwopd_megatron.weights.hf_reader import HfTensors, load_shards
 
-RECIPE = Path(__file__).parents[1] / "recipes/demo_tiny_moe.yaml"
+RECIPE = Path(__file__).parents[2] / "recipes/demo_tiny_moe.yaml"
 LAYOUTS = {
     "tp2 ep2 cp2": dict(tp=2, ep=2, cp=2),
     "pp2 ep2": dict(pp=2, ep=2),
