@@ -65,7 +65,7 @@ class RoleRehearsal:
         self.report = RoleReport(job.role, job.world, job.hf.num_hidden_layers, Slices())
         self.report.microbatches = job.microbatches
         self.groups = Groups()
-        self.mailboxes: dict[int | None, Mailbox] = {}  # by size
+        self.mailboxes: dict[tuple[int | None, float], Mailbox] = {}  # by size, hot
 
     def run(self) -> RoleReport:
         """Do all parts; return what was found."""
@@ -105,7 +105,7 @@ class RoleRehearsal:
         mode: type[Memoryless] = Memoryless,
     ) -> dict[int, RankRun]:
         """Return what every one of these ranks does, in a model of `size` layers a chunk."""
-        setup, mailbox = self.plan.setup, self.mailboxes.setdefault(size, Mailbox())
+        setup, mailbox = self.plan.setup, self.mailboxes.setdefault((size, hot), Mailbox())
         found = {}
         for place in ranks:
             rehearsal = RankRehearsal(self._job(size), setup.gpu, setup.rates, mailbox)
