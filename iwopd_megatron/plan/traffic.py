@@ -2,7 +2,7 @@
 
 What one rank sends of a collective with n ranks: of an all-gather or a reduce-scatter of S bytes in
 all, and of an all-to-all of S bytes of its own, S (n - 1) / n; of an all-reduce twice that.
-tests/test_plan_collectives.py counts what is issued, tests/with_runs/test_rehearsal.py what is moved.
+tests/test_plan_collectives.py counts what is issued, bench/rehearse.py what is moved.
 """
 
 from __future__ import annotations

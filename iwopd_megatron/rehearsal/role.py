@@ -105,7 +105,8 @@ class RoleRehearsal:
         mode: type[Memoryless] = Memoryless,
     ) -> dict[int, RankRun]:
         """Return what every one of these ranks does, in a model of `size` layers a chunk."""
-        setup, mailbox = self.plan.setup, self.mailboxes.setdefault((size, hot), Mailbox())
+        setup = self.plan.setup
+        mailbox = self.mailboxes.setdefault((size, hot), Mailbox())
         found = {}
         for place in ranks:
             rehearsal = RankRehearsal(self._job(size), setup.gpu, setup.rates, mailbox)
@@ -230,9 +231,7 @@ class RoleRehearsal:
 
     def _hot(self, rank: int) -> None:
         """Find the peak of a rank whose experts get more than their share."""
-        for hot in HOT:
-            if hot > self.job.layout.ep:
-                continue
+        for hot in (x for x in HOT if x <= self.job.layout.ep):
             place = Place.of(rank, self.job.world, self.job.layout)
             runs = [self._runs(size, [place], hot)[rank] for size in self.sizes]
             self.report.hot[hot] = max(
