@@ -15,6 +15,8 @@ from iwopd_megatron.plan.time import forward_backward
 from iwopd_megatron.rehearsal.job import jobs
 from iwopd_megatron.rehearsal.role import GIB, RoleRehearsal, RoleReport
 
+LARGEST = 10  # costs
+
 
 @dataclass(frozen=True)
 class Rehearsal:
@@ -52,6 +54,13 @@ class Rehearsal:
                 seconds = ours[phase.name]
             changed.append(Phase(phase.name, phase.role, start, seconds, phase.is_hidden))
         return round_seconds(setup, changed)
+
+    @property
+    def planned_microbatch(self) -> float:
+        """Seconds that the plan has for a full micro-batch of the trainer."""
+        setup, recipe = self.plan.setup, self.plan.setup.recipe
+        load = setup.load(setup.student, setup.layout, recipe.train.microbatch_tokens)
+        return forward_backward(load, recipe.student.recompute)
 
     @property
     def peak_rss_mb(self) -> int:
@@ -98,6 +107,7 @@ def _role_json(role: RoleReport) -> dict[str, Any]:
             axis: {"rehearsed": round(a / GIB, 3), "planned": round(b / GIB, 3)}
             for axis, (a, b) in role.moved.items()
         },
+        "costs_s": {name: round(s, 4) for name, s in role.costs.most_common(LARGEST)},
         "microbatch_s": {name: round(s, 4) for name, s in role.seconds.items()},
     }
 
