@@ -168,7 +168,7 @@ bench-exactness: setup
 # Every recipe at its real size without a GPU, in the short form: fails where anything is found.
 .PHONY: rehearse
 rehearse: setup
-	$(RUN) bench/rehearse.py --short
+	printf '%s\n' recipes/*.yaml | xargs -n 1 -P 2 env $(RUN) bench/rehearse.py --short
 
 # The planner's predictions against published measurements.
 bench-plan: setup

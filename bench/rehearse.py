@@ -47,10 +47,11 @@ def main() -> None:
     quiet()
     short = "--short" in sys.argv
     named = [Path(name) for name in sys.argv[1:] if not name.startswith("--")]
-    print("| recipe | role, ranks | planned GiB | rehearsed | | x2 / x4 | round s, both | took s |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    count = sum(row(recipe, short) for recipe in named or sorted(RECIPES.glob("*.yaml")))
-    print(f"{count} findings")
+    recipes = named or sorted(RECIPES.glob("*.yaml"))
+    if len(recipes) > 1:
+        names = "recipe", "role, ranks", "planned GiB", "rehearsed", "", "x2 / x4", "round s", "s"
+        print(f"| {' | '.join(names)} |\n|{' --- |' * len(names)}")
+    count = sum(row(recipe, short) for recipe in recipes)
     sys.exit(count > 0)
 
 
