@@ -133,7 +133,7 @@ def moments(
     distributed: bool = True,
     hot: float = 1.0,
 ) -> list[Memory]:
-    """Memory of a trainer's rank of the first and of the last pipeline stage, at two moments each.
+    """Memory of a trainer's rank of every unlike pipeline stage, at two moments each.
 
     Bytes = states + the gathered sequence's buffer, with activations and LM head while the head
     runs (last stage only), or activations in a layer's backward. world: all ranks; tokens: of a
@@ -141,7 +141,7 @@ def moments(
     over the mean.
     """
     found, hot = [], hot if layout.ep > 1 else 1.0
-    for stage in sorted({0, layout.pp - 1}):
+    for stage in distinct_stages(layout, size.layers):
         base = states(size, layout, world, precision or Precision(), stage, distributed)
         base = replace(base, communication=buffer_bytes(size, layout, tokens))
         width = (precision or Precision()).weight
