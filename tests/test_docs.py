@@ -139,7 +139,7 @@ def test_every_key_says_what_it_means():
 def test_how_tos_are_short():
     for page in (ROOT / "docs" / "howto").glob("*.md"):
         assert len(page.read_text().splitlines()) <= 60, page
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 125
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 135
 
 
 @pytest.mark.parametrize(
