@@ -20,6 +20,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import torch
 import yaml
 from safetensors.torch import save_file
@@ -120,19 +121,6 @@ def write_recipe(place, args):
     return place / "recipe.yaml"
 
 
-def descendants(root):
-    """All processes under one, itself too."""
-    parents = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, IndexError):
-            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            parents.setdefault(parent, []).append(int(folder.name))
-    found = [root]
-    for pid in found:
-        found += parents.get(pid, [])
-    return found
-
-
 def held(pid):
     """(resident, proportional, anonymous) bytes of a process."""
     sizes = dict.fromkeys(("Rss", "Pss", "Anonymous"), 0)
@@ -156,7 +144,7 @@ class Watch(threading.Thread):
         while not self.over:
             time.sleep(0.2)
             phase = self.file.read_text() if self.file.exists() else "start"
-            own = [held(pid) for pid in descendants(os.getpid())[1:]]
+            own = [held(one.pid) for one in psutil.Process().children(recursive=True)]
             if not own:
                 continue
             now = time.perf_counter()

@@ -65,11 +65,9 @@ def launch(
     check_start(loaded, resume)
     if profile.is_waiting and not profile.has_gpus and not dryrun:
         host_check.check(loaded, available())
-    first = partial(rehearse, recipe, overrides or [], loaded, profile)
-    if not rehearsal or not profile.has_gpus or dryrun or resume:
-        code = submit(loaded, profile, dryrun)
-    else:
-        code = submit(loaded, profile, dryrun, first)
+    is_rehearsed = rehearsal and profile.has_gpus and not dryrun and not resume
+    first = partial(rehearse, recipe, overrides or [], loaded, profile) if is_rehearsed else None
+    code = submit(loaded, profile, dryrun, first)
     if not dryrun and profile.is_waiting:
         sys.exit(code)
     if not dryrun:

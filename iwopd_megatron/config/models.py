@@ -81,6 +81,11 @@ class Layout(Section):
         return self.model_dump(exclude=set(AXES), exclude_defaults=True)
 
     @property
+    def without_experts(self) -> Layout:
+        """The layout of a dense model, which is not cut along the expert axes."""
+        return self.model_copy(update={"ep": 1, "etp": 1})
+
+    @property
     def unit(self) -> int:
         """The smallest number of processes this layout fits on; a world is a multiple of it."""
         return math.lcm(self.tp * self.cp, self.ep * self.etp) * self.pp

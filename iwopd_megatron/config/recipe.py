@@ -188,6 +188,13 @@ class Recipe(Section):
         return self.train.minibatches * self.train.epochs
 
     @property
+    def embedded_scorers(self) -> dict[str, Frozen]:
+        """Models that score in the trainer's processes: teachers by their key, and "base"."""
+        found: dict[str, Frozen] = {}
+        found |= {key: one for key, one in self.named_teachers.items() if not one.is_remote}
+        return found | ({"base": self.base_model} if self.base_model else {})
+
+    @property
     def base_model(self) -> Frozen | None:
         """The model ExOPD extrapolates from; None where it does not."""
         if self.loss.extrapolation == 1.0:

@@ -18,7 +18,7 @@ from iwopd_megatron.launch.roles import Job
 
 
 def submit(
-    recipe: Recipe, profile: Profile, dryrun: bool, first: Callable[[], None] = lambda: None
+    recipe: Recipe, profile: Profile, dryrun: bool, first: Callable[[], None] | None = None
 ) -> int:
     """Print a recipe's roles and submit them as one job; with `dryrun`, write its scripts only.
 
@@ -31,7 +31,8 @@ def submit(
     from iwopd_megatron.launch import nemo
 
     places = nemo.executors(job, profile, folder)
-    first()
+    if first is not None:
+        first()
     write_job(job, recipe, folder)
     name = nemo.launch(job, places, profile, folder, dryrun)
     print(f"written to {folder}" if dryrun else f"job {name} launched from {folder}")

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import torch
 
-KINDS = ("cuda", "cpu")  # the latter by Triton's interpreter
+from iwopd_megatron.runtime import device
+
+KINDS = (device.GPU, device.CPU)  # the latter by Triton's interpreter
 
 torch.library.define("iwopd::tile_statistics", "(Tensor tile, float scale) -> Tensor[]")
 torch.library.define(

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from iwopd_megatron.runtime import device
+
 aten = torch.ops.aten
 torch.library.define("iwopd::rms_norm", "(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)")
 torch.library.define(
@@ -16,7 +18,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("iwopd::rms_norm", "cuda")
+@torch.library.impl("iwopd::rms_norm", device.GPU)
 def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     return aten._fused_rms_norm(x, (x.shape[-1],), weight, eps)
 
@@ -26,7 +28,7 @@ def _(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, 
     return torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
-@torch.library.impl("iwopd::rms_norm_backward", "cuda")
+@torch.library.impl("iwopd::rms_norm_backward", device.GPU)
 def _backward(
     dout: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -86,7 +86,7 @@ def rehearsals(recipe: Recipe, limit: int) -> dict[str, Rehearsal]:
         check_layout(layout, hf, role)
         is_moe = hf.num_experts > 0
         if not is_moe:
-            layout = layout.model_copy(update={"ep": 1, "etp": 1})
+            layout = layout.without_experts
         layout, layers = scaled_stages(layout, hf.num_hidden_layers, scaled(layout, limit))
         copies = 2 if 2 * layout.unit <= limit else 1  # data parallelism, where there is room
         tied = hf.tie_word_embeddings

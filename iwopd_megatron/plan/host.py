@@ -64,12 +64,8 @@ class Needs:
     @cached_property
     def scorers(self) -> dict[str, tuple[ModelSize, Frozen]]:
         """Embedded models that score, by their key; offload moves nothing on a CPU."""
-        recipe = self.recipe
-        models: dict[str, Frozen] = {
-            key: one for key, one in recipe.named_teachers.items() if not one.is_remote
-        }
-        models |= {"base": recipe.base_model} if recipe.base_model else {}
-        return {key: (ModelSize.of(read_hf_config(m.hf)), m) for key, m in models.items()}
+        models = self.recipe.embedded_scorers.items()
+        return {key: (ModelSize.of(read_hf_config(model.hf)), model) for key, model in models}
 
     @cached_property
     def scorer_weights(self) -> float:
@@ -80,8 +76,7 @@ class Needs:
         )
 
     def _layout_of(self, size: ModelSize) -> Layout:
-        dense = self.layout.model_copy(update={"ep": 1, "etp": 1})
-        return self.layout if size.experts else dense
+        return self.layout if size.experts else self.layout.without_experts
 
     @property
     def _is_whole(self) -> bool:

@@ -96,11 +96,14 @@ def passes(setup: Setup, load: Workload, gpus: int, seconds: float, share: float
     return pipeline(seconds * min(1, count / whole), layout, whole) * setup.rates.system
 
 
-def phases(setup: Setup, written: Generation) -> list[Phase]:
+def phases(
+    setup: Setup, written: Generation, training: list[tuple[str, float]] | None = None
+) -> list[Phase]:
     """Return the phases: generation, scoring, then the trainer's others, which follow one another.
 
     Services score their samples side by side as these end, embedded teachers theirs one after the
-    other once all are written. Fine-tuning has the trainer's only.
+    other once all are written. Fine-tuning has the trainer's only. training: what the trainer does
+    in the end, if not as `training_phases` has it.
     """
     found, end = [], 0.0
     if setup.recipe.is_distilling:
@@ -119,7 +122,7 @@ def phases(setup: Setup, written: Generation) -> list[Phase]:
             found.append(Phase(name, "trainer", end, scored))
             end += scored
     end = max(end, served)
-    for name, seconds in training_phases(setup):
+    for name, seconds in training_phases(setup) if training is None else training:
         found.append(Phase(name, "trainer", end, seconds))
         end += seconds
     return found

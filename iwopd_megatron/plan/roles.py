@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from iwopd_megatron.config.models import Frozen, Layout
+from iwopd_megatron.config.models import Layout
 from iwopd_megatron.hf.known_models import planning_config
 from iwopd_megatron.plan.memory import (
     Memory,
@@ -119,11 +119,9 @@ def _moments(setup: Setup, training: Memory) -> list[tuple[Memory, dict[str, flo
     after the other, when the student's activations are not there but its states are.
     """
     recipe = setup.recipe
-    models: dict[str, Frozen] = {s.key: s.model for s in setup.teachers if not s.model.is_remote}
-    models |= {"base": recipe.base_model} if recipe.base_model else {}
     there: dict[str, float] = {}
     away: dict[str, Memory] = {}
-    for name, model in models.items():
+    for name, model in recipe.embedded_scorers.items():
         size, width = ModelSize.of(planning_config(model.hf)), Precision.of(model.dtype).weight
         tokens = model.microbatch_tokens or recipe.train.microbatch_tokens
         needed = scoring(size, setup.layout_of(size), tokens, width, setup.assumed.hot)

@@ -97,8 +97,7 @@ class Setup:
 
         It is the student's; a dense model is not cut along its expert axes.
         """
-        dense = self.layout.model_copy(update={"ep": 1, "etp": 1})
-        return self.layout if size.experts else dense
+        return self.layout if size.experts else self.layout.without_experts
 
     def filled(self, budget: int) -> float:
         """Return tokens of a micro-batch with this budget as the packer fills it."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from iwopd_megatron.config.recipe import Recipe
-from iwopd_megatron.plan.phases import Phase, round_seconds, trained
+from iwopd_megatron.plan.phases import phases, round_seconds, trained
 from iwopd_megatron.plan.plan import Plan
 from iwopd_megatron.plan.time import forward_backward
 from iwopd_megatron.rehearsal.job import jobs
@@ -34,26 +33,13 @@ class Rehearsal:
     @property
     def round_seconds(self) -> float:
         """Seconds of a round with the rehearsed micro-batches in the place of the planned ones."""
-        setup, roles = self.plan.setup, {role.role: role for role in self.roles}
-        found = list(self.plan.phases)
-        trainer = roles["trainer"].seconds.get("forward/backward")
+        setup, trainer = self.plan.setup, self.roles[0]
         load = setup.load(
             setup.student, setup.layout, setup.filled(setup.recipe.train.microbatch_tokens)
         )
-        share = load.tokens / setup.recipe.train.microbatch_tokens
-        if trainer is None:
-            return self.plan.seconds
-        ours = dict(trained(setup, load, trainer * share))
-        planned = dict(trained(setup, load, forward_backward(load, setup.recipe.student.recompute)))
-        late = 0.0
-        changed: list[Phase] = []
-        for phase in found:
-            start, seconds = phase.start + late, phase.seconds
-            if phase.name in ours and phase.role == "trainer":
-                late += ours[phase.name] - planned[phase.name]
-                seconds = ours[phase.name]
-            changed.append(Phase(phase.name, phase.role, start, seconds, phase.is_hidden))
-        return round_seconds(setup, changed)
+        filled = trainer.seconds * setup.assumed.packing
+        found = phases(setup, self.plan.generation, trained(setup, load, filled))
+        return round_seconds(setup, found)
 
     @property
     def planned_microbatch(self) -> float:
@@ -108,25 +94,17 @@ def _role_json(role: RoleReport) -> dict[str, Any]:
             for axis, (a, b) in role.moved.items()
         },
         "costs_s": {name: round(s, 4) for name, s in role.costs.most_common(LARGEST)},
-        "microbatch_s": {name: round(s, 4) for name, s in role.seconds.items()},
+        "microbatch_s": {role.computing: round(role.seconds, 4)},
     }
 
 
-def rehearse(
-    recipe: Recipe,
-    all_layers: bool = False,
-    short: bool = False,
-    say: Callable[[str], None] = lambda text: None,
-) -> Rehearsal:
+def rehearse(recipe: Recipe, all_layers: bool = False, short: bool = False) -> Rehearsal:
     """Rehearse a recipe's trainer and teacher services.
 
-    all_layers: no small models in their place; short: a layer a chunk of the slices, no hot ranks.
+    all_layers: no small models in their place; short: the slices of a small one, no hot ranks.
     RecipeError where the recipe itself is refused.
     """
     start = time.monotonic()
     plan, found = jobs(recipe)
-    reports = []
-    for job in found:
-        say(f"{job.role}: {job.world} ranks")
-        reports.append(RoleRehearsal(job, plan, all_layers, short).run())
+    reports = [RoleRehearsal(job, plan, all_layers, short).run() for job in found]
     return Rehearsal(plan, reports, time.monotonic() - start)

@@ -56,11 +56,8 @@ class Job:
         """Models that score in the trainer's processes, by name."""
         if not self.trains:
             return {}
-        models: dict[str, Frozen] = {}
-        models |= {k: m for k, m in self.recipe.named_teachers.items() if not m.is_remote}
-        if self.recipe.base_model is not None:
-            models["base"] = self.recipe.base_model
-        return {key: (planning_config(model.hf), model) for key, model in models.items()}
+        models = self.recipe.embedded_scorers.items()
+        return {key: (planning_config(model.hf), model) for key, model in models}
 
 
 def jobs(recipe: Recipe) -> tuple[Plan, list[Job]]:

@@ -48,24 +48,18 @@ def places(world: int, layout: Layout) -> Iterator[Place]:
 
 
 def covering(world: int, layout: Layout) -> list[Place]:
-    """Return few ranks that differ: the first of every stage, and of the end stages one more of
-    every axis, its last.
+    """Return few ranks that differ: of every stage the first, of the end stages each axis's last.
+
+    Of an axis, the rank that is like the first but last on this one.
     """
-    found = {}
-    for place in places(world, layout):
-        off = [x for x in (place.tp, place.cp, place.dp, place.ep, place.etp, place.expert_dp) if x]
-        if not off:
-            found[place.rank] = place
-    stage = world // layout.pp
-    for pp in {0, layout.pp - 1}:
-        first = pp * stage
-        steps = {
-            "tp": (layout.tp, 1),
-            "cp": (layout.cp, layout.tp),
-            "ep": (layout.ep, layout.etp),
-            "dp": (stage // (layout.tp * layout.cp), layout.tp * layout.cp),
-        }
-        for size, step in steps.values():
-            rank = first + (size - 1) * step
-            found[rank] = Place.of(rank, world, layout)
-    return [found[rank] for rank in sorted(found)]
+    stage, copies = world // layout.pp, layout.tp * layout.cp
+    ranks = {stage * pp for pp in range(layout.pp)}
+    axes = [
+        (layout.tp, 1),
+        (layout.cp, layout.tp),
+        (layout.ep, layout.etp),
+        (stage // copies, copies),
+    ]
+    for first in (0, world - stage):
+        ranks |= {first + (size - 1) * step for size, step in axes}
+    return [Place.of(rank, world, layout) for rank in sorted(ranks)]

@@ -29,7 +29,6 @@ KEPT = 0.02  # of the peak: what forward and backward may leave behind
 ROOM, SLACK = 1.1, 0.5 * GIB  # a rank may take so many times the planned bytes, and so many more
 HOT = (2.0, 4.0)
 SMALL = (2, 3)  # layers a chunk of the two models that stand for all
-COMPUTING = ("forward/backward", "score")
 
 
 @dataclass
@@ -38,7 +37,7 @@ class RoleReport:
 
     role: str
     world: int
-    layers: int
+    computing: str  # the phase that computes most
     slices: Slices
     rehearsed: list[int] = field(default_factory=list)  # ranks
     phases: dict[str, dict[str, float]] = field(default_factory=dict)  # bytes at the peak, by kind
@@ -49,8 +48,8 @@ class RoleReport:
     kept: float = 0.0
     volumes: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
     moved: dict[str, tuple[float, float]] = field(default_factory=dict)  # by axis, and planned
-    seconds: dict[str, float] = field(default_factory=dict)  # of a micro-batch, by phase
-    costs: Counter[str] = field(default_factory=Counter)  # seconds of the computing phases
+    seconds: float = 0.0  # of a micro-batch in the computing phase
+    costs: Counter[str] = field(default_factory=Counter)  # seconds of that phase
     microbatches: int = 1
     findings: list[str] = field(default_factory=list)
 
@@ -62,7 +61,8 @@ class RoleRehearsal:
         self.job, self.plan, self.short = job, plan, short
         small = max(job.layers_a_chunk) > SMALL[-1] and not all_layers
         self.sizes: list[int | None] = [*SMALL] if small else [None]  # None: as it is
-        self.report = RoleReport(job.role, job.world, job.hf.num_hidden_layers, Slices())
+        self.computing = "forward/backward" if job.trains else "score"
+        self.report = RoleReport(job.role, job.world, self.computing, Slices())
         self.report.microbatches = job.microbatches
         self.groups = Groups()
         self.mailboxes: dict[tuple[int | None, float], Mailbox] = {}  # by size, hot
@@ -74,28 +74,29 @@ class RoleRehearsal:
         report.findings += report.slices.findings
         ranks = covering(job.world, job.layout)
         report.rehearsed = [place.rank for place in ranks]
-        busy = self._busy(ranks)
+        firsts = {place.pp: place for place in reversed(ranks)}  # of every stage
+        busy = self._busy(firsts)
         runs = [self._runs(size, busy) for size in self.sizes]
         others = [place for place in ranks if place not in busy]
         self._memory(runs, busy)
-        self._programs(runs[0] | self._runs(self.sizes[0], others, mode=Shapes))
+        self._programs(runs[0] | self._runs(self.sizes[0], others, mode=Shapes), firsts)
         self._volumes([x[ranks[0].rank] for x in runs])
-        self._seconds(runs)
+        self._moved([x[ranks[0].rank] for x in runs])
+        self._seconds(runs, busy)
         if job.hf.num_experts and job.layout.ep > 1 and not self.short:
-            self._hot(ranks[0].rank)
+            self._hot(ranks[0])
         return report
 
     def _job(self, size: int | None) -> Job:
         return self.job if size is None else self.job.with_layers(size)
 
-    def _busy(self, ranks: list[Place]) -> list[Place]:
+    def _busy(self, firsts: dict[int, Place]) -> list[Place]:
         """Return the first rank of every stage that is unlike others, and of the second.
 
         Of these bytes and seconds are wanted, of the others only what they say.
         """
         stages = {*distinct_stages(self.job.layout, self.job.hf.num_hidden_layers), 0, 1}
-        firsts = {place.pp: place for place in reversed(ranks)}
-        return [place for place in firsts.values() if place.pp in stages]
+        return [place for pp, place in firsts.items() if pp in stages]
 
     def _runs(
         self,
@@ -129,7 +130,7 @@ class RoleRehearsal:
             phases = {
                 name: self._peak([x.memory[name] for x in own], place.pp) for name in own[-1].memory
             }
-            peak = max(sum(phases[name].values()) for name in COMPUTING if name in phases)
+            peak = sum(phases[self.computing].values())
             if peak > report.peak:
                 report.peak, report.peak_rank, report.phases = peak, place.rank, phases
             kept = self._at_size([sum(x.nbytes for x in run.kept) for run in own], place.pp)
@@ -161,8 +162,7 @@ class RoleRehearsal:
 
     def _too_much(self, runs: list[dict[int, RankRun]]) -> None:
         report, gpu = self.report, self.plan.setup.gpu
-        memory = runs[-1][report.peak_rank].memory
-        phase = next(memory[name] for name in COMPUTING if name in memory)
+        phase = runs[-1][report.peak_rank].memory[self.computing]
         largest = max((phase.head, phase.body), key=lambda peak: peak.size).largest
         what = f"; the largest at the peak: {_described(largest[0])}" if largest else ""
         if report.peak > gpu.memory:
@@ -176,18 +176,15 @@ class RoleRehearsal:
                 f"tensors, the plan has {report.planned / GIB:.1f}{what}."
             )
 
-    def _programs(self, runs: dict[int, RankRun]) -> None:
+    def _programs(self, runs: dict[int, RankRun], firsts: dict[int, Place]) -> None:
         """Compare rehearsed ranks inside each group; play all ranks of the world."""
         programs = {rank: run.program for rank, run in runs.items()}
         self.report.findings += [f"{self.job.role}: {x}" for x in compare(programs)]
-        stages = {
-            place.pp: place.rank for place in reversed(covering(self.job.world, self.job.layout))
-        }
         everyone: dict[int, list[Call]] = dict(programs)
         groups = self.groups.by_axis
         for place in places(self.job.world, self.job.layout):
             if place.rank not in everyone:
-                template = stages[place.pp]
+                template = firsts[place.pp].rank
                 everyone[place.rank] = program_of(place.rank, programs[template], template, groups)
         self.report.findings += [f"{self.job.role}: {x}" for x in play(everyone)]
 
@@ -199,8 +196,11 @@ class RoleRehearsal:
                 self._at_size([x.get(key, (0, 0))[i] for x in counted], 0) for i in range(2)
             )
             self.report.volumes.setdefault(key[0], {})[key[1]] = count, size
+
+    def _moved(self, runs: list[RankRun]) -> None:
+        """Count bytes that are moved over each axis, beside the plan's."""
         job, size_of = self.job, ModelSize.of(self.job.hf)
-        phases = STEP if job.trains else COMPUTING
+        phases = STEP if job.trains else (self.computing,)
         recompute = getattr(job.model, "recompute", None) if job.trains else None
         planned = {
             axis: job.microbatches * n
@@ -212,13 +212,11 @@ class RoleRehearsal:
             total = self._at_size([x.get(axis, 0.0) for x in rehearsed], 0)
             self.report.moved[axis] = total, planned.get(axis, 0.0)
 
-    def _seconds(self, runs: list[dict[int, RankRun]]) -> None:
+    def _seconds(self, runs: list[dict[int, RankRun]], ranks: list[Place]) -> None:
         """Find the slowest rank's seconds of a micro-batch, and what they go to."""
-        name = COMPUTING[0] if self.job.trains else COMPUTING[1]
-        rate = communication(self.plan)
-        for rank in runs[0]:
-            own = [x[rank] for x in runs]
-            place = Place.of(rank, self.job.world, self.job.layout)
+        name, rate = self.computing, communication(self.plan)
+        for place in ranks:
+            own = [x[place.rank] for x in runs]
             operations = {
                 key: self._at_size([x.seconds[name].get(key, 0.0) for x in own], place.pp)
                 for key in own[-1].seconds[name]
@@ -227,18 +225,14 @@ class RoleRehearsal:
             costs = Counter(operations | {"communication": talk})
             if costs.total() > self.report.costs.total():
                 self.report.costs = costs
-                self.report.seconds[name] = costs.total() / self.job.microbatches
+                self.report.seconds = costs.total() / self.job.microbatches
 
-    def _hot(self, rank: int) -> None:
+    def _hot(self, place: Place) -> None:
         """Find the peak of a rank whose experts get more than their share."""
         for hot in (x for x in HOT if x <= self.job.layout.ep):
-            place = Place.of(rank, self.job.world, self.job.layout)
-            runs = [self._runs(size, [place], hot)[rank] for size in self.sizes]
-            self.report.hot[hot] = max(
-                sum(self._peak([x.memory[name] for x in runs], place.pp).values())
-                for name in COMPUTING
-                if name in runs[-1].memory
-            )
+            runs = [self._runs(size, [place], hot)[place.rank] for size in self.sizes]
+            kinds = self._peak([x.memory[self.computing] for x in runs], place.pp)
+            self.report.hot[hot] = sum(kinds.values())
 
 
 def _described(storage: Storage) -> str:

@@ -44,7 +44,7 @@ def _lines(found: Rehearsal, role: RoleReport) -> list[tuple[str, str, str]]:
     for phase, kinds in role.phases.items():
         size = sum(kinds.values())
         parts = ", ".join(f"{kind} {n / GIB:.1f}" for kind, n in kinds.items() if n > GIB / 20)
-        planned = f"{role.planned / GIB:.1f} GiB" if phase in role.seconds else ""
+        planned = f"{role.planned / GIB:.1f} GiB" if phase == role.computing else ""
         lines.append((f"memory, {phase}", f"{size / GIB:.1f} GiB: {parts}", planned))
     for hot, size in role.hot.items():
         lines.append((f"memory, expert rank x{hot:g}", f"{size / GIB:.1f} GiB", ""))
@@ -53,15 +53,15 @@ def _lines(found: Rehearsal, role: RoleReport) -> list[tuple[str, str, str]]:
         if moved > GIB / 100:
             what = f"moved over {axis}, {role.microbatches} micro-batches"
             lines.append((what, f"{moved / GIB:.2f} GiB", f"{planned_bytes / GIB:.2f} GiB"))
-    for phase, seconds in role.seconds.items():
-        lines.append((f"time, {phase}", f"{seconds:.2f} s a micro-batch: {_costs(role)}", ""))
+    took = f"{role.seconds:.2f} s a micro-batch: {_costs(role)}"
+    lines.append((f"time, {role.computing}", took, ""))
     return lines
 
 
 def _why(found: Rehearsal) -> str:
     """Say where the trainer's time goes in the rehearsal, which the plan has by other formulas."""
     planned = found.planned_microbatch
-    rehearsed = found.roles[0].seconds.get("forward/backward", 0.0)
+    rehearsed = found.roles[0].seconds
     return (
         f"the two times of a round differ by more than {TOLD:.0%}: a full micro-batch of the "
         f"trainer takes {rehearsed:.2f} s here, {planned:.2f} s in the plan; here it goes to "

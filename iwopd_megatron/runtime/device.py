@@ -13,7 +13,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-_CPU = torch.device("cpu")
+GPU, CPU = "cuda", "cpu"  # torch's names of the types, for operators
+_CPU = torch.device(CPU)
 _installed = False
 _as_gpu = False
 

@@ -119,10 +119,9 @@ def sharded_state(
     is_loading: bool,
 ) -> dict[str, Any]:
     """Return what Megatron saves or loads: models, optimiser, this rank's generator."""
-    metadata = METADATA | {"dp_cp_group": parallel.dp_cp.group}
     state = model_state(chunks, parallel)
     state["optimizer"] = optimizer.sharded_state_dict(
-        dict(state), is_loading=is_loading, metadata=metadata
+        dict(state), is_loading=is_loading, metadata=_metadata(parallel)
     )
     state["rng"] = ShardedObject("rng", torch.get_rng_state(), (parallel.world,), (parallel.rank,))
     return state
@@ -130,8 +129,12 @@ def sharded_state(
 
 def model_state(chunks: Sequence[torch.nn.Module], parallel: Parallel) -> dict[str, Any]:
     """Return this rank's weights as Megatron saves or loads them, by chunk."""
-    metadata = METADATA | {"dp_cp_group": parallel.dp_cp.group}
     return {
-        f"model{i}": chunk.sharded_state_dict(metadata=metadata)
+        f"model{i}": chunk.sharded_state_dict(metadata=_metadata(parallel))
         for i, chunk in enumerate(unwrap_model(list(chunks)))
     }
+
+
+def _metadata(parallel: Parallel) -> dict[str, Any]:
+    """Return what Megatron is told of the format, and the group its optimiser is sharded over."""
+    return METADATA | {"dp_cp_group": parallel.dp_cp.group}

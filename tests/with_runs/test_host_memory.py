@@ -7,8 +7,8 @@ import contextlib
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -28,26 +28,14 @@ SIZES = {
 }
 
 
-def descendants(root):
-    parents = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, IndexError):
-            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            parents.setdefault(parent, []).append(int(folder.name))
-    found = [root]
-    for pid in found:
-        found += parents.get(pid, [])
-    return found
-
-
-def held(pid):
-    """Bytes of a process, pages that it shares divided by those who do."""
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
-            key, value = line.split(":")
-            if key == "Pss":
-                return int(value.split()[0]) * 1024
-    return 0
+def held(root):
+    """Bytes of a process and all under it, pages that they share divided by those who do."""
+    total = 0
+    with contextlib.suppress(psutil.Error):
+        for process in [root, *root.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                total += process.memory_full_info().pss
+    return total
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -75,7 +63,7 @@ def test_needs_are_what_a_run_has_at_most(size, tmp_path):
     with open(tmp_path / "log", "w") as log:
         run = subprocess.Popen(command, stdout=log, stderr=log)
         while run.poll() is None:
-            most = max(most, sum(map(held, descendants(run.pid))))
+            most = max(most, held(psutil.Process(run.pid)))
             time.sleep(0.05)
     assert run.returncode == 0, (tmp_path / "log").read_text()
     needs = Needs(Recipe.model_validate(tree), world)
