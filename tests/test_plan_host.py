@@ -132,3 +132,10 @@ def test_a_control_groups_limit_counts(version, tmp_path, monkeypatch):
         stat = "total_inactive_file" if version == 1 else "inactive_file"
         (root / place / "memory.stat").write_text(f"anon 5\n{stat} {GIB}\n")
     assert host_memory.available() == 2 * GIB
+
+
+def test_the_fullest_stage_may_be_between_the_ends(folder):
+    """26 of 28 layers on the second of three stages: its states count, not an end's."""
+    stages = {"pp": 3, "pipeline_model_parallel_layout": "Et|t*26|tL"}
+    needs = Needs(recipe(folder, student={"parallel": stages}), 3)
+    assert needs.states == 16 * needs.student.share(needs.layout, 1).total

@@ -15,7 +15,7 @@ from iwopd_megatron.runtime.megatron import megatron_distributed
 from iwopd_megatron.runtime.parallel import initialise, shutdown
 from iwopd_megatron.teacher.embedded import EmbeddedScorer
 from iwopd_megatron.train import saver as savers
-from iwopd_megatron.train.checkpoint import _state
+from iwopd_megatron.train.checkpoint import sharded_state
 from iwopd_megatron.train.saver import Saver
 from iwopd_megatron.train.sharded_save import ShardedSave
 from iwopd_megatron.weights.hf_reader import HfTensors, load_shards
@@ -77,7 +77,7 @@ def test_states_are_megatrons_without_its_copies(kind, dtype, request):
 def check_save(folder, out):
     """What goes to the writer is the memory that training changes."""
     parallel, wrapped, optimizer = trained(folder)
-    state = _state(wrapped, optimizer, parallel, is_loading=False)
+    state = sharded_state(wrapped, optimizer, parallel, is_loading=False)
     (out / "partial").mkdir()
     files = ShardedSave(state, out / "partial", parallel).take_files()
     own = {p.untyped_storage().data_ptr() for p in wrapped[0].parameters()}
@@ -97,7 +97,7 @@ def check_way(folder, out):
     """A pending checkpoint is completed first where there is no room beside it, and only there."""
     parallel, wrapped, optimizer = trained(folder)
     saver = Saver(out, 1, True, parallel)
-    state = _state(wrapped, optimizer, parallel, is_loading=False)
+    state = sharded_state(wrapped, optimizer, parallel, is_loading=False)
     saver.make_way(1)  # none is pending
     saver.start(state, 1)
     final = out / "checkpoints/round_000001"

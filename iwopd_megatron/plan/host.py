@@ -18,6 +18,7 @@ from functools import cached_property
 
 from iwopd_megatron.config.models import Frozen, Layout
 from iwopd_megatron.config.recipe import Recipe
+from iwopd_megatron.config.stages import distinct_stages
 from iwopd_megatron.hf.config import read_hf_config
 from iwopd_megatron.plan.activations import activation_bytes, attention_bytes, mlp_bytes
 from iwopd_megatron.plan.hardware import GIB
@@ -55,11 +56,12 @@ class Needs:
 
     @cached_property
     def states(self) -> float:
-        """Weights, gradients and optimiser states of the larger end stage, of one process."""
+        """Weights, gradients and optimiser states of the fullest stage, of one process."""
         split = self.recipe.train.distributed_optimizer
         given = self.student, self.layout, self.recipe.world, self.precision
-        ends = (states(*given, stage, split) for stage in {0, self.layout.pp - 1})
-        return max(memory.weights + memory.gradients + memory.optimizer for memory in ends)
+        unlike = distinct_stages(self.layout, self.student.layers)
+        found = (states(*given, stage, split) for stage in unlike)
+        return max(memory.weights + memory.gradients + memory.optimizer for memory in found)
 
     @cached_property
     def scorers(self) -> dict[str, tuple[ModelSize, Frozen]]:
