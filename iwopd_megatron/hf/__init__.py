@@ -9,6 +9,7 @@ __all__ = [
     "answer_end",
     "companions",
     "config",
+    "families",
     "fingerprint",
     "flops",
     "folder",

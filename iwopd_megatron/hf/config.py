@@ -13,21 +13,11 @@ from typing import Any
 
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.files.typed_json import TypedJson
+from iwopd_megatron.hf.families import FAMILIES, Family
 from iwopd_megatron.hf.quantization import Quantization, read_quantization
 from iwopd_megatron.hf.rope import Rope, read_rope
 
-MODEL_TYPES = ("qwen3", "qwen3_moe")
-# Settings of which one value is implemented, and what transformers takes where they are missing.
-FIXED: dict[str, Any] = {
-    "attention_bias": False,
-    "use_sliding_window": False,
-    "hidden_act": "silu",
-    "mlp_only_layers": [],
-    "decoder_sparse_step": 1,
-    "transformers_weights": None,  # names another weight file than the folder's usual one
-}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-NULL_MEANS_DEFAULT = ("mlp_only_layers",)
 
 
 @dataclass(frozen=True)
@@ -49,6 +39,9 @@ class HfConfig:
     max_position_embeddings: int
     rope: Rope
     tie_word_embeddings: bool = False
+    qk_norm: bool = False  # a norm on every head's queries and keys
+    qkv_bias: bool = False
+    attention_window: int = 0  # tokens that a token sees, itself included; 0: all before it
     num_experts: int = 0
     moe_intermediate_size: int = 0
     num_experts_per_tok: int = 0
@@ -64,12 +57,35 @@ class HfConfig:
         return self.moe_intermediate_size if self.num_experts else self.intermediate_size
 
     @property
+    def family(self) -> Family:
+        """What the package knows of its model type."""
+        return FAMILIES[self.model_type]
+
+    @property
+    def queries(self) -> int:
+        """Rows of the query projection."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def keys(self) -> int:
+        """Rows of the key projection, and of the value projection."""
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the LM head is a tensor of its own."""
+        return not self.tie_word_embeddings
+
+    @property
     def context_length(self) -> int:
-        """Longest sequence in tokens: YaRN stretches the original context by its factor."""
-        if self.rope.kind != "yarn":
-            return self.max_position_embeddings
-        stretched = int(self.rope.original_positions * self.rope.factor)
-        return max(self.max_position_embeddings, stretched)
+        """Longest sequence in tokens: YaRN stretches the original context by its factor.
+
+        Within its attention window every token sees all before it, which is what is implemented.
+        """
+        longest = self.max_position_embeddings
+        if self.rope.kind == "yarn":
+            longest = max(longest, int(self.rope.original_positions * self.rope.factor))
+        return min(longest, self.attention_window or longest)
 
 
 def read_hf_config(folder: Path) -> HfConfig:
@@ -101,28 +117,27 @@ def parse_hf_config(content: dict[str, Any], file: Path | str) -> HfConfig:
     """Describe the model of a config.json's content; `file` names it in the errors."""
     config = TypedJson(content, file)
     model_type = content.get("model_type")
-    if model_type not in MODEL_TYPES:
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
         raise RecipeError(
-            f"{file}: model_type {model_type!r} is not supported; use {' or '.join(MODEL_TYPES)}."
+            f"{file}: model_type {model_type!r} is not supported; use one of {', '.join(FAMILIES)}."
         )
-    for key, supported in FIXED.items():
+    for key, supported in family.fixed.items():
         value = content.get(key, supported)
-        if value != supported and not (value is None and key in NULL_MEANS_DEFAULT):
+        if value != supported and not (value is None and key in family.null_means_default):
             raise RecipeError(
                 f"{file}: {key}={value!r} is not supported; only {supported!r} is, "
-                "which every published Qwen3 model has."
+                f"which every published {family.transformers} model has."
             )
     _check_layer_types(config)
-    heads, positions = config.count("num_attention_heads"), config.count("max_position_embeddings")
+    positions = config.count("max_position_embeddings")
     found = HfConfig(
-        model_type=model_type,
+        model_type=family.model_type,
         vocab_size=config.count("vocab_size"),
         hidden_size=config.count("hidden_size"),
         intermediate_size=config.count("intermediate_size"),
         num_hidden_layers=config.count("num_hidden_layers"),
-        num_attention_heads=heads,
-        num_key_value_heads=_key_value_heads(config, model_type, heads),
-        head_dim=_head_dim(config, model_type, heads),
+        num_attention_heads=config.count("num_attention_heads"),
         rms_norm_eps=config.number("rms_norm_eps"),
         max_position_embeddings=positions,
         rope=read_rope(content, positions, file),
@@ -131,7 +146,7 @@ def parse_hf_config(content: dict[str, Any], file: Path | str) -> HfConfig:
         eos_token_ids=config.ids("eos_token_id"),
         dtype=_dtype(content, file),
         quantization=read_quantization(content, file),
-        **(_experts(config) if model_type == "qwen3_moe" else {}),
+        **family.describe(config),
     )
     _check_sizes(found, file)
     return found
@@ -146,31 +161,6 @@ def _check_layer_types(config: TypedJson) -> None:
             f"{config.file}: layer_types must be 'full_attention' for each of its {layers} layers; "
             "sliding windows are not supported."
         )
-
-
-def _experts(config: TypedJson) -> dict[str, Any]:
-    """Return the fields of experts; transformers 5's num_local_experts wins over num_experts."""
-    newer = config.content.get("num_local_experts") is not None
-    return {
-        "num_experts": config.count("num_local_experts" if newer else "num_experts"),
-        "moe_intermediate_size": config.count("moe_intermediate_size"),
-        "num_experts_per_tok": config.count("num_experts_per_tok"),
-        "norm_topk_prob": config.flag("norm_topk_prob"),
-    }
-
-
-def _key_value_heads(config: TypedJson, model_type: str, heads: int) -> int:
-    """Return the key-value heads; Qwen3's null means as many as query heads, Qwen3-MoE has none."""
-    if model_type == "qwen3" and config.content.get("num_key_value_heads", heads) is None:
-        return heads
-    return config.count("num_key_value_heads")
-
-
-def _head_dim(config: TypedJson, model_type: str, heads: int) -> int:
-    """Return the size of a head; Qwen3-MoE derives a missing one from the hidden size."""
-    if model_type == "qwen3_moe" and "head_dim" not in config.content:
-        return config.count("hidden_size") // heads
-    return config.count("head_dim")
 
 
 def _dtype(content: dict[str, Any], file: Path | str) -> str:

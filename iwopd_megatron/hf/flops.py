@@ -11,9 +11,8 @@ from iwopd_megatron.hf.config import HfConfig
 
 def token_products(hf: HfConfig) -> int:
     """Return the multiply-adds of a token with the layers' active weights, no embedding or head."""
-    hidden, head = hf.hidden_size, hf.head_dim
-    queries, groups = hf.num_attention_heads, hf.num_key_value_heads
-    attention = hidden * head * (2 * queries + 2 * groups)
+    hidden = hf.hidden_size
+    attention = hidden * (2 * hf.queries + 2 * hf.keys)
     if hf.num_experts:
         ffn = 3 * hidden * hf.moe_intermediate_size * hf.num_experts_per_tok
         ffn += hidden * hf.num_experts  # router

@@ -1,30 +1,31 @@
-"""Published Qwen3 configurations by folder name, so that planning needs no model on disk.
+"""Published configurations by folder name, so that planning needs no model on disk.
 
-known_models.json has what their config.json files say about architecture, nothing else.
+Each family has what their config.json files say about architecture, nothing else.
 """
 
 from __future__ import annotations
 
-import json
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.hf.config import HfConfig, parse_hf_config, read_hf_config
+from iwopd_megatron.hf.families import FAMILIES
 from iwopd_megatron.toy_task import MODELS, toy_config
 
 
 @cache
 def known_models() -> dict[str, dict[str, Any]]:
     """Return the raw content of published config.json files by folder name."""
-    return json.loads(Path(__file__).with_suffix(".json").read_text())
+    families = FAMILIES.values()
+    return {name: dict(one) for family in families for name, one in family.published.items()}
 
 
 @cache
 def known_model(name: str) -> HfConfig:
     """Return the published configuration of a model; KeyError for an unknown name."""
-    return parse_hf_config(known_models()[name], f"known_models.json: {name}")
+    return parse_hf_config(known_models()[name], f"the published {name}")
 
 
 def planning_config(folder: Path) -> HfConfig:

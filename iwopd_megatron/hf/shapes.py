@@ -2,49 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from functools import cache
 
 from iwopd_megatron.hf.config import HfConfig
+from iwopd_megatron.hf.families import FAMILIES
+from iwopd_megatron.hf.families.rows import Row
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
-_NORMS = ("input_layernorm", "post_attention_layernorm")
-_MLP = ("gate_proj", "up_proj", "down_proj")
+_NUMBERS = (r"\.layers\.\d+\.", ".layers.{layer}."), (r"\.experts\.\d+\.", ".experts.{expert}.")
+
+
+def rows_in_order(hf: HfConfig) -> Iterator[tuple[Row, dict[str, int]]]:
+    """Yield every row that a model has, with its layer's and expert's number where it has one.
+
+    In the order of the network; an expert's rows together.
+    """
+    rows = [row for row in hf.family.rows if not row.needs or getattr(hf, row.needs)]
+    layers = [row for row in rows if row.is_of_layer]
+    before = rows.index(layers[0])
+    yield from ((row, {}) for row in rows[:before])
+    for layer in range(hf.num_hidden_layers):
+        yield from ((row, {"layer": layer}) for row in layers if not row.is_of_expert)
+        for expert in range(hf.num_experts):
+            numbers = {"layer": layer, "expert": expert}
+            yield from ((row, numbers) for row in layers if row.is_of_expert)
+    yield from ((row, {}) for row in rows[before + len(layers) :])
 
 
 def hf_names(hf: HfConfig) -> Iterator[str]:
     """Yield the names of the tensors that config.json implies; a tied head is not one."""
-    yield EMBEDDING
-    for layer in range(hf.num_hidden_layers):
-        parts = [f"self_attn.{x}" for x in _ATTENTION] + list(_NORMS)
-        if hf.num_experts:
-            parts.append("mlp.gate")
-            parts += [f"mlp.experts.{e}.{x}" for e in range(hf.num_experts) for x in _MLP]
-        else:
-            parts += [f"mlp.{x}" for x in _MLP]
-        yield from (f"model.layers.{layer}.{part}.weight" for part in parts)
-    yield "model.norm.weight"
-    if not hf.tie_word_embeddings:
-        yield HEAD
+    for row, numbers in rows_in_order(hf):
+        yield from (tensor.name.format(**numbers) for tensor in row.tensors)
 
 
 def hf_shape(name: str, hf: HfConfig) -> tuple[int, ...]:
-    """Return the shape that config.json implies for a Hugging Face tensor."""
-    hidden, head = hf.hidden_size, hf.head_dim
-    queries, keys = hf.num_attention_heads * head, hf.num_key_value_heads * head
-    ffn = hf.moe_intermediate_size if ".experts." in name else hf.intermediate_size
-    shapes = {
-        "embed_tokens": (hf.vocab_size, hidden),
-        "lm_head": (hf.vocab_size, hidden),
-        "q_proj": (queries, hidden),
-        "k_proj": (keys, hidden),
-        "v_proj": (keys, hidden),
-        "o_proj": (hidden, queries),
-        "q_norm": (head,),
-        "k_norm": (head,),
-        "gate": (hf.num_experts, hidden),
-        "gate_proj": (ffn, hidden),
-        "up_proj": (ffn, hidden),
-        "down_proj": (hidden, ffn),
-    }
-    return shapes.get(name.split(".")[-2], (hidden,))
+    """Return the shape that config.json implies for a Hugging Face tensor; KeyError for another."""
+    for pattern, placeholder in _NUMBERS:
+        name = re.sub(pattern, placeholder, name)
+    return tuple(getattr(hf, size) for size in _sizes(hf.model_type)[name])
+
+
+@cache
+def _sizes(model_type: str) -> Mapping[str, tuple[str, ...]]:
+    """Return the names of every tensor's sizes by its name."""
+    rows = FAMILIES[model_type].rows
+    return {tensor.name: tensor.sizes for row in rows for tensor in row.tensors}

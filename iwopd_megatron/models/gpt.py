@@ -1,7 +1,7 @@
 """Hugging Face config -> Megatron TransformerConfig -> GPTModel chunks of this rank.
 
 The model returns hidden states, never logits: `logprobs.linear_logprobs` turns them into log-probs
-without a `[tokens, vocab]` tensor. Qwen3 and Qwen3-MoE, tied or untied.
+without a `[tokens, vocab]` tensor. What a family's model has, `HfConfig` says.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def transformer_config(
     recompute: str = "none",
     further: Mapping[str, Any] | None = None,
 ) -> TransformerConfig:
-    """Return Megatron's configuration for a config.json that transformers' Qwen3(-MoE) reads.
+    """Return Megatron's configuration of the model that a config.json describes.
 
     further: a recipe's own settings of it; RecipeError if Megatron refuses them.
     """
@@ -67,8 +67,9 @@ def transformer_config(
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
+        add_qkv_bias=hf.qkv_bias,
         normalization="RMSNorm",
-        qk_layernorm=True,
+        qk_layernorm=hf.qk_norm,
         layernorm_epsilon=hf.rms_norm_eps,
         hidden_dropout=0.0,
         attention_dropout=0.0,

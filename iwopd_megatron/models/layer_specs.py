@@ -53,10 +53,11 @@ def _fill_gaps_without_transformer_engine() -> None:
 
 
 def block_spec(config, vp_stage: int | None = None):
-    """Return this stage's layers of a Qwen3-like model (QK-norm, RMSNorm, SwiGLU or MoE)."""
+    """Return this stage's layers, with the modules that Megatron's configuration asks for."""
     if has_transformer_engine(config.params_dtype):
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
     _fill_gaps_without_transformer_engine()
+    qk_norm = RMSNorm if config.qk_layernorm else None
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -64,8 +65,8 @@ def block_spec(config, vp_stage: int | None = None):
             linear_qkv=ColumnParallelLinear,
             core_attention=SdpaAttention,
             linear_proj=RowParallelLinear,
-            q_layernorm=RMSNorm,
-            k_layernorm=RMSNorm,
+            q_layernorm=qk_norm,
+            k_layernorm=qk_norm,
         ),
     )
     layer = ModuleSpec(

@@ -14,6 +14,7 @@ from iwopd_megatron.config.models import Layout
 from iwopd_megatron.config.preflight import check_layout
 from iwopd_megatron.config.recipe import Recipe
 from iwopd_megatron.config.stages import EMBEDDING, LOSS, STRING, layout_string, stage_layers
+from iwopd_megatron.hf.families import FAMILIES
 from iwopd_megatron.hf.known_models import planning_config
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ GIVES_WAY = ("etp", "cp", "tp", "pp", "ep")
 class Rehearsal:
     """One model's layout, scaled down; equal ones need to run only once."""
 
-    is_moe: bool
+    model_type: str
     is_tied: bool
     layout: Layout
     recompute: str
@@ -38,27 +39,19 @@ class Rehearsal:
     @property
     def config(self) -> dict[str, Any]:
         """Return config.json of the smallest model that this layout divides."""
-        axes = self.layout
-        config = dict(
-            vocab_size=512,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=self.layers,
-            num_attention_heads=2 * max(2, axes.tp),
-            num_key_value_heads=max(2, axes.tp),
-            head_dim=16,
-            max_position_embeddings=256,
-            rms_norm_eps=1e-6,
-            tie_word_embeddings=self.is_tied,
-            pad_token_id=0,
-        )
-        if self.is_moe:
-            config |= dict(
-                num_experts=max(8, axes.ep),
-                num_experts_per_tok=2,
-                norm_topk_prob=True,
-                moe_intermediate_size=32 * axes.etp,
-            )
+        axes, config = self.layout, dict(FAMILIES[self.model_type].sample)
+        config |= {
+            "model_type": self.model_type,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": 2 * max(2, axes.tp),
+            "num_key_value_heads": max(2, axes.tp),
+            "head_dim": 16,
+            "tie_word_embeddings": self.is_tied,
+            "pad_token_id": 0,
+        }
+        if "num_experts" in config:
+            config["num_experts"] = max(8, axes.ep)
+            config["moe_intermediate_size"] = 32 * axes.etp
         return config
 
     def samples(self) -> list[Trajectory]:
@@ -84,13 +77,12 @@ def rehearsals(recipe: Recipe, limit: int) -> dict[str, Rehearsal]:
     for role, (folder, layout, recompute) in models.items():
         hf = planning_config(folder)
         check_layout(layout, hf, role)
-        is_moe = hf.num_experts > 0
-        if not is_moe:
+        if not hf.num_experts:
             layout = layout.without_experts
         layout, layers = scaled_stages(layout, hf.num_hidden_layers, scaled(layout, limit))
         copies = 2 if 2 * layout.unit <= limit else 1  # data parallelism, where there is room
-        tied = hf.tie_word_embeddings
-        found[role] = Rehearsal(is_moe, tied, layout, recompute, copies * layout.unit, layers)
+        kind = hf.model_type, hf.tie_word_embeddings
+        found[role] = Rehearsal(*kind, layout, recompute, copies * layout.unit, layers)
     return found
 
 
@@ -131,13 +123,17 @@ def scaled_stages(layout: Layout, layers: int, axes: Layout) -> tuple[Layout, in
 
 
 def write_model(folder: Path, config: dict[str, Any]) -> None:
-    """Write a random Hugging Face model in which every kind of weight matters."""
+    """Write a random Hugging Face model in which every kind of weight matters.
+
+    config: settings of config.json; without a model_type it is Qwen3's, with experts or dense.
+    """
     import torch
     import transformers
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    kind = "Qwen3Moe" if "num_experts" in config else "Qwen3"
+    model_type = config.get("model_type", "qwen3_moe" if "num_experts" in config else "qwen3")
+    kind = FAMILIES[model_type].transformers
     settings = getattr(transformers, f"{kind}Config")(**config)
     model = getattr(transformers, f"{kind}ForCausalLM")(settings).float()
     generator = torch.Generator().manual_seed(7)

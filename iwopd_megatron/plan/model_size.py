@@ -1,8 +1,8 @@
 """Parameters of a model and of one rank's share of it, from config.json alone.
 
-Counts are parameters, as Megatron builds them here: vocabulary never padded, no biases, query and
-key norms, SwiGLU. Per rank: attention, dense MLP and vocabulary over tp, experts over ep x etp,
-layers over stages; norms and routers whole on every tp rank.
+Counts are parameters, as Megatron builds them here: vocabulary never padded, SwiGLU, and of biases
+and of norms on queries and keys what the family has. Per rank: attention, dense MLP and vocabulary
+over tp, experts over ep x etp, layers over stages; norms and routers whole on every tp rank.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Share:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Dimensions of a Qwen3-like model, dense or with experts (`experts` 0: dense)."""
+    """Dimensions of a model, dense or with experts (`experts` 0: dense)."""
 
     hidden: int
     ffn: int  # of a dense MLP, or of one expert
@@ -44,6 +44,8 @@ class ModelSize:
     tied: bool
     experts: int
     topk: int  # experts a token visits; 1 MLP if dense
+    qk_norm: bool = True  # a norm on queries and keys
+    qkv_bias: bool = False
 
     @classmethod
     def of(cls, hf: HfConfig) -> ModelSize:
@@ -53,8 +55,8 @@ class ModelSize:
             hidden=hf.hidden_size,
             ffn=hf.ffn_size,
             layers=hf.num_hidden_layers,
-            queries=hf.num_attention_heads * hf.head_dim,
-            keys=hf.num_key_value_heads * hf.head_dim,
+            queries=hf.queries,
+            keys=hf.keys,
             heads=hf.num_attention_heads,
             head=hf.head_dim,
             kv_heads=hf.num_key_value_heads,
@@ -62,6 +64,8 @@ class ModelSize:
             tied=hf.tie_word_embeddings,
             experts=experts,
             topk=hf.num_experts_per_tok if experts else 1,
+            qk_norm=hf.qk_norm,
+            qkv_bias=hf.qkv_bias,
         )
 
     @property
@@ -70,9 +74,14 @@ class ModelSize:
         return self.hidden * (2 * self.queries + 2 * self.keys)
 
     @property
+    def biases(self) -> int:
+        """Biases of one layer = q + 2k where queries, keys and values have them."""
+        return self.qkv_bias * (self.queries + 2 * self.keys)
+
+    @property
     def norms(self) -> int:
         """Weights of one layer's norms = 2h before attention and MLP + 2 head sizes (q, k)."""
-        return 2 * self.hidden + 2 * self.head
+        return 2 * self.hidden + self.qk_norm * 2 * self.head
 
     @property
     def router(self) -> int:
@@ -91,11 +100,13 @@ class ModelSize:
 
     @cached_property
     def parameters(self) -> int:
-        """All parameters = layers x (attention + norms + router + MLPs) + final norm + vocabulary.
+        """All parameters = layers x (attention + biases + norms + router + MLPs) + final norm +
+        vocabulary.
 
         The vocabulary counts twice (embedding and head) unless they are tied.
         """
-        layer = self.attention + self.norms + self.router + max(1, self.experts) * self.mlp
+        layer = self.attention + self.biases + self.norms + self.router
+        layer += max(1, self.experts) * self.mlp
         return self.layers * layer + self.hidden + self.vocabulary * (1 if self.tied else 2)
 
     @cached_property
@@ -111,14 +122,14 @@ class ModelSize:
     def share(self, layout: Layout, stage: int) -> Share:
         """Return one rank's parameters on pipeline stage `stage` (0 first, pp - 1 last).
 
-        Dense = layers x (attention / tp + norms + router + dense MLP / tp), and vocabulary / tp for
-        the embedding on the first stage, vocabulary / tp + h for head and final norm on the last;
-        layers: of this stage (`config.stages`).
+        Dense = layers x ((attention + biases) / tp + norms + router + dense MLP / tp), and
+        vocabulary / tp for the embedding on the first stage, vocabulary / tp + h for head and final
+        norm on the last; layers: of this stage (`config.stages`).
         Expert = layers x experts x MLP / (ep etp). A tied head is a copy of the embedding where
         pp > 1, and no parameters where pp = 1.
         """
         tp, layers = layout.tp, layers_of_stages(layout, self.layers)[stage]
-        layer = self.attention / tp + self.norms + self.router
+        layer = (self.attention + self.biases) / tp + self.norms + self.router
         expert = 0.0
         if self.experts:
             expert = layers * self.experts * self.mlp / (layout.ep * layout.etp)

@@ -1,4 +1,4 @@
-"""The embedded engine's model: Qwen3 and Qwen3-MoE as one function over a preallocated cache.
+"""The embedded engine's model, of any family, as one function over a preallocated cache.
 
 Plain tensors under Hugging Face names, so that a decoding step of a small model costs its
 arithmetic and not its calls; query, key and value weights lie together, as do gate and up
@@ -27,7 +27,7 @@ from iwopd_megatron.rollout.packed import Packed, PackedLayer, PackedWeights, pa
 
 
 class Decoder:
-    """A Qwen3 or Qwen3-MoE model, of weights of its own or of the trainer's."""
+    """A model of weights of its own or of the trainer's."""
 
     def __init__(self, hf: HfConfig, dtype: torch.dtype, on: torch.device):
         self.hf, self.on, self.dtype = hf, on, dtype
@@ -122,10 +122,15 @@ class Decoder:
         x: `[B, S, D]`, normed; turned: cos and sin of the positions' rotary angles.
         """
         rows, new = x.shape[:2]
-        qk, value = self._split(_product(x, layer.qkv, packed and packed.qkv))
-        qk, sizes = self._normed(qk), [self.heads, self.groups]
-        for part, weight in zip(qk.split(sizes, 2), layer.qk_norm, strict=True):
-            part.mul_(weight)
+        qkv = _product(x, layer.qkv, packed and packed.qkv)
+        if layer.qkv_bias is not None:
+            qkv += layer.qkv_bias
+        qk, value = self._split(qkv)
+        sizes = [self.heads, self.groups]
+        if layer.qk_norm is not None:
+            qk = self._normed(qk)
+            for part, weight in zip(qk.split(sizes, 2), layer.qk_norm, strict=True):
+                part.mul_(weight)
         query, key = rotate(qk, *turned).transpose(1, 2).split(sizes, 1)
         value = value.transpose(1, 2)
         keys, values = slots[0][..., : start + new], slots[1][:, :, : start + new]

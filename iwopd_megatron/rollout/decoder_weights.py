@@ -23,7 +23,8 @@ class Layer(NamedTuple):
 
     attention_norm: torch.Tensor  # [D]
     qkv: torch.Tensor  # [(H + 2 G) d, D]
-    qk_norm: tuple[torch.Tensor, torch.Tensor]  # [d] each
+    qkv_bias: torch.Tensor | None  # [(H + 2 G) d]
+    qk_norm: tuple[torch.Tensor, torch.Tensor] | None  # [d] each
     out: torch.Tensor  # [D, H d]
     ffn_norm: torch.Tensor  # [D]
     router: torch.Tensor | None  # [E, D]
@@ -53,7 +54,7 @@ def own_weights(hf: HfConfig, new: New) -> tuple[DecoderWeights, dict[str, torch
     for i in range(hf.num_hidden_layers):
         layer, own = _own_layer(hf, new)
         layers.append(layer)
-        named |= {f"model.layers.{i}.{name}.weight": tensor for name, tensor in own.items()}
+        named |= {f"model.layers.{i}.{name}": tensor for name, tensor in own.items()}
     return DecoderWeights(embedding, norm, head, layers, is_grouped=False), named
 
 
@@ -63,7 +64,8 @@ def _own_layer(hf: HfConfig, new: New) -> tuple[Layer, dict[str, torch.Tensor]]:
     layer = Layer(
         attention_norm=new(hidden),
         qkv=new((heads + 2 * groups) * head, hidden),
-        qk_norm=(new(head), new(head)),
+        qkv_bias=new((heads + 2 * groups) * head) if hf.qkv_bias else None,
+        qk_norm=(new(head), new(head)) if hf.qk_norm else None,
         out=new(hidden, heads * head),
         ffn_norm=new(hidden),
         router=new(experts, hidden) if experts else None,
@@ -71,16 +73,23 @@ def _own_layer(hf: HfConfig, new: New) -> tuple[Layer, dict[str, torch.Tensor]]:
         down=new(experts or 1, ffn, hidden),
     )
     rows = [heads * head, groups * head, groups * head]
-    own = dict(zip(("q_proj", "k_proj", "v_proj"), layer.qkv.split(rows), strict=True))
-    own |= {"q_norm": layer.qk_norm[0], "k_norm": layer.qk_norm[1], "o_proj": layer.out}
+    own = {"o_proj.weight": layer.out}
+    for kind, whole in (("weight", layer.qkv), ("bias", layer.qkv_bias)):
+        if whole is not None:
+            own |= {
+                f"{x}_proj.{kind}": part for x, part in zip("qkv", whole.split(rows), strict=True)
+            }
+    if layer.qk_norm is not None:
+        own |= {f"{x}_norm.weight": part for x, part in zip("qk", layer.qk_norm, strict=True)}
     own = {f"self_attn.{name}": tensor for name, tensor in own.items()}
-    own |= {"input_layernorm": layer.attention_norm, "post_attention_layernorm": layer.ffn_norm}
+    own["input_layernorm.weight"] = layer.attention_norm
+    own["post_attention_layernorm.weight"] = layer.ffn_norm
     if layer.router is not None:
-        own["mlp.gate"] = layer.router
+        own["mlp.gate.weight"] = layer.router
     for e, (gate_up, down) in enumerate(zip(layer.gate_up.mT, layer.down.mT, strict=True)):
         prefix = f"mlp.experts.{e}." if experts else "mlp."
-        gate, up = gate_up.chunk(2)
-        own |= {prefix + "gate_proj": gate, prefix + "up_proj": up, prefix + "down_proj": down}
+        parts = {"gate": gate_up.chunk(2)[0], "up": gate_up.chunk(2)[1], "down": down}
+        own |= {f"{prefix}{x}_proj.weight": part for x, part in parts.items()}
     return layer, own
 
 
@@ -110,10 +119,13 @@ def _viewed_layer(hf: HfConfig, i: int, parameters: Mapping[str, torch.Tensor]) 
     return Layer(
         attention_norm=own("input_layernorm.weight"),
         qkv=own("self_attention.linear_qkv.weight"),
+        qkv_bias=own("self_attention.linear_qkv.bias") if hf.qkv_bias else None,
         qk_norm=(
             own("self_attention.q_layernorm.weight"),
             own("self_attention.k_layernorm.weight"),
-        ),
+        )
+        if hf.qk_norm
+        else None,
         out=own("self_attention.linear_proj.weight"),
         ffn_norm=own("pre_mlp_layernorm.weight"),
         router=own("mlp.router.weight") if experts else None,

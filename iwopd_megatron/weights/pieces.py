@@ -7,6 +7,7 @@ groups, and goes through the weight table's own cut.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -51,7 +52,7 @@ def cut_block(block: WeightBlock, hf: HfConfig, itemsize: int) -> Iterator[Piece
     if block.sharding.is_stack:
         base = 0
         for name, shape in shapes.items():
-            per_row = itemsize * (shape[1] if len(shape) > 1 else 1)
+            per_row = itemsize * math.prod(shape[1:])
             step = max(1, PIECE_BYTES // per_row)
             for a in range(0, shape[0], step):
                 b = min(a + step, shape[0])
@@ -60,7 +61,8 @@ def cut_block(block: WeightBlock, hf: HfConfig, itemsize: int) -> Iterator[Piece
         return
     groups = hf.num_key_value_heads
     rows = {name: shape[0] // groups for name, shape in shapes.items()}
-    group_bytes = sum(rows.values()) * hf.hidden_size * itemsize
+    width = math.prod(next(iter(shapes.values()))[1:])
+    group_bytes = sum(rows.values()) * width * itemsize
     step = max(1, PIECE_BYTES // group_bytes)
     for a in range(0, groups, step):
         b = min(a + step, groups)

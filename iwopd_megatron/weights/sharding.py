@@ -70,7 +70,7 @@ def _shard_qkv(sources: Sequence[Source], rank: int, size: int, hf: HfConfig) ->
     """Interleave as Megatron does: q, k, v of one key-value group together, [q..q k v] a group."""
     groups, head = hf.num_key_value_heads // size, hf.head_dim
     parts = [_rows(source, rank, size) for source in sources]
-    grouped = [part.reshape(groups, -1, head, part.shape[1]) for part in parts]
+    grouped = [part.reshape(groups, -1, head, *part.shape[1:]) for part in parts]
     return torch.cat(grouped, 1).flatten(0, 2)
 
 
@@ -130,3 +130,12 @@ QKV = Sharding(_shard_qkv, _unshard_qkv, is_stack=False)
 GATED = Sharding(_shard_gated, _unshard_gated)
 GROUPED_GATED = Sharding(_shard_grouped_gated, _unshard_grouped_gated, is_stack=False)
 GROUPED_DOWN = Sharding(_shard_grouped_down, _unshard_grouped_down, is_stack=False)
+SHARDINGS = {
+    "REPLICATED": REPLICATED,
+    "ROWS": ROWS,
+    "COLUMNS": COLUMNS,
+    "QKV": QKV,
+    "GATED": GATED,
+    "GROUPED_GATED": GROUPED_GATED,
+    "GROUPED_DOWN": GROUPED_DOWN,
+}  # by the names that rows of hf/families have

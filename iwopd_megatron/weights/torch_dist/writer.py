@@ -53,11 +53,7 @@ CONFIG = {
     "common_backend_version": 1,
 }
 _LINEARS = ["self_attention.linear_qkv", "self_attention.linear_proj"]
-# Modules that may keep a state of their own, for which Megatron stores None beside the weights.
-_STATEFUL = {
-    "native": _LINEARS,
-    "te": [*_LINEARS, "self_attention.q_layernorm", "self_attention.k_layernorm"],
-}
+_QK_NORMS = ["self_attention.q_layernorm", "self_attention.k_layernorm"]
 
 
 @dataclass(frozen=True)
@@ -84,10 +80,11 @@ def stacked_shape(block: WeightBlock, hf: HfConfig) -> tuple[int, ...]:
 def object_keys(hf: HfConfig, names: str) -> list[str]:
     """Return names of the empty `_extra_state` objects that Megatron's load asks for.
 
-    `<module>._extra_state/shard_<offset>_<shape>`, by Megatron's ShardedObject.
+    `<module>._extra_state/shard_<offset>_<shape>`, by Megatron's ShardedObject, of modules that
+    may keep a state of their own, for which Megatron stores None beside the weights.
     """
     layers, experts = hf.num_hidden_layers, hf.num_experts
-    modules = list(_STATEFUL[names])
+    modules = _LINEARS + _QK_NORMS * (names == "te" and hf.qk_norm)
     if not experts:
         modules += ["mlp.linear_fc1", "mlp.linear_fc2"]
     elif names == "te":

@@ -1,0 +1,15 @@
+"""The families of models, by the `model_type` of their config.json. A new one is a file and a line.
+
+README.md beside this file says what each part of a family is for.
+"""
+
+from iwopd_megatron.hf.families.family import Family
+from iwopd_megatron.hf.families.llama import LLAMA
+from iwopd_megatron.hf.families.mistral import MISTRAL
+from iwopd_megatron.hf.families.qwen2 import QWEN2
+from iwopd_megatron.hf.families.qwen3 import QWEN3
+from iwopd_megatron.hf.families.qwen3_moe import QWEN3_MOE
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (QWEN3, QWEN3_MOE, LLAMA, QWEN2, MISTRAL)
+}

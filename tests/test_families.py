@@ -1,0 +1,94 @@
+"""Every family of models through what every family must do."""
+
+import os
+
+import pytest
+from worlds import run_world
+
+from iwopd_megatron.config.models import Layout
+from iwopd_megatron.hf.families import FAMILIES
+from iwopd_megatron.parity import hf_reference, parity
+from iwopd_megatron.parity.rehearse import write_model
+from iwopd_megatron.runtime.local_world import local_context
+from iwopd_megatron.runtime.parallel import shutdown
+
+UNEQUAL = [24, 16, 32, 20, 28, 12, 24, 32]
+# Of dense and of MoE families: name: (processes, axes larger than one, dtype, recompute)
+LAYOUTS = {
+    "one process": (1, {}, "fp32", "none"),
+    "dp2": (2, {}, "fp32", "none"),
+    "tp2": (2, {"tp": 2}, "fp32", "none"),
+    "pp2": (2, {"pp": 2}, "fp32", "none"),
+    "cp2": (2, {"cp": 2}, "fp32", "selective"),
+    "bf16 tp2": (2, {"tp": 2}, "bf16", "none"),
+    "pp2 vpp2": (2, {"pp": 2, "vpp": 2}, "fp32", "full"),
+    "tp2 cp2": (4, {"tp": 2, "cp": 2}, "fp32", "none"),
+    "tp2 pp2": (4, {"tp": 2, "pp": 2}, "fp32", "full"),
+}
+OF_EXPERTS = {
+    "ep2": (2, {"ep": 2}, "fp32", "none"),
+    "tp2 ep2": (2, {"tp": 2, "ep": 2}, "fp32", "none"),
+    "tp2 etp2 ep2": (4, {"tp": 2, "etp": 2, "ep": 2}, "fp32", "full"),
+    "cp2 ep4": (4, {"cp": 2, "ep": 4}, "fp32", "none"),
+}
+
+
+def is_tied(model_type):
+    """Half of the samples have tied embeddings."""
+    return sorted(FAMILIES).index(model_type) % 2 == 0
+
+
+def layouts(model_type):
+    has_experts = "num_experts" in FAMILIES[model_type].sample
+    return LAYOUTS | (OF_EXPERTS if has_experts else {})
+
+
+CASES = [(family, layout) for family in FAMILIES for layout in layouts(family)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    place = tmp_path_factory.mktemp("families")
+    for name, family in FAMILIES.items():
+        own = {"model_type": name, "tie_word_embeddings": is_tied(name)}
+        write_model(place / name, dict(family.sample) | own)
+    return {name: place / name for name in FAMILIES}
+
+
+def check_on_this_rank(cases, folders, references, queue):
+    for case, (_, axes, dtype, recompute) in cases.items():
+        reference = references[case[0], dtype]
+        folder = folders[case[0]]
+        result = parity.compare(folder, reference, Layout(**axes), 96, dtype, recompute)
+        if os.environ["RANK"] == "0":
+            queue.put((case, result, parity.failures(result, reference, dtype)))
+    shutdown()
+
+
+@pytest.fixture(scope="module")
+def outcomes(folders):
+    """Results of all cases, one world for each number of processes."""
+    references, found = {}, {}
+    cases = {(name, layout): layouts(name)[layout] for name, layout in CASES}
+    for (name, _), (_, _, dtype, _) in cases.items():
+        if (name, dtype) not in references:
+            sample = FAMILIES[name].sample
+            samples = hf_reference.make_samples(512, UNEQUAL, sample["pad_token_id"])
+            references[name, dtype] = hf_reference.compute_reference(
+                folders[name], samples, dtype == "bf16"
+            )
+    for world in (1, 2, 4):
+        own = {case: row for case, row in cases.items() if row[0] == world}
+        queue = local_context().SimpleQueue()
+        run_world(world, check_on_this_rank, own, folders, references, queue)
+        for _ in own:
+            case, result, problems = queue.get()
+            found[case] = result, problems
+    return found
+
+
+@pytest.mark.parametrize("family,layout", CASES)
+def test_layout_agrees_with_hugging_face(family, layout, outcomes):
+    result, problems = outcomes[family, layout]
+    assert result["ranks"] == layouts(family)[layout][0]
+    assert not problems, problems
