@@ -60,10 +60,11 @@ test: setup
 	$(RUN) -m pytest -n 2 --dist loadfile
 
 # Parity, checkpoints (killed while saving, too), losses and the planner.
-CORE := parity traps routing packing native_ops memory_kept plan_measured plan_collectives torch_dist \
+CORE := parity families traps routing packing native_ops plan_measured plan_collectives torch_dist \
 	convert continue mapping loss linear_loss logprobs weighting objectives topk
+CORE_RUNS := memory_kept plan_peaks resume
 test-core: setup
-	TESTED_SUITE=core $(RUN) -m pytest -n 2 --dist loadfile $(CORE:%=tests/test_%.py) tests/with_runs/test_resume.py
+	TESTED_SUITE=core $(RUN) -m pytest -n 2 --dist loadfile $(CORE:%=tests/test_%.py) $(CORE_RUNS:%=tests/with_runs/test_%.py)
 
 # The same on the oldest versions that are supported, in an environment of their own; and checkpoints of
 # either Megatron-Core read by the other.

@@ -262,18 +262,6 @@ def test_bad_comparisons_launch_nothing(tmp_path, arguments, sentence):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_launch_on_gpus_is_rehearsed_first(capfd):
-    """What would not fit is found before anything is submitted; what is well goes on."""
-    recipe = Path("recipes/qwen3_4b_to_0p6b.yaml")
-    site = profile(gpu="h100-80", python=sys.executable)
-    rehearse(recipe, [], read_recipe(recipe, []), site)
-    assert "nothing found" in capfd.readouterr().out
-    large = ["train.microbatch_tokens=2000000"]
-    with pytest.raises(RecipeError, match="nothing was submitted.*--no-rehearsal"):
-        rehearse(recipe, large, read_recipe(recipe, large), site)
-    assert "finding: trainer rank 0 takes" in capfd.readouterr().out
-
-
 def test_where_nothing_can_rehearse_that_is_said(capsys, monkeypatch):
     recipe = Path("recipes/qwen3_4b_to_0p6b.yaml")
     monkeypatch.setattr(sys, "executable", "nothing")

@@ -13,7 +13,7 @@ formulas
 
 Counted is what the torch-native modules allocate on a GPU, sequences of a micro-batch of one
 length. TransformerEngine's fused kernels need less while backward runs; packing unequal lengths
-pads queries, keys and values. tests/test_plan_measured.py holds the formulas against live tensors.
+pads queries, keys and values. tests/with_runs/test_plan_peaks.py holds them against live tensors.
 """
 
 from __future__ import annotations
