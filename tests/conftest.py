@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from iwopd_megatron.hf.families import FAMILIES
 from iwopd_megatron.parity.rehearse import write_model
 from iwopd_megatron.runtime import versions
 
@@ -83,6 +84,16 @@ def moe_no_norm_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def dense_folder(tmp_path_factory) -> Path:
     return _write_folder(tmp_path_factory.mktemp("hf") / "dense", tie_word_embeddings=False)
+
+
+@pytest.fixture(scope="session")
+def family_folders(tmp_path_factory) -> dict[str, Path]:
+    """A small model of every family; every second one has tied embeddings."""
+    place = tmp_path_factory.mktemp("families")
+    for i, (name, family) in enumerate(FAMILIES.items()):
+        kind = {"model_type": name, "tie_word_embeddings": i % 2 == 1}
+        write_model(place / name, dict(family.sample) | kind)
+    return {name: place / name for name in FAMILIES}
 
 
 # Contexts stretched from 16 tokens, so that every kind turns the tests' short sequences otherwise.

@@ -196,9 +196,9 @@ def test_folders(recipe):
     assert f"{folder / 'empty'} has no config.json" in message
     (folder / "empty" / "config.json").write_text("{")
     assert "is not valid JSON" in refusal(recipe, f"student.hf={folder / 'empty'}")
-    (folder / "empty" / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "empty" / "config.json").write_text('{"model_type": "gptj"}')
     message = refusal(recipe, f"student.hf={folder / 'empty'}")
-    assert "model_type 'llama' is not supported; use qwen3 or qwen3_moe" in message
+    assert "model_type 'gptj' is not supported; use one of qwen3, qwen3_moe," in message
 
 
 @pytest.mark.parametrize("missing", ["vocab_size", "num_key_value_heads", "moe_intermediate_size"])

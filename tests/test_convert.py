@@ -49,6 +49,7 @@ def test_there_and_back(
     moe_folder,
     dense_folder,
     tied_folder,
+    family_folders,
     tmp_path,
     monkeypatch,
     dtype,
@@ -59,7 +60,7 @@ def test_there_and_back(
 ):
     monkeypatch.setattr(pieces, "PIECE_BYTES", limit)
     monkeypatch.setattr(shards, "SHARD_BYTES", 10 * limit)
-    for template in (moe_folder, dense_folder, tied_folder):
+    for template in (moe_folder, dense_folder, tied_folder, *family_folders.values()):
         tensors = random_bits(on_disk(template), dtype)
         source = write_folder(tmp_path / template.name, template, tensors, files)
         checkpoint, back = tmp_path / f"{template.name}_m", tmp_path / f"{template.name}_b"
@@ -294,8 +295,8 @@ def other_heads(folder: Path) -> str:
 
 
 def unknown_architecture(folder: Path) -> str:
-    edit_config(folder, model_type="llama")
-    return "model_type 'llama' is not supported"
+    edit_config(folder, model_type="gptj")
+    return "model_type 'gptj' is not supported"
 
 
 def edit_config(folder: Path, **changes) -> None:

@@ -8,6 +8,7 @@ from worlds import run_world
 
 from iwopd_megatron.config.models import Layout
 from iwopd_megatron.hf.config import read_hf_config
+from iwopd_megatron.hf.families import FAMILIES
 from iwopd_megatron.models.gpt import build_model
 from iwopd_megatron.rollout import packed
 from iwopd_megatron.rollout.embedded import HfEngine
@@ -17,7 +18,8 @@ from iwopd_megatron.runtime.parallel import initialise, shutdown
 from iwopd_megatron.weights.hf_reader import HfTensors, load_shards
 from iwopd_megatron.weights.sync import WeightStream
 
-KINDS = ["moe", "dense", "tied"]
+FOLDERS = ["moe", "dense", "tied"]
+KINDS = [*FOLDERS, *FAMILIES]
 NO_EOS, TOKENS = 512, 24  # an id no model draws
 SAMPLING = Sampling(TOKENS, 0.8, seed=1, stream=2)
 
@@ -75,10 +77,11 @@ def compare(folder, layout, queue):
 
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_engine_reads_whole_parameters_where_they_lie(kind, world, request):
+def test_the_engine_reads_whole_parameters_where_they_lie(kind, world, request, family_folders):
     """Not a byte is copied, and its answers are those of a copy, also once the weights changed."""
+    folder = family_folders.get(kind) or request.getfixturevalue(f"{kind}_folder")
     queue = local_context().SimpleQueue()
-    run_world(world, compare, request.getfixturevalue(f"{kind}_folder"), Layout(), queue)
+    run_world(world, compare, folder, Layout(), queue)
     is_shared, (before, after) = queue.get()
     assert is_shared
     assert_same(*before)
@@ -122,9 +125,10 @@ def both_products(folder, queue):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch without MKL")
-def test_packed_weights_write_the_same_answers(kind, request):
+def test_packed_weights_write_the_same_answers(kind, request, family_folders):
+    folder = family_folders.get(kind) or request.getfixturevalue(f"{kind}_folder")
     queue = local_context().SimpleQueue()
-    run_world(1, both_products, request.getfixturevalue(f"{kind}_folder"), queue)
+    run_world(1, both_products, folder, queue)
     plain, fast = queue.get()
     for a, b in zip(plain, fast, strict=True):
         assert_same(a, b)

@@ -8,7 +8,6 @@ from worlds import run_world
 from iwopd_megatron.config.models import Layout
 from iwopd_megatron.hf.families import FAMILIES
 from iwopd_megatron.parity import hf_reference, parity
-from iwopd_megatron.parity.rehearse import write_model
 from iwopd_megatron.runtime.local_world import local_context
 from iwopd_megatron.runtime.parallel import shutdown
 
@@ -33,26 +32,12 @@ OF_EXPERTS = {
 }
 
 
-def is_tied(model_type):
-    """Half of the samples have tied embeddings."""
-    return sorted(FAMILIES).index(model_type) % 2 == 0
-
-
 def layouts(model_type):
     has_experts = "num_experts" in FAMILIES[model_type].sample
     return LAYOUTS | (OF_EXPERTS if has_experts else {})
 
 
 CASES = [(family, layout) for family in FAMILIES for layout in layouts(family)]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    place = tmp_path_factory.mktemp("families")
-    for name, family in FAMILIES.items():
-        own = {"model_type": name, "tie_word_embeddings": is_tied(name)}
-        write_model(place / name, dict(family.sample) | own)
-    return {name: place / name for name in FAMILIES}
 
 
 def check_on_this_rank(cases, folders, references, queue):
@@ -66,7 +51,7 @@ def check_on_this_rank(cases, folders, references, queue):
 
 
 @pytest.fixture(scope="module")
-def outcomes(folders):
+def outcomes(family_folders):
     """Results of all cases, one world for each number of processes."""
     references, found = {}, {}
     cases = {(name, layout): layouts(name)[layout] for name, layout in CASES}
@@ -75,12 +60,12 @@ def outcomes(folders):
             sample = FAMILIES[name].sample
             samples = hf_reference.make_samples(512, UNEQUAL, sample["pad_token_id"])
             references[name, dtype] = hf_reference.compute_reference(
-                folders[name], samples, dtype == "bf16"
+                family_folders[name], samples, dtype == "bf16"
             )
     for world in (1, 2, 4):
         own = {case: row for case, row in cases.items() if row[0] == world}
         queue = local_context().SimpleQueue()
-        run_world(world, check_on_this_rank, own, folders, references, queue)
+        run_world(world, check_on_this_rank, own, family_folders, references, queue)
         for _ in own:
             case, result, problems = queue.get()
             found[case] = result, problems

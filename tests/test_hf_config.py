@@ -1,12 +1,11 @@
 """config.json is read as transformers reads it, or refused in one sentence."""
 
+import importlib
 import json
 
 import pytest
 import torch
 from transformers import AutoConfig
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
 
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.hf.config import parse_hf_config, read_hf_config
@@ -32,6 +31,11 @@ MOE = DENSE | dict(
     norm_topk_prob=True,
     num_experts=4,
 )
+# of Llama's line: what its families may leave out
+LLAMA = {key: value for key, value in DENSE.items() if key != "head_dim"} | {"model_type": "llama"}
+BASES = {"qwen3_moe": MOE, "qwen3": DENSE} | {
+    name: LLAMA | {"model_type": name} for name in ("llama", "qwen2", "mistral")
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -84,11 +88,25 @@ READ = {
     "null list of dense layers": {"mlp_only_layers": None},
     "layer types": {"model_type": "qwen3", "layer_types": ["full_attention"] * 2},
     "older name of the dtype": {"torch_dtype": "bfloat16"},
+    "llama": {"model_type": "llama"},
+    "llama, null heads": {"model_type": "llama", "num_key_value_heads": None, "head_dim": None},
+    "llama, no key-value heads": {"model_type": "llama", "num_key_value_heads": NOTHING},
+    "llama, heads of another size": {"model_type": "llama", "head_dim": 32},
+    "llama, null EOS id": {"model_type": "llama", "eos_token_id": None},
+    "llama, scaled": {"model_type": "llama", "rope_scaling": LLAMA3},
+    "llama, what a release has besides": {
+        "model_type": "llama", "pretraining_tp": 1, "mlp_bias": False, "rope_scaling": None,
+        "is_llama_config": True, "rope_interleaved": False, "bos_token_id": 1},
+    "qwen2": {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 131072,
+              "max_window_layers": 21, "num_key_value_heads": None},
+    "mistral": {"model_type": "mistral"},
+    "mistral, no window, its own head size": {
+        "model_type": "mistral", "sliding_window": None, "head_dim": 32},
 }  # fmt: skip
 
 
 def config_of(change):
-    base = DENSE if change.get("model_type") == "qwen3" else MOE
+    base = BASES.get(change.get("model_type", "qwen3_moe"), MOE)
     return {key: value for key, value in {**base, **change}.items() if value is not NOTHING}
 
 
@@ -105,16 +123,23 @@ def folder(tmp_path):
 def test_as_transformers_reads_it(folder, case):
     place = folder(READ[case])
     ours, theirs = read_hf_config(place), AutoConfig.from_pretrained(place)
-    is_moe = ours.model_type == "qwen3_moe"
+    is_moe = ours.num_experts > 0
     for key in ("vocab_size", "num_key_value_heads", "tie_word_embeddings", "pad_token_id"):
         assert getattr(ours, key) == getattr(theirs, key), key
     assert ours.num_experts == (theirs.num_experts if is_moe else 0)
     eos = theirs.eos_token_id
-    assert ours.eos_token_ids == (() if eos is None else tuple(eos))
+    eos = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+    assert ours.eos_token_ids == eos
+    window = None if ours.model_type == "qwen2" else getattr(theirs, "sliding_window", None)
+    assert ours.attention_window == (window or 0)
     assert ours.dtype == str(theirs.dtype or "torch.float32").removeprefix("torch.")
     head = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     assert ours.head_dim == head
-    rotary = (Qwen3MoeRotaryEmbedding if is_moe else Qwen3RotaryEmbedding)(theirs)
+    name = ours.family.transformers
+    module = importlib.import_module(
+        f"transformers.models.{ours.model_type}.modeling_{ours.model_type}"
+    )
+    rotary = getattr(module, f"{name}RotaryEmbedding")(theirs)
     found = inverse_frequencies(ours.rope, head, torch.device("cpu"))
     torch.testing.assert_close(found, rotary.inv_freq, rtol=5e-7, atol=0)
     places = torch.arange(100)[None]
@@ -124,6 +149,13 @@ def test_as_transformers_reads_it(folder, case):
 
 
 REFUSED = {
+    "attention_bias=True is not supported": {"model_type": "llama", "attention_bias": True},
+    "mlp_bias=True is not supported": {"model_type": "llama", "mlp_bias": True},
+    "num_attention_heads=5 does not divide hidden_size=64": {
+        "model_type": "llama", "num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 8},
+    "use_sliding_window=True is not supported": {
+        "model_type": "qwen2", "use_sliding_window": True},
+    "sliding_window='4096' must be": {"model_type": "mistral", "sliding_window": "4096"},
     "rope_type 'dynamic' is not supported": {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
     "rope_type 'longrope' is not supported": {"rope_parameters": {"rope_type": "longrope"}},
     "rope_scaling lacks 'factor'": {"rope_scaling": {"type": "linear"}},
@@ -156,7 +188,7 @@ REFUSED = {
     "layer_types must be": {"model_type": "qwen3", "layer_types": ["sliding_attention"] * 2},
     "decoder_sparse_step=2 is not supported": {"decoder_sparse_step": 2},
     "transformers_weights='x.safetensors' is not": {"transformers_weights": "x.safetensors"},
-    "model_type 'llama' is not supported": {"model_type": "llama"},
+    "model_type 'gptj' is not supported; use one of qwen3, ": {"model_type": "gptj"},
     "model_type None is not supported": {"model_type": NOTHING},
     "dtype='float8' must be one of": {"dtype": "float8"},
     "rms_norm_eps=nan must be": {"rms_norm_eps": float("nan")},
@@ -187,3 +219,10 @@ def test_files_that_are_no_object(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(RecipeError, match="config.json"):
         read_hf_config(tmp_path)
+
+
+def test_a_window_bounds_the_context(folder):
+    """Within it every token sees all before it; longer sequences are refused."""
+    assert read_hf_config(folder({"model_type": "mistral"})).context_length == 256
+    windowed = {"model_type": "mistral", "sliding_window": 100}
+    assert read_hf_config(folder(windowed)).context_length == 100

@@ -13,6 +13,7 @@ import torch
 from worlds import run_world
 
 from iwopd_megatron.config.models import Layout
+from iwopd_megatron.hf.families import FAMILIES
 from iwopd_megatron.parity.hf_reference import hf_model
 from iwopd_megatron.rollout.embedded import HfEngine, _causal_mask, _sample, _uniform
 from iwopd_megatron.rollout.engine import Prompt, Sampling
@@ -160,11 +161,11 @@ def test_sampled_frequencies_follow_the_softmax(temperature, top_p):
     assert ((seen - count * prob).abs() <= 4 * deviation).all(), seen / count - prob
 
 
-@pytest.mark.parametrize("kind", ["moe_no_norm", "dense", "tied"])
+@pytest.mark.parametrize("kind", ["moe_no_norm", "dense", "tied", *FAMILIES])
 @pytest.mark.parametrize("batch_size", [1, 8])
-def test_other_models(kind, batch_size, request):
+def test_other_models(kind, batch_size, request, family_folders):
     """Greedy answers and log-probs of a plain forward pass; ragged prompts, and equal ones."""
-    folder = request.getfixturevalue(f"{kind}_folder")
+    folder = family_folders.get(kind) or request.getfixturevalue(f"{kind}_folder")
     runs = [({NO_EOS}, batch_size, Sampling(MAX_TOKENS, 0.0))]
     (answers,) = generate_in_world(1, folder, runs)
     model = hf_model(folder, torch.float32)
@@ -183,8 +184,8 @@ def test_causal_mask():
     assert mask[0, 0].int().tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
 
 
-def test_weights_are_named_as_on_disk(moe_folder, dense_folder, tied_folder):
-    for folder in (moe_folder, dense_folder, tied_folder):
+def test_weights_are_named_as_on_disk(moe_folder, dense_folder, tied_folder, family_folders):
+    for folder in (moe_folder, dense_folder, tied_folder, *family_folders.values()):
         engine, disk = HfEngine(folder, torch.float32, {NO_EOS}, 8), dict(weights(folder))
         shapes = {name: tensor.shape for name, tensor in engine.model.weights.items()}
         assert shapes == {name: tensor.shape for name, tensor in disk.items()}

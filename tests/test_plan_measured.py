@@ -44,6 +44,9 @@ DENSE = parse_hf_config(SIZES, "dense")
 TIED = parse_hf_config(SIZES | {"tie_word_embeddings": True}, "tied")
 MOE = parse_hf_config(SIZES | EXPERTS, "moe")
 
+LLAMA = parse_hf_config(SIZES | {"model_type": "llama"}, "llama")
+QWEN2 = parse_hf_config(SIZES | {"model_type": "qwen2"}, "qwen2")
+
 # world, config, axes, dtype, distributed optimizer
 CASES = [
     (1, MOE, {}, "fp32", False),
@@ -57,6 +60,9 @@ CASES = [
     (4, MOE, {"tp": 2, "etp": 2}, "bf16", True),
     (4, DENSE, {"tp": 2, "cp": 2}, "bf16", True),
     (4, DENSE, {"tp": 2}, "bf16", False),
+    (1, LLAMA, {}, "fp32", False),
+    (2, QWEN2, {"tp": 2}, "bf16", True),
+    (2, QWEN2, {"pp": 2}, "bf16", True),
 ]
 
 
@@ -136,7 +142,7 @@ def check_activations(hf):
     assert planned == measured, planned - measured
 
 
-@pytest.mark.parametrize("hf", [DENSE, MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize("hf", [DENSE, MOE, LLAMA, QWEN2], ids=lambda hf: hf.model_type)
 def test_activations_of_a_layer_are_exactly_what_autograd_keeps(hf):
     run_world(1, check_activations, hf)
 

@@ -131,7 +131,7 @@ def parse_hf_config(content: dict[str, Any], file: Path | str) -> HfConfig:
             )
     _check_layer_types(config)
     positions = config.count("max_position_embeddings")
-    found = HfConfig(
+    fields: dict[str, Any] = dict(
         model_type=family.model_type,
         vocab_size=config.count("vocab_size"),
         hidden_size=config.count("hidden_size"),
@@ -146,8 +146,8 @@ def parse_hf_config(content: dict[str, Any], file: Path | str) -> HfConfig:
         eos_token_ids=config.ids("eos_token_id"),
         dtype=_dtype(content, file),
         quantization=read_quantization(content, file),
-        **family.describe(config),
     )
+    found = HfConfig(**fields | family.describe(config))
     _check_sizes(found, file)
     return found
 

@@ -30,10 +30,13 @@ def attention_bytes(size: ModelSize, layout: Layout, width: int = 2) -> float:
     values (but where a rank has one head of these: 3q), as turned (rotary), and the attention's
     output. 3k: keys as projected and as turned, values. In fp32, flash attention's log-sum of every
     head (4n) and the factor of every norm: the heads' (4n + 4m) and the layer's.
+    Without norms on queries and keys = (w (2h + 3q + 3k) + 4 (n + 1)) / tp: no copy is kept.
     """
-    kept = 2 * size.hidden + 3 * size.queries + 3 * size.keys
-    kept += size.queries * (size.kv_heads > layout.tp)
-    return (width * kept + 4 * (2 * size.heads + size.kv_heads + 1)) / layout.tp
+    kept, factors = 2 * size.hidden + 3 * size.queries + 3 * size.keys, size.heads + 1
+    if size.qk_norm:
+        kept += size.queries * (size.kv_heads > layout.tp)
+        factors += size.heads + size.kv_heads
+    return (width * kept + 4 * factors) / layout.tp
 
 
 def mlp_bytes(size: ModelSize, layout: Layout, width: int = 2, hot: float = 1.0) -> float:

@@ -159,29 +159,28 @@ def test_figures_are_linear_in_the_layers():
 
 
 def with_row(monkeypatch, name: str, cut) -> None:
-    """Cut the parameters whose pattern ends in `name` in another way."""
-    rows = [
-        (pattern, replace(own, shard=cut) if pattern.endswith(name) else own, names)
-        for pattern, own, names in table.WEIGHT_TABLE
-    ]
-    assert rows != table.WEIGHT_TABLE
-    monkeypatch.setattr(table, "WEIGHT_TABLE", rows)
+    """Cut the parameter of that name in another way."""
+    rows = dict(table._rows("qwen3_moe"))
+    row, own = rows[name]
+    rows[name] = row, "PLANTED"
+    monkeypatch.setattr(table, "_rows", lambda model_type: rows)
+    monkeypatch.setitem(table.SHARDINGS, "PLANTED", replace(table.SHARDINGS[own], shard=cut))
 
 
 def test_a_slice_of_the_neighbours_rows_is_found(small, monkeypatch):
     def neighbours(sources, rank, size, hf):
         return sharding._rows(sources[0], (rank + 1) % size, size)
 
-    with_row(monkeypatch, r"word_embeddings\.weight", neighbours)
+    with_row(monkeypatch, "embedding.word_embeddings.weight", neighbours)
     found = slices.read_slices(small).findings
     assert any("model.embed_tokens.weight, where its place, 0 of 2" in x for x in found)
 
 
 def test_a_tensor_read_by_nobody_is_found(small, monkeypatch):
-    rows = [
-        (p, s, [n.replace("q_norm", "k_norm") for n in names]) for p, s, names in table.WEIGHT_TABLE
-    ]
-    monkeypatch.setattr(table, "WEIGHT_TABLE", rows)
+    names = [f"decoder.layers.{{layer}}.self_attention.{x}_layernorm.weight" for x in "qk"]
+    rows = dict(table._rows("qwen3_moe"))
+    rows[names[0]] = replace(rows[names[0]][0], tensors=rows[names[1]][0].tensors), "REPLICATED"
+    monkeypatch.setattr(table, "_rows", lambda model_type: rows)
     found = slices.read_slices(small)
     assert any("self_attn.q_norm.weight is read by nobody" in x for x in found.gaps)
 

@@ -34,6 +34,11 @@ def describe(config: TypedJson) -> dict[str, Any]:
     }
 
 
+def missing_eos(config: TypedJson) -> dict[str, Any]:
+    """Return the EOS id that transformers takes where a config.json of Llama's line names none."""
+    return {} if "eos_token_id" in config.content else {"eos_token_ids": (2,)}
+
+
 def _describe(config: TypedJson) -> dict[str, Any]:
     hidden, heads = config.count("hidden_size"), config.count("num_attention_heads")
     if hidden % heads:  # which transformers' class refuses, even with a head_dim
@@ -41,7 +46,7 @@ def _describe(config: TypedJson) -> dict[str, Any]:
             f"{config.file}: num_attention_heads={heads} does not divide hidden_size={hidden}; "
             "copy the model's original config.json."
         )
-    return describe(config)
+    return describe(config) | missing_eos(config)
 
 
 _LLAMA3 = {

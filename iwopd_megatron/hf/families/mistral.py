@@ -13,9 +13,11 @@ from iwopd_megatron.hf.families.published import published
 def _describe(config: TypedJson) -> dict[str, Any]:
     """Return the fields: a missing sliding_window is 4096 tokens, null none."""
     has_window = config.content.get("sliding_window", 0) is not None
-    return llama.describe(config) | {
-        "attention_window": config.count("sliding_window", 4096) if has_window else 0
-    }
+    return (
+        llama.describe(config)
+        | llama.missing_eos(config)
+        | {"attention_window": config.count("sliding_window", 4096) if has_window else 0}
+    )
 
 
 _COMMON = {
