@@ -13,7 +13,8 @@ from typing import Any
 
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.files.typed_json import TypedJson
-from iwopd_megatron.hf.families import FAMILIES, Family
+from iwopd_megatron.hf.families import FAMILIES
+from iwopd_megatron.hf.families.family import Family
 from iwopd_megatron.hf.quantization import Quantization, read_quantization
 from iwopd_megatron.hf.rope import Rope, read_rope
 
