@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from iwopd_megatron.config.load import load_recipe
 from iwopd_megatron.config.models import Layout
 from iwopd_megatron.hf.config import read_hf_config
+from iwopd_megatron.hf.families import FAMILIES
 from iwopd_megatron.hf.folder import eos_ids
 from iwopd_megatron.parity.hf_reference import hf_model
+from iwopd_megatron.parity.rehearse import write_model
 from iwopd_megatron.rollout.broadcast import BroadcastPush
 from iwopd_megatron.rollout.controller import ServerController
 from iwopd_megatron.rollout.engine import Prompt
@@ -57,6 +59,15 @@ def write_dense(folder: Path, head_dim: int) -> Path:
         eos_token_id=1,
     )
     Qwen3ForCausalLM(config).save_pretrained(folder)
+    copy_tokenizer(STUDENT, folder)
+    return folder
+
+
+def write_family(folder: Path, model_type: str) -> Path:
+    """A family's sample with the demo's vocabulary and tokenizer, answers that end now and then."""
+    own = {"model_type": model_type, "vocab_size": 16, "head_dim": 32, "tie_word_embeddings": True}
+    sample = dict(FAMILIES[model_type].sample)
+    write_model(folder, sample | own | {"pad_token_id": None, "eos_token_id": 1})
     copy_tokenizer(STUDENT, folder)
     return folder
 

@@ -103,6 +103,37 @@ def response_means(samples: list[Trajectory]) -> dict[str, float]:
     }
 
 
+def distance_means(
+    samples: list[Trajectory],
+    student: list[list[float]],
+    teacher: list[list[float]],
+    max_response_tokens: int,
+) -> dict[str, Any]:
+    """Return how far answers are from the teacher, of log-probs of their tokens.
+
+    held_out_reverse_kl: mean of student minus teacher, nats a token, and by `bin_tokens` tokens of
+    position; teacher_perplexity: exp of the teacher's mean negative log-prob. student, teacher: a
+    list for each sample, as long as its response.
+    """
+    width = bin_tokens(max_response_tokens)
+    tables = torch.zeros(2, BINS, dtype=torch.float64)
+    place = torch.cat([torch.arange(len(s.response_ids)) // width for s in samples])
+    student_T, teacher_T = (torch.tensor(sum(x, [])).double() for x in (student, teacher))
+    gap_T = student_T - teacher_T
+    for table, values in zip(tables, (torch.ones_like(gap_T), gap_T), strict=True):
+        table.index_add_(0, place, values)
+    counts, sums = tables.tolist()
+    return {
+        "held_out_reverse_kl": gap_T.mean().item(),
+        "teacher_perplexity": teacher_T.mean().neg().exp().item(),
+        "held_out_reverse_kl_positions": [
+            x / n if n else None for x, n in zip(sums, counts, strict=True)
+        ],
+        "tokens_positions": [round(n) for n in counts],
+        "bin_tokens": width,
+    }
+
+
 def _columns(table: torch.Tensor, names: tuple[str, ...]) -> Iterator[tuple[str, list]]:
     """Yield the first column as counts, then every other column divided by them."""
     counts, *columns = table.t().tolist()

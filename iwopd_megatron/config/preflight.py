@@ -24,6 +24,11 @@ def check(recipe: Recipe) -> None:
     check_layout(layout, hf, "student")
     check_world(layout, recipe.world, "processes")
     _check_loss(recipe, hf)
+    if recipe.evaluate.reverse_kl and not (recipe.is_distilling and recipe.data.eval):
+        raise RecipeError(
+            "evaluate.reverse_kl is of answers to data.eval under a teacher; add data.eval and "
+            "teacher, or leave it out."
+        )
     named = [("train", source.path) for source in recipe.data.train] + [("eval", recipe.data.eval)]
     for name, file in named:
         if file is not None and not file.exists():

@@ -59,6 +59,11 @@ class Evaluate(Section):
     )
     samples: PositiveInt = Field(1, description="answers a problem; programs get one, greedy")
     temperature: float = Field(1.0, ge=0, description="0 is greedy")
+    reverse_kl: bool = Field(
+        False,
+        description="teacher and student score the answers to data.eval: held-out reverse KL, also "
+        "by position, and the teacher's perplexity of them",
+    )
     enable_thinking: bool | None = Field(
         None, description="as data.enable_thinking, for evaluation; default: what that says"
     )

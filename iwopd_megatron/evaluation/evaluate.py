@@ -31,10 +31,12 @@ class Evaluator:
         self.sampling = sampling
         self.prompts = [Prompt(i, ids) for i, ids in enumerate(benchmark.prompts * samples)]
 
+        self.answers: list[Trajectory] = []  # the last ones
+
     def grades(self, engine: RolloutEngine) -> list[Grade]:
         """Return grades of all answers, whose mean is mean@samples. Collective."""
-        samples = engine.generate(self.prompts, self.sampling)
-        return grade_samples(samples, self.problems, self.tokenizer)
+        self.answers = engine.generate(self.prompts, self.sampling)
+        return grade_samples(self.answers, self.problems, self.tokenizer)
 
 
 class Evaluation:

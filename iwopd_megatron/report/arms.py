@@ -18,6 +18,10 @@ from iwopd_megatron.records.words import (
 from iwopd_megatron.report.statistics import ENOUGH_SEEDS
 from iwopd_megatron.report.summary import EARLY
 
+DISTANCES = {
+    "held_out_reverse_kl": "Held-out reverse KL (nats/token)",
+    "teacher_perplexity": "Teacher's perplexity of held-out answers",
+}
 GAINS = {"step10": "round 10", "final": "final", "auc": "mean of all evaluations"}
 
 
@@ -48,7 +52,12 @@ def arm_table(summary: dict[str, Any]) -> Table:
     if paired:
         over = common_name(pair["reference"] for pair in paired.values())
         headings += [f"Gain over {over}, {name} (points)" for name in gains.values()]
-    headings += ["Rounds", "Time (s)"]
+    distances = {
+        key: name
+        for key, name in DISTANCES.items()
+        if any(f"{key}_final" in row for row in arms.values())
+    }
+    headings += [*distances.values(), "Rounds", "Time (s)"]
     rows = []
     for arm, row in arms.items():
         cells = [
@@ -61,8 +70,21 @@ def arm_table(summary: dict[str, Any]) -> Table:
         if paired:
             cells += [_gain(paired.get(arm), key, last) for key in gains]
         seconds = f"{row['seconds']:,.0f}" if row["seconds"] else UNKNOWN
+        cells += [_distance(row, key) for key in distances]
         rows.append([*cells, Cell(_rounds(row)), Cell(seconds)])
-    return Table(headings, rows, _note(arms, paired, has_early))
+    note = _note(arms, paired, has_early)
+    if distances:
+        note += " Held-out figures: at the first and the last evaluation."
+    return Table(headings, rows, note)
+
+
+def _distance(row: dict[str, Any], key: str) -> Cell:
+    """Return a held-out figure before and after."""
+    if f"{key}_final" not in row:
+        return Cell(UNKNOWN)
+    error = row[f"{key}_stderr"]
+    span = f"{row[f'{key}_start']:.3f} to {row[f'{key}_final']:.3f}"
+    return Cell(span, "" if error is None else f"± {error:.3f}")
 
 
 def _of_what(row: dict[str, Any], last: int) -> str:

@@ -20,6 +20,7 @@ from iwopd_megatron.report.data import Runs, keys_of, series
 from iwopd_megatron.report.figures_by_position import (
     Early,
     by_decile,
+    held_out_by_position,
     likelihood,
     prefix_continuations,
     reverse_kl_by_position,
@@ -49,6 +50,7 @@ def sections(
         "Accuracy": _accuracy(runs) | _by_compression(pairs),
         "Continuing from student prefixes": prefix_continuations(prefixes),
         "Reverse KL": _reverse_kl(runs) | reverse_kl_by_position(runs),
+        "Held-out answers": _held_out(runs) | held_out_by_position(runs),
         "Likelihood of student prefixes": likelihood(runs),
         "Where the weight goes": weights(runs, early),
         "By position": by_decile(runs),
@@ -113,6 +115,21 @@ def _reverse_kl(runs: Runs) -> Charts:
         f"KL(student ‖ teacher). {cited('3a')}"
     )
     return drawn({"reverse_kl": (_over(runs, "reverse_kl", "Reverse KL (nats/token)"), text)})
+
+
+def _held_out(runs: Runs) -> Charts:
+    kl = _over(runs, "held_out_reverse_kl", "Held-out reverse KL (nats/token)", "eval")
+    perplexity = _over(runs, "teacher_perplexity", "Teacher's perplexity (no unit)", "eval")
+    return drawn(
+        {
+            "held_out_reverse_kl": (
+                kl,
+                "Mean student − teacher log-probability of the student's answers to the evaluation "
+                "problems, which it is not trained on.",
+            ),
+            "teacher_perplexity": (perplexity, "The teacher's perplexity of the same answers."),
+        }
+    )
 
 
 def _health(runs: Runs) -> Charts:

@@ -94,6 +94,17 @@ def reverse_kl_by_position(runs: Runs) -> Charts:
     return _made("reverse_kl_by_position", drawn, "Reverse KL by position", cited("3b"))
 
 
+def held_out_by_position(runs: Runs) -> Charts:
+    """Return the chart of held-out answers: the first evaluation against the last."""
+    key = "held_out_reverse_kl_positions"
+    first = curves_of(runs, lambda records: by_position(records, key, slice(1)))
+    last = curves_of(runs, lambda records: by_position(records, key, slice(-1, None)))
+    dotted = [curve for curves in first.values() for curve in curves]
+    figure = band_chart(last, TOKEN, "Held-out reverse KL (nats/token)", dotted)
+    text = f"first evaluation of all runs (dotted), last of each arm (solid). {how_far(key)}"
+    return _made("held_out_by_position", (figure, text), "Reverse KL of held-out answers")
+
+
 def likelihood(runs: Runs) -> Charts:
     """Return charts of student's and teacher's likelihood of prefixes (Fig. 3c), and of the gap."""
     compared = is_compared(runs, "logp_positions")

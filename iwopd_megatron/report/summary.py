@@ -17,6 +17,7 @@ from iwopd_megatron.report.data import (
     REFERENCE,
     Curve,
     Paths,
+    Runs,
     difference,
     read_recipe_of,
     read_runs,
@@ -33,6 +34,7 @@ from iwopd_megatron.report.statistics import (
 
 Seeds = dict[int, Curve]  # seed -> accuracy at each evaluated round
 Measure = Callable[[Curve, float], float | None]  # of a curve, up to a round
+HELD_OUT = ("held_out_reverse_kl", "teacher_perplexity")
 EARLY = 10  # the paper's early checkpoint
 
 
@@ -53,12 +55,37 @@ def summarise(paths: Paths) -> dict[str, Any]:
     }
     arms = {arm: _arm(curves[arm], data[arm], planned[arm]) for arm in data}
     references = {arm: reference_of(arm, data) for arm in data}
+    for arm, found in held_out(data).items():
+        arms[arm] |= found
     paired = {
         arm: {"reference": other} | _difference(curves[arm], curves[other])
         for arm, other in references.items()
         if other is not None
     }
     return {"arms": arms, "paired": paired}
+
+
+def held_out(data: Runs) -> dict[str, dict[str, float | None]]:
+    """Return figures of held-out answers by arm: at the first and last evaluations of its seeds.
+
+    X_start, X_final: means over seeds, X_stderr: of the last; X: the metrics of HELD_OUT.
+    Arms without them are absent.
+    """
+    found: dict[str, dict[str, float | None]] = {}
+    for arm, seeds in data.items():
+        for key in HELD_OUT:
+            curves = [series(records, "eval", key) for records in seeds.values()]
+            ends = [(curve[min(curve)], curve[max(curve)]) for curve in curves if curve]
+            if ends:
+                first, last = zip(*ends, strict=True)
+                found.setdefault(arm, {}).update(
+                    {
+                        f"{key}_start": mean(first),
+                        f"{key}_final": mean(last),
+                        f"{key}_stderr": stderr_or_none(last),
+                    }
+                )
+    return found
 
 
 def write_summary(out: Path, summary: dict[str, Any]) -> Path:

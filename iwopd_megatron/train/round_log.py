@@ -48,7 +48,7 @@ class RoundLog:
     def evaluated(
         self,
         this: Round,
-        scores: dict[str, float],
+        scores: dict[str, Any],
         trouble: Counter[str],
         seconds: float,
         tokenizer: Any,

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from iwopd_megatron.batch import gates
-from iwopd_megatron.batch.metrics import bin_tokens
+from iwopd_megatron.batch.metrics import bin_tokens, distance_means
 from iwopd_megatron.batch.minibatch import Minibatch
 from iwopd_megatron.batch.objective import DistillationObjective, LikelihoodObjective
 from iwopd_megatron.batch.packing import Packer, deal
@@ -52,6 +52,10 @@ class Supervision(ABC):
     def check(self, minibatches: list[Minibatch]) -> None:
         """GateError unless the scores are possible ones."""
         return None
+
+    def distance(self, samples: list[Trajectory]) -> dict[str, Any]:
+        """Return how far the student's answers are from a teacher's; {} without one. Collective."""
+        return {}
 
     def begin(self, sample: Trajectory) -> None:
         """Start scoring an answer that has ended, where a remote teacher can.
@@ -111,6 +115,13 @@ class Distillation(Supervision):
         """GateError where a teacher's log-probs are missing, impossible or all the same."""
         for minibatch in minibatches:
             gates.teacher_scores(minibatch.samples, self.student.hf.vocab_size)
+
+    def distance(self, samples: list[Trajectory]) -> dict[str, Any]:
+        """Return `distance_means` of the student's answers, at the rollouts' temperature."""
+        teacher, _ = self.teachers.score_samples(samples, 0)
+        student = self.student.score(samples, self.packer)
+        longest = self.recipe.rollout.max_response_tokens
+        return distance_means(samples, student, teacher, longest)
 
     def begin(self, sample: Trajectory) -> None:
         """Start scoring an answer that has ended, unless `rollout.stream_scoring` is off."""

@@ -243,8 +243,11 @@ class Trainer:
         """Evaluate the weights after this round, if the recipe evaluates."""
         if self.evaluation:
             clock = Clock()
-            found = self.evaluation.scores(self.engine), self.evaluation.trouble
-            self.log.evaluated(this, *found, clock.elapsed(), self.tokenizer)
+            line: dict[str, Any] = dict(self.evaluation.scores(self.engine))
+            if self.recipe.evaluate.reverse_kl and self.evaluation.main is not None:
+                line |= self.supervision.distance(self.evaluation.main.answers)
+            trouble = self.evaluation.trouble
+            self.log.evaluated(this, line, trouble, clock.elapsed(), self.tokenizer)
 
     def _service_event(self, text: str) -> None:
         self.recorder.event(self.round, "service", text)

@@ -16,14 +16,14 @@ ROOT = Path(__file__).parents[2]
 def test_a_launch_on_gpus_is_rehearsed_first(capfd, monkeypatch):
     """What would not fit is found before anything is submitted; what is well goes on."""
     monkeypatch.chdir(ROOT)
-    recipe = Path("recipes/qwen3_4b_to_0p6b.yaml")
     site = Profile.model_validate(
         {"executor": "slurm", "gpu": "h100-80", "gpus_per_node": 8, "slurm": {"account": "a"}}
         | {"python": sys.executable}
     )
-    rehearse(recipe, [], read_recipe(recipe, []), site)
+    well = Path("recipes/demo_tiny_moe.yaml")
+    rehearse(well, [], read_recipe(well, []), site)
     assert "nothing found" in capfd.readouterr().out
-    large = ["train.microbatch_tokens=2000000"]
+    recipe, large = Path("recipes/qwen3_4b_to_0p6b.yaml"), ["train.microbatch_tokens=2000000"]
     with pytest.raises(RecipeError, match="nothing was submitted.*--no-rehearsal"):
         rehearse(recipe, large, read_recipe(recipe, large), site)
     assert "finding: trainer rank 0 takes" in capfd.readouterr().out
