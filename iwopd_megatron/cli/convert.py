@@ -1,8 +1,9 @@
-"""`iwopd convert | export | check`: weights between Hugging Face and Megatron, and the proof."""
+"""`iwopd convert | export | check | prune`: weights to Megatron, back, proved, and made fewer."""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.files.outputs import check_folder
 from iwopd_megatron.runtime.quiet import quiet
 
@@ -81,6 +83,46 @@ def check(
     if len(result.problems) > 20:
         print(f"error: and {len(result.problems) - 20} more", file=sys.stderr)
     raise typer.Exit(1 if result.problems else 0)
+
+
+def prune(
+    folder: Annotated[Path, typer.Argument(help="Hugging Face folder")],
+    out: Annotated[Path, typer.Argument(help="Hugging Face folder to write")],
+    drop: Annotated[
+        str, typer.Option(help="numbers of layers from 0 on, and ranges, e.g. 12,14,16-18")
+    ],
+    force: Force = False,
+) -> None:
+    """Write a model folder without some of its layers, as a student to be distilled."""
+    layers = _layers(drop)
+    check_folder(out.parent, "folder of OUT")
+    quiet()
+    from iwopd_megatron.weights.prune import drop_layers
+
+    start = time.perf_counter()
+    result = drop_layers(folder, out, layers, force)
+    seconds = time.perf_counter() - start
+    print(
+        f"wrote {out}: {result.after} of {result.before} layers, {result.tensors} tensors, "
+        f"{result.nbytes / 1e9:.3g} GB in {seconds:.1f} s"
+    )
+
+
+def _layers(text: str) -> list[int]:
+    """Return the layers that --drop names; RecipeError for what is none, or is there twice."""
+    layers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip(), re.ASCII)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise RecipeError(
+                f"--drop {text}: '{part.strip()}' is no layer; write numbers and ranges, e.g. "
+                "12,14,16-18."
+            )
+        layers += range(int(match[1]), int(match[2] or match[1]) + 1)
+    twice = sorted(layer for layer in set(layers) if layers.count(layer) > 1)
+    if twice:
+        raise RecipeError(f"--drop {text} names layer {twice[0]} twice; name it once.")
+    return layers
 
 
 def _say(out: Path, result: dict, start: float) -> None:

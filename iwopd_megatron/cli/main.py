@@ -44,11 +44,13 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "sft": cli_train.sft,
         "init": cli_init.init,
         "toy-task": cli_train.toy_task,
+        "text-task": cli_train.text_task,
     },
     "Models": {
         "convert": cli_convert.convert,
         "export": cli_convert.export,
         "check": cli_convert.check,
+        "prune": cli_convert.prune,
         "parity": cli_parity.parity,
     },
     "Plan and launch": {

@@ -1,4 +1,4 @@
-"""`iwopd train | sft | toy-task`: a run, and the demo's task."""
+"""`iwopd train | sft | toy-task | text-task`: a run, and the demos' tasks."""
 
 from __future__ import annotations
 
@@ -77,6 +77,23 @@ def toy_task(
 
     write_task(folder)
     print(f"wrote {folder}")
+
+
+def text_task(
+    folder: Annotated[Path, typer.Argument(help="where to write", metavar="OUT")],
+    seed: Annotated[int, typer.Option(min=0, help="of the prompts that are drawn")] = 1,
+) -> None:
+    """Write short questions and open instructions in English: train, eval and eval_open.jsonl."""
+    check_folder(folder, "OUT")
+    from iwopd_megatron.text_task import variety, write_task
+
+    for name, rows in write_task(folder, seed).items():
+        found = variety(rows)
+        print(
+            f"wrote {folder / name}.jsonl: {found.rows} prompts, {found.gradable} with an answer; "
+            f"{found.templates} templates, {found.beginnings} first five words, "
+            f"{found.shortest} to {found.longest} words, median {found.median}"
+        )
 
 
 def load_worker() -> ModuleType:

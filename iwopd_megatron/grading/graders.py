@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from functools import cache
 
-from iwopd_megatron import toy_task
+from iwopd_megatron import text_task, toy_task
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.grading.code import grader as code_grader
 from iwopd_megatron.grading.code.cases import check_test_cases
@@ -22,12 +22,17 @@ GRADERS: dict[str, Callable[[str, str], bool]] = {
     "math": math_grader.is_right,
     "code": code_grader.is_right,
     toy_task.SOURCE: toy_task.is_right,
+    text_task.SHORT: text_task.is_right,
+    text_task.OPEN: text_task.is_on_topic,
 }
 CHECKS: dict[str, Callable[[str], None]] = {
     "code": check_test_cases,
     "math": math_grader.check_reference,
+    text_task.SHORT: text_task.check_reference,
+    text_task.OPEN: text_task.check_reference,
 }
-IN_PROCESS = {toy_task.SOURCE}  # neither hangs nor crashes; all others run in the pool
+# they neither hang nor crash; all others run in the pool
+IN_PROCESS = {toy_task.SOURCE, text_task.SHORT, text_task.OPEN}
 PREPARE = {"math": math_grader.prepare}  # what a new process does before its first answer
 MATH_SECONDS = 2.0  # of processor time for one comparison
 SECONDS = 600.0  # around the runs of a program, which have limits of their own

@@ -9,6 +9,7 @@ __all__ = [
     "hf_reader",
     "hf_writer",
     "manifest",
+    "prune",
     "sync",
     "table",
     "transformers_views",

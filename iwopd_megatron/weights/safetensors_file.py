@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from iwopd_megatron.files.rawfile import OutputFile, raw
-from iwopd_megatron.weights.manifest import DTYPES
+from iwopd_megatron.hf.headers import BITS
 from iwopd_megatron.weights.shards import INDEX, index_content, plan_shards
 
 
@@ -28,7 +28,7 @@ class PlannedTensor(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of its data."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * BITS[self.dtype] // 8
 
 
 class SafetensorsPlan:
@@ -77,13 +77,14 @@ class SafetensorsWriter:
             file.write(header, 0)
             self._files.append(file)
             for name, tensor in shard.items():
-                row_bytes = tensor.nbytes // max(1, tensor.shape[0])
+                rows = tensor.shape[0] if tensor.shape else 1
+                row_bytes = tensor.nbytes // max(1, rows)
                 self._places[name] = _Place(file, positions[name], row_bytes)
         if split.is_sharded:
             (folder / INDEX).write_text(json.dumps(index_content(split), indent=2))
 
     def write(self, name: str, rows: torch.Tensor, first: int) -> None:
-        """Write a tensor's rows from row `first` on. Any thread."""
+        """Write a tensor's rows, or their bytes, from row `first` on. Any thread."""
         copies = [copy for copy, original in self._copies.items() if original == name]
         for target in (name, *copies):
             place = self._places[target]
@@ -109,7 +110,7 @@ def _header(shard: Mapping[str, PlannedTensor]) -> tuple[bytes, dict[str, int], 
     layout: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     starts: dict[str, int] = {}
     end = 0
-    for name, tensor in sorted(shard.items(), key=lambda item: -DTYPES[item[1].dtype].itemsize):
+    for name, tensor in sorted(shard.items(), key=lambda item: -BITS[item[1].dtype]):
         starts[name], end = end, end + tensor.nbytes
         shape, offsets = list(tensor.shape), [starts[name], end]
         layout[name] = {"dtype": tensor.dtype, "shape": shape, "data_offsets": offsets}
