@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoConfig
 
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.hf.fewer_layers import without_layers
+from iwopd_megatron.weights.fewer_layers import without_layers
 
 # Settings of config.json, and what becomes of them without layers 1 and 4 of six.
 BASE = {"num_hidden_layers": 6}

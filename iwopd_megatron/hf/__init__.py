@@ -10,7 +10,6 @@ __all__ = [
     "companions",
     "config",
     "families",
-    "fewer_layers",
     "fingerprint",
     "flops",
     "folder",

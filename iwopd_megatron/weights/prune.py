@@ -21,9 +21,9 @@ from iwopd_megatron.files import lock
 from iwopd_megatron.files.rawfile import check_free, complete_folder
 from iwopd_megatron.hf.companions import copy_companions
 from iwopd_megatron.hf.config import read_json
-from iwopd_megatron.hf.fewer_layers import count_layers, without_layers
-from iwopd_megatron.hf.headers import Stored, stored_tensors
+from iwopd_megatron.hf.folder import Weight, stored_weights
 from iwopd_megatron.weights import pieces
+from iwopd_megatron.weights.fewer_layers import count_layers, without_layers
 from iwopd_megatron.weights.safetensors_file import SafetensorsPlan, SafetensorsWriter
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -56,7 +56,7 @@ def drop_layers(source: Path, out: Path, dropped: Collection[int], force: bool =
     names = {_renamed(name, number): name for name in stored if _is_kept(name, number)}
     plan = SafetensorsPlan()
     for name, old in names.items():
-        plan.add(name, stored[old].shape, stored[old].dtype)
+        plan.add(name, stored[old].stored.shape, stored[old].stored.dtype)
     check_free(out, 0, force, (source,))
     with complete_folder(out, plan.nbytes, force, (source,)) as folder:
         _clear(folder)
@@ -82,14 +82,14 @@ def _check_layers(dropped: Collection[int], layers: int, source: Path) -> None:
         raise RecipeError(f"all {layers} layers of {source} would be dropped; keep one.")
 
 
-def _stored(source: Path, layers: int) -> dict[str, Stored]:
+def _stored(source: Path, layers: int) -> dict[str, Weight]:
     """Return a folder's tensors by name, file by file; RecipeError for layers beside LAYER's."""
     if (source / "adapter_config.json").is_file():
         raise RecipeError(
             f"{source} has an adapter_config.json, whose weights name layers by number; merge them "
             "into the model and save it whole."
         )
-    stored = stored_tensors(source)
+    stored = stored_weights(source)
     for name in stored:
         if not LAYER.fullmatch(name) and OTHER_NUMBER.search(name):
             raise RecipeError(
@@ -104,7 +104,9 @@ def _stored(source: Path, layers: int) -> dict[str, Stored]:
             f"{'have' if wrong in found else 'lack'} model.layers.{wrong}; layers of this model "
             "cannot be dropped."
         )
-    return dict(sorted(stored.items(), key=lambda item: (item[1].file.name, item[1].start)))
+    return dict(
+        sorted(stored.items(), key=lambda item: (item[1].stored.file.name, item[1].stored.start))
+    )
 
 
 def _is_kept(name: str, number: dict[int, int]) -> bool:
@@ -120,11 +122,12 @@ def _renamed(name: str, number: dict[int, int]) -> str:
     return f"model.layers.{number.get(int(match[1]), match[1])}.{match[2]}"
 
 
-def _rows(stored: Stored) -> Iterator[tuple[int, torch.Tensor]]:
+def _rows(weight: Weight) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield (first row, the bytes of rows from there on as uint8), at most PIECE_BYTES at a time.
 
     A single row may be longer.
     """
+    stored = weight.stored
     rows = stored.shape[0] if stored.shape else 1
     row_bytes = (stored.stop - stored.start) // max(1, rows)
     step = max(1, pieces.PIECE_BYTES // max(1, row_bytes))
