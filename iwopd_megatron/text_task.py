@@ -107,7 +107,9 @@ def _rows(group: str, source: str, seed: str, held_out: bool) -> Iterator[Row]:
     for turn in count():
         before = len(questions)
         for name, kind in tables()[group].items():
-            template, wording = _wording(name, kind, turn, held_out)
+            if turn % kind.get("every", 1):
+                continue
+            template, wording = _wording(name, kind, turn // kind.get("every", 1), held_out)
             for draw in range(DRAWS):
                 values = DRAW[name](rng)
                 key, question = f"{name} {values.key}", _question(wording, values, kind, rng)

@@ -1,10 +1,8 @@
-"""What fills the wordings of text_task.yaml in: numbers and entries of its tables, and the answer.
-
-A function of the random numbers for every kind of prompt, by its name in `DRAW`.
-"""
+"""What fills the wordings of text_task.yaml in, and the answer: by kind of prompt, in `DRAW`."""
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,8 +34,7 @@ Draw = Callable[[random.Random], Values]
 def tables() -> dict[str, Any]:
     """Return the content of text_task.yaml."""
     file = Path(__file__).with_name("text_task.yaml")
-    content: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
-    return content
+    return dict(yaml.safe_load(file.read_text(encoding="utf-8")))
 
 
 def _arithmetic(answer: Callable[..., int], *limits: tuple[int, int]) -> Draw:
@@ -45,7 +42,7 @@ def _arithmetic(answer: Callable[..., int], *limits: tuple[int, int]) -> Draw:
 
     def draw(rng: random.Random) -> Values:
         numbers = [rng.randint(*limit) for limit in limits]
-        fields = dict(zip("abc", numbers, strict=False)) | {"product": numbers[0] * numbers[1]}
+        fields = dict(zip("abc", numbers, strict=False)) | {"product": math.prod(numbers)}
         return Values(_of_numbers(numbers), str(answer(*numbers)), fields)
 
     return draw
@@ -58,9 +55,8 @@ def _of_numbers(numbers: list[int]) -> str:
 
 def _sequence(rng: random.Random) -> Values:
     first, step = rng.randint(1, 12), rng.randint(1, 10)
-    numbers = [first + step * i for i in range(5)]
-    shown = ", ".join(map(str, numbers[:-1]))
-    return Values(f"{first} {step}", str(numbers[-1]), {"sequence": shown})
+    *shown, last = (str(first + step * i) for i in range(5))
+    return Values(f"{first} {step}", last, {"sequence": ", ".join(shown)})
 
 
 def _larger(rng: random.Random) -> Values:
@@ -145,8 +141,8 @@ def _sort_words(rng: random.Random) -> Values:
 
 def _sort_numbers(rng: random.Random) -> Values:
     numbers = _shuffled(rng, rng.sample(range(1, 60), 3))
-    ordered = ", ".join(map(str, sorted(numbers)))
-    return Values(_of_numbers(numbers), ordered, {"list": ", ".join(map(str, numbers))})
+    ordered, shown = (", ".join(map(str, order)) for order in (sorted(numbers), numbers))
+    return Values(_of_numbers(numbers), ordered, {"list": shown})
 
 
 def _shuffled(rng: random.Random, items: list[Any]) -> list[Any]:
@@ -158,8 +154,8 @@ def _shuffled(rng: random.Random, items: list[Any]) -> list[Any]:
 
 def _fact(rng: random.Random) -> Values:
     fact, is_so = rng.choice(tables()["facts"]), rng.random() < 0.5
-    question = fact["ask"].format(x=rng.choice(fact["is" if is_so else "is_not"]))
-    return Values(question, "yes / no" if is_so else "no / yes", {"ask": question})
+    ask = fact["ask"].format(x=rng.choice(fact["is" if is_so else "is_not"]))
+    return Values(ask, "yes / no" if is_so else "no / yes", {"ask": ask})
 
 
 def _topic(rng: random.Random) -> Values:
@@ -169,10 +165,10 @@ def _topic(rng: random.Random) -> Values:
 
 def _stem(phrase: str) -> str:
     """Return a phrase's last word without the ending of its plural."""
-    word: str = phrase.split()[-1]
+    word = phrase.split()[-1]
     if word.endswith(("ss", "us")):
         return word
-    return word.removesuffix("es") if word.endswith("oes") else word.removesuffix("s")
+    return word.removesuffix("es" if word.endswith("oes") else "s")
 
 
 def _list(rng: random.Random) -> Values:
@@ -210,6 +206,7 @@ DRAW: dict[str, Draw] = {
     "add": _arithmetic(lambda a, b: a + b, (2, 20), (2, 20)),
     "subtract": _arithmetic(lambda a, b: a - b, (9, 20), (2, 8)),
     "multiply": _arithmetic(lambda a, b: a * b, (2, 9), (2, 9)),
+    "double": _arithmetic(lambda a: 2 * a, (2, 30)),
     "share": _arithmetic(lambda a, b: b, (2, 6), (2, 9)),
     "two_steps": _arithmetic(lambda a, b, c: a + b - c, (3, 12), (2, 9), (2, 5)),
     "price": _arithmetic(lambda a, b, c: a * b + c, (2, 5), (2, 6), (2, 9)),
@@ -223,6 +220,8 @@ DRAW: dict[str, Draw] = {
     "month": _calendar("months", 6),
     "opposite": _entry("opposites"),
     "capital": _entry("capitals"),
+    "continent": _entry("continents"),
+    "language": _entry("languages"),
     "plural": _entry("plurals"),
     "past": _entry("past"),
     "young": _entry("young"),

