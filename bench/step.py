@@ -1,10 +1,14 @@
-"""Time one training step of the demo's student: plain PyTorch against the Megatron trainer.
+"""Time one training step of a model: plain PyTorch against the Megatron trainer.
 
-On the same 64 samples: plain PyTorch (transformers, padded batch, materialised log-softmax, AdamW)
+    python bench/step.py [--model FOLDER] [--samples 64] [--inputs 30,45] [--steps 30]
+
+On the same samples (default: 64 of the demo's student): plain PyTorch (transformers, padded batch,
+materialised log-softmax, AdamW)
 on one thread, the Megatron trainer on one process, and on two (tp2 ep2). Ratios compare runs that
 alternate within this one command; each process has one thread.
 """
 
+import argparse
 import json
 import os
 import statistics
@@ -14,10 +18,12 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
+import yaml
 
 from iwopd_megatron.batch.objective import DistillationObjective
 from iwopd_megatron.batch.packing import Packer
 from iwopd_megatron.config.models import Layout
+from iwopd_megatron.config.preflight import describe
 from iwopd_megatron.config.recipe import Train
 from iwopd_megatron.hf.config import read_hf_config
 from iwopd_megatron.loss.weighting import token_weights
@@ -29,17 +35,28 @@ from iwopd_megatron.runtime.local_world import local_context, start_local
 from iwopd_megatron.runtime.parallel import initialise
 from iwopd_megatron.weights.hf_reader import HfTensors, load_shards
 
-FOLDER = Path("recipes/demo/student")
+parser = argparse.ArgumentParser()
+parser.add_argument("--model", type=Path, default=Path("recipes/demo/student"))
+parser.add_argument("--samples", type=int, default=64)
+parser.add_argument("--inputs", default="30,45", help="of the shortest and the longest sample")
+parser.add_argument("--steps", type=int, default=30)
+parser.add_argument("--layout", default="{tp: 2, ep: 2}", help="of the two processes")
+ASKED = parser.parse_args()
+FOLDER, STEPS = ASKED.model, ASKED.steps
+WARM_UP = STEPS // 6
 TRAIN = Train(rounds=1000, lr=1e-5)
+SHORTEST, LONGEST = map(int, ASKED.inputs.split(","))
 SAMPLES = hf_reference.make_samples(
-    read_hf_config(FOLDER).vocab_size, [30 + i % 16 for i in range(64)], 0
+    read_hf_config(FOLDER).vocab_size,
+    [SHORTEST + i % (LONGEST - SHORTEST + 1) for i in range(ASKED.samples)],
+    0,
 )
-STEPS, WARM_UP = 30, 5
 
 
 def plain_step():
     """A closure that trains transformers' own model one step on the padded batch."""
-    model = hf_reference.hf_model(FOLDER, torch.float32, attention="sdpa", experts="grouped_mm")
+    experts = "grouped_mm" if read_hf_config(FOLDER).num_experts else "eager"
+    model = hf_reference.hf_model(FOLDER, torch.float32, attention="sdpa", experts=experts)
     optimizer = torch.optim.AdamW(model.parameters(), lr=TRAIN.lr)
     width = max(sample.inputs for sample in SAMPLES)
     ids = torch.zeros(len(SAMPLES), width + 1, dtype=torch.long)
@@ -116,7 +133,8 @@ def run(world, layout, with_plain):
 def main():
     torch.set_num_threads(1)
     one = run(1, Layout(), True)
-    two = run(2, Layout(tp=2, ep=2), False)
+    layout = Layout(**yaml.safe_load(ASKED.layout))
+    two = run(2, layout, False)
     tokens = sum(s.inputs for s in SAMPLES)
     print(
         f"one training step, {len(SAMPLES)} samples, {tokens} tokens, fp32 CPU, 1 thread a process"
@@ -126,7 +144,7 @@ def main():
     rows = [
         ("plain PyTorch", 1, one["plain"]),
         ("trainer", 1, one["trainer"]),
-        ("trainer tp2 ep2", 2, two["trainer"]),
+        (f"trainer {describe(layout)}", 2, two["trainer"]),
     ]
     for name, processes, value in rows:
         print(

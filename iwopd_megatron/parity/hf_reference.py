@@ -123,7 +123,7 @@ def hf_model(
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
     else:
         model = _with_plain_weights(folder, options)
-    if hasattr(model, "set_experts_implementation"):
+    if read_hf_config(folder).num_experts and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation(experts)
     return model
 
