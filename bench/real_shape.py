@@ -31,7 +31,7 @@ from iwopd_megatron.data.before_start import check_before_start
 from iwopd_megatron.hf.config import read_hf_config
 from iwopd_megatron.hf.shapes import hf_names, hf_shape
 from iwopd_megatron.rollout.decoder import Decoder
-from iwopd_megatron.rollout.embedded import _sample
+from iwopd_megatron.rollout.drawing import draw
 from iwopd_megatron.rollout.engine import Sampling
 from iwopd_megatron.toy_task import SYMBOLS, problems, write_jsonl, write_tokenizer
 from iwopd_megatron.train.round import Clock
@@ -252,7 +252,7 @@ def decode(place, args):
                 start, cpu = time.perf_counter(), time.process_time()
                 place_ = positions[:, -1:] + 1 + step
                 logits = model(ids[:, :1], place_, caches[name], before + step, None, copies)
-                drawn[name] = _sample(logits, uniform, Sampling(args.tokens))
+                drawn[name] = draw(logits, uniform, Sampling(args.tokens))
                 took = time.perf_counter() - start, time.process_time() - cpu
                 found[name].append(took)
             start, cpu = time.perf_counter(), time.process_time()

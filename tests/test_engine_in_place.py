@@ -13,6 +13,7 @@ from iwopd_megatron.models.gpt import build_model
 from iwopd_megatron.rollout import packed
 from iwopd_megatron.rollout.embedded import HfEngine
 from iwopd_megatron.rollout.engine import Prompt, Sampling
+from iwopd_megatron.rollout.threads import Threads
 from iwopd_megatron.runtime.local_world import local_context
 from iwopd_megatron.runtime.parallel import initialise, shutdown
 from iwopd_megatron.weights.hf_reader import HfTensors, load_shards
@@ -118,7 +119,7 @@ def both_products(folder, queue):
     made = [engine(folder, list(stream)), engine(folder, stream)]
     plain = [answers(one) for one in made]
     packed.LEAST_BYTES = 0
-    assert all(one.model.packed(5, TOKENS) is not None for one in made)
+    assert all(one.model.packed(5, TOKENS, Threads(1)) is not None for one in made)
     queue.put((plain, [answers(one) for one in made]))
     shutdown()
 
@@ -142,15 +143,15 @@ def test_weights_are_packed_where_it_pays(dense_folder, monkeypatch):
         one.update([(name, tensor[:].to(dtype)) for name, tensor in tensors.items()], 0)
         return one.model
 
-    model = made(torch.float32)
-    assert model.packed(4, 100) is None  # small
+    model, one = made(torch.float32), Threads(1)
+    assert model.packed(4, 100, one) is None  # small
     monkeypatch.setattr(packed, "LEAST_BYTES", 0)
-    assert model.packed(packed.MOST_ROWS, packed.LEAST_STEPS) is not None
-    assert model.packed(packed.MOST_ROWS + 1, 100) is None
-    assert model.packed(4, packed.LEAST_STEPS - 1) is None
-    assert made(torch.bfloat16).packed(4, 100) is None
+    assert model.packed(packed.MOST_ROWS, packed.LEAST_STEPS, one) is not None
+    assert model.packed(packed.MOST_ROWS + 1, 100, one) is None
+    assert model.packed(4, packed.LEAST_STEPS - 1, one) is None
+    assert made(torch.bfloat16).packed(4, 100, one) is None
 
 
 def test_an_engine_without_weights_says_so(dense_folder):
     with pytest.raises(RuntimeError, match="no weights yet"):
-        HfEngine(dense_folder, torch.float32, {NO_EOS}, 8).model.packed(1, 9)
+        HfEngine(dense_folder, torch.float32, {NO_EOS}, 8).model.packed(1, 9, Threads(1))

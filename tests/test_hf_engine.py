@@ -15,7 +15,9 @@ from worlds import run_world
 from iwopd_megatron.config.models import Layout
 from iwopd_megatron.hf.families import FAMILIES
 from iwopd_megatron.parity.hf_reference import hf_model
-from iwopd_megatron.rollout.embedded import HfEngine, _causal_mask, _sample, _uniform
+from iwopd_megatron.rollout.decoding import causal_mask
+from iwopd_megatron.rollout.drawing import draw, uniform_numbers
+from iwopd_megatron.rollout.embedded import HfEngine
 from iwopd_megatron.rollout.engine import Prompt, Sampling
 from iwopd_megatron.rollout.tensor_pickle import pickle_tensors
 from iwopd_megatron.runtime.local_world import local_context
@@ -112,7 +114,7 @@ def test_logprobs_are_those_of_a_plain_forward_pass(temperature, answers, moe_fo
             assert torch.equal(logp.argmax(-1), response)
         else:  # the drawn token is where the cumulative distribution passes the uniform number
             sampling = Sampling(MAX_TOKENS, temperature, seed=1, stream=2)
-            uniform = torch.from_numpy(_uniform(sampling, sample.index))
+            uniform = torch.from_numpy(uniform_numbers(sampling, sample.index))
             above = logp.double().exp().cumsum(-1).gather(-1, response[:, None])[:, 0]
             assert (above > uniform - 1e-5).all()
             assert (above - expected.double().exp() < uniform + 1e-5).all()
@@ -137,12 +139,16 @@ def test_eos_ends_an_answer_and_belongs_to_it(world, temperature, answers, moe_f
 
 def test_seed_stream_and_prompt_each_change_the_draw():
     base = Sampling(50, seed=1, stream=2)
-    draws = [_uniform(base, 0), _uniform(base, 1), _uniform(Sampling(50, seed=2, stream=2), 0)]
-    draws.append(_uniform(Sampling(50, seed=1, stream=3), 0))
-    assert (_uniform(base, 0) == draws[0]).all()
-    for i, draw in enumerate(draws):
-        assert not any((draw == other).any() for other in draws[:i])
-    assert (_uniform(Sampling(20, seed=1, stream=2), 0) == draws[0][:20]).all()
+    draws = [
+        uniform_numbers(base, 0),
+        uniform_numbers(base, 1),
+        uniform_numbers(Sampling(50, seed=2, stream=2), 0),
+    ]
+    draws.append(uniform_numbers(Sampling(50, seed=1, stream=3), 0))
+    assert (uniform_numbers(base, 0) == draws[0]).all()
+    for i, one in enumerate(draws):
+        assert not any((one == other).any() for other in draws[:i])
+    assert (uniform_numbers(Sampling(20, seed=1, stream=2), 0) == draws[0][:20]).all()
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.7, 1.0), (1.0, 1.0), (1.0, 0.8)])
@@ -150,8 +156,8 @@ def test_sampled_frequencies_follow_the_softmax(temperature, top_p):
     """With top_p the likeliest that reach it, 0.61 and 0.22 of the mass here, in proportion."""
     count = 100_000
     logits = torch.tensor([-float("inf"), 1.0, -2.0, 0.3, 2.0, -0.5, -float("inf")])
-    uniform = torch.from_numpy(_uniform(Sampling(count, seed=3), 0))
-    token, logp = _sample(logits.expand(count, -1), uniform, Sampling(1, temperature, top_p))
+    uniform = torch.from_numpy(uniform_numbers(Sampling(count, seed=3), 0))
+    token, logp = draw(logits.expand(count, -1), uniform, Sampling(1, temperature, top_p))
     prob = (logits / temperature).softmax(-1)
     assert torch.allclose(logp.exp(), prob[token], atol=1e-6)  # of the whole distribution
     if top_p < 1:
@@ -179,7 +185,7 @@ def test_other_models(kind, batch_size, request, family_folders):
 
 def test_causal_mask():
     """Left padding is seen by itself only: a row that sees nothing would be NaN in some kernels."""
-    mask = _causal_mask(torch.tensor([[False, False, True, True]]))
+    mask = causal_mask(torch.tensor([[False, False, True, True]]))
     assert mask.shape == (1, 1, 4, 4)
     assert mask[0, 0].int().tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
 

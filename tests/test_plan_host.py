@@ -11,7 +11,7 @@ from iwopd_megatron.config.recipe import Recipe
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.plan.host import Needs
 from iwopd_megatron.plan.host_check import check
-from iwopd_megatron.runtime import host_memory
+from iwopd_megatron.runtime import host
 from iwopd_megatron.toy_task import SYMBOLS, problems, write_jsonl, write_tokenizer
 
 GIB = 2**30
@@ -117,9 +117,9 @@ def test_a_control_groups_limit_counts(version, tmp_path, monkeypatch):
     proc, groups = tmp_path / "proc", tmp_path / "cgroup"
     (proc / "self").mkdir(parents=True)
     (proc / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    8388608 kB\n")
-    monkeypatch.setattr(host_memory, "PROC", proc)
-    monkeypatch.setattr(host_memory, "GROUPS", groups)
-    assert host_memory.available() == 8 * GIB
+    monkeypatch.setattr(host, "PROC", proc)
+    monkeypatch.setattr(host, "GROUPS", groups)
+    assert host.available() == 8 * GIB
     root = groups / "memory" if version == 1 else groups
     kinds = "memory" if version == 1 else ""
     (proc / "self/cgroup").write_text(f"4:{kinds}:/job/step\n")
@@ -131,7 +131,7 @@ def test_a_control_groups_limit_counts(version, tmp_path, monkeypatch):
             (root / place / name).write_text(f"{value}\n")
         stat = "total_inactive_file" if version == 1 else "inactive_file"
         (root / place / "memory.stat").write_text(f"anon 5\n{stat} {GIB}\n")
-    assert host_memory.available() == 2 * GIB
+    assert host.available() == 2 * GIB
 
 
 def test_the_fullest_stage_may_be_between_the_ends(folder):

@@ -57,6 +57,7 @@ FOLLOWS = {  # every key that `MAY_CHANGE` frees; the rest is refused
     "base.offload",
     "base.microbatch_tokens",
     "rollout.batch_size",
+    "rollout.threads",
     "rollout.servers.*",
     "rollout.sync",
     "rollout.sync_folder",

@@ -21,7 +21,7 @@ from iwopd_megatron.launch.rehearsed import rehearse
 from iwopd_megatron.launch.submit import submit
 from iwopd_megatron.plan import host_check
 from iwopd_megatron.records.resume import check_start
-from iwopd_megatron.runtime.host_memory import available
+from iwopd_megatron.runtime.host import available
 
 Run = Annotated[Path, typer.Argument(help="run folder, a recipe's 'out'")]
 

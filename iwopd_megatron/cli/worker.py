@@ -43,7 +43,7 @@ from iwopd_megatron.plan import host_check
 from iwopd_megatron.records.disk import disk_told
 from iwopd_megatron.records.wandb_log import check_installed
 from iwopd_megatron.runtime import device
-from iwopd_megatron.runtime.host_memory import available
+from iwopd_megatron.runtime.host import available
 from iwopd_megatron.runtime.local_world import MOST_LOCAL, start_local
 from iwopd_megatron.runtime.parallel import initialise, shutdown
 from iwopd_megatron.runtime.stop import die_with_parent, watch_signals

@@ -87,3 +87,9 @@ class Rollout(Section):
     batch_size: PositiveInt = Field(
         512, description="engine=hf: prompts one rank generates for at a time"
     )
+    # A process's OMP_NUM_THREADS cannot say it: quiet.py, torchrun and launchers make it 1.
+    threads: PositiveInt | None = Field(
+        None,
+        description="engine=hf on CPUs: threads that a rank decodes with; default: its share of "
+        "the cores that the run may use",
+    )

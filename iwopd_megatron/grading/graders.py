@@ -7,7 +7,6 @@ in CHECKS refuses answers of its problems when their rows are read.
 from __future__ import annotations
 
 import atexit
-import os
 from collections.abc import Callable, Mapping
 from functools import cache
 
@@ -17,6 +16,7 @@ from iwopd_megatron.grading.code import grader as code_grader
 from iwopd_megatron.grading.code.cases import check_test_cases
 from iwopd_megatron.grading.math import grader as math_grader
 from iwopd_megatron.grading.pool import Grade, GradingPool, Submission
+from iwopd_megatron.runtime.host import own_cores
 
 GRADERS: dict[str, Callable[[str, str], bool]] = {
     "math": math_grader.is_right,
@@ -90,8 +90,7 @@ def _grade_kind(kind: str, submissions: list[Submission]) -> list[Grade]:
 
 @cache
 def _pool(seconds: float) -> GradingPool:
-    """Return this process's pool of a time limit; ranks of one machine share its cores."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    pool = GradingPool(max(1, len(os.sched_getaffinity(0)) // ranks), seconds)
+    """Return this process's pool of a time limit."""
+    pool = GradingPool(own_cores(), seconds)
     atexit.register(pool.close)
     return pool

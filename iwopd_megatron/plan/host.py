@@ -28,7 +28,7 @@ from iwopd_megatron.plan.model_size import ModelSize
 FIRST = 0.6 * GIB  # torch, Megatron, transformers: of the first process, whose forks share most
 FORKED = 0.25 * GIB  # of a process, its own: buffers, threads, Python's objects
 HEAD_ROWS = 512  # linear_loss.CPU_CHUNK, whose module imports torch
-PACKED_ROWS, PACKED_BYTES = 32, 64 * 2**20  # rollout/packed.py's MOST_ROWS, LEAST_BYTES
+PACKED_ROWS, PACKED_BYTES = 128, 64 * 2**20  # rollout/packed.py's MOST_ROWS, LEAST_BYTES
 FILE_BYTES = 5e9  # of an exported file, held until it is full: weights/shards.py
 
 
@@ -105,7 +105,7 @@ class Needs:
     def decoding(self) -> float:
         """While the embedded engine writes = packed + cache + drawing.
 
-        packed = w x weights of fp32 products, where B <= 32 and they are large; cache = kv_bytes x
+        packed = w x weights of fp32 products, where B <= 128 and they are large; cache = kv_bytes x
         B x (longest prompt + response); drawing = 40 B V: logits, log-probs and their sums.
         """
         recipe, size, rows = self.recipe, self.student, self.rows

@@ -37,6 +37,7 @@ MAY_CHANGE = (
     "base.microbatch_tokens",
     "data.benchmarks",
     "rollout.batch_size",
+    "rollout.threads",
     "rollout.servers",
     "rollout.sync",
     "rollout.sync_folder",

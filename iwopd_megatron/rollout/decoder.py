@@ -24,6 +24,7 @@ from iwopd_megatron.rollout.decoder_weights import (
     viewed_weights,
 )
 from iwopd_megatron.rollout.packed import Packed, PackedLayer, PackedWeights, pack
+from iwopd_megatron.rollout.threads import Threads
 
 
 class Decoder:
@@ -58,12 +59,12 @@ class Decoder:
             raise RuntimeError("this decoder has no weights yet: fill `weights`, or call `view`.")
         return self._read
 
-    def packed(self, rows: int, steps: int) -> PackedWeights | None:
+    def packed(self, rows: int, steps: int, threads: Threads) -> PackedWeights | None:
         """Return packed copies of what it reads now, for `steps` calls with one new position each.
 
-        None where they would not pay.
+        None where they would not pay. threads: share the products.
         """
-        return pack(self.read, rows, steps)
+        return pack(self.read, rows, steps, threads)
 
     def _new(self, *shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=self.dtype, device=self.on)

@@ -48,7 +48,8 @@ def make_engine(
     student, rollout = recipe.student, recipe.rollout
     if rollout.engine == "hf":
         eos = eos_ids(student.hf)
-        return HfEngine(student.hf, DTYPES[student.dtype], eos, rollout.batch_size)
+        dtype = DTYPES[student.dtype]
+        return HfEngine(student.hf, dtype, eos, rollout.batch_size, rollout.threads)
     servers = main_only(parallel, lambda: _controller(recipe, say))
     engine = ServerEngine(servers, rollout.verify_every, canary)
     engine.wait_ready()

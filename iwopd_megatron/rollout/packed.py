@@ -13,22 +13,39 @@ from typing import NamedTuple
 import torch
 
 from iwopd_megatron.rollout.decoder_weights import DecoderWeights, Layer
+from iwopd_megatron.rollout.threads import Threads
 
-MOST_ROWS = 32  # with more, rearranging is a small part of a product
+MOST_ROWS = 128  # with more, rearranging is a small part of a product
 LEAST_BYTES = 64 * 2**20  # of a model; a smaller one may stay in the cache
-LEAST_STEPS = 8  # packing takes as long as about three steps
+TILE = 64  # outputs: MKL sums those of a part that ends elsewhere in another order
+LEAST_STEPS = 8  # packing takes as long as about that many steps save
 
 
-class Packed(NamedTuple):
-    """A weight `[O, I]` with its copy for products of `rows` rows."""
+class Part(NamedTuple):
+    """Some output rows of a weight, `[part of O, I]`, and their copy."""
 
     weight_OI: torch.Tensor
     copy: torch.Tensor
+
+
+class Packed(NamedTuple):
+    """A weight `[O, I]` with its copy for products of `rows` rows, a part for each thread."""
+
+    parts: list[Part]
     rows: int
+    threads: Threads
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x weight^T, `[..., O]`, of x `[..., I]` with `rows` rows."""
-        return torch.ops.mkl._mkl_linear(x, self.copy, self.weight_OI, None, self.rows)
+        """Return x weight^T, `[..., O]`, of x `[..., I]` with `rows` rows.
+
+        The same bits with any number of threads: each output is one sum over I.
+        """
+
+        def of(part: Part) -> torch.Tensor:
+            return torch.ops.mkl._mkl_linear(x, part.copy, part.weight_OI, None, self.rows)
+
+        found = self.threads.over(of, self.parts)
+        return found[0] if len(found) == 1 else torch.cat(found, -1)
 
 
 class PackedLayer(NamedTuple):
@@ -47,7 +64,7 @@ class PackedWeights(NamedTuple):
     head: Packed
 
 
-def pack(weights: DecoderWeights, rows: int, steps: int) -> PackedWeights | None:
+def pack(weights: DecoderWeights, rows: int, steps: int, threads: Threads) -> PackedWeights | None:
     """Return copies for `steps` products of `rows` rows each; None where they would not pay.
 
     They do for large fp32 weights on a CPU whose torch has MKL.
@@ -60,8 +77,7 @@ def pack(weights: DecoderWeights, rows: int, steps: int) -> PackedWeights | None
         return None
 
     def packed(weight_OI: torch.Tensor) -> Packed:
-        copy = torch.ops.mkl._mkl_reorder_linear_weight(weight_OI.contiguous(), rows)
-        return Packed(weight_OI, copy, rows)
+        return pack_weight(weight_OI, rows, threads)
 
     def packed_layer(layer: Layer) -> PackedLayer:
         attention = packed(layer.qkv), packed(layer.out)
@@ -70,6 +86,17 @@ def pack(weights: DecoderWeights, rows: int, steps: int) -> PackedWeights | None
         return PackedLayer(*attention, packed(layer.gate_up[0].t()), packed(layer.down[0].t()))
 
     return PackedWeights([packed_layer(layer) for layer in weights.layers], packed(head))
+
+
+def pack_weight(weight_OI: torch.Tensor, rows: int, threads: Threads) -> Packed:
+    """Return a weight `[O, I]`, fp32, packed for products of `rows` rows on `threads`."""
+    share = -(-len(weight_OI) // (threads.count * TILE)) * TILE
+
+    def of(part_OI: torch.Tensor) -> Part:
+        copy = torch.ops.mkl._mkl_reorder_linear_weight(part_OI.contiguous(), rows)
+        return Part(part_OI, copy)
+
+    return Packed(threads.over(of, weight_OI.split(share)), rows, threads)
 
 
 def _nbytes(weights: DecoderWeights) -> int:

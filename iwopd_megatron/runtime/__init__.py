@@ -9,7 +9,7 @@ so too. `versions` says which versions of it and others were tested.
 __all__ = [
     "background",
     "device",
-    "host_memory",
+    "host",
     "keeper",
     "local_world",
     "main_only",

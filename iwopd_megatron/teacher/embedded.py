@@ -18,7 +18,7 @@ from iwopd_megatron.hf.config import HfConfig, read_hf_config
 from iwopd_megatron.models.actor import Schedule
 from iwopd_megatron.models.gpt import build_model, wrap_precision
 from iwopd_megatron.runtime import device
-from iwopd_megatron.runtime.host_memory import give_back
+from iwopd_megatron.runtime.host import give_back
 from iwopd_megatron.weights.hf_reader import HfTensors, Source, load_shards
 
 

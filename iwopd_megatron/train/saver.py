@@ -26,7 +26,7 @@ from iwopd_megatron.files.rawfile import flush
 from iwopd_megatron.hf.companions import FOLDER as COMPANIONS
 from iwopd_megatron.records.disk import disk_error, disk_reason, disk_told
 from iwopd_megatron.runtime import device
-from iwopd_megatron.runtime.host_memory import available
+from iwopd_megatron.runtime.host import available
 from iwopd_megatron.runtime.parallel import Parallel, any_rank, gather
 from iwopd_megatron.runtime.stop import die_with_parent
 from iwopd_megatron.train.sharded_save import RankFiles, ShardedSave

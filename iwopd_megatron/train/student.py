@@ -21,7 +21,7 @@ from iwopd_megatron.models.actor import Schedule
 from iwopd_megatron.models.gpt import build_model, wrap_precision
 from iwopd_megatron.models.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from iwopd_megatron.models.router_load import RouterLoad
-from iwopd_megatron.runtime.host_memory import give_back
+from iwopd_megatron.runtime.host import give_back
 from iwopd_megatron.runtime.parallel import Parallel
 from iwopd_megatron.train import checkpoint
 from iwopd_megatron.train.saver import Saver

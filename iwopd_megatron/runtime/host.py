@@ -1,13 +1,16 @@
-"""Memory of this machine: what there is for new processes, and what one holds. Imports no torch.
+"""Memory and cores of this machine: what there is for a process. Imports no torch.
 
-A container's limit is its control group's: memory.max (version 2) or memory.limit_in_bytes
-(version 1) of it or of a group above, less what is in use but could not be given back.
+A container's limits are its control group's, of it or of a group above. Memory: memory.max (version
+2) or memory.limit_in_bytes (version 1), less what is in use but could not be given back. Cores:
+cpu.max, or cpu.cfs_quota_us over cpu.cfs_period_us.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -20,7 +23,7 @@ def available() -> int:
     """Return bytes that processes can still take: MemAvailable or the limit's rest, if less."""
     match = re.search(r"^MemAvailable:\s+(\d+) kB", _text(PROC / "meminfo"), re.MULTILINE)
     found = [int(match[1]) * 1024] if match else []
-    found += [rest for group in _groups() if (rest := _rest(group)) is not None]
+    found += [rest for group in _groups("memory") if (rest := _rest(group)) is not None]
     return min(found, default=2**63)
 
 
@@ -34,13 +37,33 @@ def give_back() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
-def _groups() -> Iterator[Path]:
-    """Yield the folders of this process's control group and of those above."""
+def own_cores() -> int:
+    """Return a process's share of the cores: those it may use, over the world's processes here.
+
+    At least 1. Processes of one world have torchrun's LOCAL_WORLD_SIZE.
+    """
+    cores: float = len(os.sched_getaffinity(0))
+    for group in _groups("cpu"):
+        cores = min(cores, _quota(group))
+    return max(1, int(cores / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def _quota(group: Path) -> float:
+    """Return how many cores' time a group's processes get; infinite where that has no limit."""
+    text = _text(group / "cpu.max") or " ".join(
+        _text(group / f"cpu.cfs_{name}_us") for name in ("quota", "period")
+    )
+    match = re.match(r"(\d+)\s+(\d+)", text)  # elsewhere "max", or -1
+    return int(match[1]) / int(match[2]) if match else math.inf
+
+
+def _groups(kind: str) -> Iterator[Path]:
+    """Yield the folders of this process's control group of a kind, and of those above."""
     for line in _text(PROC / "self/cgroup").splitlines():
         _, kinds, name = line.split(":", 2)
-        if kinds and "memory" not in kinds.split(","):
+        if kinds and kind not in kinds.split(","):
             continue
-        root = GROUPS / "memory" if kinds else GROUPS
+        root = GROUPS / kind if kinds else GROUPS
         folder = root / name.lstrip("/")
         # inside a container its own group may be mounted as the root
         yield from (folder, *(above for above in folder.parents if above.is_relative_to(root)))
