@@ -403,3 +403,10 @@ def test_training_picks_the_busier_end_of_a_pipeline():
     found = training(size, Layout(pp=2, ep=8), 16, 4096, "full")
     assert found.head > 0
     assert scoring(MOE_30B, Layout(ep=8), 4096).weights == 2 * MOE_30B.share(Layout(ep=8), 0).total
+
+
+def test_a_pruned_model_is_known_by_its_name():
+    whole, pruned = (planning_config(Path("models") / f"Llama-3.1-8B{x}") for x in ("", "-24L"))
+    assert pruned == dataclasses.replace(whole, num_hidden_layers=24)
+    with pytest.raises(RecipeError, match="'Llama-9-24L' is no model known here"):
+        planning_config(Path("models/Llama-9-24L"))

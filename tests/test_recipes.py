@@ -11,6 +11,8 @@ from iwopd_megatron.config.load import load_recipe, read_recipe
 from iwopd_megatron.config.models import Layout
 from iwopd_megatron.config.stages import layers_of_stages
 from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.hf.families import FAMILIES
+from iwopd_megatron.hf.known_models import planning_config
 from iwopd_megatron.parity import hf_reference, parity
 from iwopd_megatron.parity.rehearse import BUDGET, rehearsals, scaled, scaled_stages, write_model
 from iwopd_megatron.plan.plan import plan
@@ -18,6 +20,9 @@ from iwopd_megatron.runtime.local_world import local_context
 from iwopd_megatron.runtime.parallel import shutdown
 
 RECIPES = sorted(p for p in Path("recipes").glob("*.yaml") if p.name.startswith("qwen3_"))
+OTHERS = sorted(  # one pair of each other family
+    p for p in Path("recipes").glob("*.yaml") if not p.name.startswith(("qwen3_", "demo_"))
+)
 PROCESSES = 4
 
 
@@ -32,7 +37,12 @@ def test_the_papers_pairs_are_all_there():
     assert sorted(set(sizes)) == [8, 16, 32, 64, 128, 256]
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_family_has_a_pair():
+    students = {planning_config(read_recipe(path).student.hf).model_type for path in OTHERS}
+    assert students | {"qwen3", "qwen3_moe"} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("path", RECIPES + OTHERS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("change", [[], ["loss.extrapolation=1.25"]], ids=["iw", "iw_exopd"])
 def test_recipe_fits_with_room(path, change):
     found = plan(read_recipe(path, change))
@@ -83,7 +93,9 @@ def check_on_this_rank(jobs, queue):
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory):
     """{rehearsal: problems}: each distinct layout of all recipes once, a world a size."""
-    distinct = {r for path in RECIPES for r in rehearsals(read_recipe(path), PROCESSES).values()}
+    distinct = {
+        r for path in RECIPES + OTHERS for r in rehearsals(read_recipe(path), PROCESSES).values()
+    }
     jobs = {}
     references = {}
     for i, rehearsal in enumerate(sorted(distinct, key=repr)):
@@ -105,7 +117,7 @@ def rehearsed(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECIPES + OTHERS, ids=lambda path: path.stem)
 def test_recipes_layouts_run_at_toy_size(path, rehearsed):
     for role, rehearsal in rehearsals(read_recipe(path), PROCESSES).items():
         assert rehearsed[rehearsal] == [], role

@@ -5,6 +5,8 @@ Each family has what their config.json files say about architecture, nothing els
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,8 @@ def known_model(name: str) -> HfConfig:
 def planning_config(folder: Path) -> HfConfig:
     """Return the description of a folder's model, or of the known model of its name.
 
-    RecipeError where there is neither.
+    NAME-<n>L is that model with n of its layers, as `iwopd prune` may leave it. RecipeError where
+    there is neither.
     """
     if folder.exists():
         return read_hf_config(folder)
@@ -39,6 +42,10 @@ def planning_config(folder: Path) -> HfConfig:
         config = {"model_type": "qwen3_moe"} | toy_config(folder.name)
         return parse_hf_config(config, f"the toy task's {folder.name}")
     name = folder.name.removesuffix("-FP8")  # its weights are held as plain ones
+    pruned = re.fullmatch(r"(.+)-([1-9]\d*)L", name)
+    if pruned is not None and pruned[1] in known_models():
+        whole, layers = known_model(pruned[1]), int(pruned[2])
+        return replace(whole, num_hidden_layers=min(layers, whole.num_hidden_layers))
     if name not in known_models():
         raise RecipeError(
             f"folder {folder} does not exist, and '{folder.name}' is no model known here; point it "
