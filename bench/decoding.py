@@ -124,7 +124,7 @@ def main():
         pipe.send(None)
     print(f"packing {packing:.1f} s; log-probs differ by at most {largest:.1e}, no token does;")
     print("between numbers of threads not a bit does")
-    print("| step | wall, s | least wall, s | CPU, s | times as fast, wall of medians |")
+    print("| step | wall, s | least wall, s | CPU of all threads, s | times as fast, median wall |")
     print("| --- | --- | --- | --- | --- |")
     walls = {name: statistics.median(wall for wall, _ in times) for name, times in found.items()}
     for name, times in found.items():
