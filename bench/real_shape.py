@@ -3,8 +3,7 @@
 Random weights, a teacher of the same size embedded with offload, 4 prompts of 512 new tokens, two
 rounds, a checkpoint and an export, through what `iwopd train` runs. A watcher beside the run adds
 up its processes' memory five times a second: resident, and of that what no file backs
-(smaps_rollup). `--layers` makes a smaller model, `--decode` times the embedded engine alone:
-products as they were against packed ones, alternating, beside a plain copy on the same cores.
+(smaps_rollup). `--layers` makes a smaller model. bench/decoding.py times the engine's step alone.
 """
 
 import argparse
@@ -13,7 +12,6 @@ import json
 import os
 import resource
 import shutil
-import statistics
 import sys
 import tempfile
 import threading
@@ -30,9 +28,6 @@ from iwopd_megatron.config.load import load_recipe
 from iwopd_megatron.data.before_start import check_before_start
 from iwopd_megatron.hf.config import read_hf_config
 from iwopd_megatron.hf.shapes import hf_names, hf_shape
-from iwopd_megatron.rollout.decoder import Decoder
-from iwopd_megatron.rollout.drawing import draw
-from iwopd_megatron.rollout.engine import Sampling
 from iwopd_megatron.toy_task import SYMBOLS, problems, write_jsonl, write_tokenizer
 from iwopd_megatron.train.round import Clock
 from iwopd_megatron.train.saver import Saver
@@ -223,64 +218,12 @@ def run(place, args):
     print(f"checkpoints {rounds}, export {export.stat().st_size / GIB:.2f} GiB")
 
 
-def decode(place, args):
-    """Tokens a second of one step, products as they were and packed, alternating."""
-    hf, rows, before = read_hf_config(place / "student"), args.rows, 64
-    ours, theirs = (Decoder(hf, torch.float32, torch.device("cpu")) for _ in range(2))
-    generator = torch.Generator().manual_seed(1)
-    for name, weight in theirs.weights.items():
-        weight.normal_(0, 0.02, generator=generator) if weight.dim() > 1 else weight.fill_(1)
-        ours.weights[name].copy_(weight)
-    source, target = torch.ones(2**26), torch.zeros(2**26)
-    weights = sum(one.nbytes for one in ours.weights.values())
-    found = {"as it was": [], "packed": [], "copy": []}
-    largest = 0.0
-    with torch.inference_mode():
-        start = time.perf_counter()
-        packed = ours.packed(rows, args.tokens)
-        packing = time.perf_counter() - start
-        ids = torch.randint(0, 1000, (rows, before), generator=generator)
-        positions = torch.arange(before).expand(rows, -1)
-        cases = {"as it was": (theirs, None), "packed": (ours, packed)}
-        caches = {}
-        for name, (model, _) in cases.items():
-            caches[name] = model.new_cache(rows, before + args.tokens)
-            model(ids, positions, caches[name], 0, None)
-        uniform, drawn = torch.rand(rows, dtype=torch.float64), {}
-        for step in range(args.steps):
-            for name, (model, copies) in cases.items():
-                start, cpu = time.perf_counter(), time.process_time()
-                place_ = positions[:, -1:] + 1 + step
-                logits = model(ids[:, :1], place_, caches[name], before + step, None, copies)
-                drawn[name] = draw(logits, uniform, Sampling(args.tokens))
-                took = time.perf_counter() - start, time.process_time() - cpu
-                found[name].append(took)
-            start, cpu = time.perf_counter(), time.process_time()
-            target.copy_(source)
-            found["copy"].append((time.perf_counter() - start, time.process_time() - cpu))
-            (a, x), (b, y) = drawn.values()
-            assert torch.equal(a, b)
-            largest = max(largest, float((x - y).abs().max()))
-    moved = {"as it was": weights, "packed": weights, "copy": 2 * source.nbytes}
-    print(f"{torch.get_num_threads()} threads, {rows} rows, {weights / 1e9:.2f} GB of weights")
-    print(f"packing {packing:.2f} s; log-probs differ by at most {largest:.1e}, no token does")
-    print("| step | wall, s | CPU, s | best CPU, s | GB/s (CPU) |")
-    print("| --- | --- | --- | --- | --- |")
-    for name, times in found.items():
-        wall, cpu = (statistics.median(column) for column in zip(*times, strict=True))
-        best = min(cpu for _, cpu in times)
-        rate = moved[name] * torch.get_num_threads() / cpu / 1e9
-        print(f"| {name} | {wall:.3f} | {cpu:.3f} | {best:.3f} | {rate:.1f} |")
-
-
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--recompute", default="none")
-    parser.add_argument("--decode", action="store_true")
     parser.add_argument("--threads", type=int, default=1)  # what a run's processes have
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
@@ -289,7 +232,7 @@ def main():
     try:
         for seed, name in enumerate(("student", "teacher")):
             in_another_process(write_folder, place / name, args.layers, seed)
-        (decode if args.decode else run)(place, args)
+        run(place, args)
     finally:
         shutil.rmtree(place)
 

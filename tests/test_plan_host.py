@@ -139,3 +139,35 @@ def test_the_fullest_stage_may_be_between_the_ends(folder):
     stages = {"pp": 3, "pipeline_model_parallel_layout": "Et|t*26|tL"}
     needs = Needs(recipe(folder, student={"parallel": stages}), 3)
     assert needs.states == 16 * needs.student.share(needs.layout, 1).total
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_cores_are_those_that_the_control_group_grants_over_the_processes(
+    version, tmp_path, monkeypatch
+):
+    """Of the group itself or one above, in whole cores; one at least."""
+    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    monkeypatch.setattr(host, "PROC", proc)
+    monkeypatch.setattr(host, "GROUPS", groups)
+    monkeypatch.setattr(host.os, "sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert host.own_cores() == 16
+    (proc / "self/cgroup").write_text("3:cpu,cpuacct:/job/step\n" if version == 1 else "0::/job\n")
+    folder = groups / ("cpu/job" if version == 1 else "job")
+    folder.mkdir(parents=True)
+
+    def grant(quota):
+        if version == 1:
+            (folder / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+            (folder / "cpu.cfs_period_us").write_text("100000\n")
+        else:
+            (folder / "cpu.max").write_text(f"{'max' if quota < 0 else quota} 100000\n")
+
+    grant(-1)
+    assert host.own_cores() == 16
+    grant(650_000)
+    assert host.own_cores() == 6
+    for processes, cores in (("2", 3), ("4", 1), ("8", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert host.own_cores() == cores

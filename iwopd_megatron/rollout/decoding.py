@@ -15,7 +15,8 @@ from iwopd_megatron.rollout.drawing import draw
 from iwopd_megatron.rollout.engine import Sampling
 from iwopd_megatron.rollout.threads import Threads
 
-KEPT = 0.75  # rows leave once no more than this share of them goes on
+KEPT = 0.5  # rows leave once no more than this share of them goes on
+FEW_ROWS = 16  # a product of so many takes as long as reading its weight: fewer gain nothing
 
 
 @dataclass
@@ -54,14 +55,16 @@ def decode(
         if not left:
             break
         ids, positions, start = token[:, None], positions[:, -1:] + 1, width + step
-        has_shrunk = left <= KEPT * len(done)
-        if has_shrunk:
-            packed, kept = None, (~done).nonzero().squeeze(1)
+        must_pack = step == 0  # after the prompts, whose pass has memory of its own
+        if left <= KEPT * len(done):
+            must_pack |= len(done) > FEW_ROWS
+            kept = (~done).nonzero().squeeze(1)
             ids, positions, visible, uniform, limit, row, done = (
                 part[kept] for part in (ids, positions, visible, uniform, limit, row, done)
             )
             cache = [(_kept(k, kept, -1, start), _kept(v, kept, 2, start)) for k, v in cache]
-        if has_shrunk or step == 0:  # after the prompts, whose pass has memory of its own
+        if must_pack:
+            packed = None  # makes room
             packed = model.packed(left, steps - step, threads)
         mask = visible[:, None, None, : start + 1] if is_padded else None
     return tokens, logps

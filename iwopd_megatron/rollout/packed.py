@@ -36,16 +36,19 @@ class Packed(NamedTuple):
     threads: Threads
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x weight^T, `[..., O]`, of x `[..., I]` with `rows` rows.
+        """Return x weight^T, `[B, ..., O]`, of x `[B, ..., I]` with `rows` rows or fewer.
 
         The same bits with any number of threads: each output is one sum over I.
         """
+        given = len(x)
+        if given < self.rows:
+            x = torch.cat([x, x.new_zeros(self.rows - given, *x.shape[1:])])
 
         def of(part: Part) -> torch.Tensor:
             return torch.ops.mkl._mkl_linear(x, part.copy, part.weight_OI, None, self.rows)
 
         found = self.threads.over(of, self.parts)
-        return found[0] if len(found) == 1 else torch.cat(found, -1)
+        return (found[0] if len(found) == 1 else torch.cat(found, -1))[:given]
 
 
 class PackedLayer(NamedTuple):
