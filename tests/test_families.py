@@ -33,8 +33,7 @@ OF_EXPERTS = {
 
 
 def layouts(model_type):
-    has_experts = "num_experts" in FAMILIES[model_type].sample
-    return LAYOUTS | (OF_EXPERTS if has_experts else {})
+    return LAYOUTS | (OF_EXPERTS if FAMILIES[model_type].has_experts else {})
 
 
 CASES = [(family, layout) for family in FAMILIES for layout in layouts(family)]

@@ -99,9 +99,26 @@ def layers_in_flight(size: ModelSize, layout: Layout, stage: int) -> float:
     interleaved, the first 2 (pp - 1 - stage) + (vpp - 1) pp + 1 passes, of which each chunk in turn
     has pp.
     """
-    chunks = [len(chunk) for chunk in stage_layers(layout, size.layers)[stage]]
+    return _over_passes(layout, stage, list(map(len, stage_layers(layout, size.layers)[stage])))
+
+
+def _over_passes(layout: Layout, stage: int, chunks: list[int]) -> int:
+    """Return the sum over the passes in flight of a number that each chunk has."""
     passes = round(in_flight(layout, stage) * layout.vpp)
     return sum(chunks[i // layout.pp % layout.vpp] for i in range(passes))
+
+
+def _kept(
+    size: ModelSize, layout: Layout, recompute: str, stage: int, width: int, hot: float
+) -> float:
+    """Bytes per token that all layers in flight keep, each as layers of its kind do."""
+    plain = [size.dense_of(chunk) for chunk in stage_layers(layout, size.layers)[stage]]
+    dense = _over_passes(layout, stage, plain)
+    kept = layer_bytes(size, layout, recompute, width, hot)
+    return (
+        kept * (layers_in_flight(size, layout, stage) - dense)
+        + layer_bytes(size.dense, layout, recompute, width) * dense
+    )
 
 
 def activation_bytes(
@@ -123,7 +140,7 @@ def activation_bytes(
     backward, with the stage's output. tokens: of a micro-batch, before cp cuts it.
     """
     local, hidden = tokens / layout.cp, width * size.hidden / layout.tp
-    kept = layer_bytes(size, layout, recompute, width, hot) * layers_in_flight(size, layout, stage)
+    kept = _kept(size, layout, recompute, stage, width, hot)
     kept += hidden * (stage < layout.pp - 1) * in_flight(layout, stage)
     again = _again(size, layout, recompute, width, hot)
     layer = local * (kept + again + hidden) + _gradients(size, layout, local, width, hot)
