@@ -12,7 +12,8 @@ from iwopd_megatron.plan.phases import phases, round_seconds, trained
 from iwopd_megatron.plan.plan import Plan
 from iwopd_megatron.plan.time import forward_backward
 from iwopd_megatron.rehearsal.job import jobs
-from iwopd_megatron.rehearsal.role import GIB, RoleRehearsal, RoleReport
+from iwopd_megatron.rehearsal.report import GIB, RoleReport
+from iwopd_megatron.rehearsal.role import RoleRehearsal
 
 LARGEST = 10  # costs
 

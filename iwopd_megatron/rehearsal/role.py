@@ -6,11 +6,11 @@ is counted once. Bytes, calls and seconds are linear in the layers, which a test
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from dataclasses import dataclass, field
-
 from iwopd_megatron.config.stages import distinct_stages
 from iwopd_megatron.plan.model_size import ModelSize
+from iwopd_megatron.plan.phases import sync_seconds
 from iwopd_megatron.plan.plan import Plan
 from iwopd_megatron.plan.traffic import microbatch_bytes, step_bytes
 from iwopd_megatron.rehearsal.collectives import Call, Mailbox
@@ -19,39 +19,18 @@ from iwopd_megatron.rehearsal.ledger import Phase, Storage
 from iwopd_megatron.rehearsal.memoryless import Memoryless, Shapes
 from iwopd_megatron.rehearsal.place import Place, covering, places
 from iwopd_megatron.rehearsal.rank import RankRehearsal, RankRun
+from iwopd_megatron.rehearsal.push import PUSH, introduce
 from iwopd_megatron.rehearsal.replay import compare, play, program_of
+from iwopd_megatron.rehearsal.report import GIB, RoleReport
+from iwopd_megatron.rehearsal.resharding import check_checkpoints
 from iwopd_megatron.rehearsal.slices import Slices, read_slices
 from iwopd_megatron.rehearsal.traffic import STEP, by_axis, communication, volumes
 from iwopd_megatron.rehearsal.world import Groups
 
-GIB = 2**30
 KEPT = 0.02  # of the peak: what forward and backward may leave behind
 ROOM, SLACK = 1.1, 0.5 * GIB  # a rank may take so many times the planned bytes, and so many more
 HOT = (2.0, 4.0)
 SMALL = (2, 3)  # layers a chunk of the two models that stand for all
-
-
-@dataclass
-class RoleReport:
-    """What was found of one role. Bytes at the busiest rank, of `peak_rank`."""
-
-    role: str
-    world: int
-    computing: str  # the phase that computes most
-    slices: Slices
-    rehearsed: list[int] = field(default_factory=list)  # ranks
-    phases: dict[str, dict[str, float]] = field(default_factory=dict)  # bytes at the peak, by kind
-    peak_rank: int = 0
-    peak: float = 0.0
-    planned: float = 0.0
-    hot: dict[float, float] = field(default_factory=dict)  # peak with an expert rank that hot
-    kept: float = 0.0
-    volumes: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
-    moved: dict[str, tuple[float, float]] = field(default_factory=dict)  # by axis, and planned
-    seconds: float = 0.0  # of a micro-batch in the computing phase
-    costs: Counter[str] = field(default_factory=Counter)  # seconds of that phase
-    microbatches: int = 1
-    findings: list[str] = field(default_factory=list)
 
 
 class RoleRehearsal:
@@ -79,7 +58,12 @@ class RoleRehearsal:
         runs = [self._runs(size, busy) for size in self.sizes]
         others = [place for place in ranks if place not in busy]
         self._memory(runs, busy)
-        self._programs(runs[0] | self._runs(self.sizes[0], others, mode=Shapes), firsts)
+        everyone = runs[0] | self._runs(self.sizes[0], others, mode=Shapes)
+        self._programs(everyone, firsts)
+        if job.trains:
+            self._push([x[ranks[0].rank] for x in runs])
+            known = {rank: run.pieces for rank, run in everyone.items()}
+            report.findings += check_checkpoints(self._job(self.sizes[0]), known)
         self._volumes([x[ranks[0].rank] for x in runs])
         self._moved([x[ranks[0].rank] for x in runs])
         self._seconds(runs, busy)
@@ -107,7 +91,7 @@ class RoleRehearsal:
     ) -> dict[int, RankRun]:
         """Return what every one of these ranks does, in a model of `size` layers a chunk."""
         setup = self.plan.setup
-        mailbox = self.mailboxes.setdefault((size, hot), Mailbox())
+        mailbox = self._mailbox(size, hot)
         found = {}
         for place in ranks:
             rehearsal = RankRehearsal(self._job(size), setup.gpu, setup.rates, mailbox)
@@ -115,12 +99,25 @@ class RoleRehearsal:
             found[place.rank] = rehearsal.run(place.rank, hot, self.groups, mode)
         return found
 
+    def _mailbox(self, size: int | None, hot: float) -> Mailbox:
+        """Return what all ranks of a model hear from; where weights are pushed with their names."""
+        if (size, hot) not in self.mailboxes:
+            mailbox = Mailbox(self.job.world // self.job.layout.pp)
+            self.mailboxes[size, hot] = mailbox
+            if self.job.trains and hot == 1:
+                introduce(self._job(size), mailbox)
+        return self.mailboxes[size, hot]
+
     def _at_size(self, values: list[float], stage: int) -> float:
         """Return a figure at all layers of a stage, from those of the small models."""
         if len(values) == 1:
             return values[0]
         layers = self.job.layers_a_chunk[stage]
         return values[0] + (layers - SMALL[0]) * (values[1] - values[0]) / (SMALL[1] - SMALL[0])
+
+    def _kind_at_size(self, kind: str, values: list[int], stage: int) -> float:
+        """Return the same of bytes of a kind; buckets of weights do not grow with the layers."""
+        return max(values) if kind == PUSH else self._at_size(values, stage)
 
     def _memory(self, runs: list[dict[int, RankRun]], ranks: list[Place]) -> None:
         """Find the busiest rank's bytes by phase and kind, and what is kept."""
@@ -138,7 +135,6 @@ class RoleRehearsal:
                 report.kept = kept
                 if kept > KEPT * peak:
                     report.findings.append(self._kept(place.rank, kept, own[-1].kept))
-            report.findings += [f"{self.job.role} rank {place.rank}: {x}" for x in own[-1].wrong]
         memory = next(x for x in self.plan.roles if x.name == self.job.role).memory
         report.planned = memory.allocated
         self._too_much(runs)
@@ -148,9 +144,8 @@ class RoleRehearsal:
         moments = []
         for peaks in ([x.head for x in phases], [x.body for x in phases]):
             kinds = peaks[-1].kinds
-            moments.append(
-                {k: self._at_size([x.kinds.get(k, 0) for x in peaks], stage) for k in kinds}
-            )
+            sizes = {k: [x.kinds.get(k, 0) for x in peaks] for k in kinds}
+            moments.append({k: self._kind_at_size(k, x, stage) for k, x in sizes.items()})
         return max(moments, key=lambda kinds: sum(kinds.values()))
 
     def _kept(self, rank: int, kept: float, storages: list[Storage]) -> str:
@@ -226,6 +221,18 @@ class RoleRehearsal:
             if costs.total() > self.report.costs.total():
                 self.report.costs = costs
                 self.report.seconds = costs.total() / self.job.microbatches
+
+    def _push(self, runs: list[RankRun]) -> None:
+        """Find the first rank's seconds of a push: its stream's, and what it sends to servers."""
+        setup, rate = self.plan.setup, communication(self.plan)
+        if setup.cluster.rollout and setup.recipe.rollout.sync != "distributed":
+            return
+        network = setup.gpu.network * setup.rates.link if setup.cluster.rollout else math.inf
+        seconds = [
+            sum(run.seconds[PUSH].values()) + rate(run.calls[PUSH]) + run.pushed / network
+            for run in runs
+        ]
+        self.report.push_seconds = self._at_size(seconds, 0), sync_seconds(setup)
 
     def _hot(self, place: Place) -> None:
         """Find the peak of a rank whose experts get more than their share."""
