@@ -17,6 +17,7 @@ from iwopd_megatron.plan.activations import activation_bytes, buffer_bytes, scor
 from iwopd_megatron.plan.hardware import CONTEXT, FRAGMENTATION, Gpu
 from iwopd_megatron.plan.model_size import ModelSize
 
+BUCKET = 256 * 2**20  # weights.sync.BUCKET_BYTES, whose module imports torch
 HEAD_ROWS = 2048  # logprobs.GPU_TILE and linear_loss.GPU_CHUNK, whose modules import torch
 
 
@@ -128,6 +129,28 @@ def scoring_head_bytes(
     """
     tile = min(rows, tokens / layout.cp) * size.vocab / layout.tp
     return tile * (10 if topk else 4)
+
+
+def push_bytes(size: ModelSize, layout: Layout, width: int = 2) -> float:
+    """Bytes of new weights on their way to the servers, at their fullest moment, at most.
+
+    They come in buckets of BUCKET, or of one tensor: D = w V h, the embedding; of experts B = 2 w E
+    h f, a layer's gates and ups. Gathered over n ranks = (1 + 1 / n) of it, + 1 where shards are
+    joined (tp, etp > 1); along a pipeline = 2, + 1 of gathered experts. Beside it what is not let
+    go yet: BUCKET; of experts B / 2, or 1.5 B where B / 2 < 2 BUCKET. To the servers: + D.
+    """
+    tp, pp, ranks = layout.tp, layout.pp, layout.ep * layout.etp
+    table = max(BUCKET, width * size.vocabulary)
+    dense = table + (table + BUCKET) * (tp * pp > 1)
+    if tp > 1:
+        dense = max(dense, (2 + 1 / tp) * table + BUCKET)
+    if ranks * pp == 1 or not size.experts:
+        return dense
+    whole = max(BUCKET, 2 * width * size.experts * size.hidden * size.ffn)
+    gathered = (1 + 1 / ranks + (layout.etp > 1)) * (ranks > 1)
+    sent = (2 + (layout.ep > 1 and layout.etp == 1)) * (pp > 1)
+    last = 1.5 if whole < 4 * BUCKET else 0.5
+    return max(dense, whole * (max(gathered, sent) + last))
 
 
 def moments(

@@ -81,30 +81,35 @@ def check_pieces(pieces: Iterable[Piece]) -> list[str]:
     return found
 
 
-def check_optimizer(pieces: Iterable[Piece]) -> list[str]:
+def check_optimizer(pieces: Iterable[Piece], states: int) -> list[str]:
     """Return what is wrong with one rank's pieces of optimiser states: each lies as its weight.
 
-    And every weight has as many states as the others.
+    And every weight has so many.
     """
     weights: dict[tuple[str, tuple[int, ...]], Piece] = {}
-    states = []
+    own = []
     for piece in pieces:
         if piece.key.startswith(OPTIMIZER):
-            states.append(piece)
+            own.append(piece)
         else:
             weights[piece.key, piece.first] = piece
     found, counts = [], Counter[tuple[str, tuple[int, ...]]]()
-    for state in states:
+    for state in own:
         key = state.key.split(".", 3)[3]
         counts[key, state.first] += 1
         weight = weights.get((key, state.first))
         if weight is None or (weight.whole, weight.shape) != (state.whole, state.shape):
             found.append(f"{state.key} at {state.first} is no state of a weight of this rank.")
-    most = max(counts.values(), default=0)
     for key, first in weights:
-        if counts[key, first] < most:
-            found.append(f"{key} at {first} has {counts[key, first]} states, others {most}.")
+        if counts[key, first] < states:
+            found.append(f"{key} at {first} has {counts[key, first]} states, not {states}.")
     return found
+
+
+def states_of(pieces: Iterable[Piece]) -> set[str]:
+    """Return the names of optimiser states."""
+    keys = {piece.key for piece in pieces if piece.key.startswith(OPTIMIZER)}
+    return {key.split(".", 3)[2] for key in keys}
 
 
 def check_load(wanted: Iterable[Piece], saved: Iterable[Piece]) -> list[str]:

@@ -5,6 +5,7 @@ On models of few layers a chunk, as Megatron plans them on every rank.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 from iwopd_megatron.config.models import Layout
@@ -16,6 +17,7 @@ from iwopd_megatron.rehearsal.checkpoints import (
     check_optimizer,
     check_pieces,
     pieces_of,
+    states_of,
 )
 from iwopd_megatron.rehearsal.collectives import Recorder
 from iwopd_megatron.rehearsal.job import Job
@@ -43,21 +45,27 @@ def check_checkpoints(job: Job, known: dict[int, list[Piece]]) -> list[str]:
 
     known: pieces of ranks that have been rehearsed.
     """
+    gc.freeze()  # Megatron collects garbage for every rank: only what came since
+    try:
+        return _check(job, known)
+    finally:
+        gc.unfreeze()
+
+
+def _check(job: Job, known: dict[int, list[Piece]]) -> list[str]:
     ranks = [place.rank for place in read_ranks(job.world, job.layout)]
     saved = {rank: known.get(rank) or pieces(job, rank, job.layout, job.world) for rank in ranks}
-    found = [
-        f"{job.role} rank {rank}: {x}" for rank, own in saved.items() for x in check_optimizer(own)
-    ]
     everything = [piece for own in saved.values() for piece in own]
+    states = len(states_of(everything))
+    found = []
+    for rank, own in saved.items():
+        found += [f"{job.role} rank {rank}: {x}" for x in check_optimizer(own, states)]
     found += [f"{job.role}: the checkpoint: {x}" for x in check_pieces(everything)]
     for layout in others(job):
         for rank in range(layout.unit):
             wanted = pieces(job, rank, layout, layout.unit, is_loading=True)
-            found += [
-                f"{job.role}: {describe(layout)} rank {rank} loads what {describe(job.layout)} saves: "
-                f"{x}"
-                for x in check_load(wanted, everything)
-            ]
+            where = f"{job.role}: {describe(layout)} rank {rank} loads what {describe(job.layout)}"
+            found += [f"{where} saves: {x}" for x in check_load(wanted, everything)]
     return found
 
 

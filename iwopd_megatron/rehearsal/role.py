@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
+
 from iwopd_megatron.config.stages import distinct_stages
+from iwopd_megatron.plan.memory import Precision, push_bytes
 from iwopd_megatron.plan.model_size import ModelSize
 from iwopd_megatron.plan.phases import sync_seconds
 from iwopd_megatron.plan.plan import Plan
@@ -18,10 +21,10 @@ from iwopd_megatron.rehearsal.job import Job
 from iwopd_megatron.rehearsal.ledger import Phase, Storage
 from iwopd_megatron.rehearsal.memoryless import Memoryless, Shapes
 from iwopd_megatron.rehearsal.place import Place, covering, places
-from iwopd_megatron.rehearsal.rank import RankRehearsal, RankRun
 from iwopd_megatron.rehearsal.push import PUSH, introduce
+from iwopd_megatron.rehearsal.rank import RankRehearsal, RankRun
 from iwopd_megatron.rehearsal.replay import compare, play, program_of
-from iwopd_megatron.rehearsal.report import GIB, RoleReport
+from iwopd_megatron.rehearsal.report import GIB, RoleReport, on_gpu
 from iwopd_megatron.rehearsal.resharding import check_checkpoints
 from iwopd_megatron.rehearsal.slices import Slices, read_slices
 from iwopd_megatron.rehearsal.traffic import STEP, by_axis, communication, volumes
@@ -70,6 +73,13 @@ class RoleRehearsal:
         if job.hf.num_experts and job.layout.ep > 1 and not self.short:
             self._hot(ranks[0])
         return report
+
+    def run_memory(self) -> RoleReport:
+        """Find bytes alone, on ranks of every stage that is unlike others."""
+        ranks = covering(self.job.world, self.job.layout)
+        busy = self._busy({place.pp: place for place in reversed(ranks)})
+        self._memory([self._runs(size, busy) for size in self.sizes], busy)
+        return self.report
 
     def _job(self, size: int | None) -> Job:
         return self.job if size is None else self.job.with_layers(size)
@@ -137,6 +147,10 @@ class RoleRehearsal:
                     report.findings.append(self._kept(place.rank, kept, own[-1].kept))
         memory = next(x for x in self.plan.roles if x.name == self.job.role).memory
         report.planned = memory.allocated
+        if self.job.trains:
+            lasting = replace(memory, activations=0, head=0, kv_cache=0).allocated
+            size, width = self.plan.setup.student, Precision.of(self.job.model.dtype).weight
+            report.planned_push = lasting + push_bytes(size, self.job.layout, width)
         self._too_much(runs)
 
     def _peak(self, phases: list[Phase], stage: int) -> dict[str, float]:
@@ -157,6 +171,12 @@ class RoleRehearsal:
 
     def _too_much(self, runs: list[dict[int, RankRun]]) -> None:
         report, gpu = self.report, self.plan.setup.gpu
+        for name, kinds in report.phases.items():
+            if name != self.computing and on_gpu(kinds) > gpu.memory:
+                report.findings.append(
+                    f"{report.role} rank {report.peak_rank} takes {on_gpu(kinds) / GIB:.1f} GiB of "
+                    f"tensors in its {name}, a GPU has {gpu.memory / GIB:.1f}."
+                )
         phase = runs[-1][report.peak_rank].memory[self.computing]
         largest = max((phase.head, phase.body), key=lambda peak: peak.size).largest
         what = f"; the largest at the peak: {_described(largest[0])}" if largest else ""

@@ -3,6 +3,7 @@
 import json
 import pickle
 import tempfile
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,20 +16,25 @@ from iwopd_megatron.config.load import read_recipe
 from iwopd_megatron.config.models import Layout
 from iwopd_megatron.loss import linear_loss, logprobs
 from iwopd_megatron.models import experts
+from iwopd_megatron.models.gpt import build_model
 from iwopd_megatron.plan.hardware import GPUS, RATES
+from iwopd_megatron.plan.memory import push_bytes
+from iwopd_megatron.plan.model_size import ModelSize
 from iwopd_megatron.plan.plan import Plan
 from iwopd_megatron.rehearsal import checkpoints, resharding, slices
 from iwopd_megatron.rehearsal.collectives import Call, Mailbox, Recorder
 from iwopd_megatron.rehearsal.job import Job, jobs
-from iwopd_megatron.rehearsal.memoryless import Memoryless, Watched
+from iwopd_megatron.rehearsal.ledger import Ledger
+from iwopd_megatron.rehearsal.memoryless import Memoryless, Shapes, Watched
 from iwopd_megatron.rehearsal.place import Place, covering
-from iwopd_megatron.rehearsal.push import introduce
+from iwopd_megatron.rehearsal.push import introduce, pushed
 from iwopd_megatron.rehearsal.rank import RankRehearsal
 from iwopd_megatron.rehearsal.replay import compare, play, program_of
 from iwopd_megatron.rehearsal.role import RoleRehearsal
 from iwopd_megatron.rehearsal.routing import expert_counts
 from iwopd_megatron.rehearsal.sources import HollowFolder
 from iwopd_megatron.rehearsal.world import Groups, alone
+from iwopd_megatron.runtime.device import as_gpu
 from iwopd_megatron.runtime.megatron import nested_values
 from iwopd_megatron.runtime.parallel import initialise, shutdown
 from iwopd_megatron.teacher import embedded
@@ -36,6 +42,7 @@ from iwopd_megatron.train import checkpoint
 from iwopd_megatron.train.student import StudentModel
 from iwopd_megatron.weights import sharding, table
 from iwopd_megatron.weights.hf_reader import HfTensors, load_shards
+from iwopd_megatron.weights.sync import WeightStream
 
 RECIPE = Path(__file__).parents[2] / "recipes/demo_tiny_moe.yaml"
 LAYOUTS = {
@@ -364,6 +371,39 @@ def test_a_bucket_pushed_in_another_dtype_is_found(small, monkeypatch):
         programs(replace(small, model=small.model.model_copy(update={"dtype": "bf16"})))
     )
     assert any("PIPELINE_MODEL_PARALLEL_GROUP" in x and "broadcast" in x for x in found)
+
+
+PUSHED = [
+    ("qwen3_235b_a22b_to_30b_a3b", dict(ep=8)),
+    ("qwen3_235b_a22b_to_30b_a3b", dict(pp=2, ep=4)),
+    ("qwen3_235b_a22b_to_30b_a3b", dict(tp=2, ep=2, etp=2, pp=2)),
+    ("qwen3_235b_a22b_self", dict(tp=4, pp=2, ep=8)),
+    ("qwen3_4b_to_4b", dict(pp=2)),
+]
+
+
+@pytest.mark.parametrize(("recipe", "axes"), PUSHED)
+def test_planned_bytes_of_a_push_are_the_rehearsed(recipe, axes):
+    job = jobs(read_recipe(RECIPE.parent / f"{recipe}.yaml", []))[1][0]
+    layout = Layout(**axes)
+    job = replace(job, layout=layout, world=layout.unit).with_layers(3)
+    planned = push_bytes(ModelSize.of(job.hf), layout)
+    assert forked(pushed_bytes, job) == pytest.approx(planned, rel=0.05)
+
+
+def pushed_bytes(job: Job) -> int:
+    """The most that rank 0 holds of a push, its parameters left out."""
+    mailbox, ledger = Mailbox(job.world // job.layout.pp), Ledger()
+    introduce(job, mailbox)
+    recorder = Recorder(is_alone=True, mailbox=mailbox)
+    with alone(0, job.world, job.layout) as parallel, as_gpu(), Shapes([ledger], recorder):
+        recorder.phase = "load"
+        stream = WeightStream(build_model(job.hf, parallel, "bf16"), job.hf, parallel)
+        recorder.phase = "push"
+        with ledger.phase("push", "push"):
+            deque(pushed(stream, job.recipe, is_main=True), maxlen=0)
+    peak = max((ledger.phases["push"].body, ledger.phases["push"].head), key=lambda x: x.size)
+    return peak.kinds["push"]
 
 
 @pytest.mark.parametrize("objective", ["policy", "topk_kl"])
