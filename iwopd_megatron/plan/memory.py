@@ -141,7 +141,7 @@ def push_bytes(size: ModelSize, layout: Layout, width: int = 2) -> float:
     """
     tp, pp, ranks = layout.tp, layout.pp, layout.ep * layout.etp
     table = max(BUCKET, width * size.vocabulary)
-    dense = table + (table + BUCKET) * (tp * pp > 1)
+    dense: float = table + (table + BUCKET) * (tp * pp > 1)
     if tp > 1:
         dense = max(dense, (2 + 1 / tp) * table + BUCKET)
     if ranks * pp == 1 or not size.experts:

@@ -6,34 +6,28 @@ is counted once. Bytes, calls and seconds are linear in the layers, which a test
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from dataclasses import replace
 
 from iwopd_megatron.config.stages import distinct_stages
 from iwopd_megatron.plan.memory import Precision, push_bytes
-from iwopd_megatron.plan.model_size import ModelSize
-from iwopd_megatron.plan.phases import sync_seconds
 from iwopd_megatron.plan.plan import Plan
-from iwopd_megatron.plan.traffic import microbatch_bytes, step_bytes
 from iwopd_megatron.rehearsal.collectives import Call, Mailbox
+from iwopd_megatron.rehearsal.figures import SMALL, Figures
 from iwopd_megatron.rehearsal.job import Job
 from iwopd_megatron.rehearsal.ledger import Phase, Storage
 from iwopd_megatron.rehearsal.memoryless import Memoryless, Shapes
 from iwopd_megatron.rehearsal.place import Place, covering, places
-from iwopd_megatron.rehearsal.push import PUSH, introduce
+from iwopd_megatron.rehearsal.push import introduce
 from iwopd_megatron.rehearsal.rank import RankRehearsal, RankRun
 from iwopd_megatron.rehearsal.replay import compare, play, program_of
 from iwopd_megatron.rehearsal.report import GIB, RoleReport, on_gpu
 from iwopd_megatron.rehearsal.resharding import check_checkpoints
 from iwopd_megatron.rehearsal.slices import Slices, read_slices
-from iwopd_megatron.rehearsal.traffic import STEP, by_axis, communication, volumes
 from iwopd_megatron.rehearsal.world import Groups
 
 KEPT = 0.02  # of the peak: what forward and backward may leave behind
 ROOM, SLACK = 1.1, 0.5 * GIB  # a rank may take so many times the planned bytes, and so many more
 HOT = (2.0, 4.0)
-SMALL = (2, 3)  # layers a chunk of the two models that stand for all
 
 
 class RoleRehearsal:
@@ -46,6 +40,7 @@ class RoleRehearsal:
         self.computing = "forward/backward" if job.trains else "score"
         self.report = RoleReport(job.role, job.world, self.computing, Slices())
         self.report.microbatches = job.microbatches
+        self.figures = Figures(job, plan, self.report)
         self.groups = Groups()
         self.mailboxes: dict[tuple[int | None, float], Mailbox] = {}  # by size, hot
 
@@ -64,12 +59,12 @@ class RoleRehearsal:
         everyone = runs[0] | self._runs(self.sizes[0], others, mode=Shapes)
         self._programs(everyone, firsts)
         if job.trains:
-            self._push([x[ranks[0].rank] for x in runs])
+            self.figures.push([x[ranks[0].rank] for x in runs])
             known = {rank: run.pieces for rank, run in everyone.items()}
             report.findings += check_checkpoints(self._job(self.sizes[0]), known)
-        self._volumes([x[ranks[0].rank] for x in runs])
-        self._moved([x[ranks[0].rank] for x in runs])
-        self._seconds(runs, busy)
+        self.figures.volumes([x[ranks[0].rank] for x in runs])
+        self.figures.moved([x[ranks[0].rank] for x in runs])
+        self.figures.seconds(runs, busy)
         if job.hf.num_experts and job.layout.ep > 1 and not self.short:
             self._hot(ranks[0])
         return report
@@ -118,17 +113,6 @@ class RoleRehearsal:
                 introduce(self._job(size), mailbox)
         return self.mailboxes[size, hot]
 
-    def _at_size(self, values: list[float], stage: int) -> float:
-        """Return a figure at all layers of a stage, from those of the small models."""
-        if len(values) == 1:
-            return values[0]
-        layers = self.job.layers_a_chunk[stage]
-        return values[0] + (layers - SMALL[0]) * (values[1] - values[0]) / (SMALL[1] - SMALL[0])
-
-    def _kind_at_size(self, kind: str, values: list[int], stage: int) -> float:
-        """Return the same of bytes of a kind; buckets of weights do not grow with the layers."""
-        return max(values) if kind == PUSH else self._at_size(values, stage)
-
     def _memory(self, runs: list[dict[int, RankRun]], ranks: list[Place]) -> None:
         """Find the busiest rank's bytes by phase and kind, and what is kept."""
         report = self.report
@@ -140,7 +124,7 @@ class RoleRehearsal:
             peak = sum(phases[self.computing].values())
             if peak > report.peak:
                 report.peak, report.peak_rank, report.phases = peak, place.rank, phases
-            kept = self._at_size([sum(x.nbytes for x in run.kept) for run in own], place.pp)
+            kept = self.figures.at_size([sum(x.nbytes for x in run.kept) for run in own], place.pp)
             if kept > report.kept:
                 report.kept = kept
                 if kept > KEPT * peak:
@@ -159,7 +143,7 @@ class RoleRehearsal:
         for peaks in ([x.head for x in phases], [x.body for x in phases]):
             kinds = peaks[-1].kinds
             sizes = {k: [x.kinds.get(k, 0) for x in peaks] for k in kinds}
-            moments.append({k: self._kind_at_size(k, x, stage) for k, x in sizes.items()})
+            moments.append({k: self.figures.kind_at_size(k, x, stage) for k, x in sizes.items()})
         return max(moments, key=lambda kinds: sum(kinds.values()))
 
     def _kept(self, rank: int, kept: float, storages: list[Storage]) -> str:
@@ -202,57 +186,6 @@ class RoleRehearsal:
                 template = firsts[place.pp].rank
                 everyone[place.rank] = program_of(place.rank, programs[template], template, groups)
         self.report.findings += [f"{self.job.role}: {x}" for x in play(everyone)]
-
-    def _volumes(self, runs: list[RankRun]) -> None:
-        """Count calls and bytes by phase, axis and operation."""
-        counted = [volumes(run) for run in runs]
-        for key in counted[-1]:
-            count, size = (
-                self._at_size([x.get(key, (0, 0))[i] for x in counted], 0) for i in range(2)
-            )
-            self.report.volumes.setdefault(key[0], {})[key[1]] = count, size
-
-    def _moved(self, runs: list[RankRun]) -> None:
-        """Count bytes that are moved over each axis, beside the plan's."""
-        job, size_of = self.job, ModelSize.of(self.job.hf)
-        phases = STEP if job.trains else (self.computing,)
-        recompute = getattr(job.model, "recompute", None) if job.trains else None
-        planned = {
-            axis: job.microbatches * n
-            for axis, n in microbatch_bytes(size_of, job.layout, job.tokens, recompute).items()
-        }
-        planned |= step_bytes(size_of, job.layout, job.world) if job.trains else {}
-        rehearsed = [by_axis(run, phases) for run in runs]
-        for axis in planned | rehearsed[-1]:
-            total = self._at_size([x.get(axis, 0.0) for x in rehearsed], 0)
-            self.report.moved[axis] = total, planned.get(axis, 0.0)
-
-    def _seconds(self, runs: list[dict[int, RankRun]], ranks: list[Place]) -> None:
-        """Find the slowest rank's seconds of a micro-batch, and what they go to."""
-        name, rate = self.computing, communication(self.plan)
-        for place in ranks:
-            own = [x[place.rank] for x in runs]
-            operations = {
-                key: self._at_size([x.seconds[name].get(key, 0.0) for x in own], place.pp)
-                for key in own[-1].seconds[name]
-            }
-            talk = self._at_size([rate(x.calls[name]) for x in own], place.pp)
-            costs = Counter(operations | {"communication": talk})
-            if costs.total() > self.report.costs.total():
-                self.report.costs = costs
-                self.report.seconds = costs.total() / self.job.microbatches
-
-    def _push(self, runs: list[RankRun]) -> None:
-        """Find the first rank's seconds of a push: its stream's, and what it sends to servers."""
-        setup, rate = self.plan.setup, communication(self.plan)
-        if setup.cluster.rollout and setup.recipe.rollout.sync != "distributed":
-            return
-        network = setup.gpu.network * setup.rates.link if setup.cluster.rollout else math.inf
-        seconds = [
-            sum(run.seconds[PUSH].values()) + rate(run.calls[PUSH]) + run.pushed / network
-            for run in runs
-        ]
-        self.report.push_seconds = self._at_size(seconds, 0), sync_seconds(setup)
 
     def _hot(self, place: Place) -> None:
         """Find the peak of a rank whose experts get more than their share."""

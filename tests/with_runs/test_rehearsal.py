@@ -416,7 +416,7 @@ def test_planned_bytes_of_a_dense_teacher_are_the_rehearsed(objective):
 
 
 def _report_of(job: Job, plan: Plan):
-    return RoleRehearsal(job, plan, all_layers=False, short=True).run()
+    return RoleRehearsal(job, plan, all_layers=False, short=True).run_memory()
 
 
 @pytest.mark.parametrize("axes", [dict(tp=2, cp=2, pp=2, ep=4), dict(ep=2, etp=2, tp=2), {}])
