@@ -76,7 +76,7 @@ def tokenizer(folder):
 
 @pytest.fixture
 def student(folder, tmp_path):
-    """The folder with another generation_config.json, or a text of the tokenizer's files changed."""
+    """The folder with other ends, or other settings of the tokenizer."""
 
     def write(ends=None, **settings):
         out = tmp_path / "student"
