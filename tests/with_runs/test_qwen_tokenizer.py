@@ -135,7 +135,7 @@ def test_prompts_with_and_without_thinking(tokenizer):
     assert Prompts(tokenizer, True, vocabulary=VOCABULARY).encode(asked("hi")) == head
     closed = [think, *tokenizer.encode("\n\n"), thought, *tokenizer.encode("\n\n")]
     assert Prompts(tokenizer, False).encode(asked("hi")) == head + closed
-    with pytest.raises(RecipeError, match="the id 151645, and the model's vocab_size is 151645"):
+    with pytest.raises(RecipeError, match="'</think>' the id 151668, and the model's vocab_size"):
         Prompts(tokenizer, vocabulary=END).encode(asked("hi"))
 
 
@@ -168,7 +168,8 @@ def test_what_ends_an_answer(folder, tokenizer, student):
 
 @pytest.mark.parametrize("mode", UNREAD)
 def test_special_ids_in_the_loss(folder, tokenizer, mode):
-    words = [f"student.hf={folder}", f"teacher.hf={folder}", f"loss.mask_special_tokens={mode}"]
+    words = [f"student.hf={folder}", f"teacher.hf={folder}", "student.parallel={}"]
+    words += [f"loss.mask_special_tokens={mode}"]
     recipe = load_recipe(Path("recipes/demo_tiny_moe.yaml"), words)
     supervision = FineTuning(recipe, None, None, tokenizer)
     assert supervision.unread == UNREAD[mode]
