@@ -46,6 +46,8 @@ MOE = parse_hf_config(SIZES | EXPERTS, "moe")
 
 LLAMA = parse_hf_config(SIZES | {"model_type": "llama"}, "llama")
 QWEN2 = parse_hf_config(SIZES | {"model_type": "qwen2"}, "qwen2")
+SHARED = {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 160}
+QWEN2_MOE = parse_hf_config(SIZES | EXPERTS | SHARED, "qwen2_moe")
 
 # world, config, axes, dtype, distributed optimizer
 CASES = [
@@ -63,6 +65,8 @@ CASES = [
     (1, LLAMA, {}, "fp32", False),
     (2, QWEN2, {"tp": 2}, "bf16", True),
     (2, QWEN2, {"pp": 2}, "bf16", True),
+    (2, QWEN2_MOE, {"tp": 2}, "bf16", True),
+    (4, QWEN2_MOE, {"tp": 2, "pp": 2, "ep": 2}, "bf16", True),
 ]
 
 
@@ -142,7 +146,7 @@ def check_activations(hf):
     assert planned == measured, planned - measured
 
 
-@pytest.mark.parametrize("hf", [DENSE, MOE, LLAMA, QWEN2], ids=lambda hf: hf.model_type)
+@pytest.mark.parametrize("hf", [DENSE, MOE, LLAMA, QWEN2, QWEN2_MOE], ids=lambda hf: hf.model_type)
 def test_activations_of_a_layer_are_exactly_what_autograd_keeps(hf):
     run_world(1, check_activations, hf)
 

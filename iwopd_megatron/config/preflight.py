@@ -149,6 +149,7 @@ def check_layout(layout: Layout, hf: HfConfig, role: str) -> None:
         rules += [
             ("ep", layout.ep, "the number of experts", experts),
             ("etp", layout.etp, "moe_intermediate_size", hf.moe_intermediate_size),
+            ("tp", layout.tp, "the shared expert's size", hf.shared_expert_intermediate_size),
         ]
     else:
         rules.append(("tp", layout.tp, "intermediate_size", hf.intermediate_size))

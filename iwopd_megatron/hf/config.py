@@ -47,6 +47,8 @@ class HfConfig:
     moe_intermediate_size: int = 0
     num_experts_per_tok: int = 0
     norm_topk_prob: bool = False
+    shared_expert_intermediate_size: int = 0  # of the expert that every token meets; 0: none
+    shared_expert_gates: int = 0  # numbers a token that scale its output: 1 or none
     pad_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()  # of config.json; `folder.eos_ids` has the last word
     dtype: str = "float32"  # as torch names it

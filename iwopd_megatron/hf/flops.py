@@ -16,6 +16,7 @@ def token_products(hf: HfConfig) -> int:
     if hf.num_experts:
         ffn = 3 * hidden * hf.moe_intermediate_size * hf.num_experts_per_tok
         ffn += hidden * hf.num_experts  # router
+        ffn += hidden * (3 * hf.shared_expert_intermediate_size + hf.shared_expert_gates)
     else:
         ffn = 3 * hidden * hf.intermediate_size
     return hf.num_hidden_layers * (attention + ffn)

@@ -1,4 +1,4 @@
-"""A rank's routed experts and the dense MLP as Megatron's layers want them, on torch's kernels.
+"""A rank's experts and the dense MLP as Megatron's layers want them, on torch's kernels.
 
 Megatron 0.16 builds a layer's parts with `build_module`, later versions by calling them with their
 own arguments (`is_mtp_layer`, `name`); classes that take both, and bring their own submodules, do
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from iwopd_megatron.models.marks import mark_parameter
 from iwopd_megatron.models.native_ops import grouped_mm, swiglu
@@ -26,30 +27,52 @@ from iwopd_megatron.runtime.megatron import (
     ShardedObject,
     ShardedTensor,
     ShardedTensorFactory,
+    SharedExpertMLP,
 )
 
 _FC = {"weight1": "linear_fc1", "weight2": "linear_fc2"}
 _EXTRA_STATE = "_extra_state"
 
 
+def _linears() -> MLPSubmodules:
+    return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+
+
 class SwiGluMLP(MLP):
     """Megatron's dense MLP (parameters, sharding, checkpoints) with one activation pass."""
 
     def __init__(self, config, pg_collection=None, **_):
-        linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
         tp_group = None if pg_collection is None else pg_collection.tp
-        super().__init__(config, linears, tp_group=tp_group)
+        super().__init__(config, _linears(), tp_group=tp_group)
 
     def forward(self, hidden, **kwargs):  # routing settings of other MLPs
         gate_up, _ = self.linear_fc1(hidden)
         return self.linear_fc2(swiglu(gate_up))
 
 
+class SharedSwiGluMLP(SharedExpertMLP):
+    """Megatron's shared expert, which every token meets, with one activation pass.
+
+    Where it has a gate, a sigmoid of the token scales its output.
+    """
+
+    def __init__(self, config, gate: bool, pg_collection=None, **_):
+        super().__init__(config, _linears(), gate, pg_collection)
+
+    def forward(self, hidden):
+        gate_up, _ = self.linear_fc1(hidden)
+        out, _ = self.linear_fc2(swiglu(gate_up))
+        if self.gate_weight is None:
+            return out
+        return out * F.linear(hidden, self.gate_weight).sigmoid()
+
+
 class GroupedMoELayer(MoELayer):
-    """Megatron's router and dispatcher around GroupedExperts."""
+    """Megatron's router and dispatcher around GroupedExperts, and beside them the shared expert."""
 
     def __init__(self, config, pg_collection=None, **_):
-        super().__init__(config, MoESubmodules(experts=GroupedExperts), pg_collection=pg_collection)
+        parts = MoESubmodules(experts=GroupedExperts, shared_experts=SharedSwiGluMLP)
+        super().__init__(config, parts, pg_collection=pg_collection)
 
 
 class GroupedExperts(MegatronModule):

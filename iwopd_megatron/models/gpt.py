@@ -127,6 +127,8 @@ def _expert_settings(hf: HfConfig, dtype: torch.dtype) -> dict[str, Any]:
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
         moe_token_dispatcher_type="alltoall",
+        moe_shared_expert_intermediate_size=hf.shared_expert_intermediate_size or None,
+        moe_shared_expert_gate=hf.shared_expert_gates > 0,
         moe_grouped_gemm=layer_specs.has_transformer_engine(dtype),
     )
 

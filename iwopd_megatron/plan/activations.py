@@ -7,7 +7,7 @@ formulas
 
     h = hidden size             q = query heads x head size     k = key-value heads x head size
     f = width of the MLP        n = query heads                 E, K = experts, experts a token
-    m = key-value heads         w = bytes of an element
+    m = key-value heads         w = bytes of an element         S = width of a shared expert
     tp, pp, vpp, ep, etp, cp = the layout's degrees
     hot = tokens of the busiest expert rank over the mean
 
@@ -48,12 +48,15 @@ def mlp_bytes(size: ModelSize, layout: Layout, width: int = 2, hot: float = 1.0)
     24K: which experts and in which order (int64), their fp32 probabilities before and after the
     dispatch. 8E: the int64 order of all tokens for all experts, of which Megatron 0.17 and later
     use the first K; 0.16 keeps 5E instead, fp32 probabilities and a map of bools.
+    A shared expert = w 3S / tp more: gate, up and product; with a gate, w (h + 1) / tp for its
+    output and the sigmoid that scales it.
     """
     kept: float = 2 * size.hidden
     if not size.experts:
         return (width * (kept + 3 * size.ffn) + 4) / layout.tp
     copies = size.topk * layout.etp * hot
     kept += copies * (size.hidden + 3 * size.ffn / layout.etp)
+    kept += 3 * size.shared + size.gates * (size.hidden + 1)
     return (width * kept + 4 + 24 * size.topk + 8 * size.experts) / layout.tp
 
 
@@ -152,7 +155,9 @@ def _gradients(size: ModelSize, layout: Layout, local: float, width: int, hot: f
     SwiGLU's backward, fp32 as probabilities are = R (3w + 12) f / etp + w W; the down projection's
     = R w (h + f / etp) + w W; the up projection's = R w (h - f / etp) + 2 w W; and, dispatched to
     other ranks, the forward run's end = R w 3h + w h K / tp: outputs, in both orders, and copies as
-    sent and as received, which Megatron's callers hold.
+    sent and as received, which Megatron's callers hold. Then a shared expert's as a dense MLP's,
+    with the gradient that came back through the others, w h / tp, and of its gate the scaled
+    output's and the gate's, 2 w h / tp.
     """
     if not size.experts:
         return width * size.ffn / layout.tp * (5 * local + size.hidden)
@@ -167,6 +172,9 @@ def _gradients(size: ModelSize, layout: Layout, local: float, width: int, hot: f
     if layout.ep * layout.etp > 1:
         own = local / layout.tp * size.topk
         steps.append(width * size.hidden * (3 * rows + own))
+    if size.shared:
+        waiting = (1 + 2 * size.gates) * size.hidden * local
+        steps.append(width / layout.tp * (size.shared * (5 * local + size.hidden) + waiting))
     return max(steps)
 
 
@@ -180,18 +188,22 @@ def scoring_bytes(
     Experts = tokens / cp x (w 4h + 5E + 8K) / tp + R w (2h + max(3f / etp, h + f / etp, 2h)), of
     the R copies of `_gradients` in the order of their tokens and of their experts, their outputs in
     both; + K w h / tp a token where they are dispatched to other ranks, as sent. 5E + 8K: fp32
-    probabilities, a map of bools, the order of tokens.
+    probabilities, a map of bools, the order of tokens. A shared expert's output, w h / tp, is there
+    meanwhile; it was a dense MLP's run before.
     """
     local, hidden = tokens / layout.cp / layout.tp, width * size.hidden
+    out = hidden * layout.tp + hidden * (layout.tp > 1)
     if not size.experts:
-        out = hidden * layout.tp + hidden * (layout.tp > 1)
         return local * (4 * hidden + 3 * width * size.ffn + out)
     own, ffn = local * size.topk, width * size.ffn / layout.etp
     rows = own * layout.etp * hot
     copies = rows * (2 * hidden + max(3 * ffn, hidden + ffn, 2 * hidden))
     if layout.ep * layout.etp > 1:
         copies += own * hidden
-    return local * (4 * hidden + 5 * size.experts + 8 * size.topk) + copies
+    routed = local * (4 * hidden + 5 * size.experts + 8 * size.topk) + copies
+    if not size.shared:
+        return routed
+    return max(routed + local * hidden, local * (4 * hidden + 3 * width * size.shared + out))
 
 
 def buffer_bytes(size: ModelSize, layout: Layout, tokens: int, width: int = 2) -> float:

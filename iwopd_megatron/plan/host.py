@@ -113,7 +113,7 @@ class Needs:
             return 0.0
         width = self.precision.weight
         longest = recipe.rollout.max_prompt_tokens + recipe.rollout.max_response_tokens
-        mlp = 0 if size.experts else size.mlp
+        mlp = size.shared_mlp if size.experts else size.mlp
         products = (size.layers * (size.attention + mlp) + size.vocabulary) * width
         is_packed = width == 4 and rows <= PACKED_ROWS and products >= PACKED_BYTES
         cache = kv_bytes(size, 1, width) * rows * longest

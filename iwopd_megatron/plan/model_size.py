@@ -2,7 +2,8 @@
 
 Counts are parameters, as Megatron builds them here: vocabulary never padded, SwiGLU, and of biases
 and of norms on queries and keys what the family has. Per rank: attention, dense MLP and vocabulary
-over tp, experts over ep x etp, layers over stages; norms and routers whole on every tp rank.
+over tp, experts over ep x etp but a shared one over tp, layers over stages; norms, routers and
+gates whole on every tp rank.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ class ModelSize:
     topk: int  # experts a token visits; 1 MLP if dense
     qk_norm: bool = True  # a norm on queries and keys
     qkv_bias: bool = False
+    shared: int = 0  # width of the expert that every token meets
+    gates: int = 0  # numbers a token that scale its output
 
     @classmethod
     def of(cls, hf: HfConfig) -> ModelSize:
@@ -66,6 +69,8 @@ class ModelSize:
             topk=hf.num_experts_per_tok if experts else 1,
             qk_norm=hf.qk_norm,
             qkv_bias=hf.qkv_bias,
+            shared=hf.shared_expert_intermediate_size,
+            gates=hf.shared_expert_gates,
         )
 
     @property
@@ -85,13 +90,18 @@ class ModelSize:
 
     @property
     def router(self) -> int:
-        """Weights of one layer's router = h x experts; 0 if dense."""
-        return self.hidden * self.experts
+        """Weights of one layer's router and of the shared expert's gate = h (experts + gates)."""
+        return self.hidden * (self.experts + self.gates)
 
     @property
     def mlp(self) -> int:
         """Weights of one dense MLP or one expert = 3 h f: gate, up and down."""
         return 3 * self.hidden * self.ffn
+
+    @property
+    def shared_mlp(self) -> int:
+        """Weights of one layer's shared expert = 3 h x its width; 0 without one."""
+        return 3 * self.hidden * self.shared
 
     @property
     def vocabulary(self) -> int:
@@ -100,36 +110,36 @@ class ModelSize:
 
     @cached_property
     def parameters(self) -> int:
-        """All parameters = layers x (attention + biases + norms + router + MLPs) + final norm +
-        vocabulary.
+        """All parameters = layers x (attention + biases + norms + router + MLPs + shared expert) +
+        final norm + vocabulary.
 
         The vocabulary counts twice (embedding and head) unless they are tied.
         """
         layer = self.attention + self.biases + self.norms + self.router
-        layer += max(1, self.experts) * self.mlp
+        layer += max(1, self.experts) * self.mlp + self.shared_mlp
         return self.layers * layer + self.hidden + self.vocabulary * (1 if self.tied else 2)
 
     @cached_property
     def active(self) -> int:
         """Parameters in a token's matrix products, the head's included and the embedding's not.
 
-        = layers x (attention + router + topk x MLP) + vocabulary; twice that is a token's FLOP
-        without attention scores.
+        = layers x (attention + router + topk x MLP + shared expert) + vocabulary; twice that is a
+        token's FLOP without attention scores.
         """
-        layer = self.attention + self.router + self.topk * self.mlp
+        layer = self.attention + self.router + self.topk * self.mlp + self.shared_mlp
         return self.layers * layer + self.vocabulary
 
     def share(self, layout: Layout, stage: int) -> Share:
         """Return one rank's parameters on pipeline stage `stage` (0 first, pp - 1 last).
 
-        Dense = layers x ((attention + biases) / tp + norms + router + dense MLP / tp), and
-        vocabulary / tp for the embedding on the first stage, vocabulary / tp + h for head and final
-        norm on the last; layers: of this stage (`config.stages`).
+        Dense = layers x ((attention + biases + dense MLP or shared expert) / tp + norms + router),
+        and vocabulary / tp for the embedding on the first stage, vocabulary / tp + h for head and
+        final norm on the last; layers: of this stage (`config.stages`).
         Expert = layers x experts x MLP / (ep etp). A tied head is a copy of the embedding where
         pp > 1, and no parameters where pp = 1.
         """
         tp, layers = layout.tp, layers_of_stages(layout, self.layers)[stage]
-        layer = (self.attention + self.biases) / tp + self.norms + self.router
+        layer = (self.attention + self.biases + self.shared_mlp) / tp + self.norms + self.router
         expert = 0.0
         if self.experts:
             expert = layers * self.experts * self.mlp / (layout.ep * layout.etp)

@@ -80,7 +80,7 @@ def _stage(load: Workload, layer: float, head: float) -> float:
 
 def _mlp_share(size: ModelSize) -> float:
     """Return the MLP's share of a layer's weights that a token meets, K MLPs of them."""
-    mlp = size.topk * size.mlp
+    mlp = size.topk * size.mlp + size.shared_mlp
     return mlp / (mlp + size.attention)
 
 
@@ -90,7 +90,7 @@ def _layer(load: Workload, passes: float, recompute: str | None) -> float:
     attention's product: T tokens, h (2q + 2k) / tp weights;
     attention: 2 length q T / tp FLOP, two products of length x q and half of them masked;
     MLP's product: T tokens, 3 h f / tp weights; or of experts: T K etp / tp copies of tokens, each
-    2 x 3 h f / etp FLOP, E 3 h f / (ep etp) weights)
+    2 x 3 h f / etp FLOP, E 3 h f / (ep etp) weights, and the shared expert's product)
     + `dispatches` x the dispatch of the copies + tensor- and context-parallel communication
     + passes / 3 x (bytes kept x `rates.passes` / HBM + `rates.moe_layer` or `dense_layer`)
     + in training 10 bytes a weight / HBM to sum gradients: fp32 read and written, bf16 read.
@@ -109,6 +109,9 @@ def _layer(load: Workload, passes: float, recompute: str | None) -> float:
         per_copy = size.mlp / layout.etp
         arithmetic = 2 * copies * per_copy / (gpu.tflops * rates.grouped_gemm)
         seconds += max(arithmetic, 2 * weights / (gpu.hbm * rates.hbm))
+        if size.shared:
+            seconds += _product(load, local, size.shared_mlp / layout.tp, rates.gemm)
+            weights += size.shared_mlp / layout.tp
     else:
         weights = size.mlp / layout.tp
         seconds += _product(load, local, weights, rates.gemm)
@@ -219,7 +222,7 @@ def decode_step(load: Workload, batch: float, context: float, tp: int, width: in
     all-reduces and, by NVLink, 2 x 2 x 2 h batch bytes.
     """
     size, gpu, rates = load.size, load.gpu, load.rates
-    dense = size.layers * (size.attention + size.router) + size.vocabulary
+    dense = size.layers * (size.attention + size.router + size.shared_mlp) + size.vocabulary
     mlps = size.layers * size.mlp
     touched = 1.0
     if size.experts:
@@ -227,8 +230,7 @@ def decode_step(load: Workload, batch: float, context: float, tp: int, width: in
     weights = width * (dense + mlps * touched) / tp
     cache = 4 * size.layers * size.head * max(1, size.kv_heads / tp) * context * batch
     memory = (weights + cache) / (gpu.hbm * rates.decode_hbm)
-    active = size.layers * (size.attention + size.router + size.topk * size.mlp)
-    arithmetic = 2 * batch * (active + size.vocabulary) / tp / (gpu.tflops * rates.grouped_gemm)
+    arithmetic = 2 * batch * size.active / tp / (gpu.tflops * rates.grouped_gemm)
     launch = rates.decode_moe_layer if size.experts else rates.decode_layer
     reduce = 2 * rates.decode_all_reduce if tp > 1 else 0
     moved = 2 * 2 * size.hidden * batch * 2 / (gpu.nvlink * rates.link) if tp > 1 else 0

@@ -27,11 +27,13 @@ def sequence_collectives(size: ModelSize, recompute: str | None) -> int:
     """Return how often a layer gathers or scatters the whole sequence over tp in a micro-batch.
 
     Attention and a dense MLP have one all-gather and one reduce-scatter forward, those and the
-    gather of the input again backward (5 in all), and 2 more where computed again; experts take
-    sequence shards.
+    gather of the input again backward (5 in all), and 2 more where computed again; routed experts
+    take sequence shards, a shared one does as a dense MLP.
     """
     attention = {None: 2, "full": 7}.get(recompute, 5)
-    return attention + (0 if size.experts else {None: 2, "none": 5}.get(recompute, 7))
+    if size.experts and not size.shared:
+        return attention
+    return attention + {None: 2, "none": 5}.get(recompute, 7)
 
 
 def microbatch_bytes(

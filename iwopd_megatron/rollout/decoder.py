@@ -183,7 +183,16 @@ class Decoder:
         act = swiglu(grouped_mm(x_ND[token], layer.gate_up, counts))
         out = grouped_mm(act, layer.down, counts)
         scale = prob_NK.flatten()[order, None].to(out.dtype)
-        return torch.zeros_like(x_ND).index_add_(0, token, out * scale)
+        return self._shared(layer, x_ND, packed).index_add_(0, token, out * scale)
+
+    def _shared(self, layer: Layer, x_ND: torch.Tensor, packed: PackedLayer | None) -> torch.Tensor:
+        """Return what the expert that every token meets adds, `[N, D]`; zeros without one."""
+        if layer.shared_gate_up is None or layer.shared_down is None:
+            return torch.zeros_like(x_ND)
+        act = swiglu(_product(x_ND, layer.shared_gate_up, packed and packed.shared_gate_up))
+        out = _product(act, layer.shared_down, packed and packed.shared_down)
+        gate = layer.shared_gate
+        return out if gate is None else out.mul_((x_ND @ gate.t()).sigmoid())
 
 
 def _product(x: torch.Tensor, weight_OI: torch.Tensor, packed: Packed | None) -> torch.Tensor:

@@ -3,7 +3,7 @@
 Its own are in Hugging Face's order, query, key and value rows together, to be filled by name. A
 process that holds every parameter whole has them in Megatron's order: the engine reads those, and
 an optimiser step changes what it reads. Shapes: D hidden, H query heads, G key-value heads, d head
-size, E experts, F ffn, V vocabulary.
+size, E experts, F ffn, S the shared expert's, V vocabulary.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ class Layer(NamedTuple):
     router: torch.Tensor | None  # [E, D]
     gate_up: torch.Tensor  # [E, D, 2 F]
     down: torch.Tensor  # [E, F, D]
+    shared_gate_up: torch.Tensor | None = None  # [2 S, D], of the expert that every token meets
+    shared_down: torch.Tensor | None = None  # [D, S]
+    shared_gate: torch.Tensor | None = None  # [1, D], whose sigmoid scales its output
 
 
 class DecoderWeights(NamedTuple):
@@ -61,6 +64,7 @@ def own_weights(hf: HfConfig, new: New) -> tuple[DecoderWeights, dict[str, torch
 def _own_layer(hf: HfConfig, new: New) -> tuple[Layer, dict[str, torch.Tensor]]:
     hidden, head, experts, ffn = hf.hidden_size, hf.head_dim, hf.num_experts, hf.ffn_size
     heads, groups = hf.num_attention_heads, hf.num_key_value_heads
+    shared, gates = hf.shared_expert_intermediate_size, hf.shared_expert_gates
     layer = Layer(
         attention_norm=new(hidden),
         qkv=new((heads + 2 * groups) * head, hidden),
@@ -71,6 +75,9 @@ def _own_layer(hf: HfConfig, new: New) -> tuple[Layer, dict[str, torch.Tensor]]:
         router=new(experts, hidden) if experts else None,
         gate_up=new(experts or 1, hidden, 2 * ffn),
         down=new(experts or 1, ffn, hidden),
+        shared_gate_up=new(2 * shared, hidden) if shared else None,
+        shared_down=new(hidden, shared) if shared else None,
+        shared_gate=new(gates, hidden) if gates else None,
     )
     rows = [heads * head, groups * head, groups * head]
     own = {"o_proj.weight": layer.out}
@@ -90,6 +97,12 @@ def _own_layer(hf: HfConfig, new: New) -> tuple[Layer, dict[str, torch.Tensor]]:
         prefix = f"mlp.experts.{e}." if experts else "mlp."
         parts = {"gate": gate_up.chunk(2)[0], "up": gate_up.chunk(2)[1], "down": down}
         own |= {f"{prefix}{x}_proj.weight": part for x, part in parts.items()}
+    if layer.shared_gate_up is not None and layer.shared_down is not None:
+        gate, up = layer.shared_gate_up.chunk(2)
+        parts = {"gate": gate, "up": up, "down": layer.shared_down}
+        own |= {f"mlp.shared_expert.{x}_proj.weight": part for x, part in parts.items()}
+    if layer.shared_gate is not None:
+        own["mlp.shared_expert_gate.weight"] = layer.shared_gate
     return layer, own
 
 
@@ -109,7 +122,7 @@ def _viewed_layer(hf: HfConfig, i: int, parameters: Mapping[str, torch.Tensor]) 
     def own(name: str) -> torch.Tensor:
         return parameters[f"decoder.layers.{i}.{name}"]
 
-    experts, hidden = hf.num_experts, hf.hidden_size
+    experts, hidden, shared = hf.num_experts, hf.hidden_size, hf.shared_expert_intermediate_size
     if experts:  # as GroupedExperts (models/experts.py) reads its two parameters
         gate_up = own("mlp.experts.weight1").view(experts, hidden, -1)
         down = own("mlp.experts.weight2").view(experts, -1, hidden)
@@ -131,4 +144,7 @@ def _viewed_layer(hf: HfConfig, i: int, parameters: Mapping[str, torch.Tensor]) 
         router=own("mlp.router.weight") if experts else None,
         gate_up=gate_up,
         down=down,
+        shared_gate_up=own("mlp.shared_experts.linear_fc1.weight") if shared else None,
+        shared_down=own("mlp.shared_experts.linear_fc2.weight") if shared else None,
+        shared_gate=own("mlp.shared_experts.gate_weight") if hf.shared_expert_gates else None,
     )

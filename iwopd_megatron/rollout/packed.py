@@ -52,12 +52,14 @@ class Packed(NamedTuple):
 
 
 class PackedLayer(NamedTuple):
-    """A layer's packed weights; experts are not packed: each has other rows every step."""
+    """A layer's packed weights; routed experts are not packed: each has other rows every step."""
 
     qkv: Packed
     out: Packed
     gate_up: Packed | None
     down: Packed | None
+    shared_gate_up: Packed | None = None
+    shared_down: Packed | None = None
 
 
 class PackedWeights(NamedTuple):
@@ -84,6 +86,9 @@ def pack(weights: DecoderWeights, rows: int, steps: int, threads: Threads) -> Pa
 
     def packed_layer(layer: Layer) -> PackedLayer:
         attention = packed(layer.qkv), packed(layer.out)
+        if layer.shared_gate_up is not None and layer.shared_down is not None:
+            shared = packed(layer.shared_gate_up), packed(layer.shared_down)
+            return PackedLayer(*attention, None, None, *shared)
         if layer.router is not None:
             return PackedLayer(*attention, None, None)
         return PackedLayer(*attention, packed(layer.gate_up[0].t()), packed(layer.down[0].t()))
@@ -109,4 +114,6 @@ def _nbytes(weights: DecoderWeights) -> int:
         total += layer.qkv.nbytes + layer.out.nbytes
         if layer.router is None:
             total += layer.gate_up.nbytes + layer.down.nbytes
+        for shared in (layer.shared_gate_up, layer.shared_down):
+            total += 0 if shared is None else shared.nbytes
     return total

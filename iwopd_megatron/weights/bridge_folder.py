@@ -144,7 +144,11 @@ def _rotary(rope: Rope) -> dict[str, Any]:
 
 
 def _experts(hf: HfConfig) -> dict[str, Any]:
-    return {
+    shared = {
+        "moe_shared_expert_intermediate_size": hf.shared_expert_intermediate_size,
+        "moe_shared_expert_gate": hf.shared_expert_gates > 0,
+    }
+    return (shared if hf.shared_expert_intermediate_size else {}) | {
         "num_moe_experts": hf.num_experts,
         "moe_ffn_hidden_size": hf.moe_intermediate_size,
         "moe_router_topk": hf.num_experts_per_tok,

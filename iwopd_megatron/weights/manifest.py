@@ -91,6 +91,7 @@ def hash_tensor(tensor: TensorSlice, name: str, folder: Path) -> ManifestEntry:
 def essentials(hf: HfConfig) -> dict[str, Any]:
     """Return what of a config changes the model's output, the same from any transformers."""
     keys = ESSENTIALS + EXPERT_ESSENTIALS * (hf.num_experts > 0)
+    keys += ("shared_expert_intermediate_size",) * (hf.shared_expert_intermediate_size > 0)
     keys += ("attention_window",) * (hf.attention_window > 0)
     return {key: getattr(hf, key) for key in keys} | hf.rope.essentials()
 

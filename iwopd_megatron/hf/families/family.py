@@ -46,6 +46,12 @@ def heads_or_null(config: TypedJson) -> int:
     return config.count("num_key_value_heads")
 
 
+def head_dim_or_share(config: TypedJson) -> int:
+    """Return a head's size; nothing means an equal share of the hidden size, null is an error."""
+    has_own = "head_dim" in config.content
+    return config.count("head_dim") if has_own else head_dim_or_null(config)
+
+
 def head_dim_or_null(config: TypedJson) -> int:
     """Return a head's size; null and nothing mean an equal share of the hidden size."""
     if config.content.get("head_dim") is None:

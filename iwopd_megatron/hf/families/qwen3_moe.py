@@ -6,20 +6,16 @@ from typing import Any
 
 from iwopd_megatron.files.typed_json import TypedJson
 from iwopd_megatron.hf.families import qwen3, rows
-from iwopd_megatron.hf.families.family import Family
+from iwopd_megatron.hf.families.family import Family, head_dim_or_share
 from iwopd_megatron.hf.families.published import DENSE, published
 
 
 def _describe(config: TypedJson) -> dict[str, Any]:
     """Return the fields; transformers 5's num_local_experts wins over num_experts."""
     newer = config.content.get("num_local_experts") is not None
-    has_head_dim = "head_dim" in config.content  # a missing one follows from the hidden size
-    heads = config.count("num_attention_heads")
     return {
         "num_key_value_heads": config.count("num_key_value_heads"),
-        "head_dim": config.count("head_dim")
-        if has_head_dim
-        else config.count("hidden_size") // heads,
+        "head_dim": head_dim_or_share(config),
         "qk_norm": True,
         "num_experts": config.count("num_local_experts" if newer else "num_experts"),
         "moe_intermediate_size": config.count("moe_intermediate_size"),
@@ -28,7 +24,7 @@ def _describe(config: TypedJson) -> dict[str, Any]:
     }
 
 
-_EVERY_LAYER = {"mlp_only_layers": [], "decoder_sparse_step": 1}  # has experts
+EVERY_LAYER = {"mlp_only_layers": [], "decoder_sparse_step": 1}  # has experts
 _SIZES = (*DENSE, "moe_intermediate_size")
 _30B, _235B = (f"Qwen3-{size}-Instruct-2507" for size in ("30B-A3B", "235B-A22B"))
 
@@ -36,7 +32,7 @@ QWEN3_MOE = Family(
     model_type="qwen3_moe",
     transformers="Qwen3Moe",
     describe=_describe,
-    fixed=qwen3.FIXED | _EVERY_LAYER,
+    fixed=qwen3.FIXED | EVERY_LAYER,
     null_means_default=("mlp_only_layers",),
     rows=rows.decoder(*qwen3.ATTENTION, rows.EXPERTS_NORM, rows.ROUTER, *rows.EXPERTS),
     sample=qwen3.SAMPLE
@@ -49,7 +45,7 @@ QWEN3_MOE = Family(
     published=published(
         {"model_type": "qwen3_moe", "num_experts": 128, "num_experts_per_tok": 8}
         | {"norm_topk_prob": True}
-        | _EVERY_LAYER
+        | EVERY_LAYER
         | qwen3.COMMON,
         {
             f"Qwen3-30B-A3B, {_30B}": (2048, 6144, 48, 32, 4, 768),

@@ -86,6 +86,7 @@ QKV_BIAS = Row(
         HfTensor(f"{_HF}self_attn.{x}_proj.bias", (size,))
         for x, size in zip("qkv", _QKV, strict=True)
     ),
+    needs="qkv_bias",
 )
 QK_NORMS = (
     norm("self_attention.q_layernorm", "self_attn.q_norm", "head_dim"),
@@ -107,6 +108,7 @@ DENSE = (
     ),
     Row(_LAYER + "mlp.linear_fc2.weight", "COLUMNS", projections("mlp", "down", _NARROW)),
 )
+_SHARED_WIDE = ("shared_expert_intermediate_size", "hidden_size")
 EXPERTS_NORM = norm("pre_mlp_layernorm", "post_attention_layernorm")
 ROUTER = Row(
     _LAYER + "mlp.router.weight",
@@ -126,6 +128,29 @@ EXPERTS = (
         projections("mlp.experts.{expert}", "down", _EXPERT_NARROW),
         stacked=(_LAYER + "mlp.experts.weight2", "GROUPED_DOWN"),
     ),
+)
+
+
+def shared_expert(module: str) -> tuple[Row, ...]:
+    """Return the rows of the expert that every token meets, which Hugging Face calls `module`."""
+    return (
+        Row(
+            _LAYER + "mlp.shared_experts.linear_fc1.weight",
+            "GATED",
+            projections(module, "gate up", _SHARED_WIDE, _SHARED_WIDE),
+        ),
+        Row(
+            _LAYER + "mlp.shared_experts.linear_fc2.weight",
+            "COLUMNS",
+            projections(module, "down", _SHARED_WIDE[::-1]),
+        ),
+    )
+
+
+SHARED_EXPERT_GATE = Row(
+    _LAYER + "mlp.shared_experts.gate_weight",
+    "REPLICATED",
+    (HfTensor(_HF + "mlp.shared_expert_gate.weight", ("shared_expert_gates", "hidden_size")),),
 )
 FINAL_NORM = Row(
     "decoder.final_layernorm.weight",

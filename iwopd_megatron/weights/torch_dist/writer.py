@@ -53,6 +53,7 @@ CONFIG = {
     "common_backend_version": 1,
 }
 _LINEARS = ["self_attention.linear_qkv", "self_attention.linear_proj"]
+_SHARED = ["mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2"]
 _QK_NORMS = ["self_attention.q_layernorm", "self_attention.k_layernorm"]
 
 
@@ -87,7 +88,9 @@ def object_keys(hf: HfConfig, names: str) -> list[str]:
     modules = _LINEARS + _QK_NORMS * (names == "te" and hf.qk_norm)
     if not experts:
         modules += ["mlp.linear_fc1", "mlp.linear_fc2"]
-    elif names == "te":
+    if hf.shared_expert_intermediate_size:
+        modules += _SHARED
+    if experts and names == "te":
         modules.append("pre_mlp_layernorm")  # of a dense layer it is inside mlp.linear_fc1
     keys = [
         f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}"
