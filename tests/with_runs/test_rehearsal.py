@@ -166,6 +166,14 @@ def test_nothing_is_found_where_nothing_is_wrong(small):
     assert report.peak > 0
 
 
+def test_a_step_moves_what_the_plan_says():
+    """Gradients are scattered and parameters gathered once, experts' over their own ranks."""
+    report = report_of(job_of(8, dict(tp=2, ep=2), "student.dtype=bf16"))
+    for axis in ("dp", "expert dp"):
+        rehearsed, planned = report.moved[axis]
+        assert 0 < planned == pytest.approx(rehearsed, rel=0.02), axis
+
+
 def test_figures_are_linear_in_the_layers():
     """Two small models say what all six layers take: bytes, calls and seconds."""
     job = job_of(4, dict(tp=2, ep=2), "student.recompute=full")
