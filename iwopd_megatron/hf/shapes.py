@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 
 from iwopd_megatron.hf.config import HfConfig
-from iwopd_megatron.hf.families import FAMILIES
+from iwopd_megatron.hf.families import FAMILIES, rows
 from iwopd_megatron.hf.families.rows import Row
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, HEAD = (row.tensors[0].name for row in (rows.EMBEDDING, rows.HEAD))
 _NUMBERS = (r"\.layers\.\d+\.", ".layers.{layer}."), (r"\.experts\.\d+\.", ".experts.{expert}.")
 
 
@@ -19,16 +19,16 @@ def rows_in_order(hf: HfConfig) -> Iterator[tuple[Row, dict[str, int]]]:
 
     In the order of the network; an expert's rows together.
     """
-    rows = [row for row in hf.family.rows if not row.needs or getattr(hf, row.needs)]
-    layers = [row for row in rows if row.is_of_layer]
-    before = rows.index(layers[0])
-    yield from ((row, {}) for row in rows[:before])
+    own = [row for row in hf.family.rows if not row.needs or getattr(hf, row.needs)]
+    layers = [row for row in own if row.is_of_layer]
+    before = own.index(layers[0])
+    yield from ((row, {}) for row in own[:before])
     for layer in range(hf.num_hidden_layers):
         yield from ((row, {"layer": layer}) for row in layers if not row.is_of_expert)
         for expert in range(hf.num_experts):
             numbers = {"layer": layer, "expert": expert}
             yield from ((row, numbers) for row in layers if row.is_of_expert)
-    yield from ((row, {}) for row in rows[before + len(layers) :])
+    yield from ((row, {}) for row in own[before + len(layers) :])
 
 
 def hf_names(hf: HfConfig) -> Iterator[str]:
@@ -47,5 +47,5 @@ def hf_shape(name: str, hf: HfConfig) -> tuple[int, ...]:
 @cache
 def _sizes(model_type: str) -> Mapping[str, tuple[str, ...]]:
     """Return the names of every tensor's sizes by its name."""
-    rows = FAMILIES[model_type].rows
-    return {tensor.name: tensor.sizes for row in rows for tensor in row.tensors}
+    own = FAMILIES[model_type].rows
+    return {tensor.name: tensor.sizes for row in own for tensor in row.tensors}
