@@ -79,9 +79,9 @@ test: setup
 	$(RUN) -m pytest -n 2 --dist loadfile
 
 # Parity, checkpoints (killed while saving, too), losses and the planner.
-CORE := parity families traps routing packing native_ops plan_measured plan_collectives torch_dist \
+CORE := parity traps routing packing native_ops plan_measured plan_collectives torch_dist \
 	convert continue mapping loss linear_loss logprobs weighting objectives topk
-CORE_RUNS := memory_kept plan_peaks resume
+CORE_RUNS := memory_kept resume
 test-core: setup
 	TESTED_SUITE=core $(RUN) -m pytest -n 2 --dist loadfile $(CORE:%=tests/test_%.py) $(CORE_RUNS:%=tests/with_runs/test_%.py)
 

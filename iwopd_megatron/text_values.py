@@ -203,10 +203,10 @@ def _difference(rng: random.Random) -> Values:
 
 
 DRAW: dict[str, Draw] = {
-    "add": _arithmetic(lambda a, b: a + b, (2, 20), (2, 20)),
+    "add": _arithmetic(lambda a, b: a + b, (2, 12), (2, 12)),
     "subtract": _arithmetic(lambda a, b: a - b, (9, 20), (2, 8)),
     "multiply": _arithmetic(lambda a, b: a * b, (2, 9), (2, 9)),
-    "double": _arithmetic(lambda a: 2 * a, (2, 30)),
+    "double": _arithmetic(lambda a: 2 * a, (2, 25)),
     "share": _arithmetic(lambda a, b: b, (2, 6), (2, 9)),
     "two_steps": _arithmetic(lambda a, b, c: a + b - c, (3, 12), (2, 9), (2, 5)),
     "price": _arithmetic(lambda a, b, c: a * b + c, (2, 5), (2, 6), (2, 9)),

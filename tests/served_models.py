@@ -20,7 +20,7 @@ from iwopd_megatron.parity.hf_reference import hf_model
 from iwopd_megatron.parity.rehearse import write_model
 from iwopd_megatron.rollout.broadcast import BroadcastPush
 from iwopd_megatron.rollout.controller import ServerController
-from iwopd_megatron.rollout.engine import Prompt
+from iwopd_megatron.rollout.engine import Prompt, Sampling
 from iwopd_megatron.rollout.make import server_command, server_environment
 from iwopd_megatron.rollout.pool import Replica, ServerPool
 from iwopd_megatron.rollout.push import FolderPush, Push, RequestPush
@@ -72,6 +72,21 @@ def write_family(folder: Path, model_type: str) -> Path:
     write_model(folder, sample | own | {"pad_token_id": None, "eos_token_id": 1})
     copy_tokenizer(STUDENT, folder)
     return folder
+
+
+def check_family_served(rig, engine, model, version: int) -> None:
+    """Prompts are scored, and answers' tokens, as by transformers' model; answers have the version.
+
+    rig: with `server` and `run`; engine: the project's, on that server.
+    """
+    for prompt in prompts(6):
+        ids = prompt.ids + [5, 9, 4, 7]
+        assert largest(rig.run(rig.server.prompt_logps(ids)), hf_logp(model, ids, 1)) < 1e-4
+    for sample in engine.generate(prompts(6), Sampling(20)):
+        ids = sample.prompt_ids + sample.response_ids
+        expected = hf_logp(model, ids, len(sample.prompt_ids))
+        assert largest(expected, sample.rollout_logp) < 1e-4
+        assert sample.weight_version == version
 
 
 async def overtaken(ask, push) -> list[tuple]:

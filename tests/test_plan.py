@@ -208,7 +208,7 @@ def test_an_offloaded_teacher_takes_memory_only_while_it_scores():
     trains = plan(read_recipe(SMALL, [*offloaded, "teacher.hf=models/Qwen3-0.6B"])).roles[0]
     assert trains.memory.scorer == 0 and trains.memory.activations > 6e9
     scores = plan(read_recipe(SMALL, offloaded)).roles[0]
-    assert scores.memory.scorer == 2 * 30_532_122_624 and scores.memory.activations < 3e9
+    assert scores.memory.scorer == 2 * 30_532_122_624 and scores.memory.activations < 3.1e9
     assert scores.memory.optimizer == trains.memory.optimizer and not scores.fits
 
 

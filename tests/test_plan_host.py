@@ -9,6 +9,7 @@ import pytest
 
 from iwopd_megatron.config.recipe import Recipe
 from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.plan.activations import activation_bytes
 from iwopd_megatron.plan.host import Needs
 from iwopd_megatron.plan.host_check import check
 from iwopd_megatron.runtime import host
@@ -135,10 +136,12 @@ def test_a_control_groups_limit_counts(version, tmp_path, monkeypatch):
 
 
 def test_the_fullest_stage_may_be_between_the_ends(folder):
-    """26 of 28 layers on the second of three stages: its states count, not an end's."""
+    """26 of 28 layers on the second of three stages: its states and activations count."""
     stages = {"pp": 3, "pipeline_model_parallel_layout": "Et|t*26|tL"}
     needs = Needs(recipe(folder, student={"parallel": stages}), 3)
     assert needs.states == 16 * needs.student.share(needs.layout, 1).total
+    given = needs.student, needs.layout, int(needs.micro_batch), "none"
+    assert needs.learning["activations"] == max(activation_bytes(*given, stage=1, width=4))
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from packaging.version import Version
+from plan_sizes import EXPERTS, SIZES
 from worlds import run_world
 
 from iwopd_megatron.config.models import Layout
@@ -19,27 +20,6 @@ from iwopd_megatron.plan.memory import Precision, head_bytes, states
 from iwopd_megatron.plan.model_size import ModelSize
 from iwopd_megatron.runtime.parallel import initialise, packed_seq_params, shutdown
 
-SIZES = dict(
-    model_type="qwen3",
-    vocab_size=512,
-    hidden_size=64,
-    intermediate_size=192,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=32,
-    max_position_embeddings=512,
-    rms_norm_eps=1e-6,
-    rope_theta=1e4,
-    tie_word_embeddings=False,
-)
-EXPERTS = dict(
-    model_type="qwen3_moe",
-    num_experts=8,
-    num_experts_per_tok=2,
-    moe_intermediate_size=96,
-    norm_topk_prob=True,
-)
 DENSE = parse_hf_config(SIZES, "dense")
 TIED = parse_hf_config(SIZES | {"tie_word_embeddings": True}, "tied")
 MOE = parse_hf_config(SIZES | EXPERTS, "moe")

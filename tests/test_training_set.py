@@ -41,6 +41,12 @@ def test_duplicates_are_later_ones():
     assert duplicates([problem(text) for text in texts]) == [False, True, False, False, True]
 
 
+def test_an_accent_may_be_a_character_of_its_own():
+    asked, held_out = (problem(f"Le caf{e} bout") for e in ("e\u0301", "\u00e9"))
+    assert duplicates([asked, held_out]) == [False, True]
+    assert contaminated([asked], [held_out]) == [True]
+
+
 def write(path, questions, source="selection_sort"):
     rows = [{"question": q, "answer": "abc", "difficulty": 1, "source": source} for q in questions]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

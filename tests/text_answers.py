@@ -13,7 +13,7 @@ OF_NUMBERS = {
     "add": lambda a, b: a + b,
     "subtract": lambda a, b: max(a, b) - min(a, b),
     "multiply": lambda a, b: a * b,
-    "double": lambda a: a + a,
+    "double": lambda *numbers: 2 * numbers[-1],
     "share": lambda a, b: max(a, b) // min(a, b),
     "two_steps": lambda a, b, c: a + b - c,
     "price": lambda a, b, c: a * b + c,

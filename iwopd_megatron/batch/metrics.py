@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -116,22 +117,20 @@ def distance_means(
     list for each sample, as long as its response.
     """
     width = bin_tokens(max_response_tokens)
-    tables = torch.zeros(2, BINS, dtype=torch.float64)
-    place = torch.cat([torch.arange(len(s.response_ids)) // width for s in samples])
-    student_T, teacher_T = (torch.tensor(sum(x, [])).double() for x in (student, teacher))
+    place_T = torch.cat([torch.arange(len(s.response_ids)) // width for s in samples])
+    student_T, teacher_T = (
+        torch.tensor(list(chain.from_iterable(logps))).double() for logps in (student, teacher)
+    )
     gap_T = student_T - teacher_T
-    for table, values in zip(tables, (torch.ones_like(gap_T), gap_T), strict=True):
-        table.index_add_(0, place, values)
-    counts, sums = tables.tolist()
-    return {
+    columns = torch.stack([torch.ones_like(gap_T), gap_T], 1)
+    positions = torch.zeros(BINS, 2, dtype=torch.float64).index_add_(0, place_T, columns)
+    line = {
         "held_out_reverse_kl": gap_T.mean().item(),
         "teacher_perplexity": teacher_T.mean().neg().exp().item(),
-        "held_out_reverse_kl_positions": [
-            x / n if n else None for x, n in zip(sums, counts, strict=True)
-        ],
-        "tokens_positions": [round(n) for n in counts],
         "bin_tokens": width,
     }
+    names = "tokens", "held_out_reverse_kl"
+    return line | {f"{name}_positions": column for name, column in _columns(positions, names)}
 
 
 def _columns(table: torch.Tensor, names: tuple[str, ...]) -> Iterator[tuple[str, list]]:

@@ -193,6 +193,11 @@ class Recipe(Section):
         return self.train.minibatches * self.train.epochs
 
     @property
+    def topk(self) -> int:
+        """How many of a teacher's likeliest tokens the loss reads; 0 for the policy loss."""
+        return self.loss.topk.k if self.loss.objective == "topk_kl" else 0
+
+    @property
     def embedded_scorers(self) -> dict[str, Frozen]:
         """Models that score in the trainer's processes: teachers by their key, and "base"."""
         found: dict[str, Frozen] = {}

@@ -2,11 +2,13 @@
 
 Words are runs of letters and digits in lower case; a question of fewer words counts as a whole. Of
 a row of messages all must be the same to be asked twice; all that the user says is a question.
+Letters are compared as composed ones (NFC): an accent may be written as a character of its own.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable
 
 from iwopd_megatron.data.problems import Problem
@@ -20,7 +22,7 @@ def duplicates(problems: list[Problem]) -> list[bool]:
     seen: set[tuple[tuple[str, str], ...]] = set()
     out = []
     for problem in problems:
-        key = tuple((role, " ".join(text.split())) for role, text in problem.texts)
+        key = tuple((role, " ".join(_composed(text).split())) for role, text in problem.texts)
         out.append(key in seen)
         seen.add(key)
     return out
@@ -38,7 +40,11 @@ def _problem_grams(problem: Problem) -> set[tuple[str, ...]]:
 
 
 def _grams(text: str) -> set[tuple[str, ...]]:
-    words = _WORD.findall(text.lower())
+    words = _WORD.findall(_composed(text).lower())
     if not words:
         return {(text,)}  # nothing but symbols
     return {tuple(words[i : i + WORDS]) for i in range(max(1, len(words) - WORDS + 1))}
+
+
+def _composed(text: str) -> str:
+    return unicodedata.normalize("NFC", text)

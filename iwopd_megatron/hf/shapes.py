@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 
 from iwopd_megatron.hf.config import HfConfig
-from iwopd_megatron.hf.families import FAMILIES
+from iwopd_megatron.hf.families import FAMILIES, rows
 from iwopd_megatron.hf.families.rows import Row
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, HEAD = (row.tensors[0].name for row in (rows.EMBEDDING, rows.HEAD))
 _NUMBERS = (r"\.layers\.\d+\.", ".layers.{layer}."), (r"\.experts\.\d+\.", ".experts.{expert}.")
 
 
@@ -49,5 +49,5 @@ def hf_shape(name: str, hf: HfConfig) -> tuple[int, ...]:
 @cache
 def _sizes(model_type: str) -> Mapping[str, tuple[str, ...]]:
     """Return the names of every tensor's sizes by its name."""
-    rows = FAMILIES[model_type].rows
-    return {tensor.name: tensor.sizes for row in rows for tensor in row.tensors}
+    own = FAMILIES[model_type].rows
+    return {tensor.name: tensor.sizes for row in own for tensor in row.tensors}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 
 import torch
 from torch.optim.adam import adam
@@ -150,7 +151,20 @@ def build_optimizer(wrapped: list[DistributedDataParallel], train: Train):
     for part in optimizer.chained_optimizers:
         part.init_state_fn(part.optimizer, part.config)  # a checkpoint may come before any step
     keep_in_place(optimizer)
+    _gather_once(optimizer.chained_optimizers)
     return optimizer
+
+
+def _gather_once(chained: list) -> None:
+    """Have the last of Megatron's optimizers alone gather parameters after a step.
+
+    Experts have one of their own, and each gathers the parameters of all: a model with experts
+    would have them gathered twice a step. What is gathered later needs no gathering now.
+    """
+    for part in chained[:-1]:
+        if isinstance(part, megatron_distributed.DistributedOptimizer):
+            part.ddp_config = copy(part.ddp_config)
+            part.ddp_config.overlap_param_gather = True
 
 
 def build_scheduler(optimizer, train: Train) -> OptimizerParamScheduler:

@@ -10,6 +10,7 @@ phases.py (seconds of a round), hardware.py (what GPUs and software reach).
 __all__ = [
     "hardware",
     "host_check",
+    "memory",
     "model_size",
     "phases",
     "picture",

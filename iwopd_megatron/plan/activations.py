@@ -202,20 +202,21 @@ def scoring_bytes(
 
     Dense = tokens / cp x w ((4h + 3f) / tp + h + h / tp where tp > 1): embeddings, residual twice
     and norm; gate, up and product; output before and after it is scattered.
-    Experts = tokens / cp x (w 4h + 5E + 8K) / tp + R w (h + max(3f / etp, h + f / etp)) with the R
-    copies of `_gradients`; where they are dispatched, the max is of 2h too (outputs in both
-    orders), and copies as received and as sent are there, w h each. 5E + 8K: fp32 probabilities, a
-    map of bools, the order of tokens. A shared expert's output, w h / tp, is there meanwhile; it
-    was a dense MLP's run before.
+    Experts = tokens / cp x (w 4h + 5E + 8K) / tp + R w (2h + max(3f / etp, h + f / etp, 2h)), of
+    the R copies of `_gradients` in the order of their tokens and of their experts, their outputs in
+    both; + K w h / tp a token where they are dispatched to other ranks, as sent. 5E + 8K: fp32
+    probabilities, a map of bools, the order of tokens. A shared expert's output, w h / tp, is there
+    meanwhile; it was a dense MLP's run before.
     """
     local, hidden = tokens / layout.cp / layout.tp, width * size.hidden
     out = hidden * layout.tp + hidden * (layout.tp > 1)
     if not size.experts:
         return local * (4 * hidden + 3 * width * size.ffn + out)
     own, ffn = local * size.topk, width * size.ffn / layout.etp
-    rows, is_dispatched = own * layout.etp * hot, layout.ep * layout.etp > 1
-    copies = rows * (hidden + max(3 * ffn, hidden + ffn, 2 * hidden * is_dispatched))
-    copies += (own + rows) * hidden * is_dispatched
+    rows = own * layout.etp * hot
+    copies = rows * (2 * hidden + max(3 * ffn, hidden + ffn, 2 * hidden))
+    if layout.ep * layout.etp > 1:
+        copies += own * hidden
     routed = local * (4 * hidden + 5 * size.experts + 8 * size.topk) + copies
     if not size.shared:
         return routed

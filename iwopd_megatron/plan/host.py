@@ -130,19 +130,18 @@ class Needs:
 
     @property
     def learning(self) -> dict[str, float]:
-        """While it trains: activations, and the LM head's logits and gradients.
+        """While it trains: activations of the fullest stage, the LM head's logits and gradients.
 
         head = 4 V / tp x (rows + 2 h), rows = 512 at most: exponentials of one pass over the head
         (loss/linear_loss.py), its fp32 gradient, and that times the loss's own, or the embedding's
         where they are tied.
         """
         size, width, tokens = self.student, self.precision.weight, self.micro_batch
-        at_head, in_layer = activation_bytes(
-            size, self.layout, int(tokens), self.recipe.student.recompute, 0, width
-        )
+        given = size, self.layout, int(tokens), self.recipe.student.recompute
+        unlike = distinct_stages(self.layout, size.layers)
         rows = min(HEAD_ROWS, tokens / self.layout.cp)
         return {
-            "activations": max(at_head, in_layer),
+            "activations": max(max(activation_bytes(*given, stage, width)) for stage in unlike),
             "head": 4 * size.vocab / self.layout.tp * (rows + 2 * size.hidden),
         }
 

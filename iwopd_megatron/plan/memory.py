@@ -17,6 +17,7 @@ from iwopd_megatron.plan.activations import activation_bytes, buffer_bytes, scor
 from iwopd_megatron.plan.hardware import CONTEXT, FRAGMENTATION, Gpu
 from iwopd_megatron.plan.model_size import ModelSize
 
+BUCKET = 256 * 2**20  # weights.sync.BUCKET_BYTES, whose module imports torch
 HEAD_ROWS = 2048  # logprobs.GPU_TILE and linear_loss.GPU_CHUNK, whose modules import torch
 
 
@@ -104,23 +105,52 @@ def states(
     )
 
 
-def head_bytes(
-    size: ModelSize, layout: Layout, tokens: int, training: bool = True, rows: int = HEAD_ROWS
-) -> float:
-    """Bytes of the LM head on the last stage: tiles of logits, and in training both gradients.
+def head_bytes(size: ModelSize, layout: Layout, tokens: int, rows: int = HEAD_ROWS) -> float:
+    """Bytes of the LM head on the last stage in training: tiles of logits, and both gradients.
 
-    Training = max(4 rows V / tp, 2 h (V / tp + N)) + 4 h (V / tp + N) + 2 h N, N = tokens / cp:
-    two bf16 tiles, the one begun and the one before, or both gradients in bf16; the gradients of
-    head and hidden states in fp32; the hidden states that predict (V: size of the vocabulary).
-    Scoring = 10 rows V / tp: the bf16 product, and where the top K are looked for fp32 logits and 4
-    bytes that sort them. See loss/logprobs.py and loss/linear_loss.py.
+    = max(4 rows V / tp, 2 h (V / tp + N)) + 4 h (V / tp + N) + 2 h N, N = tokens / cp: two bf16
+    tiles, the one begun and the one before, or both gradients in bf16; the gradients of head and
+    hidden states in fp32; the hidden states that predict (V: size of the vocabulary). See
+    loss/linear_loss.py.
     """
     vocab, local = size.vocab / layout.tp, tokens / layout.cp
     tile = min(rows, local) * vocab
-    if not training:
-        return tile * 10
     gradient = (vocab + local) * size.hidden
     return max(4 * tile, 2 * gradient) + 4 * gradient + 2 * local * size.hidden
+
+
+def scoring_head_bytes(
+    size: ModelSize, layout: Layout, tokens: int, topk: bool, rows: int = HEAD_ROWS
+) -> float:
+    """Bytes of the LM head on the last stage in scoring: tiles of logits.
+
+    = 4 rows V / tp, two bf16 tiles, the one begun and the one before; 10 where the top K are looked
+    for: one bf16 tile, its fp32 logits and those of the tile before. See loss/head.py.
+    """
+    tile = min(rows, tokens / layout.cp) * size.vocab / layout.tp
+    return tile * (10 if topk else 4)
+
+
+def push_bytes(size: ModelSize, layout: Layout, width: int = 2) -> float:
+    """Bytes of new weights on their way to the servers, at their fullest moment, at most.
+
+    They come in buckets of BUCKET, or of one tensor: D = w V h, the embedding; of experts B = 2 w E
+    h f, a layer's gates and ups. Gathered over n ranks = (1 + 1 / n) of it, + 1 where shards are
+    joined (tp, etp > 1); along a pipeline = 2, + 1 of gathered experts. Beside it what is not let
+    go yet: BUCKET; of experts B / 2, or 1.5 B where B / 2 < 2 BUCKET. To the servers: + D.
+    """
+    tp, pp, ranks = layout.tp, layout.pp, layout.ep * layout.etp
+    table = max(BUCKET, width * size.vocabulary)
+    dense: float = table + (table + BUCKET) * (tp * pp > 1)
+    if tp > 1:
+        dense = max(dense, (2 + 1 / tp) * table + BUCKET)
+    if ranks * pp == 1 or not size.experts:
+        return dense
+    whole = max(BUCKET, 2 * width * size.experts * size.hidden * size.ffn)
+    gathered = (1 + 1 / ranks + (layout.etp > 1)) * (ranks > 1)
+    sent = (2 + (layout.ep > 1 and layout.etp == 1)) * (pp > 1)
+    last = 1.5 if whole < 4 * BUCKET else 0.5
+    return max(dense, whole * (max(gathered, sent) + last))
 
 
 def moments(
@@ -169,13 +199,18 @@ def training(
 
 
 def scoring(
-    size: ModelSize, layout: Layout, tokens: int, width: int = 2, hot: float = 1.0
+    size: ModelSize,
+    layout: Layout,
+    tokens: int,
+    width: int = 2,
+    hot: float = 1.0,
+    topk: bool = False,
 ) -> Memory:
     """Memory of a rank that only scores (forward passes), in a layer or in the LM head if more.
 
     Bytes = width x parameters of its largest stage + the gathered sequence's buffer, and the
-    larger of `scoring_bytes` and a tile of logits + 2 w h / tp x tokens / cp for hidden states.
-    tokens: of a micro-batch, before cp cuts it.
+    larger of `scoring_bytes` and `scoring_head_bytes` + 2 w h / tp x tokens / cp for hidden states.
+    tokens: of a micro-batch, before cp cuts it; topk: the likeliest tokens are looked for.
     """
     weights = (
         max(size.share(layout, stage).total for stage in distinct_stages(layout, size.layers))
@@ -184,7 +219,7 @@ def scoring(
     communication = buffer_bytes(size, layout, tokens, width)
     hidden = 2 * width * size.hidden / layout.tp * tokens / layout.cp
     layer = scoring_bytes(size, layout, tokens, width, hot if layout.ep > 1 else 1.0)
-    head = head_bytes(size, layout, tokens, training=False)
+    head = scoring_head_bytes(size, layout, tokens, topk)
     if layer > head + hidden:
         return Memory(weights=weights, activations=layer, communication=communication)
     return Memory(weights=weights, activations=hidden, head=head, communication=communication)

@@ -64,7 +64,8 @@ def roles(setup: Setup) -> list[PlannedRole]:
 
 def teacher_role(setup: Setup, teacher: PlannedTeacher) -> PlannedRole:
     """Return a teacher's service: its memory while it scores."""
-    memory = scoring(teacher.size, teacher.layout, teacher.tokens, hot=setup.assumed.hot)
+    hot, topk = setup.assumed.hot, setup.recipe.topk > 0
+    memory = scoring(teacher.size, teacher.layout, teacher.tokens, hot=hot, topk=topk)
     knob = f"raise {teacher.key}.service.parallel.{'ep' if teacher.size.experts else 'tp'}"
     return _role(setup, teacher.key, teacher.gpus, teacher.layout, memory, knob)
 
@@ -124,7 +125,8 @@ def _moments(setup: Setup, training: Memory) -> list[tuple[Memory, dict[str, flo
     for name, model in recipe.embedded_scorers.items():
         size, width = ModelSize.of(planning_config(model.hf)), Precision.of(model.dtype).weight
         tokens = model.microbatch_tokens or recipe.train.microbatch_tokens
-        needed = scoring(size, setup.layout_of(size), tokens, width, setup.assumed.hot)
+        topk = recipe.topk > 0 and name != "base"
+        needed = scoring(size, setup.layout_of(size), tokens, width, setup.assumed.hot, topk)
         there[name] = 0.0 if model.offload else needed.weights
         away |= {name: needed} if model.offload else {}
     found = [(replace(training, scorer=sum(there.values())), there)]

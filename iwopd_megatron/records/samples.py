@@ -12,6 +12,7 @@ from iwopd_megatron.batch.trajectory import Trajectory
 from iwopd_megatron.data.problems import Problem
 from iwopd_megatron.files.run_files import write_whole
 from iwopd_megatron.loss.weighting import StepWeighting, token_weights_packed
+from iwopd_megatron.records.token_texts import token_texts
 from iwopd_megatron.runtime import device
 
 KEPT = 8
@@ -51,7 +52,7 @@ def keep_samples(
                 "response": tokenizer.decode(sample.response_ids),
                 "answer": problem.answer,
                 "correct": bool(sample.correct),
-                "tokens": [tokenizer.decode([token]) for token in sample.response_ids],
+                "tokens": token_texts(tokenizer, sample.response_ids),
                 "gap": gap.tolist(),
                 "weight": weight.tolist(),
                 **both,

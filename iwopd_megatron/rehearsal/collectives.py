@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -71,23 +71,44 @@ class NotSaidYet(Exception):
     """What this rank waits for comes from a rank that has not run so far."""
 
 
+class Place(NamedTuple):
+    """A call's place: in a phase, the how-manieth on a group."""
+
+    phase: str
+    axis: str
+    ranks: tuple[int, ...]
+    number: int
+
+
 class Mailbox:
     """What ranks that ran before said in real numbers, for those that run later.
 
     Names, lengths and counts are real; a rank that is rehearsed alone gets those of the others from
-    here. Keyed by group, by the how-manieth call on it, and by rank.
+    here: what they said, or in groups of which nobody ran, what those did at their place in another
+    group of the kind.
     """
 
-    def __init__(self) -> None:
-        self._said: dict[tuple[str, int], dict[int, list[torch.Tensor]]] = defaultdict(dict)
+    def __init__(self, stage: int = 0) -> None:
+        """stage: ranks of a pipeline stage, of which groups are alike; 0: no group is."""
+        self.stage = stage
+        self._said: dict[Place, dict[int, list[torch.Tensor]]] = defaultdict(dict)
 
-    def put(self, place: tuple[str, int], rank: int, tensors: list[torch.Tensor]) -> None:
-        """Keep what a rank gave."""
-        self._said[place][rank] = [x.clone() for x in tensors]
+    def put(self, place: Place, rank: int, tensors: list[torch.Tensor]) -> None:
+        """Keep what the rank of this number in its group gave."""
+        kept = [x.clone() for x in tensors]
+        self._said[place][rank] = kept
+        self._said[self._kind(place)].setdefault(rank, kept)
 
-    def get(self, place: tuple[str, int], rank: int) -> list[torch.Tensor] | None:
-        """Return what a rank gave, None where it has not run yet."""
-        return self._said[place].get(rank)
+    def get(self, place: Place, rank: int) -> list[torch.Tensor] | None:
+        """Return what a rank gave, None where nobody has that is like it."""
+        said = self._said[place].get(rank)
+        if said is None and self.stage:
+            said = self._said[self._kind(place)].get(rank)
+        return said
+
+    def _kind(self, place: Place) -> Place:
+        stages = sorted({rank // self.stage for rank in place.ranks}) if self.stage else [-1]
+        return place._replace(ranks=(-1, *stages))
 
 
 class Recorder:
@@ -96,7 +117,8 @@ class Recorder:
     def __init__(self, is_alone: bool, mailbox: Mailbox | None = None):
         self.calls: list[Call] = []
         self.is_alone, self.mailbox = is_alone, mailbox or Mailbox()
-        self._counts: Counter[str] = Counter()
+        self.phase = ""
+        self._counts: Counter[tuple[str, str]] = Counter()
         self._ranks: dict[str, tuple[int, ...]] = {}
 
     def run(self, operation: Any, arguments: Sequence[Any]) -> Any:
@@ -141,8 +163,12 @@ class Recorder:
 
     def _exchange(self, kind: _Kind, group, given, taken, arguments) -> None:
         """Have others answer: with what they said before, or with what this rank says itself."""
-        place = f"{group.group_desc}{self._ranks_of(group)}", self._counts[group.group_name]
-        self._counts[group.group_name] += 1
+        if kind.name in ("send", "receive"):
+            return
+        counted = self.phase, group.group_name
+        ranks = self._ranks_of(group)
+        place = Place(self.phase, group.group_desc, ranks, self._counts[counted])
+        self._counts[counted] += 1
         if any(is_hollow(x) for x in given + taken):
             return
         self.mailbox.put(place, group.rank(), given)

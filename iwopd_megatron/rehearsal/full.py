@@ -12,7 +12,9 @@ from iwopd_megatron.plan.phases import phases, round_seconds, trained
 from iwopd_megatron.plan.plan import Plan
 from iwopd_megatron.plan.time import forward_backward
 from iwopd_megatron.rehearsal.job import jobs
-from iwopd_megatron.rehearsal.role import GIB, RoleRehearsal, RoleReport
+from iwopd_megatron.rehearsal.push import PUSH
+from iwopd_megatron.rehearsal.report import GIB, RoleReport, on_gpu
+from iwopd_megatron.rehearsal.role import RoleRehearsal
 
 LARGEST = 10  # costs
 
@@ -92,6 +94,12 @@ def _role_json(role: RoleReport) -> dict[str, Any]:
         "moved_gib": {
             axis: {"rehearsed": round(a / GIB, 3), "planned": round(b / GIB, 3)}
             for axis, (a, b) in role.moved.items()
+        },
+        "push": {
+            "gib": round(on_gpu(role.phases.get(PUSH, {})) / GIB, 2),
+            "plan_gib": round(role.planned_push / GIB, 2),
+            "s": role.push_seconds and round(role.push_seconds[0], 2),
+            "plan_s": role.push_seconds and round(role.push_seconds[1], 2),
         },
         "costs_s": {name: round(s, 4) for name, s in role.costs.most_common(LARGEST)},
         "microbatch_s": {role.computing: round(role.seconds, 4)},

@@ -89,6 +89,20 @@ class Ledger:
             self.phases[name].after = self.now
             self.name, self.kind = before
 
+    @contextlib.contextmanager
+    def counting_as(self, kind: str) -> Iterator[None]:
+        """Count what is made inside as of this kind."""
+        before, self.kind = self.kind, kind
+        try:
+            yield
+        finally:
+            self.kind = before
+
+    def kind_of(self, tensor: torch.Tensor) -> str | None:
+        """Return the kind of a tensor's storage; None of one that is not counted."""
+        found = self._alive.get(tensor.untyped_storage()._cdata)
+        return None if found is None else found.kind
+
     @property
     def now(self) -> dict[str, int]:
         """Bytes alive by kind."""

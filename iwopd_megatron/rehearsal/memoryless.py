@@ -8,6 +8,7 @@ tensor without memory (a norm, whether all is finite) is 1.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 from unittest import mock
@@ -71,12 +72,14 @@ class Memoryless(Watched):
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
 
     def __enter__(self):
-        self._stay = mock.patch.object(torch.nn.Module, "_apply", _stay)
-        self._stay.start()  # torch cannot swap FakeTensors that are referred to
+        self._patches = contextlib.ExitStack()
+        # torch cannot swap FakeTensors that are referred to, and reads one number after the other
+        self._patches.enter_context(mock.patch.object(torch.nn.Module, "_apply", _stay))
+        self._patches.enter_context(mock.patch.object(FakeTensor, "tolist", _ones))
         return super().__enter__()
 
     def __exit__(self, *failure):
-        self._stay.stop()
+        self._patches.close()
         return super().__exit__(*failure)
 
     def compute(self, func, inputs, args, kwargs):
@@ -121,8 +124,13 @@ class _Lists(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.tolist and args[0].is_meta:
-            return numpy.ones(tuple(args[0].shape)).tolist()
+            return _ones(args[0])
         return func(*args, **(kwargs or {}))
+
+
+def _ones(tensor: torch.Tensor) -> Any:
+    """Return what `Tensor.tolist` does, all ones."""
+    return numpy.ones(tuple(tensor.shape)).tolist()
 
 
 def _as_meta(value: Any) -> Any:

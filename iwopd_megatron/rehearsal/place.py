@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from iwopd_megatron.config.models import Layout
 
+ALL_RANKS = 128
+
 
 @dataclass(frozen=True)
 class Place:
@@ -45,6 +47,14 @@ class Place:
 def places(world: int, layout: Layout) -> Iterator[Place]:
     """Yield the place of every rank."""
     return (Place.of(rank, world, layout) for rank in range(world))
+
+
+def read_ranks(world: int, layout: Layout) -> list[Place]:
+    """Return all ranks of a world, or of one of more than ALL_RANKS the first with its weights."""
+    everyone = list(places(world, layout))
+    if world <= ALL_RANKS:
+        return everyone
+    return list({place.shard: place for place in reversed(everyone)}.values())[::-1]
 
 
 def covering(world: int, layout: Layout) -> list[Place]:

@@ -15,12 +15,14 @@ from iwopd_megatron.batch.trajectory import Trajectory
 from iwopd_megatron.config.models import Frozen
 from iwopd_megatron.hf.config import HfConfig
 from iwopd_megatron.plan.hardware import Gpu, Rates
-from iwopd_megatron.rehearsal.checkpoints import check_optimizer, pieces_of
+from iwopd_megatron.rehearsal.checkpoints import Piece, pieces_of
 from iwopd_megatron.rehearsal.collectives import Call, Mailbox, Recorder
 from iwopd_megatron.rehearsal.costs import Costs
 from iwopd_megatron.rehearsal.job import LONGEST, SEQUENCES, Job
 from iwopd_megatron.rehearsal.ledger import Ledger, Phase, Storage
 from iwopd_megatron.rehearsal.memoryless import Memoryless, Watched
+from iwopd_megatron.rehearsal.on_host import told_apart
+from iwopd_megatron.rehearsal.push import LOAD, PUSH, pushed
 from iwopd_megatron.rehearsal.routing import Routing
 from iwopd_megatron.rehearsal.sources import HollowFolder
 from iwopd_megatron.rehearsal.world import Groups, alone
@@ -41,7 +43,8 @@ class RankRun:
     calls: dict[str, list[Call]] = field(default_factory=dict)
     memory: dict[str, Phase] = field(default_factory=dict)
     kept: list[Storage] = field(default_factory=list)  # made by forward and backward, still there
-    wrong: list[str] = field(default_factory=list)  # of optimiser states in a checkpoint
+    pushed: int = 0  # bytes of weights that the engine gets
+    pieces: list[Piece] = field(default_factory=list)  # of a checkpoint
     seconds: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
@@ -70,11 +73,11 @@ class RankRehearsal:
     @contextlib.contextmanager
     def phase(self, name: str, kind: str) -> Iterator[None]:
         """Account what runs inside to this phase."""
-        before, self.costs.name = self.costs.name, name
+        before, self.costs.name, self.recorder.phase = self.costs.name, name, name
         start = len(self.recorder.calls)
         with self.ledger.phase(name, kind):
             yield
-        self.costs.name = before
+        self.costs.name = self.recorder.phase = before
         self.result.calls.setdefault(name, []).extend(self.recorder.calls[start:])
 
     def run(
@@ -105,7 +108,7 @@ class RankRehearsal:
 
     def _train(self, parallel: Parallel, hot: float) -> None:
         job, recipe = self.job, self.job.recipe
-        with self.phase("load", "weights"):
+        with self.phase(LOAD, "weights"):
             folder = self.folder(job.hf, recipe.student.hf)
             student = StudentModel(recipe, parallel, job.hf, folder)
         self._tell_apart(student)
@@ -126,48 +129,47 @@ class RankRehearsal:
             self.ledger.count_as(buffer, "buffer")  # gathered sequences', used again and again
         alive = self.ledger.alive("forward/backward")
         self.result.kept = [x for x in alive if x.kind != "buffer"]
+        if hot > 1:  # what follows is the same
+            return
         with self.phase("step", "step"):
             student.step()
-        with self.phase("save", "save"):
+        with self.phase(PUSH, PUSH):
+            given = pushed(student.stream, recipe, parallel.rank == 0)
+            self.result.pushed = sum(tensor.nbytes for _, tensor in given)
+        with self.phase("save", "save"), told_apart(self.ledger):
             state = checkpoint.sharded_state(
                 student.chunks, student.optimizer, parallel, is_loading=False
             )
-            self.result.wrong = check_optimizer(pieces_of(state))
+            self.result.pieces = pieces_of(state)
             del state
         routing.remove()
 
     def _score(self, parallel: Parallel, hot: float) -> None:
         packer = Packer(parallel, self.job.tokens)
         samples = self.samples(parallel)
-        self._scorer("load", "score", self.job, packer, samples, hot)
+        self._scorer("", self.job, packer, samples, hot)
 
     def _embedded(self, packer: Packer, samples: list[Trajectory], hot: float) -> None:
         """Have every model score that lives in the trainer's processes."""
         self.scorers = [
-            self._scorer(f"load {name}", f"score {name}", replace_model(self.job, hf, model),
-                         packer, samples, hot)
+            self._scorer(name, replace_model(self.job, hf, model), packer, samples, hot)
             for name, (hf, model) in self.job.embedded.items()
-        ]  # fmt: skip
+        ]
 
     def _scorer(
-        self, load: str, score: str, job: Job, packer: Packer, samples: list[Trajectory], hot: float
+        self, name: str, job: Job, packer: Packer, samples: list[Trajectory], hot: float
     ) -> EmbeddedScorer:
-        with self.phase(load, "weights" if load == "load" else "scorer"):
+        """Have a model score: one of these in the trainer's processes, a service's without name."""
+        with self.phase(f"load {name}".strip(), "scorer" if name else "weights"):
             assert isinstance(job.model, Frozen)
             folder = self.folder(job.hf, job.model.hf)
             scorer = EmbeddedScorer(job.model, packer, 1.0, job.hf, folder)
         routing = Routing(scorer.chunks, packer.parallel, hot)
-        with self.phase(score, "activations"):
-            scores = scorer.score_samples(samples, self.topk)
+        with self.phase(f"score {name}".strip(), "activations"):
+            scores = scorer.score_samples(samples, 0 if name == "base" else job.recipe.topk)
         del scores
         routing.remove()
         return scorer
-
-    @property
-    def topk(self) -> int:
-        """How many of a teacher's likeliest tokens are looked for."""
-        loss = self.job.recipe.loss
-        return loss.topk.k if loss.objective == "topk_kl" else 0
 
     def objective(self, parallel: Parallel) -> Objective:
         """Return the recipe's objective of one optimiser step."""
@@ -191,9 +193,10 @@ class RankRehearsal:
         ]
 
     def _with_support(self, batch: MicroBatch) -> MicroBatch:
-        if not self.topk:
+        topk = self.job.recipe.topk
+        if not topk:
             return batch
-        ids = torch.zeros(len(batch.rows), self.topk, dtype=torch.int64)
+        ids = torch.zeros(len(batch.rows), topk, dtype=torch.int64)
         return replace(batch, support=Support(ids, torch.zeros(ids.shape, dtype=torch.float32)))
 
     def _tell_apart(self, student: StudentModel) -> None:

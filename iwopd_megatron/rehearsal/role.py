@@ -6,52 +6,28 @@ is counted once. Bytes, calls and seconds are linear in the layers, which a test
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 from iwopd_megatron.config.stages import distinct_stages
-from iwopd_megatron.plan.model_size import ModelSize
+from iwopd_megatron.plan.memory import Precision, push_bytes
 from iwopd_megatron.plan.plan import Plan
-from iwopd_megatron.plan.traffic import microbatch_bytes, step_bytes
 from iwopd_megatron.rehearsal.collectives import Call, Mailbox
+from iwopd_megatron.rehearsal.figures import SMALL, Figures
 from iwopd_megatron.rehearsal.job import Job
 from iwopd_megatron.rehearsal.ledger import Phase, Storage
 from iwopd_megatron.rehearsal.memoryless import Memoryless, Shapes
 from iwopd_megatron.rehearsal.place import Place, covering, places
+from iwopd_megatron.rehearsal.push import introduce
 from iwopd_megatron.rehearsal.rank import RankRehearsal, RankRun
 from iwopd_megatron.rehearsal.replay import compare, play, program_of
+from iwopd_megatron.rehearsal.report import GIB, RoleReport, on_gpu
+from iwopd_megatron.rehearsal.resharding import check_checkpoints
 from iwopd_megatron.rehearsal.slices import Slices, read_slices
-from iwopd_megatron.rehearsal.traffic import STEP, by_axis, communication, volumes
 from iwopd_megatron.rehearsal.world import Groups
 
-GIB = 2**30
 KEPT = 0.02  # of the peak: what forward and backward may leave behind
 ROOM, SLACK = 1.1, 0.5 * GIB  # a rank may take so many times the planned bytes, and so many more
 HOT = (2.0, 4.0)
-SMALL = (2, 3)  # layers a chunk of the two models that stand for all
-
-
-@dataclass
-class RoleReport:
-    """What was found of one role. Bytes at the busiest rank, of `peak_rank`."""
-
-    role: str
-    world: int
-    computing: str  # the phase that computes most
-    slices: Slices
-    rehearsed: list[int] = field(default_factory=list)  # ranks
-    phases: dict[str, dict[str, float]] = field(default_factory=dict)  # bytes at the peak, by kind
-    peak_rank: int = 0
-    peak: float = 0.0
-    planned: float = 0.0
-    hot: dict[float, float] = field(default_factory=dict)  # peak with an expert rank that hot
-    kept: float = 0.0
-    volumes: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
-    moved: dict[str, tuple[float, float]] = field(default_factory=dict)  # by axis, and planned
-    seconds: float = 0.0  # of a micro-batch in the computing phase
-    costs: Counter[str] = field(default_factory=Counter)  # seconds of that phase
-    microbatches: int = 1
-    findings: list[str] = field(default_factory=list)
 
 
 class RoleRehearsal:
@@ -64,6 +40,7 @@ class RoleRehearsal:
         self.computing = "forward/backward" if job.trains else "score"
         self.report = RoleReport(job.role, job.world, self.computing, Slices())
         self.report.microbatches = job.microbatches
+        self.figures = Figures(job, plan, self.report)
         self.groups = Groups()
         self.mailboxes: dict[tuple[int | None, float], Mailbox] = {}  # by size, hot
 
@@ -79,13 +56,25 @@ class RoleRehearsal:
         runs = [self._runs(size, busy) for size in self.sizes]
         others = [place for place in ranks if place not in busy]
         self._memory(runs, busy)
-        self._programs(runs[0] | self._runs(self.sizes[0], others, mode=Shapes), firsts)
-        self._volumes([x[ranks[0].rank] for x in runs])
-        self._moved([x[ranks[0].rank] for x in runs])
-        self._seconds(runs, busy)
+        everyone = runs[0] | self._runs(self.sizes[0], others, mode=Shapes)
+        self._programs(everyone, firsts)
+        if job.trains:
+            self.figures.push([x[ranks[0].rank] for x in runs])
+            known = {rank: run.pieces for rank, run in everyone.items()}
+            report.findings += check_checkpoints(self._job(self.sizes[0]), known)
+        self.figures.volumes([x[ranks[0].rank] for x in runs])
+        self.figures.moved([x[ranks[0].rank] for x in runs])
+        self.figures.seconds(runs, busy)
         if job.hf.num_experts and job.layout.ep > 1 and not self.short:
             self._hot(ranks[0])
         return report
+
+    def run_memory(self) -> RoleReport:
+        """Find bytes alone, on ranks of every stage that is unlike others."""
+        ranks = covering(self.job.world, self.job.layout)
+        busy = self._busy({place.pp: place for place in reversed(ranks)})
+        self._memory([self._runs(size, busy) for size in self.sizes], busy)
+        return self.report
 
     def _job(self, size: int | None) -> Job:
         return self.job if size is None else self.job.with_layers(size)
@@ -107,7 +96,7 @@ class RoleRehearsal:
     ) -> dict[int, RankRun]:
         """Return what every one of these ranks does, in a model of `size` layers a chunk."""
         setup = self.plan.setup
-        mailbox = self.mailboxes.setdefault((size, hot), Mailbox())
+        mailbox = self._mailbox(size, hot)
         found = {}
         for place in ranks:
             rehearsal = RankRehearsal(self._job(size), setup.gpu, setup.rates, mailbox)
@@ -115,12 +104,14 @@ class RoleRehearsal:
             found[place.rank] = rehearsal.run(place.rank, hot, self.groups, mode)
         return found
 
-    def _at_size(self, values: list[float], stage: int) -> float:
-        """Return a figure at all layers of a stage, from those of the small models."""
-        if len(values) == 1:
-            return values[0]
-        layers = self.job.layers_a_chunk[stage]
-        return values[0] + (layers - SMALL[0]) * (values[1] - values[0]) / (SMALL[1] - SMALL[0])
+    def _mailbox(self, size: int | None, hot: float) -> Mailbox:
+        """Return what all ranks of a model hear from; where weights are pushed with their names."""
+        if (size, hot) not in self.mailboxes:
+            mailbox = Mailbox(self.job.world // self.job.layout.pp)
+            self.mailboxes[size, hot] = mailbox
+            if self.job.trains and hot == 1:
+                introduce(self._job(size), mailbox)
+        return self.mailboxes[size, hot]
 
     def _memory(self, runs: list[dict[int, RankRun]], ranks: list[Place]) -> None:
         """Find the busiest rank's bytes by phase and kind, and what is kept."""
@@ -133,14 +124,17 @@ class RoleRehearsal:
             peak = sum(phases[self.computing].values())
             if peak > report.peak:
                 report.peak, report.peak_rank, report.phases = peak, place.rank, phases
-            kept = self._at_size([sum(x.nbytes for x in run.kept) for run in own], place.pp)
+            kept = self.figures.at_size([sum(x.nbytes for x in run.kept) for run in own], place.pp)
             if kept > report.kept:
                 report.kept = kept
                 if kept > KEPT * peak:
                     report.findings.append(self._kept(place.rank, kept, own[-1].kept))
-            report.findings += [f"{self.job.role} rank {place.rank}: {x}" for x in own[-1].wrong]
         memory = next(x for x in self.plan.roles if x.name == self.job.role).memory
         report.planned = memory.allocated
+        if self.job.trains:
+            lasting = replace(memory, activations=0, head=0, kv_cache=0).allocated
+            size, width = self.plan.setup.student, Precision.of(self.job.model.dtype).weight
+            report.planned_push = lasting + push_bytes(size, self.job.layout, width)
         self._too_much(runs)
 
     def _peak(self, phases: list[Phase], stage: int) -> dict[str, float]:
@@ -148,9 +142,8 @@ class RoleRehearsal:
         moments = []
         for peaks in ([x.head for x in phases], [x.body for x in phases]):
             kinds = peaks[-1].kinds
-            moments.append(
-                {k: self._at_size([x.kinds.get(k, 0) for x in peaks], stage) for k in kinds}
-            )
+            sizes = {k: [x.kinds.get(k, 0) for x in peaks] for k in kinds}
+            moments.append({k: self.figures.kind_at_size(k, x, stage) for k, x in sizes.items()})
         return max(moments, key=lambda kinds: sum(kinds.values()))
 
     def _kept(self, rank: int, kept: float, storages: list[Storage]) -> str:
@@ -162,6 +155,12 @@ class RoleRehearsal:
 
     def _too_much(self, runs: list[dict[int, RankRun]]) -> None:
         report, gpu = self.report, self.plan.setup.gpu
+        for name, kinds in report.phases.items():
+            if name != self.computing and on_gpu(kinds) > gpu.memory:
+                report.findings.append(
+                    f"{report.role} rank {report.peak_rank} takes {on_gpu(kinds) / GIB:.1f} GiB of "
+                    f"tensors in its {name}, a GPU has {gpu.memory / GIB:.1f}."
+                )
         phase = runs[-1][report.peak_rank].memory[self.computing]
         largest = max((phase.head, phase.body), key=lambda peak: peak.size).largest
         what = f"; the largest at the peak: {_described(largest[0])}" if largest else ""
@@ -187,45 +186,6 @@ class RoleRehearsal:
                 template = firsts[place.pp].rank
                 everyone[place.rank] = program_of(place.rank, programs[template], template, groups)
         self.report.findings += [f"{self.job.role}: {x}" for x in play(everyone)]
-
-    def _volumes(self, runs: list[RankRun]) -> None:
-        """Count calls and bytes by phase, axis and operation."""
-        counted = [volumes(run) for run in runs]
-        for key in counted[-1]:
-            count, size = (
-                self._at_size([x.get(key, (0, 0))[i] for x in counted], 0) for i in range(2)
-            )
-            self.report.volumes.setdefault(key[0], {})[key[1]] = count, size
-
-    def _moved(self, runs: list[RankRun]) -> None:
-        """Count bytes that are moved over each axis, beside the plan's."""
-        job, size_of = self.job, ModelSize.of(self.job.hf)
-        phases = STEP if job.trains else (self.computing,)
-        recompute = getattr(job.model, "recompute", None) if job.trains else None
-        planned = {
-            axis: job.microbatches * n
-            for axis, n in microbatch_bytes(size_of, job.layout, job.tokens, recompute).items()
-        }
-        planned |= step_bytes(size_of, job.layout, job.world) if job.trains else {}
-        rehearsed = [by_axis(run, phases) for run in runs]
-        for axis in planned | rehearsed[-1]:
-            total = self._at_size([x.get(axis, 0.0) for x in rehearsed], 0)
-            self.report.moved[axis] = total, planned.get(axis, 0.0)
-
-    def _seconds(self, runs: list[dict[int, RankRun]], ranks: list[Place]) -> None:
-        """Find the slowest rank's seconds of a micro-batch, and what they go to."""
-        name, rate = self.computing, communication(self.plan)
-        for place in ranks:
-            own = [x[place.rank] for x in runs]
-            operations = {
-                key: self._at_size([x.seconds[name].get(key, 0.0) for x in own], place.pp)
-                for key in own[-1].seconds[name]
-            }
-            talk = self._at_size([rate(x.calls[name]) for x in own], place.pp)
-            costs = Counter(operations | {"communication": talk})
-            if costs.total() > self.report.costs.total():
-                self.report.costs = costs
-                self.report.seconds = costs.total() / self.job.microbatches
 
     def _hot(self, place: Place) -> None:
         """Find the peak of a rank whose experts get more than their share."""

@@ -22,7 +22,8 @@ from iwopd_megatron.rehearsal.checkpoints import Piece, check_pieces, pieces_of
 from iwopd_megatron.rehearsal.collectives import Mailbox, NotSaidYet, Recorder
 from iwopd_megatron.rehearsal.job import Job
 from iwopd_megatron.rehearsal.memoryless import Shapes
-from iwopd_megatron.rehearsal.place import Place, places
+from iwopd_megatron.rehearsal.place import Place, read_ranks
+from iwopd_megatron.rehearsal.push import pushed
 from iwopd_megatron.rehearsal.sources import HollowFolder, Region
 from iwopd_megatron.rehearsal.world import alone
 from iwopd_megatron.runtime import device
@@ -30,8 +31,6 @@ from iwopd_megatron.train import checkpoint
 from iwopd_megatron.weights.hf_reader import load_shards
 from iwopd_megatron.weights.sync import WeightStream
 from iwopd_megatron.weights.table import mapped_parameters
-
-ALL_RANKS = 128  # of a larger world, those with different weights are read
 
 
 @dataclass
@@ -56,7 +55,7 @@ def read_slices(job: Job) -> Slices:
     read: dict[str, dict[Region, int]] = defaultdict(lambda: defaultdict(int))
     mailbox = Mailbox()
     pieces: list[Piece] = []
-    ranks = _ranks(job)
+    ranks = read_ranks(job.world, job.layout)
     for place in ranks:
         for name, region in _rank(job, place, found, mailbox, pieces):
             read[name][region] += 1
@@ -66,14 +65,6 @@ def read_slices(job: Job) -> Slices:
         found.wrong += [f"{job.role}: the checkpoint: {x}" for x in check_pieces(pieces)]
         _push(job, ranks[0], found, mailbox)
     return found
-
-
-def _ranks(job: Job) -> list[Place]:
-    """Return all ranks of a world, or of a large one the first with its weights."""
-    everyone = list(places(job.world, job.layout))
-    if job.world <= ALL_RANKS:
-        return everyone
-    return list({place.shard: place for place in reversed(everyone)}.values())[::-1]
 
 
 def _rank(
@@ -198,7 +189,8 @@ def _stream(job: Job, rank: int, mailbox: Mailbox) -> Iterator[tuple[str, tuple[
     with alone(rank, job.world, job.layout) as parallel:
         with device.as_gpu(), Shapes([], Recorder(is_alone=True, mailbox=mailbox)):
             chunks = build_model(job.hf, parallel, job.model.dtype)
-            for name, tensor in WeightStream(chunks, job.hf, parallel):
+            stream = WeightStream(chunks, job.hf, parallel)
+            for name, tensor in pushed(stream, job.recipe, rank == 0):
                 yield name, tuple(tensor.shape)
 
 

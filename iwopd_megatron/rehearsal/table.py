@@ -6,7 +6,8 @@ from rich.console import Console
 from rich.table import Table
 
 from iwopd_megatron.rehearsal.full import LARGEST, Rehearsal
-from iwopd_megatron.rehearsal.role import GIB, RoleReport
+from iwopd_megatron.rehearsal.push import PUSH
+from iwopd_megatron.rehearsal.report import GIB, RoleReport, on_gpu
 
 TOLD = 0.2  # two opinions on a round that differ by more say why
 
@@ -41,11 +42,11 @@ def _lines(found: Rehearsal, role: RoleReport) -> list[tuple[str, str, str]]:
             "",
         )
     ]
+    plans = {role.computing: role.planned, PUSH: role.planned_push}
     for phase, kinds in role.phases.items():
-        size = sum(kinds.values())
         parts = ", ".join(f"{kind} {n / GIB:.1f}" for kind, n in kinds.items() if n > GIB / 20)
-        planned = f"{role.planned / GIB:.1f} GiB" if phase == role.computing else ""
-        lines.append((f"memory, {phase}", f"{size / GIB:.1f} GiB: {parts}", planned))
+        planned = f"{plans[phase] / GIB:.1f} GiB" if phase in plans else ""
+        lines.append((f"memory, {phase}", f"{on_gpu(kinds) / GIB:.1f} GiB: {parts}", planned))
     for hot, size in role.hot.items():
         lines.append((f"memory, expert rank x{hot:g}", f"{size / GIB:.1f} GiB", ""))
     lines.append(("kept after backward", f"{role.kept / GIB:.2f} GiB", "0"))
@@ -53,6 +54,9 @@ def _lines(found: Rehearsal, role: RoleReport) -> list[tuple[str, str, str]]:
         if moved > GIB / 100:
             what = f"moved over {axis}, {role.microbatches} micro-batches"
             lines.append((what, f"{moved / GIB:.2f} GiB", f"{planned_bytes / GIB:.2f} GiB"))
+    if role.push_seconds:
+        pushed, planned = (f"{x:.2f} s" for x in role.push_seconds)
+        lines.append(("time, push", pushed, planned))
     took = f"{role.seconds:.2f} s a micro-batch: {_costs(role)}"
     lines.append((f"time, {role.computing}", took, ""))
     return lines

@@ -70,11 +70,12 @@ def band_chart(
     before: list[Curve] | None = None,
     zero_line: bool = False,
     log: bool = False,
+    before_name: str = f"first {COMPARED} rounds",
 ) -> Figure | None:
     """Return a chart with a line and its band for each arm, and `before` as one grey line of all.
 
-    zero_line: a line at 0; log: a logarithmic y axis where all values are positive. None without
-    data.
+    zero_line: a line at 0; log: a logarithmic y axis where all values are positive; before_name:
+    of the grey line in the legend. None without data.
     """
     if not curves:
         return None
@@ -82,7 +83,7 @@ def band_chart(
     if zero_line:
         axes.axhline(0, color="#888888", lw=0.8)
     if before:
-        draw_band(axes, before, f"first {COMPARED} rounds", BEFORE, single=False)
+        draw_band(axes, before, before_name, BEFORE, single=False)
     styles = looks(curves)
     for arm in sorted(curves, key=list(styles).index):
         draw_band(axes, curves[arm], arm_name(arm), styles[arm])

@@ -100,7 +100,8 @@ def held_out_by_position(runs: Runs) -> Charts:
     first = curves_of(runs, lambda records: by_position(records, key, slice(1)))
     last = curves_of(runs, lambda records: by_position(records, key, slice(-1, None)))
     dotted = [curve for curves in first.values() for curve in curves]
-    figure = band_chart(last, TOKEN, "Held-out reverse KL (nats/token)", dotted)
+    label = "Held-out reverse KL (nats/token)"
+    figure = band_chart(last, TOKEN, label, dotted, before_name="first evaluation")
     text = f"first evaluation of all runs (dotted), last of each arm (solid). {how_far(key)}"
     return _made("held_out_by_position", (figure, text), "Reverse KL of held-out answers")
 

@@ -4,4 +4,4 @@ In come prompts, sampling settings and new weights; out go samples with the log-
 which they were drawn, and a proof that the new weights landed.
 """
 
-__all__ = ["engine", "make", "servers"]
+__all__ = ["broadcast", "engine", "make", "servers"]

@@ -87,7 +87,7 @@ class BroadcastPush(RequestPush):
         if self.joined is None or not self.targets.replicas:
             return
         joined = self.joined
-        flat = torch.cat([t.detach().contiguous().flatten().view(torch.uint8) for _, t in tensors])
+        flat = as_bytes(tensors)
         received = self.targets.each(lambda replica: replica.server.receive(tensors, joined.name))
         try:
             dist.broadcast(flat, 0, group=joined.group)
@@ -104,6 +104,11 @@ class BroadcastPush(RequestPush):
 
         self.targets.each(fail).result()
         self._forget()
+
+
+def as_bytes(tensors: NamedTensors) -> torch.Tensor:
+    """Return a bucket's tensors as one run of bytes, uint8, in their order."""
+    return torch.cat([t.detach().contiguous().flatten().view(torch.uint8) for _, t in tensors])
 
 
 async def _leave(replica: Replica, group: str) -> None:

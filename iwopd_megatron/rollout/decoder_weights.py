@@ -101,16 +101,20 @@ def _own_layer(hf: HfConfig, new: New, i: int) -> tuple[Layer, dict[str, torch.T
         own["mlp.gate.e_score_correction_bias"] = layer.score_bias
     for e, (gate_up, down) in enumerate(zip(layer.gate_up.mT, layer.down.mT, strict=True)):
         prefix = f"mlp.experts.{e}." if experts else "mlp."
-        parts = {"gate": gate_up.chunk(2)[0], "up": gate_up.chunk(2)[1], "down": down}
-        own |= {f"{prefix}{x}_proj.weight": part for x, part in parts.items()}
+        own |= _mlp(prefix, gate_up, down)
     if layer.shared_gate_up is not None and layer.shared_down is not None:
-        gate, up = layer.shared_gate_up.chunk(2)
-        parts = {"gate": gate, "up": up, "down": layer.shared_down}
-        module = "mlp.shared_experts" if hf.sigmoid_router else "mlp.shared_expert"
-        own |= {f"{module}.{x}_proj.weight": part for x, part in parts.items()}
+        module = "mlp.shared_experts." if hf.sigmoid_router else "mlp.shared_expert."
+        own |= _mlp(module, layer.shared_gate_up, layer.shared_down)
     if layer.shared_gate is not None:
         own["mlp.shared_expert_gate.weight"] = layer.shared_gate
     return layer, own
+
+
+def _mlp(prefix: str, gate_up: torch.Tensor, down: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return an MLP's tensors by name, of gate and up together `[2 F, D]` and down `[D, F]`."""
+    gate, up = gate_up.chunk(2)
+    parts = {"gate": gate, "up": up, "down": down}
+    return {f"{prefix}{name}_proj.weight": part for name, part in parts.items()}
 
 
 def viewed_weights(hf: HfConfig, parameters: Mapping[str, torch.Tensor]) -> DecoderWeights:

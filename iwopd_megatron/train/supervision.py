@@ -106,11 +106,6 @@ class Distillation(Supervision):
         base = {} if self.base is None else {"base": self.base}
         return super().models | named | base
 
-    @property
-    def topk(self) -> int:
-        """How many of a teacher's likeliest tokens the loss reads; 0 for the policy loss."""
-        return self.recipe.loss.topk.k if self.recipe.loss.objective == "topk_kl" else 0
-
     def check(self, minibatches: list[Minibatch]) -> None:
         """GateError where a teacher's log-probs are missing, impossible or all the same."""
         for minibatch in minibatches:
@@ -126,11 +121,11 @@ class Distillation(Supervision):
     def begin(self, sample: Trajectory) -> None:
         """Start scoring an answer that has ended, unless `rollout.stream_scoring` is off."""
         if self.recipe.rollout.stream_scoring:
-            self.teachers.begin(self.masked(sample), self.topk)
+            self.teachers.begin(self.masked(sample), self.recipe.topk)
 
     def scored_early(self, samples: list[Trajectory]) -> float | None:
         """Return the remote teachers' share; None where all teachers are embedded."""
-        return self.teachers.scored_early(samples, self.topk)
+        return self.teachers.scored_early(samples, self.recipe.topk)
 
     def close(self) -> None:
         """Stop the teacher services that the run started."""
@@ -143,7 +138,7 @@ class Distillation(Supervision):
 
     def _scored(self, samples: list[Trajectory], round_number: int) -> Minibatch:
         loss, weighting = self.recipe.loss, self.recipe.loss.weighting
-        teacher, support = self.teachers.score_samples(samples, self.topk)
+        teacher, support = self.teachers.score_samples(samples, self.recipe.topk)
         scores = {"teacher_logp": teacher}
         if self.base is not None:
             scores["base_logp"], _ = self.base.score_samples(samples)

@@ -18,7 +18,7 @@ import torch
 from iwopd_megatron.hf.config import HfConfig
 from iwopd_megatron.hf.families import FAMILIES
 from iwopd_megatron.hf.families.rows import Row
-from iwopd_megatron.hf.shapes import rows_in_order
+from iwopd_megatron.hf.shapes import EMBEDDING, rows_in_order
 from iwopd_megatron.weights.sharding import SHARDINGS, Sharding
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def mapped_parameters(chunk: GPTModel, hf: HfConfig) -> Iterator[MappedParameter
                 local = module.mlp.local_expert_indices
                 experts = local if expert is None else [local[expert]]
         is_copy = hf.tie_word_embeddings and name == "output_layer.weight"
-        templates = ["model.embed_tokens.weight"] if is_copy else [x.name for x in row.tensors]
+        templates = [EMBEDDING] if is_copy else [x.name for x in row.tensors]
         hf_names = [t.format(**numbers, expert=e) for e in experts for t in templates]
         yield MappedParameter(
             name, parameter, SHARDINGS[cut], hf_names, row.is_of_expert, is_copy, name in trained

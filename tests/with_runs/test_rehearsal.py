@@ -3,6 +3,7 @@
 import json
 import pickle
 import tempfile
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,23 +16,33 @@ from iwopd_megatron.config.load import read_recipe
 from iwopd_megatron.config.models import Layout
 from iwopd_megatron.loss import linear_loss, logprobs
 from iwopd_megatron.models import experts
+from iwopd_megatron.models.gpt import build_model
 from iwopd_megatron.plan.hardware import GPUS, RATES
-from iwopd_megatron.rehearsal import checkpoints, slices
+from iwopd_megatron.plan.memory import push_bytes
+from iwopd_megatron.plan.model_size import ModelSize
+from iwopd_megatron.plan.plan import Plan
+from iwopd_megatron.rehearsal import checkpoints, resharding, slices
 from iwopd_megatron.rehearsal.collectives import Call, Mailbox, Recorder
 from iwopd_megatron.rehearsal.job import Job, jobs
-from iwopd_megatron.rehearsal.memoryless import Memoryless, Watched
+from iwopd_megatron.rehearsal.ledger import Ledger
+from iwopd_megatron.rehearsal.memoryless import Memoryless, Shapes, Watched
 from iwopd_megatron.rehearsal.place import Place, covering
+from iwopd_megatron.rehearsal.push import introduce, pushed
 from iwopd_megatron.rehearsal.rank import RankRehearsal
 from iwopd_megatron.rehearsal.replay import compare, play, program_of
 from iwopd_megatron.rehearsal.role import RoleRehearsal
 from iwopd_megatron.rehearsal.routing import expert_counts
 from iwopd_megatron.rehearsal.sources import HollowFolder
 from iwopd_megatron.rehearsal.world import Groups, alone
+from iwopd_megatron.runtime.device import as_gpu
+from iwopd_megatron.runtime.megatron import nested_values
 from iwopd_megatron.runtime.parallel import initialise, shutdown
 from iwopd_megatron.teacher import embedded
+from iwopd_megatron.train import checkpoint
 from iwopd_megatron.train.student import StudentModel
 from iwopd_megatron.weights import sharding, table
 from iwopd_megatron.weights.hf_reader import HfTensors, load_shards
+from iwopd_megatron.weights.sync import WeightStream
 
 RECIPE = Path(__file__).parents[2] / "recipes/demo_tiny_moe.yaml"
 LAYOUTS = {
@@ -40,6 +51,12 @@ LAYOUTS = {
     "pp2 vpp2 tp2": dict(pp=2, vpp=2, tp=2),
     "tp2 ep2 etp2": dict(tp=2, ep=2, etp=2),
 }
+SERVERS = (
+    "rollout.engine=sglang",
+    "rollout.sync=distributed",
+    "rollout.servers.start=1",
+    "cluster.rollout=1",
+)
 pytestmark = pytest.mark.usefixtures("in_the_repository")
 
 
@@ -90,9 +107,11 @@ def real_rank(job: Job, out: Path) -> None:
 
 def rehearsed_rank(job: Job, rank: int) -> dict:
     """Rehearse a rank as the CPU runs it."""
+    mailbox = Mailbox(job.world // job.layout.pp)
+    introduce(job, mailbox)
     with alone(rank, job.world, job.layout) as parallel:
         own = rehearsal_of(job, folder=lambda hf, _: HollowFolder(hf, torch.float32))
-        return told(own.perform(parallel, Memoryless, Recorder(is_alone=True)))
+        return told(own.perform(parallel, Memoryless, Recorder(True, mailbox)))
 
 
 def objects(call: list) -> bool:
@@ -105,7 +124,8 @@ def test_a_real_run_says_and_holds_what_was_rehearsed(name, tmp_path, moe_folder
     """Calls are the same, with groups, bytes, dtypes and peers; live bytes within 2 percent."""
     # Frozen weights stay in their file on a CPU, as on no GPU.
     monkeypatch.setattr(embedded, "load_shards", lambda *given, frozen: load_shards(*given))
-    job = job_of(4, LAYOUTS[name], f"student.hf={moe_folder}", f"teacher.hf={moe_folder}")
+    folders = f"student.hf={moe_folder}", f"teacher.hf={moe_folder}"
+    job = job_of(4, LAYOUTS[name], *folders, *SERVERS)
     run_world(4, real_rank, job, tmp_path)
     for rank in range(4):
         real = json.loads((tmp_path / f"{rank}.json").read_text())
@@ -144,6 +164,14 @@ def test_nothing_is_found_where_nothing_is_wrong(small):
     assert [x for x in report.findings if "the plan has" not in x] == []
     assert report.slices.ranks == 8
     assert report.peak > 0
+
+
+def test_a_step_moves_what_the_plan_says():
+    """Gradients are scattered and parameters gathered once, experts' over their own ranks."""
+    report = report_of(job_of(8, dict(tp=2, ep=2), "student.dtype=bf16"))
+    for axis in ("dp", "expert dp"):
+        rehearsed, planned = report.moved[axis]
+        assert 0 < planned == pytest.approx(rehearsed, rel=0.02), axis
 
 
 def test_figures_are_linear_in_the_layers():
@@ -204,7 +232,8 @@ def programs(job: Job, ranks=None, hot: float = 1.0) -> dict[int, list[Call]]:
 
 
 def _programs(job: Job, ranks: list[int], hot: float) -> dict[int, list[Call]]:
-    mailbox = Mailbox()
+    mailbox = Mailbox(job.world // job.layout.pp)
+    introduce(job, mailbox)
     return {rank: rehearsal_of(job, mailbox).run(rank, hot).program for rank in ranks}
 
 
@@ -284,6 +313,117 @@ def test_pieces_of_a_checkpoint_that_do_not_tile_are_found():
     assert "16 of 32" in checkpoints.check_pieces([piece(0, 4)])[0]
     assert "twice" in checkpoints.check_pieces([piece(0, 4), piece(0, 4)])[0]
     assert "nobody" in checkpoints.check_pieces([piece(0, 8), piece(4, 4, False)])[0]
+
+
+def test_pieces_that_a_layout_asks_for_are_among_the_saved_once():
+    def piece(key, first, shape, is_written=True):
+        return checkpoints.Piece(key, (2, 8, 4), torch.float32, first, shape, is_written)
+
+    halves = [piece("w", (i, 4 * j, 0), (1, 4, 4)) for i in range(2) for j in range(2)]
+    whole, columns = piece("w", (0, 0, 0), (2, 8, 4)), piece("w", (1, 0, 2), (1, 8, 2))
+    assert checkpoints.check_load([whole, columns], halves) == []
+    assert "16 elements, 8 are saved" in checkpoints.check_load([columns], halves[:3])[0]
+    assert "16 elements, 24 are saved" in checkpoints.check_load([columns], [*halves, halves[3]])[0]
+    copies = [replace(half, is_written=False) for half in halves]
+    assert "not saved" in checkpoints.check_load([whole], copies)[0]
+    other = replace(whole, dtype=torch.bfloat16)
+    assert "as torch.bfloat16" in checkpoints.check_load([other], halves)[0]
+
+
+def test_states_that_a_rank_leaves_out_are_found(small, monkeypatch):
+    """On a rank of which nothing else is rehearsed."""
+    assert 3 not in [place.rank for place in covering(small.world, small.layout)]
+    state = checkpoint.sharded_state
+
+    def without(chunks, optimizer, parallel, is_loading):
+        whole = state(chunks, optimizer, parallel, is_loading)
+        if parallel.rank == 3 and not is_loading:
+            del whole["optimizer"]
+        return whole
+
+    monkeypatch.setattr(checkpoint, "sharded_state", without)
+    found = forked(resharding.check_checkpoints, small, {})
+    assert any("rank 3" in x and "has 0 states" in x for x in found) or any(
+        "3 states" in x for x in found
+    )
+
+
+def test_a_layout_that_asks_for_other_names_is_found(small, monkeypatch):
+    state = checkpoint.sharded_state
+
+    def renamed(chunks, optimizer, parallel, is_loading):
+        whole = state(chunks, optimizer, parallel, is_loading)
+        if is_loading and parallel.tp.size == 2:
+            for piece in nested_values(whole["model0"]):
+                piece.key = piece.key.replace("q_layernorm", "query_norm")
+        return whole
+
+    monkeypatch.setattr(checkpoint, "sharded_state", renamed)
+    found = forked(resharding.check_checkpoints, small, {})
+    assert found
+    assert all("tp2" in x and "query_norm.weight is asked for and not saved" in x for x in found)
+
+
+def test_a_bucket_pushed_in_another_dtype_is_found(small, monkeypatch):
+    """By the first pipeline stage; the second one makes room for what the header says."""
+    broadcast = dist.broadcast
+
+    def widened(tensor, src, group=None, **more):
+        if tensor.is_floating_point() and src == 0:
+            tensor = tensor.float()
+        return broadcast(tensor, src, group=group, **more)
+
+    monkeypatch.setattr(dist, "broadcast", widened)
+    found = compare(
+        programs(replace(small, model=small.model.model_copy(update={"dtype": "bf16"})))
+    )
+    assert any("PIPELINE_MODEL_PARALLEL_GROUP" in x and "broadcast" in x for x in found)
+
+
+PUSHED = [
+    ("qwen3_235b_a22b_to_30b_a3b", dict(ep=8)),
+    ("qwen3_235b_a22b_to_30b_a3b", dict(pp=2, ep=4)),
+    ("qwen3_235b_a22b_to_30b_a3b", dict(tp=2, ep=2, etp=2, pp=2)),
+    ("qwen3_235b_a22b_self", dict(tp=4, pp=2, ep=8)),
+    ("qwen3_4b_to_4b", dict(pp=2)),
+]
+
+
+@pytest.mark.parametrize(("recipe", "axes"), PUSHED)
+def test_planned_bytes_of_a_push_are_the_rehearsed(recipe, axes):
+    job = jobs(read_recipe(RECIPE.parent / f"{recipe}.yaml", []))[1][0]
+    layout = Layout(**axes)
+    job = replace(job, layout=layout, world=layout.unit).with_layers(3)
+    planned = push_bytes(ModelSize.of(job.hf), layout)
+    assert forked(pushed_bytes, job) == pytest.approx(planned, rel=0.05)
+
+
+def pushed_bytes(job: Job) -> int:
+    """The most that rank 0 holds of a push, its parameters left out."""
+    mailbox, ledger = Mailbox(job.world // job.layout.pp), Ledger()
+    introduce(job, mailbox)
+    recorder = Recorder(is_alone=True, mailbox=mailbox)
+    with alone(0, job.world, job.layout) as parallel, as_gpu(), Shapes([ledger], recorder):
+        recorder.phase = "load"
+        stream = WeightStream(build_model(job.hf, parallel, "bf16"), job.hf, parallel)
+        recorder.phase = "push"
+        with ledger.phase("push", "push"):
+            deque(pushed(stream, job.recipe, is_main=True), maxlen=0)
+    peak = max((ledger.phases["push"].body, ledger.phases["push"].head), key=lambda x: x.size)
+    return peak.kinds["push"]
+
+
+@pytest.mark.parametrize("objective", ["policy", "topk_kl"])
+def test_planned_bytes_of_a_dense_teacher_are_the_rehearsed(objective):
+    """Where the top K are looked for the LM head has most of them, else a layer."""
+    recipe = RECIPE.parent / "qwen3_4b_to_0p6b.yaml"
+    plan, (_, teacher) = jobs(read_recipe(recipe, [f"loss.objective={objective}"]))
+    report = forked(_report_of, teacher, plan)
+    assert report.peak == pytest.approx(report.planned, rel=0.05)
+
+
+def _report_of(job: Job, plan: Plan):
+    return RoleRehearsal(job, plan, all_layers=False, short=True).run_memory()
 
 
 @pytest.mark.parametrize("axes", [dict(tp=2, cp=2, pp=2, ep=4), dict(ep=2, etp=2, tp=2), {}])

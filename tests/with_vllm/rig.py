@@ -20,8 +20,8 @@ IDS = [5, 9, 4, 7, 11, 3, 6]  # some prompt
 class Rig(ServedModel):
     """A model folder, a server of it that a keeper looks after, and a loop to talk to it in."""
 
-    def __init__(self, folder: Path, out: Path):
-        super().__init__(RECIPE, folder, out)
+    def __init__(self, folder: Path, out: Path, *overrides: str):
+        super().__init__(RECIPE, folder, out, *overrides)
         self.process = self.new_process()
         self.keeper = Keeper([self.process], READY_SECONDS, hang_timeout=600)
         self.keeper.start()

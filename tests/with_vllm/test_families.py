@@ -2,12 +2,10 @@
 
 import pytest
 from rig import Rig
-from served_models import hf_logp, largest, prompts, write_family
-
-from iwopd_megatron.rollout.engine import Sampling
+from served_models import check_family_served, write_family
 
 # Qwen3's are in every other file
-FAMILIES = ["llama", "qwen2", "mistral", "qwen2_moe"]
+FAMILIES = ["llama", "qwen2", "mistral"]
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -22,14 +20,6 @@ def test_a_family_is_served(model_type, tmp_path):
             engine.update(weights.items(), version)
             (found,) = rig.run(rig.server.checksums())
             assert found.keys() == weights.keys()
-            for prompt in prompts(6):
-                ids = prompt.ids + [5, 9, 4, 7]
-                found = rig.run(rig.server.prompt_logps(ids))
-                assert largest(found, hf_logp(model, ids, 1)) < 1e-4
-            for sample in engine.generate(prompts(6), Sampling(20)):
-                ids = sample.prompt_ids + sample.response_ids
-                expected = hf_logp(model, ids, len(sample.prompt_ids))
-                assert largest(expected, sample.rollout_logp) < 1e-4
-                assert sample.weight_version == version
+            check_family_served(rig, engine, model, version)
     finally:
         rig.stop()

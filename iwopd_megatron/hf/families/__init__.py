@@ -1,6 +1,6 @@
 """The families of models, by the `model_type` of their config.json. A new one is a file and a line.
 
-README.md beside this file says what each part of a family is for.
+family.py says what each part of a family is for, docs/howto/families.md how to add one.
 """
 
 from iwopd_megatron.hf.families.family import Family

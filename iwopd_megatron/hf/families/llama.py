@@ -88,10 +88,14 @@ LLAMA = Family(
         {
             "Llama-3.2-1B, Llama-3.2-1B-Instruct": (2048, 8192, 16, 32, 8),
             "Llama-3.2-3B, Llama-3.2-3B-Instruct": (3072, 8192, 28, 24, 8),
-            "Llama-3.1-8B, Llama-3.1-8B-Instruct": (4096, 14336, 32, 32, 8),
-            "Llama-3.1-70B, Llama-3.1-70B-Instruct": (8192, 28672, 80, 64, 8),
-            "Llama-3.3-70B-Instruct": (8192, 28672, 80, 64, 8),
-            "DeepSeek-R1-Distill-Llama-8B": (4096, 14336, 32, 32, 8),
+            "Llama-3.1-8B, Llama-3.1-8B-Instruct, DeepSeek-R1-Distill-Llama-8B": (
+                4096,
+                14336,
+                32,
+                32,
+                8,
+            ),
+            "Llama-3.1-70B, Llama-3.1-70B-Instruct, Llama-3.3-70B-Instruct, "
             "DeepSeek-R1-Distill-Llama-70B": (8192, 28672, 80, 64, 8),
         },
         tie_word_embeddings=dict.fromkeys(_SMALL, True),
