@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from variants import VARIANTS
 from worlds import run_world
 
 from iwopd_megatron.config.models import Layout
@@ -18,6 +19,7 @@ LAYOUTS = {
     "dp2": (2, {}, "fp32", "none"),
     "tp2": (2, {"tp": 2}, "fp32", "none"),
     "pp2": (2, {"pp": 2}, "fp32", "none"),
+    "uneven pp2": (2, {"pp": 2, "num_layers_in_first_pipeline_stage": 1}, "fp32", "none"),
     "cp2": (2, {"cp": 2}, "fp32", "selective"),
     "bf16 tp2": (2, {"tp": 2}, "bf16", "none"),
     "pp2 vpp2": (2, {"pp": 2, "vpp": 2}, "fp32", "full"),
@@ -26,17 +28,23 @@ LAYOUTS = {
 }
 OF_EXPERTS = {
     "ep2": (2, {"ep": 2}, "fp32", "none"),
+    "etp2": (2, {"etp": 2}, "fp32", "none"),
+    "cp2 ep2": (2, {"cp": 2, "ep": 2}, "fp32", "none"),
     "tp2 ep2": (2, {"tp": 2, "ep": 2}, "fp32", "none"),
     "tp2 etp2 ep2": (4, {"tp": 2, "etp": 2, "ep": 2}, "fp32", "full"),
     "cp2 ep4": (4, {"cp": 2, "ep": 4}, "fp32", "none"),
+    "pp2 ep2": (4, {"pp": 2, "ep": 2}, "fp32", "selective"),
 }
+OF_VARIANTS = ["one process", "bf16 tp2", "pp2", "pp2 vpp2", "cp2 ep2", "tp2 ep2", "pp2 ep2"]
 
 
-def layouts(model_type):
-    return LAYOUTS | (OF_EXPERTS if FAMILIES[model_type].has_experts else {})
+def layouts(name):
+    """Those of a family, or of a variant of one."""
+    found = LAYOUTS | (OF_EXPERTS if FAMILIES[name.split()[0]].has_experts else {})
+    return {key: found[key] for key in OF_VARIANTS} if name in VARIANTS else found
 
 
-CASES = [(family, layout) for family in FAMILIES for layout in layouts(family)]
+CASES = [(name, layout) for name in (*FAMILIES, *VARIANTS) for layout in layouts(name)]
 
 
 def check_on_this_rank(cases, folders, references, queue):
@@ -56,7 +64,7 @@ def outcomes(family_folders):
     cases = {(name, layout): layouts(name)[layout] for name, layout in CASES}
     for (name, _), (_, _, dtype, _) in cases.items():
         if (name, dtype) not in references:
-            sample = FAMILIES[name].sample
+            sample = FAMILIES[name.split()[0]].sample
             samples = hf_reference.make_samples(512, UNEQUAL, sample["pad_token_id"])
             references[name, dtype] = hf_reference.compute_reference(
                 family_folders[name], samples, dtype == "bf16"
@@ -71,8 +79,8 @@ def outcomes(family_folders):
     return found
 
 
-@pytest.mark.parametrize("family,layout", CASES)
-def test_layout_agrees_with_hugging_face(family, layout, outcomes):
-    result, problems = outcomes[family, layout]
-    assert result["ranks"] == layouts(family)[layout][0]
+@pytest.mark.parametrize("name,layout", CASES)
+def test_layout_agrees_with_hugging_face(name, layout, outcomes):
+    result, problems = outcomes[name, layout]
+    assert result["ranks"] == layouts(name)[layout][0]
     assert not problems, problems
