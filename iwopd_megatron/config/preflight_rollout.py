@@ -68,11 +68,6 @@ def _check_replay(recipe: Recipe) -> None:
             f"rollout.routing_replay needs a student with experts, and {recipe.student.hf} is "
             "dense; write rollout.routing_replay=false."
         )
-    if read_hf_config(recipe.student.hf).first_k_dense_replace:
-        raise RecipeError(
-            f"rollout.routing_replay needs experts in every layer, and {recipe.student.hf} has "
-            "layers without; write rollout.routing_replay=false."
-        )
     if recipe.rollout.engine != "sglang":
         raise RecipeError(
             "rollout.routing_replay needs an engine that returns the experts it chose, and "

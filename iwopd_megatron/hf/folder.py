@@ -80,7 +80,7 @@ def find_weights(folder: Path, hf: HfConfig) -> dict[str, Weight]:
     found = {name: _weight(folder, hf, name, stored) for name in names}
     scaled = [weight.scales.name for weight in found.values() if weight.scales is not None]
     extra = sorted(stored.keys() - {*names, *scaled})
-    if hf.model_type == "glm4_moe":  # layers of multi-token prediction, after the last
+    if hf.family.predicts_ahead:
         extra = [name for name in extra if not _is_after_last(name, hf)]
     if extra:
         raise RecipeError(

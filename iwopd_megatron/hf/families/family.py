@@ -28,6 +28,8 @@ class Family:
     published: what config.json files of published models say about architecture, by folder name.
     partial_rotary: the share of a head that is turned where config.json names none; None: all of it
     is, whatever config.json says.
+    predicts_ahead: its folders may have layers of multi-token prediction, numbered after the last,
+    which are read past.
     sample: settings of a small random model in which every kind of weight matters.
     """
 
@@ -40,6 +42,7 @@ class Family:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     null_means_default: tuple[str, ...] = ()
     partial_rotary: float | None = None
+    predicts_ahead: bool = False
 
     @property
     def has_experts(self) -> bool:

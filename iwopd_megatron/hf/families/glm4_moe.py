@@ -1,7 +1,7 @@
 """GLM-4.5 to 4.7: dense layers first, then experts behind sigmoid scores and one for every token.
 
 A bias that is not trained helps to choose experts; half of each head is turned by rotary positions.
-Layers of multi-token prediction, numbered after the last, are left out as transformers does.
+The layer of multi-token prediction, numbered after the last, is read past as by transformers.
 """
 
 from __future__ import annotations
@@ -124,6 +124,7 @@ GLM4_MOE = Family(
         ),
     ),
     partial_rotary=0.5,
+    predicts_ahead=True,
     sample=llama.SAMPLE
     | {
         "head_dim": 16,
