@@ -22,6 +22,7 @@ FULL = training(
     tis_capped_deciles=[0.1] * 10,
     scored_early=0.5,
     tokens_per_second=9.0,
+    peak_rss_gib=2.5,
     time={"generate": 2.0, "sync": 1.0},
     tokens_deciles=[4] * 10,
 )

@@ -174,6 +174,10 @@ def _time(runs: Runs) -> Charts:
             _over(runs, "tokens_per_second", "Response tokens per second (1/s)"),
             "Of the whole round.",
         ),
+        "peak_memory": (
+            _over(runs, "peak_rss_gib", "Peak resident memory (GiB)"),
+            "The most that a process of the trainer has had resident so far, on the host.",
+        ),
     }
     return drawn(charts)
 

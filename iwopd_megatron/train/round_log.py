@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ from iwopd_megatron.batch.objective import DistillationObjective
 from iwopd_megatron.data.run_data import RunData
 from iwopd_megatron.grading.pool import describe
 from iwopd_megatron.records.recorder import Recorder
+from iwopd_megatron.runtime.parallel import gather
 from iwopd_megatron.train.progress import Progress
 from iwopd_megatron.train.round import Round
 
@@ -39,6 +41,7 @@ class RoundLog:
         per_second = this.metrics["response_tokens"] / seconds
         timing: dict[str, Any] = {"tokens_per_second": per_second, "seconds": seconds}
         timing["time"] = this.clock.phases
+        timing["peak_rss_gib"] = max(gather(_peak_rss_gib()))
         if this.scored_early is not None:
             timing["scored_early"] = this.scored_early
         self.recorder.write(this.metrics, timing)
@@ -80,3 +83,8 @@ class RoundLog:
         """Tell that an optimiser step is left out."""
         text = f"round {number}: {reason}; this optimiser step is left out."
         self.recorder.event(number, "skipped step", text)
+
+
+def _peak_rss_gib() -> float:
+    """Return the most memory that this process has had resident, shared pages included, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB

@@ -23,7 +23,7 @@ def test_a_launch_on_gpus_is_rehearsed_first(capfd, monkeypatch):
     well = Path("recipes/demo_tiny_moe.yaml")
     rehearse(well, [], read_recipe(well, []), site)
     assert "nothing found" in capfd.readouterr().out
-    recipe, large = Path("recipes/qwen3_4b_to_0p6b.yaml"), ["train.microbatch_tokens=2000000"]
+    recipe, large = Path("recipes/qwen3_4b_to_0p6b.yaml"), ["train.microbatch_tokens=200000"]
     with pytest.raises(RecipeError, match="nothing was submitted.*--no-rehearsal"):
         rehearse(recipe, large, read_recipe(recipe, large), site)
     assert "finding: trainer rank 0 takes" in capfd.readouterr().out
