@@ -1,6 +1,7 @@
 """Every family of models through what every family must do."""
 
 import os
+from itertools import product
 
 import pytest
 from variants import VARIANTS
@@ -59,7 +60,7 @@ def check_on_this_rank(cases, folders, references, queue):
 
 @pytest.fixture(scope="module")
 def outcomes(family_folders):
-    """Results of all cases, one world for each number of processes."""
+    """Results of all cases, one world for each number of processes and each model."""
     references, found = {}, {}
     cases = {(name, layout): layouts(name)[layout] for name, layout in CASES}
     for (name, _), (_, _, dtype, _) in cases.items():
@@ -69,8 +70,8 @@ def outcomes(family_folders):
             references[name, dtype] = hf_reference.compute_reference(
                 family_folders[name], samples, dtype == "bf16"
             )
-    for world in (1, 2, 4):
-        own = {case: row for case, row in cases.items() if row[0] == world}
+    for world, family in product((1, 2, 4), family_folders):
+        own = {x: row for x, row in cases.items() if (row[0], x[0]) == (world, family)}
         queue = local_context().SimpleQueue()
         run_world(world, check_on_this_rank, own, family_folders, references, queue)
         for _ in own:
