@@ -1,16 +1,30 @@
 """Every family of models through what every family must do."""
 
 import os
+import shutil
+from itertools import product
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from variants import VARIANTS
 from worlds import run_world
 
+from iwopd_megatron.batch.objective import DistillationObjective
+from iwopd_megatron.batch.packing import Packer
 from iwopd_megatron.config.models import Layout
+from iwopd_megatron.errors import RecipeError
+from iwopd_megatron.hf.config import read_hf_config
 from iwopd_megatron.hf.families import FAMILIES
+from iwopd_megatron.models.actor import Schedule
+from iwopd_megatron.models.gpt import build_model, wrap_precision
+from iwopd_megatron.models.optimizer import build_optimizer, wrap_data_parallel
 from iwopd_megatron.parity import hf_reference, parity
 from iwopd_megatron.runtime.local_world import local_context
-from iwopd_megatron.runtime.parallel import shutdown
+from iwopd_megatron.runtime.parallel import initialise, shutdown
+from iwopd_megatron.weights import convert
+from iwopd_megatron.weights.hf_reader import HfTensors, load_shards
+from iwopd_megatron.weights.table import mapped_parameters
 
 UNEQUAL = [24, 16, 32, 20, 28, 12, 24, 32]
 # Of dense and of MoE families: name: (processes, axes larger than one, dtype, recompute)
@@ -59,7 +73,7 @@ def check_on_this_rank(cases, folders, references, queue):
 
 @pytest.fixture(scope="module")
 def outcomes(family_folders):
-    """Results of all cases, one world for each number of processes."""
+    """Results of all cases, one world for each number of processes and each model."""
     references, found = {}, {}
     cases = {(name, layout): layouts(name)[layout] for name, layout in CASES}
     for (name, _), (_, _, dtype, _) in cases.items():
@@ -69,8 +83,8 @@ def outcomes(family_folders):
             references[name, dtype] = hf_reference.compute_reference(
                 family_folders[name], samples, dtype == "bf16"
             )
-    for world in (1, 2, 4):
-        own = {case: row for case, row in cases.items() if row[0] == world}
+    for world, family in product((1, 2, 4), family_folders):
+        own = {x: row for x, row in cases.items() if (row[0], x[0]) == (world, family)}
         queue = local_context().SimpleQueue()
         run_world(world, check_on_this_rank, own, family_folders, references, queue)
         for _ in own:
@@ -84,3 +98,49 @@ def test_layout_agrees_with_hugging_face(name, layout, outcomes):
     result, problems = outcomes[name, layout]
     assert result["ranks"] == layouts(name)[layout][0]
     assert not problems, problems
+
+
+def check_biases(folder):
+    """Two steps of training; what is no parameter must have the bits of the folder."""
+    parallel, hf, train = initialise(Layout(tp=2, ep=2)), read_hf_config(folder), hf_reference.TRAIN
+    samples, stored = hf_reference.make_samples(512, UNEQUAL), HfTensors(folder)
+    for dtype in ("fp32", "bf16"):
+        chunks = build_model(hf, parallel, dtype)
+        load_shards(chunks, stored, hf, parallel)
+        wrapped = wrap_data_parallel(wrap_precision(chunks), train)
+        optimizer, schedule = build_optimizer(wrapped, train), Schedule(wrapped, parallel)
+        batches, length = Packer(parallel, 96)(samples, hf_reference.LOSS.aggregation)
+        for _ in range(2):
+            objective = DistillationObjective(hf_reference.LOSS, parallel.cp.group)
+            schedule.accumulate(optimizer, batches, length, objective)
+            optimizer.step()
+        kept = [x for chunk in chunks for x in mapped_parameters(chunk, hf) if not x.is_trained]
+        assert len(kept) == 3  # of the layers with experts
+        for one in kept:
+            assert one.parameter.dtype == torch.float32
+            assert torch.equal(one.parameter, stored[one.hf_names[0]][:]), one.name
+    shutdown()
+
+
+def test_biases_that_choose_experts_are_not_trained(family_folders):
+    """Megatron moves them after every step unless it is told not to."""
+    run_world(2, check_biases, family_folders["glm4_moe"])
+
+
+def with_layer_after_last(folder, out):
+    shutil.copytree(folder, out)
+    tensors = load_file(out / "model.safetensors")
+    tensors["model.layers.4.eh_proj.weight"] = torch.ones(64, 128)
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    return out
+
+
+def test_a_layer_that_predicts_ahead_is_read_past(family_folders, tmp_path):
+    """It is in no checkpoint, and in no folder that is written of one."""
+    source = with_layer_after_last(family_folders["glm4_moe"], tmp_path / "with")
+    convert.hf_to_megatron(source, tmp_path / "megatron")
+    convert.megatron_to_hf(tmp_path / "megatron", tmp_path / "back", source)
+    assert set(HfTensors(tmp_path / "back")) == set(HfTensors(family_folders["glm4_moe"]))
+    other = with_layer_after_last(family_folders["qwen3_moe"], tmp_path / "other")
+    with pytest.raises(RecipeError, match="eh_proj.weight', which its config.json does not imply"):
+        convert.hf_to_megatron(other, tmp_path / "none")

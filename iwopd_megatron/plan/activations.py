@@ -47,7 +47,8 @@ def mlp_bytes(size: ModelSize, layout: Layout, width: int = 2, hot: float = 1.0)
     token's input, which every rank of an etp group holds, with its part of gate, up and product.
     24K: which experts and in which order (int64), their fp32 probabilities before and after the
     dispatch. 8E: the int64 order of all tokens for all experts, of which Megatron 0.17 and later
-    use the first K; 0.16 keeps 5E instead, fp32 probabilities and a map of bools.
+    use the first K; 0.16 keeps 5E instead, fp32 probabilities and a map of bools. Sigmoid scores =
+    (4E + 4) / tp more: all of them in fp32, and the sum of the chosen ones'.
     A shared expert = w 3S / tp more: gate, up and product; with a gate, w (h + 1) / tp for its
     output and the sigmoid that scales it.
     """
@@ -57,7 +58,8 @@ def mlp_bytes(size: ModelSize, layout: Layout, width: int = 2, hot: float = 1.0)
     copies = size.topk * layout.etp * hot
     kept += copies * (size.hidden + 3 * size.ffn / layout.etp)
     kept += 3 * size.shared + size.gates * (size.hidden + 1)
-    return (width * kept + 4 + 24 * size.topk + 8 * size.experts) / layout.tp
+    routed = 24 * size.topk + (8 + 4 * size.sigmoid) * size.experts + 4 * size.sigmoid
+    return (width * kept + 4 + routed) / layout.tp
 
 
 def layer_bytes(

@@ -52,6 +52,7 @@ class ModelSize:
     gates: int = 0  # numbers a token that scale its output
     dense_layers: int = 0  # of a model with experts: so many at the beginning have none,
     dense_ffn: int = 0  # but an MLP of this width
+    sigmoid: bool = False  # routers' scores, and not the softmax of all
 
     @classmethod
     def of(cls, hf: HfConfig) -> ModelSize:
@@ -76,6 +77,7 @@ class ModelSize:
             gates=hf.shared_expert_gates,
             dense_layers=hf.first_k_dense_replace,
             dense_ffn=hf.intermediate_size if hf.first_k_dense_replace else 0,
+            sigmoid=hf.sigmoid_router,
         )
 
     @property
