@@ -42,6 +42,10 @@ class HfConfig:
     tie_word_embeddings: bool = False
     qk_norm: bool = False  # a norm on every head's queries and keys
     qkv_bias: bool = False
+    q_lora_rank: int = 0  # of a latent that queries are made of; 0: they are projected at once
+    kv_lora_rank: int = 0  # of the one that keys and values are made of (MLA); 0: no latents
+    qk_rope_head_dim: int = 0  # with latents: the turned part, at a head's end; all heads share keys'
+    v_head_dim: int = 0  # of values with latents; 0: as queries and keys
     attention_window: int = 0  # tokens that a token sees, itself included; 0: all before it
     num_experts: int = 0
     moe_intermediate_size: int = 0
@@ -76,7 +80,12 @@ class HfConfig:
     @property
     def rotary_dim(self) -> int:
         """How much of a head is turned by rotary positions."""
-        return int(self.head_dim * self.rope.partial_rotary_factor)
+        return self.qk_rope_head_dim or int(self.head_dim * self.rope.partial_rotary_factor)
+
+    @property
+    def score_scale(self) -> float:
+        """What products of queries and keys are multiplied by before the softmax."""
+        return self.rope.score_factor * self.head_dim**-0.5
 
     @property
     def queries(self) -> int:
@@ -87,6 +96,32 @@ class HfConfig:
     def keys(self) -> int:
         """Rows of the key projection, and of the value projection."""
         return self.num_key_value_heads * self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Size of a value head."""
+        return self.v_head_dim or self.head_dim
+
+    @property
+    def values(self) -> int:
+        """Columns of the output projection: all heads' values."""
+        return self.num_attention_heads * self.value_dim
+
+    @property
+    def kv_down(self) -> int:
+        """Rows of the projection to the latent of keys and values, and to the turned keys."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def kv_up(self) -> int:
+        """Rows of the projection from that latent: of each head unturned keys, then values."""
+        unturned = self.head_dim - self.qk_rope_head_dim
+        return self.num_attention_heads * (unturned + self.value_dim)
+
+    @property
+    def has_plain_queries(self) -> bool:
+        """Whether queries are made of no latent."""
+        return not self.q_lora_rank
 
     @property
     def has_head(self) -> bool:

@@ -37,6 +37,8 @@ class Rope:
     attention_factor: float = 1.0
     truncate: bool = True
     partial_rotary_factor: float = 1.0  # how much of a head is turned, from its beginning
+    interleaved: bool = False  # pairs are neighbours, and not in halves
+    score_factor: float = 1.0  # on attention scores, in families that read mscale_all_dim so
 
     def essentials(self) -> dict[str, Any]:
         """Return what differs from the defaults, as {"rope_theta": ..., "rope": {...}}."""
@@ -145,6 +147,18 @@ def _attention_factor(rope: TypedJson, factor: float) -> float:
         above, below = rope.number("mscale"), rope.number("mscale_all_dim")
         return _mscale(factor, above) / _mscale(factor, below)
     return _mscale(factor, 1.0)
+
+
+def score_factor(content: dict[str, Any], rope: Rope) -> float:
+    """Return DeepSeek's factor on attention scores: YaRN's of `mscale_all_dim`, squared.
+
+    `rope` is what `read_rope` made of the same config.json's content. As transformers'
+    `yarn_apply_mscale`, for every kind of scaling.
+    """
+    found = content.get("rope_scaling") or content.get("rope_parameters") or {}
+    if rope.kind == "default" or not found.get("mscale_all_dim"):
+        return 1.0
+    return _mscale(rope.factor, TypedJson(found, "rope_scaling").number("mscale_all_dim")) ** 2
 
 
 def _mscale(factor: float, mscale: float) -> float:

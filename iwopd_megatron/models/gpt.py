@@ -59,6 +59,7 @@ def transformer_config(
     further: a recipe's own settings of it; RecipeError if Megatron refuses them.
     """
     torch_dtype = DTYPES[dtype]
+    is_fused = _has_fused_attention(hf, torch_dtype)
     settings = dict(
         num_layers=hf.num_hidden_layers,
         hidden_size=hf.hidden_size,
@@ -99,10 +100,10 @@ def transformer_config(
         persist_layer_norm=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
-        apply_rope_fusion=layer_specs.has_transformer_engine(torch_dtype),
+        apply_rope_fusion=is_fused,
         gradient_accumulation_fusion=False,
     )
-    if layer_specs.has_transformer_engine(torch_dtype):  # YaRN's factor on both queries and keys
+    if is_fused:  # YaRN's factor on both queries and keys
         settings["softmax_scale"] = hf.rope.attention_factor**2 * hf.head_dim**-0.5
     settings |= expert_settings(hf, torch_dtype) | _recompute_settings(hf, recompute)
     try:
@@ -113,7 +114,13 @@ def transformer_config(
         reason = " ".join(str(error).split()).rstrip(".")
         raise RecipeError(f"Megatron-Core refuses student.megatron: {reason}.") from None
     config.rope = hf.rope  # native attention turns queries and keys by it
+    config.latents = hf if hf.kv_lora_rank else None
     return config
+
+
+def _has_fused_attention(hf: HfConfig, dtype: torch.dtype) -> bool:
+    """Return whether attention is TransformerEngine's; with latents it is always native."""
+    return layer_specs.has_transformer_engine(dtype) and not hf.kv_lora_rank
 
 
 def _recompute_settings(hf: HfConfig, recompute: str) -> dict[str, Any]:
@@ -141,7 +148,7 @@ def build_model(
     """
     layout = parallel.layout
     config = transformer_config(hf, layout, dtype, recompute, further)
-    fused = layer_specs.has_transformer_engine(config.params_dtype)
+    fused = _has_fused_attention(hf, config.params_dtype)
     chunks = []
     for stage in range(layout.vpp):
         vp_stage = stage if layout.vpp > 1 else None

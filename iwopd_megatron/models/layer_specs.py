@@ -6,6 +6,7 @@ import importlib.util
 import torch
 
 from iwopd_megatron.models.experts import GroupedMoELayer, SwiGluMLP
+from iwopd_megatron.models.latent import LatentAttention
 from iwopd_megatron.models.native import RMSNorm, SdpaAttention
 from iwopd_megatron.runtime import device
 from iwopd_megatron.runtime.megatron import (
@@ -56,7 +57,12 @@ def _fill_gaps_without_transformer_engine() -> None:
 def block_spec(config, vp_stage: int | None = None):
     """Return this stage's layers, with the modules that Megatron's configuration asks for."""
     if has_transformer_engine(config.params_dtype):
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+        if config.latents is not None:
+            for layer in spec.layer_specs:
+                layer.submodules.input_layernorm = RMSNorm
+                layer.submodules.self_attention = ModuleSpec(module=LatentAttention)
+        return spec
     _fill_gaps_without_transformer_engine()
     qk_norm = RMSNorm if config.qk_layernorm else None
     attention = ModuleSpec(
@@ -70,6 +76,8 @@ def block_spec(config, vp_stage: int | None = None):
             k_layernorm=qk_norm,
         ),
     )
+    if config.latents is not None:
+        attention = ModuleSpec(module=LatentAttention)
     dense, sparse = (
         ModuleSpec(
             module=TransformerLayer,

@@ -71,7 +71,10 @@ class SdpaAttention(MegatronModule):
     ):
         packing = packed_seq_params.packing
         turn = rotary_table(packing, self.rope, query.shape[-1], query.dtype, self.cp_group)
-        query, key = rotate(query, *turn), rotate(key, *turn)
+        return self.attend(rotate(query, *turn), rotate(key, *turn), value, packing)
+
+    def attend(self, query, key, value, packing: Packing) -> torch.Tensor:
+        """Return `[s, 1, h x v]` of turned queries and keys and of values `[s, h, v]`."""
         query, key, value = (x.unsqueeze(1) for x in (query, key, value))
         if self.cp_group.size() > 1:
             out = self._context_parallel(query, key, value, packing)
@@ -121,9 +124,10 @@ class SdpaAttention(MegatronModule):
         size, rank = self.cp_group.size(), self.cp_group.rank()
         # the gather of sequence parallelism, along another axis: backward is a reduce-scatter
         gathered = gather_from_sequence_parallel_region(
-            torch.stack((key, value), 1), group=self.cp_group
+            torch.cat((key, value), -1), group=self.cp_group
         )
-        key, value = gathered.index_select(0, packing.context_order(size)).unbind(1)
+        sizes = [key.shape[-1], value.shape[-1]]  # values may be narrower
+        key, value = gathered.index_select(0, packing.context_order(size)).split(sizes, -1)
         out, start, offset = [], 0, 0
         for length in packing.lengths:
             chunk = length // (2 * size)

@@ -52,6 +52,14 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return _Rotate.apply(x, cos, sin)
 
 
+def in_halves(x: torch.Tensor) -> torch.Tensor:
+    """Return x `[..., d]` of neighbouring pairs as halves, which `rotate` turns: evens, then odds.
+
+    Products of queries and keys are the same in either order.
+    """
+    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+
+
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):

@@ -3,6 +3,7 @@
 family.py says what each part of a family is for, docs/howto/families.md how to add one.
 """
 
+from iwopd_megatron.hf.families.deepseek_v3 import DEEPSEEK_V3
 from iwopd_megatron.hf.families.family import Family
 from iwopd_megatron.hf.families.glm4_moe import GLM4_MOE
 from iwopd_megatron.hf.families.llama import LLAMA
@@ -15,5 +16,5 @@ from iwopd_megatron.hf.families.qwen3_moe import QWEN3_MOE
 __all__ = ["family", "rows"]
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for family in (QWEN3, QWEN3_MOE, LLAMA, QWEN2, MISTRAL, QWEN2_MOE, GLM4_MOE)
+    for family in (QWEN3, QWEN3_MOE, LLAMA, QWEN2, MISTRAL, QWEN2_MOE, GLM4_MOE, DEEPSEEK_V3)
 }

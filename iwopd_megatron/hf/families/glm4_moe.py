@@ -16,30 +16,38 @@ from iwopd_megatron.hf.families.published import DENSE, published
 
 
 def _describe(config: TypedJson) -> dict[str, Any]:
-    """Return the fields; transformers 5's num_local_experts wins over n_routed_experts."""
-    newer = config.content.get("num_local_experts") is not None
-    width = config.count("moe_intermediate_size")
-    found = {
+    return {
         "num_key_value_heads": config.count("num_key_value_heads"),
         "head_dim": head_dim_or_share(config),
         "qk_norm": config.flag("use_qk_norm", False),
         "qkv_bias": config.flag("attention_bias", False),
+        "first_k_dense_replace": dense_layers(config),
+    } | experts(config, "Glm4Moe")
+
+
+def experts(config: TypedJson, name: str) -> dict[str, Any]:
+    """Return the fields of experts and their routers; `name`: of transformers' classes.
+
+    transformers 5's num_local_experts wins over n_routed_experts.
+    """
+    newer = config.content.get("num_local_experts") is not None
+    width = config.count("moe_intermediate_size")
+    found = {
         "num_experts": config.count("num_local_experts" if newer else "n_routed_experts"),
         "moe_intermediate_size": width,
         "num_experts_per_tok": config.count("num_experts_per_tok"),
         "norm_topk_prob": True,
         "shared_expert_intermediate_size": width * config.count("n_shared_experts", 1),
-        "first_k_dense_replace": _dense_layers(config),
         "sigmoid_router": True,
         "routed_scaling_factor": config.number("routed_scaling_factor", 1.0),
         "n_group": config.count("n_group", 1),
         "topk_group": config.count("topk_group", 1),
     }
-    _check_groups(config, found)
+    _check_groups(config, found, name)
     return found
 
 
-def _dense_layers(config: TypedJson) -> int:
+def dense_layers(config: TypedJson) -> int:
     """Return how many layers at the beginning are dense; the last has experts."""
     if config.content.get("first_k_dense_replace") == 0:
         return 0
@@ -52,13 +60,13 @@ def _dense_layers(config: TypedJson) -> int:
     return count
 
 
-def _check_groups(config: TypedJson, found: dict[str, Any]) -> None:
+def _check_groups(config: TypedJson, found: dict[str, Any], name: str) -> None:
     """Refuse choices of experts that Megatron's router does not make."""
     groups, chosen, each = found["n_group"], found["topk_group"], found["num_experts_per_tok"]
     if each < 2:
         raise RecipeError(
             f"{config.file}: num_experts_per_tok={each} is not supported with sigmoid scores; "
-            "only 2 and more are, which every published Glm4Moe model has."
+            f"only 2 and more are, which every published {name} model has."
         )
     if chosen > groups or found["num_experts"] % groups:
         raise RecipeError(
@@ -72,6 +80,7 @@ def _check_groups(config: TypedJson, found: dict[str, Any]) -> None:
         )
 
 
+FIXED = {"hidden_act": "silu", "norm_topk_prob": True, "transformers_weights": None}
 _COMMON = {
     "model_type": "glm4_moe",
     "vocab_size": 151552,
@@ -106,7 +115,7 @@ GLM4_MOE = Family(
     model_type="glm4_moe",
     transformers="Glm4Moe",
     describe=_describe,
-    fixed={"hidden_act": "silu", "norm_topk_prob": True, "transformers_weights": None},
+    fixed=FIXED,
     rows=rows.decoder(
         rows.ATTENTION_NORM,
         rows.QKV,

@@ -82,6 +82,7 @@ EMBEDDING = Row(
 ATTENTION_NORM = norm(
     "input_layernorm", "input_layernorm", te="self_attention.linear_qkv.layer_norm_weight"
 )
+ATTENTION_NORM_APART = norm("input_layernorm", "input_layernorm")
 QKV = Row(
     _LAYER + "self_attention.linear_qkv.weight",
     "QKV",
@@ -100,6 +101,26 @@ QK_NORMS = (
     norm("self_attention.q_layernorm", "self_attn.q_norm", "head_dim", needs="qk_norm"),
     norm("self_attention.k_layernorm", "self_attn.k_norm", "head_dim", needs="qk_norm"),
 )
+def latent_attention() -> tuple[Row, ...]:
+    """Return the rows of multi-head latent attention, with a latent of queries or without."""
+
+    def row(name: str, cut: str, tensor: str, *sizes: str, needs: str = "") -> Row:
+        own = HfTensor(f"{_HF}self_attn.{tensor}.weight", sizes)
+        return Row(f"{_LAYER}self_attention.{name}.weight", cut, (own,), needs)
+
+    q, plain = "q_lora_rank", "has_plain_queries"
+    return (
+        row("linear_q_proj", "ROWS", "q_proj", "queries", "hidden_size", needs=plain),
+        row("linear_q_down_proj", "REPLICATED", "q_a_proj", q, "hidden_size", needs=q),
+        row("q_layernorm", "REPLICATED", "q_a_layernorm", q, needs=q),
+        row("linear_q_up_proj", "ROWS", "q_b_proj", "queries", q, needs=q),
+        row("linear_kv_down_proj", "REPLICATED", "kv_a_proj_with_mqa", "kv_down", "hidden_size"),
+        row("kv_layernorm", "REPLICATED", "kv_a_layernorm", "kv_lora_rank"),
+        row("linear_kv_up_proj", "ROWS", "kv_b_proj", "kv_up", "kv_lora_rank"),
+        row("linear_proj", "COLUMNS", "o_proj", "hidden_size", "values"),
+    )
+
+
 ATTENTION_OUT = Row(
     _LAYER + "self_attention.linear_proj.weight",
     "COLUMNS",
