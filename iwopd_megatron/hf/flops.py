@@ -12,7 +12,7 @@ from iwopd_megatron.hf.config import HfConfig
 def token_products(hf: HfConfig) -> int:
     """Return the multiply-adds of a token with the layers' active weights, no embedding or head."""
     hidden = hf.hidden_size
-    attention = hidden * (2 * hf.queries + 2 * hf.keys)
+    attention = _attention_weights(hf)
     dense = 3 * hidden * hf.intermediate_size
     if not hf.num_experts:
         return hf.num_hidden_layers * (attention + dense)
@@ -23,9 +23,19 @@ def token_products(hf: HfConfig) -> int:
     return hf.num_hidden_layers * attention + hf.first_k_dense_replace * dense + sparse * ffn
 
 
+def _attention_weights(hf: HfConfig) -> int:
+    """Return the weights of one layer's projections."""
+    hidden, rank = hf.hidden_size, hf.q_lora_rank
+    if not hf.kv_lora_rank:
+        return hidden * (2 * hf.queries + 2 * hf.keys)
+    queries = rank * (hidden + hf.queries) if rank else hidden * hf.queries
+    keys_values = hidden * hf.kv_down + hf.kv_lora_rank * hf.kv_up
+    return queries + keys_values + hidden * hf.values
+
+
 def attention_products(hf: HfConfig, length: int) -> int:
     """Return the multiply-adds of causal attention over one sequence of `length` tokens."""
-    return hf.num_hidden_layers * hf.num_attention_heads * hf.head_dim * length**2
+    return hf.num_hidden_layers * (hf.queries + hf.values) * length**2 // 2
 
 
 def attention_cost(hf: HfConfig) -> float:

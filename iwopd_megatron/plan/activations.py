@@ -32,11 +32,25 @@ def attention_bytes(size: ModelSize, layout: Layout, width: int = 2) -> float:
     head (4n) and the factor of every norm: the heads' (4n + 4m) and the layer's.
     Without norms on queries and keys = (w (2h + 3q + 3k) + 4 (n + 1)) / tp: no copy is kept.
     """
+    if size.kv_rank:
+        return _latent_bytes(size, layout, width)
     kept, factors = 2 * size.hidden + 3 * size.queries + 3 * size.keys, size.heads + 1
     if size.qk_norm:
         kept += size.queries * (size.kv_heads > layout.tp)
         factors += size.heads + size.kv_heads
     return (width * kept + 4 * factors) / layout.tp
+
+
+def _latent_bytes(size: ModelSize, layout: Layout, width: int) -> float:
+    """Bytes of one layer's latent attention, per token.
+
+    = (w (2h + 2 q_rank + 2 kv_rank + turned + up + 2q + v) + 4 (n + 2)) / tp, v the heads' values:
+    latents before and after their norms, with the rotary key; keys and values as projected (up),
+    queries and keys as turned, and the output. In fp32 a factor more where queries have a latent.
+    """
+    kept = 2 * size.hidden + 2 * size.q_rank + 2 * size.kv_rank + size.turned
+    kept += size.kv_up + 2 * size.queries + size.values
+    return (width * kept + 4 * (size.heads + 2 + (size.q_rank > 0))) / layout.tp
 
 
 def mlp_bytes(size: ModelSize, layout: Layout, width: int = 2, hot: float = 1.0) -> float:

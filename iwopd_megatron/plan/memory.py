@@ -231,7 +231,7 @@ def kv_bytes(size: ModelSize, tp: int, width: int = 2) -> float:
     = 2 (key and value) x width x layers x head size x key-value heads / tp; tp beyond the number of
     heads copies them, so at least one head.
     """
-    return 2 * width * size.layers * size.head * max(1, size.kv_heads / tp)
+    return width * size.layers * size.cached(tp)
 
 
 def engine(size: ModelSize, tp: int, gpu: Gpu, fraction: float, width: int = 2) -> Memory:

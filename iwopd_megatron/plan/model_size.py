@@ -53,6 +53,10 @@ class ModelSize:
     dense_layers: int = 0  # of a model with experts: so many at the beginning have none,
     dense_ffn: int = 0  # but an MLP of this width
     sigmoid: bool = False  # routers' scores, and not the softmax of all
+    q_rank: int = 0  # size of the latent that queries are made of; 0: none
+    kv_rank: int = 0  # of the one that keys and values are made of; 0: no latent attention
+    turned: int = 0  # size of the rotary key beside it
+    value: int = 0  # size of a value head with latents
 
     @classmethod
     def of(cls, hf: HfConfig) -> ModelSize:
@@ -78,12 +82,49 @@ class ModelSize:
             dense_layers=hf.first_k_dense_replace,
             dense_ffn=hf.intermediate_size if hf.first_k_dense_replace else 0,
             sigmoid=hf.sigmoid_router,
+            q_rank=hf.q_lora_rank,
+            kv_rank=hf.kv_lora_rank,
+            turned=hf.qk_rope_head_dim,
+            value=hf.v_head_dim,
         )
 
     @property
     def attention(self) -> int:
         """Weights of one layer's projections = h (2q + 2k): queries and output, keys and values."""
+        if self.kv_rank:
+            up = self.q_rank * self.queries + self.kv_rank * self.kv_up
+            plain = 0 if self.q_rank else self.hidden * self.queries
+            return self.down + plain + up + self.hidden * self.values
         return self.hidden * (2 * self.queries + 2 * self.keys)
+
+    @property
+    def down(self) -> int:
+        """Of these, what every tp rank has whole = h (latents + rotary key): down projections."""
+        return self.hidden * (self.q_rank + self.kv_rank + self.turned)
+
+    @property
+    def kv_up(self) -> int:
+        """Keys without their turned part and values, of all heads, that a latent is projected to."""
+        return self.heads * (self.head - self.turned + self.value)
+
+    @property
+    def values(self) -> int:
+        """Query heads x size of a value head: what attention gives."""
+        return self.heads * (self.value or self.head)
+
+    @property
+    def keys_values(self) -> int:
+        """All heads' keys and values of a token, as context ranks gather them."""
+        return self.keys + self.kv_heads * (self.value or self.head)
+
+    def cached(self, tp: int) -> float:
+        """Elements that an engine's tp rank caches of a token in one layer.
+
+        Keys and values of its heads, one at least; with latents these and the rotary key, whole.
+        """
+        if self.kv_rank:
+            return self.kv_rank + self.turned
+        return 2 * self.head * max(1, self.kv_heads / tp)
 
     @property
     def biases(self) -> int:
@@ -92,8 +133,11 @@ class ModelSize:
 
     @property
     def norms(self) -> int:
-        """Weights of one layer's norms = 2h before attention and MLP + 2 head sizes (q, k)."""
-        return 2 * self.hidden + self.qk_norm * 2 * self.head
+        """Weights of one layer's norms = 2h before attention and MLP + 2 head sizes (q, k).
+
+        And of the latents.
+        """
+        return 2 * self.hidden + self.qk_norm * 2 * self.head + self.q_rank + self.kv_rank
 
     @property
     def router(self) -> int:
@@ -154,6 +198,7 @@ class ModelSize:
     def share(self, layout: Layout, stage: int) -> Share:
         """Return one rank's parameters on pipeline stage `stage` (0 first, pp - 1 last).
 
+        Down projections to latents are whole, beside the norms.
         Dense = layers x ((attention + biases + dense MLP or shared expert) / tp + norms + router),
         and vocabulary / tp for the embedding on the first stage, vocabulary / tp + h for head and
         final norm on the last; layers: of this stage (`config.stages`).
@@ -162,7 +207,8 @@ class ModelSize:
         """
         tp, own = layout.tp, stage_layers(layout, self.layers)[stage]
         layers, plain = sum(map(len, own)), sum(map(self.dense_of, own))
-        dense = layers * ((self.attention + self.biases) / tp + self.norms)
+        cut = self.attention - self.down + self.biases
+        dense = layers * (cut / tp + self.down + self.norms)
         dense += plain * self.dense.mlp / tp
         expert = 0.0
         if self.experts:

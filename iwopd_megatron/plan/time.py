@@ -93,7 +93,7 @@ def _layer(load: Workload, passes: float, recompute: str | None) -> float:
     """Return seconds of one layer of a micro-batch in so many passes: passes x (
 
     attention's product: T tokens, h (2q + 2k) / tp weights;
-    attention: 2 length q T / tp FLOP, two products of length x q and half of them masked;
+    attention: length (q + v) T / tp FLOP, products with keys and values, half of them masked;
     MLP's product: T tokens, 3 h f / tp weights; or of experts: T K etp / tp copies of tokens, each
     2 x 3 h f / etp FLOP, E 3 h f / (ep etp) weights, and the shared expert's product)
     + `dispatches` x the dispatch of the copies + tensor- and context-parallel communication
@@ -106,7 +106,7 @@ def _layer(load: Workload, passes: float, recompute: str | None) -> float:
     local = load.tokens / layout.cp
     seconds = _product(load, local, size.attention / layout.tp, rates.gemm)
     # causal: half of 2 products of length x queries, 2 operations each
-    attention = 2 * load.length * size.queries * local / layout.tp
+    attention = load.length * (size.queries + size.values) * local / layout.tp
     seconds += attention / (gpu.tflops * rates.attention)
     if size.experts:
         copies = local / layout.tp * size.topk * layout.etp
@@ -182,7 +182,7 @@ def _sequence_parallel(load: Workload, tokens: float, recompute: str | None) -> 
     layout, size = load.layout, load.size
     moved = sequence_collectives(size, recompute) * 2 * size.hidden * tokens
     moved *= (layout.tp - 1) / layout.tp
-    gathered = 2 * 2 * size.keys / layout.tp * load.tokens * (layout.cp - 1) / layout.cp
+    gathered = 2 * size.keys_values / layout.tp * load.tokens * (layout.cp - 1) / layout.cp
     moved += gathered * dispatches(recompute)
     inside = layout.tp * layout.cp <= load.gpus_per_node
     bandwidth = load.gpu.nvlink if inside else load.gpu.network
@@ -235,7 +235,7 @@ def decode_step(load: Workload, batch: float, context: float, tp: int, width: in
     if size.experts:
         touched = size.experts * (1 - (1 - size.topk / size.experts) ** batch)
     weights = width * (dense + mlps * touched) / tp
-    cache = 4 * size.layers * size.head * max(1, size.kv_heads / tp) * context * batch
+    cache = 2 * size.layers * size.cached(tp) * context * batch
     memory = (weights + cache) / (gpu.hbm * rates.decode_hbm)
     arithmetic = 2 * batch * size.active / tp / (gpu.tflops * rates.grouped_gemm)
     launch = rates.decode_moe_layer if size.experts else rates.decode_layer

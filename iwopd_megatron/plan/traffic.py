@@ -60,7 +60,7 @@ def microbatch_bytes(
         of_kinds += plain * sequence_collectives(size.dense, recompute)
         found["tp"] = of_kinds * whole
     if layout.cp > 1:
-        gathered = 4 * size.keys / layout.tp * tokens * (layout.cp - 1) / layout.cp
+        gathered = 2 * size.keys_values / layout.tp * tokens * (layout.cp - 1) / layout.cp
         found["cp"] = layers * dispatches(recompute) * gathered
     if layout.pp > 1:
         neighbours = (stage > 0) * (recompute is not None) + (stage < layout.pp - 1)

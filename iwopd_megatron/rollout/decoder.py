@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from iwopd_megatron.hf.config import HfConfig
 from iwopd_megatron.models.native_ops import grouped_mm, rms_scale, rotate, swiglu
 from iwopd_megatron.models.rotary import inverse_frequencies, turn
+from iwopd_megatron.rollout.decoder_latents import attend_latents
 from iwopd_megatron.rollout.decoder_weights import (
     DecoderWeights,
     Layer,
@@ -34,7 +35,7 @@ class Decoder:
         self.hf, self.on, self.dtype = hf, on, dtype
         self.head_dim, self.heads = hf.head_dim, hf.num_attention_heads
         self.groups, self.eps = hf.num_key_value_heads, hf.rms_norm_eps
-        self.frequency = inverse_frequencies(hf.rope, self.head_dim, on)
+        self.frequency = inverse_frequencies(hf.rope, hf.qk_rope_head_dim or self.head_dim, on)
         self._read: DecoderWeights | None = None
         self._named: dict[str, torch.Tensor] | None = None  # of its own
 
@@ -70,10 +71,15 @@ class Decoder:
         return torch.zeros(shape, dtype=self.dtype, device=self.on)
 
     def new_cache(self, rows: int, slots: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return keys `[B, G, d, L]` and values `[B, G, L, d]` of every layer, all zero."""
-        shape = rows, self.groups, slots, self.head_dim
+        """Return keys `[B, G, d, L]` and values `[B, G, L, d]` of every layer, all zero.
+
+        With latents one head's: rotary keys, and the latents in the place of values.
+        """
+        hf = self.hf
+        key, value = hf.qk_rope_head_dim or self.head_dim, hf.kv_lora_rank or self.head_dim
+        groups = 1 if hf.kv_lora_rank else self.groups
         return [
-            (self._new(*shape).mT.contiguous(), self._new(*shape))
+            (self._new(rows, groups, key, slots), self._new(rows, groups, slots, value))
             for _ in range(self.hf.num_hidden_layers)
         ]
 
@@ -122,7 +128,11 @@ class Decoder:
 
         x: `[B, S, D]`, normed; turned: cos and sin of the positions' rotary angles.
         """
-        rows, new = x.shape[:2]
+        if layer.latents is not None:
+            out = attend_latents(self.hf, layer.latents, x, turned, slots, start, mask)
+            return _product(out, layer.out, packed and packed.out)
+        new = x.shape[1]
+        assert layer.qkv is not None
         qkv = _product(x, layer.qkv, packed and packed.qkv)
         if layer.qkv_bias is not None:
             qkv += layer.qkv_bias

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from iwopd_megatron.hf.config import HfConfig
+from iwopd_megatron.rollout.decoder_latents import LatentWeights, own_latents, viewed_latents
 
 New = Callable[..., torch.Tensor]  # sizes -> zeros
 
@@ -22,7 +23,7 @@ class Layer(NamedTuple):
     """One layer's weights. Dense: one expert and no router."""
 
     attention_norm: torch.Tensor  # [D]
-    qkv: torch.Tensor  # [(H + 2 G) d, D]
+    qkv: torch.Tensor | None  # [(H + 2 G) d, D]; None with latents
     qkv_bias: torch.Tensor | None  # [(H + 2 G) d]
     qk_norm: tuple[torch.Tensor, torch.Tensor] | None  # [d] each
     out: torch.Tensor  # [D, H d]
@@ -34,6 +35,7 @@ class Layer(NamedTuple):
     shared_down: torch.Tensor | None = None  # [D, S]
     shared_gate: torch.Tensor | None = None  # [1, D], whose sigmoid scales its output
     score_bias: torch.Tensor | None = None  # [E] fp32, which helps to choose
+    latents: LatentWeights | None = None  # what latent attention has in place of qkv
 
 
 class DecoderWeights(NamedTuple):
@@ -70,10 +72,10 @@ def _own_layer(hf: HfConfig, new: New, i: int) -> tuple[Layer, dict[str, torch.T
         experts, shared, gates, ffn = 0, 0, 0, hf.intermediate_size
     layer = Layer(
         attention_norm=new(hidden),
-        qkv=new((heads + 2 * groups) * head, hidden),
+        qkv=None if hf.kv_lora_rank else new((heads + 2 * groups) * head, hidden),
         qkv_bias=new((heads + 2 * groups) * head) if hf.qkv_bias else None,
         qk_norm=(new(head), new(head)) if hf.qk_norm else None,
-        out=new(hidden, heads * head),
+        out=new(hidden, hf.values),
         ffn_norm=new(hidden),
         router=new(experts, hidden) if experts else None,
         gate_up=new(experts or 1, hidden, 2 * ffn),
@@ -82,6 +84,7 @@ def _own_layer(hf: HfConfig, new: New, i: int) -> tuple[Layer, dict[str, torch.T
         shared_down=new(hidden, shared) if shared else None,
         shared_gate=new(gates, hidden) if gates else None,
         score_bias=new(experts).float() if experts and hf.sigmoid_router else None,
+        latents=own_latents(hf, new) if hf.kv_lora_rank else None,
     )
     rows = [heads * head, groups * head, groups * head]
     own = {"o_proj.weight": layer.out}
@@ -92,6 +95,8 @@ def _own_layer(hf: HfConfig, new: New, i: int) -> tuple[Layer, dict[str, torch.T
             }
     if layer.qk_norm is not None:
         own |= {f"{x}_norm.weight": part for x, part in zip("qk", layer.qk_norm, strict=True)}
+    if layer.latents is not None:
+        own |= layer.latents.named()
     own = {f"self_attn.{name}": tensor for name, tensor in own.items()}
     own["input_layernorm.weight"] = layer.attention_norm
     own["post_attention_layernorm.weight"] = layer.ffn_norm
@@ -143,7 +148,7 @@ def _viewed_layer(hf: HfConfig, i: int, parameters: Mapping[str, torch.Tensor]) 
         down = own("mlp.linear_fc2.weight").t()[None]
     return Layer(
         attention_norm=own("input_layernorm.weight"),
-        qkv=own("self_attention.linear_qkv.weight"),
+        qkv=None if hf.kv_lora_rank else own("self_attention.linear_qkv.weight"),
         qkv_bias=own("self_attention.linear_qkv.bias") if hf.qkv_bias else None,
         qk_norm=(
             own("self_attention.q_layernorm.weight"),
@@ -162,4 +167,5 @@ def _viewed_layer(hf: HfConfig, i: int, parameters: Mapping[str, torch.Tensor]) 
         if shared and hf.shared_expert_gates
         else None,
         score_bias=own("mlp.router.expert_bias") if experts and hf.sigmoid_router else None,
+        latents=viewed_latents(hf, own) if hf.kv_lora_rank else None,
     )

@@ -54,7 +54,7 @@ class Packed(NamedTuple):
 class PackedLayer(NamedTuple):
     """A layer's packed weights; routed experts are not packed: each has other rows every step."""
 
-    qkv: Packed
+    qkv: Packed | None
     out: Packed
     gate_up: Packed | None
     down: Packed | None
@@ -85,7 +85,8 @@ def pack(weights: DecoderWeights, rows: int, steps: int, threads: Threads) -> Pa
         return pack_weight(weight_OI, rows, threads)
 
     def packed_layer(layer: Layer) -> PackedLayer:
-        attention = packed(layer.qkv), packed(layer.out)
+        qkv = None if layer.qkv is None else packed(layer.qkv)
+        attention = qkv, packed(layer.out)
         if layer.shared_gate_up is not None and layer.shared_down is not None:
             shared = packed(layer.shared_gate_up), packed(layer.shared_down)
             return PackedLayer(*attention, None, None, *shared)
@@ -111,7 +112,7 @@ def _nbytes(weights: DecoderWeights) -> int:
     """Return the bytes that packing copies."""
     total = weights.head.nbytes
     for layer in weights.layers:
-        total += layer.qkv.nbytes + layer.out.nbytes
+        total += layer.out.nbytes + (0 if layer.qkv is None else layer.qkv.nbytes)
         if layer.router is None:
             total += layer.gate_up.nbytes + layer.down.nbytes
         for shared in (layer.shared_gate_up, layer.shared_down):

@@ -238,4 +238,5 @@ class VllmServer(HttpServer):
 
 def _kv_bytes(hf: HfConfig) -> int:
     """Return the bytes of one token's keys and values in fp32."""
-    return 8 * hf.num_hidden_layers * hf.num_key_value_heads * hf.head_dim
+    cached = hf.kv_down or 2 * hf.num_key_value_heads * hf.head_dim
+    return 4 * hf.num_hidden_layers * cached

@@ -44,6 +44,7 @@ ROUTER_ESSENTIALS = (
     "n_group",
     "topk_group",
 )
+LATENT_ESSENTIALS = ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "v_head_dim")
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -99,6 +100,7 @@ def essentials(hf: HfConfig) -> dict[str, Any]:
     keys = ESSENTIALS + EXPERT_ESSENTIALS * (hf.num_experts > 0)
     keys += ("shared_expert_intermediate_size",) * (hf.shared_expert_intermediate_size > 0)
     keys += ROUTER_ESSENTIALS * hf.sigmoid_router
+    keys += LATENT_ESSENTIALS * (hf.kv_lora_rank > 0)
     keys += ("attention_window",) * (hf.attention_window > 0)
     return {key: getattr(hf, key) for key in keys} | hf.rope.essentials()
 

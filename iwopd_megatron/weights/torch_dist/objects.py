@@ -32,12 +32,22 @@ def object_keys(hf: HfConfig, names: str) -> list[str]:
 
 def _modules(hf: HfConfig, names: str, has_experts: bool) -> list[str]:
     """Return a layer's modules that may keep a state of their own, but its routed experts."""
-    found = _LINEARS + _QK_NORMS * (names == "te" and hf.qk_norm)
+    found = _latents(hf, names) if hf.kv_lora_rank else _LINEARS
+    found = found + _QK_NORMS * (names == "te" and hf.qk_norm)
     if not has_experts:
         return [*found, "mlp.linear_fc1", "mlp.linear_fc2"]
     if names == "te":
         found = [*found, "pre_mlp_layernorm"]  # of a dense layer it is inside mlp.linear_fc1
     return found + _SHARED * (hf.shared_expert_intermediate_size > 0)
+
+
+def _latents(hf: HfConfig, names: str) -> list[str]:
+    """Return the modules of latent attention; TransformerEngine's down projections are some."""
+    own = ["kv_up_proj", *(["q_up_proj"] if hf.q_lora_rank else ["q_proj"])]
+    if names == "te":
+        own += ["kv_down_proj"] + ["q_down_proj"] * (hf.q_lora_rank > 0)
+    found = [f"self_attention.linear_{name}" for name in [*own, "proj"]]
+    return found + ["input_layernorm"] * (names == "te")
 
 
 def _shard(place: list[tuple[int, int]]) -> str:
