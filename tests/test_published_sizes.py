@@ -44,6 +44,10 @@ BILLIONS = {
     "GLM-4.5": 352.80,
     "GLM-4.6": 352.80,
     "GLM-4.7": 352.80,
+    # Likewise: with it the card says 685.
+    "DeepSeek-V3": 671.03,
+    "Kimi-K2-Instruct": 1026.4,
+    "Moonlight-16B-A3B": 15.96,
 }
 
 
@@ -99,7 +103,7 @@ def test_cuts_over_tensor_parallel_ranks_join_again(degree, model):
         back = block.sharding.unshard(parts, hf)
         assert [tuple(x.shape) for x in back] == [hf_shape(name, hf) for name in block.hf_names]
         is_cut = parts[0].numel() * degree == sum(x.numel() for x in back)
-        assert is_cut or any(whole in block.key for whole in ("norm", "router", "gate_weight"))
+        assert is_cut or any(x in block.key for x in ("norm", "router", "gate_weight", "down_proj"))
 
 
 def test_experts_and_layers_are_dealt_without_gaps(model):

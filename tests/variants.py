@@ -12,4 +12,17 @@ VARIANTS = {
         "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4, "first_k_dense_replace": 0,
         "attention_bias": False,
     },
+    # As Moonlight: queries without a latent, plain rotary positions, two shared experts.
+    "deepseek_v3 plain queries": {
+        "q_lora_rank": None, "n_group": 1, "n_shared_experts": 2, "num_experts_per_tok": 3,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    # YaRN as transformers takes it without DeepSeek's factors, pairs of rotary positions in halves.
+    "deepseek_v3 halves": {
+        "rope_interleave": False, "first_k_dense_replace": 0, "v_head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
 }  # fmt: skip

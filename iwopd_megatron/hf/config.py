@@ -17,7 +17,11 @@ from iwopd_megatron.hf.families import FAMILIES
 from iwopd_megatron.hf.families.family import Family
 from iwopd_megatron.hf.quantization import Quantization, read_quantization
 from iwopd_megatron.hf.rope import Rope, read_rope
+from iwopd_megatron.hf.size_checks import check_sizes
 
+_BY_MODEL_TYPE = FAMILIES | {
+    name: family for family in FAMILIES.values() for name in family.also_called
+}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -44,7 +48,7 @@ class HfConfig:
     qkv_bias: bool = False
     q_lora_rank: int = 0  # of a latent that queries are made of; 0: they are projected at once
     kv_lora_rank: int = 0  # of the one that keys and values are made of (MLA); 0: no latents
-    qk_rope_head_dim: int = 0  # with latents: the turned part, at a head's end; all heads share keys'
+    qk_rope_head_dim: int = 0  # with latents: the turned end of a head; all share keys'
     v_head_dim: int = 0  # of values with latents; 0: as queries and keys
     attention_window: int = 0  # tokens that a token sees, itself included; 0: all before it
     num_experts: int = 0
@@ -169,7 +173,7 @@ def parse_hf_config(content: dict[str, Any], file: Path | str) -> HfConfig:
     """Describe the model of a config.json's content; `file` names it in the errors."""
     config = TypedJson(content, file)
     model_type = content.get("model_type")
-    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    family = _BY_MODEL_TYPE.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         raise RecipeError(
             f"{file}: model_type {model_type!r} is not supported; use one of {', '.join(FAMILIES)}."
@@ -200,7 +204,7 @@ def parse_hf_config(content: dict[str, Any], file: Path | str) -> HfConfig:
         quantization=read_quantization(content, file),
     )
     found = HfConfig(**fields | family.describe(config))
-    _check_sizes(found, file)
+    check_sizes(found, file)
     return found
 
 
@@ -229,30 +233,3 @@ def _pad_id(config: TypedJson) -> int | None:
     if len(found) > 1:
         raise RecipeError(f"{config.file}: pad_token_id={list(found)} must be one id.")
     return found[0] if found else None
-
-
-def _check_sizes(hf: HfConfig, file: Path | str) -> None:
-    """Refuse sizes that contradict each other, and special ids outside the vocabulary."""
-    if hf.num_attention_heads % hf.num_key_value_heads:
-        raise RecipeError(
-            f"{file}: num_key_value_heads={hf.num_key_value_heads} does not divide "
-            f"num_attention_heads={hf.num_attention_heads}; copy the model's original config.json."
-        )
-    if hf.head_dim % 2 or hf.rotary_dim % 2 or not hf.rotary_dim:
-        part = f" times partial_rotary_factor={hf.rope.partial_rotary_factor:g}"
-        raise RecipeError(
-            f"{file}: head_dim={hf.head_dim}{part * (hf.rotary_dim < hf.head_dim)} must be even, "
-            "for rotary positions."
-        )
-    if hf.num_experts_per_tok > hf.num_experts:
-        raise RecipeError(
-            f"{file}: num_experts_per_tok={hf.num_experts_per_tok} exceeds the "
-            f"{hf.num_experts} experts; copy the model's original config.json."
-        )
-    pad = () if hf.pad_token_id is None else (hf.pad_token_id,)
-    for key, ids in (("pad_token_id", pad), ("eos_token_id", hf.eos_token_ids)):
-        if any(token >= hf.vocab_size for token in ids):
-            raise RecipeError(
-                f"{file}: {key} {max(ids)} is not below vocab_size={hf.vocab_size}; "
-                "copy the model's original config.json."
-            )

@@ -2,7 +2,8 @@
 
 Keys and values of all heads are made of one narrow latent, and of a rotary key that all heads
 share; queries are made of a latent too, or not. The parameters have the names of Megatron's
-MLASelfAttention with TransformerEngine, whose down projections every tensor-parallel rank has whole.
+MLASelfAttention with TransformerEngine, whose down projections every tensor-parallel rank has
+whole.
 Shapes: s tokens of this rank, T / tp of them under sequence parallelism, h local heads, d size of
 queries and keys, r of their turned part, v of values, D hidden size.
 """
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 
 from iwopd_megatron.models.marks import mark_parameter
 from iwopd_megatron.models.native import RMSNorm, SdpaAttention
-from iwopd_megatron.models.native_ops import in_halves, rotate
+from iwopd_megatron.models.native_ops import LATENT_EPS, in_halves, rotate
 from iwopd_megatron.models.rotary_tables import rotary_table
 from iwopd_megatron.runtime import device
 from iwopd_megatron.runtime.megatron import (
@@ -21,8 +22,6 @@ from iwopd_megatron.runtime.megatron import (
     RowParallelLinear,
     gather_from_sequence_parallel_region,
 )
-
-LATENT_EPS = 1e-6  # of the norms of latents, whatever config.json says (transformers)
 
 
 class WholeLinear(torch.nn.Module):

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from iwopd_megatron.models.norm_operators import FusedRmsNorm
 from iwopd_megatron.runtime import device
 
+LATENT_EPS = 1e-6  # of the norms of latents, whatever config.json says (transformers)
+
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Return x / sqrt(mean(x^2) + eps) * weight over the last dim; by torch's kernel on a GPU."""

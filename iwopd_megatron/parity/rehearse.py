@@ -49,6 +49,8 @@ class Rehearsal:
             "tie_word_embeddings": self.is_tied,
             "pad_token_id": 0,
         }
+        if "kv_lora_rank" in config:  # every head has keys and values of its own
+            config["num_key_value_heads"] = config["num_attention_heads"]
         if FAMILIES[self.model_type].has_experts:
             count = "num_experts" if "num_experts" in config else "n_routed_experts"
             config[count] = max(8, axes.ep)

@@ -104,7 +104,7 @@ class ModelSize:
 
     @property
     def kv_up(self) -> int:
-        """Keys without their turned part and values, of all heads, that a latent is projected to."""
+        """All heads' keys without their turned part, and values, which a latent is projected to."""
         return self.heads * (self.head - self.turned + self.value)
 
     @property

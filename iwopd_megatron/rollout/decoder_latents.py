@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from iwopd_megatron.hf.config import HfConfig
-from iwopd_megatron.models.latent import LATENT_EPS
-from iwopd_megatron.models.native_ops import in_halves, rms_scale, rotate
+from iwopd_megatron.models.native_ops import LATENT_EPS, in_halves, rms_scale, rotate
 
 
 class LatentWeights(NamedTuple):

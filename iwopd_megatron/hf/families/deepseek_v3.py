@@ -140,6 +140,7 @@ DEEPSEEK_V3 = Family(
     fixed=FIXED,
     rows=rows.decoder(*LAYERS),
     predicts_ahead=True,
+    also_called=("kimi_k2",),
     sample=SAMPLE,
     published=published(
         _COMMON
@@ -189,7 +190,17 @@ DEEPSEEK_V3 = Family(
         },
         {
             "Moonlight-16B-A3B, Moonlight-16B-A3B-Instruct": (
-                2048, 11264, 27, 16, 16, 64, 6, 1408, 2, 1, None
+                2048,
+                11264,
+                27,
+                16,
+                16,
+                64,
+                6,
+                1408,
+                2,
+                1,
+                None,
             )
         },
         _SIZES,

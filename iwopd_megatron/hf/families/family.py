@@ -30,6 +30,7 @@ class Family:
     is, whatever config.json says.
     predicts_ahead: its folders may have layers of multi-token prediction, numbered after the last,
     which are read past.
+    also_called: other model types whose config.json says the same.
     sample: settings of a small random model in which every kind of weight matters.
     """
 
@@ -43,6 +44,7 @@ class Family:
     null_means_default: tuple[str, ...] = ()
     partial_rotary: float | None = None
     predicts_ahead: bool = False
+    also_called: tuple[str, ...] = ()
 
     @property
     def has_experts(self) -> bool:

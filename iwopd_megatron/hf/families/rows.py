@@ -101,6 +101,8 @@ QK_NORMS = (
     norm("self_attention.q_layernorm", "self_attn.q_norm", "head_dim", needs="qk_norm"),
     norm("self_attention.k_layernorm", "self_attn.k_norm", "head_dim", needs="qk_norm"),
 )
+
+
 def latent_attention() -> tuple[Row, ...]:
     """Return the rows of multi-head latent attention, with a latent of queries or without."""
 
