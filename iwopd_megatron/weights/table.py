@@ -24,6 +24,7 @@ from iwopd_megatron.weights.sharding import SHARDINGS, Sharding
 if TYPE_CHECKING:
     from iwopd_megatron.runtime.megatron import GPTModel
 
+UNTRAINED = ".expert_bias"  # how names of buffers end that are weights of a model
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"(\.mlp\.experts\.\w+\.weight)(\d+)$")
 
@@ -66,7 +67,7 @@ def mapped_parameters(chunk: GPTModel, hf: HfConfig) -> Iterator[MappedParameter
 
 def weights_of(chunk: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return a chunk's parameters, then the buffers that are weights: routers' biases."""
-    buffers = {name: x for name, x in chunk.named_buffers() if name.endswith(".expert_bias")}
+    buffers = {name: x for name, x in chunk.named_buffers() if name.endswith(UNTRAINED)}
     return dict(chunk.named_parameters()) | buffers
 
 
