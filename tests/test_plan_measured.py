@@ -13,6 +13,7 @@ from worlds import run_world
 from iwopd_megatron.config.models import Layout
 from iwopd_megatron.config.recipe import Train
 from iwopd_megatron.hf.config import parse_hf_config
+from iwopd_megatron.hf.families import FAMILIES
 from iwopd_megatron.models.gpt import build_model, wrap_precision
 from iwopd_megatron.models.optimizer import build_optimizer, wrap_data_parallel
 from iwopd_megatron.plan.activations import layer_bytes
@@ -32,6 +33,9 @@ DENSE_FIRST = {"model_type": "glm4_moe", "n_routed_experts": 12, "attention_bias
 DENSE_FIRST["num_experts_per_tok"] = 3
 GLM4_MOE = parse_hf_config(SIZES | EXPERTS | DENSE_FIRST, "glm4_moe")
 NORMED = parse_hf_config(SIZES | EXPERTS | DENSE_FIRST | {"use_qk_norm": True}, "glm4_moe")
+LATENT = FAMILIES["deepseek_v3"].sample | {"model_type": "deepseek_v3"}
+LATENTS = parse_hf_config(LATENT, "deepseek_v3")
+PLAIN_QUERIES = parse_hf_config(LATENT | {"q_lora_rank": None}, "deepseek_v3")
 
 # world, config, axes, dtype, distributed optimizer
 CASES = [
@@ -54,6 +58,9 @@ CASES = [
     (2, GLM4_MOE, {"tp": 2}, "bf16", True),
     (2, replace(NORMED, first_k_dense_replace=2), {"pp": 2}, "bf16", True),
     (4, replace(NORMED, first_k_dense_replace=3), {"tp": 2, "pp": 2, "ep": 2}, "bf16", True),
+    (1, PLAIN_QUERIES, {}, "fp32", False),
+    (2, LATENTS, {"tp": 2}, "bf16", True),
+    (4, LATENTS, {"tp": 2, "pp": 2, "ep": 2}, "bf16", True),
 ]
 
 

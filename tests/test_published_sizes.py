@@ -149,3 +149,9 @@ def stand_in(hf, stage, stages, local, is_first_rank):
         named_buffers=buffers.items,
         decoder=SimpleNamespace(layers=layers),
     )
+
+
+def test_other_model_types_of_the_same_architecture():
+    """Kimi-K2's config.json has a name of its own, and DeepSeek's class of settings."""
+    sizes = known_models()["Kimi-K2-Instruct"] | {"model_type": "kimi_k2"}
+    assert parse_hf_config(sizes, "config.json") == known_model("Kimi-K2-Instruct")
