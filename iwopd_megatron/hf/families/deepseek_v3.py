@@ -40,14 +40,15 @@ def latent_attention(config: TypedJson) -> dict[str, Any]:
 
 
 def _describe(config: TypedJson) -> dict[str, Any]:
-    dense = config.content.get("first_k_dense_replace")
-    if dense is None:
-        config.count("first_k_dense_replace")  # refuses it: transformers' default is none of these
-    return (
-        latent_attention(config)
-        | glm4_moe.experts(config, "DeepseekV3")
-        | {"first_k_dense_replace": glm4_moe.dense_layers(config)}
-    )
+    """Return the fields; what transformers takes for a missing setting is none of these models'."""
+    if config.content.get("first_k_dense_replace") != 0:
+        config.count("first_k_dense_replace")
+    for key in ("n_group", "topk_group", "n_shared_experts"):
+        config.count(key)
+    config.number("routed_scaling_factor")
+    eos = {} if "eos_token_id" in config.content else {"eos_token_ids": (1,)}  # transformers'
+    dense = {"first_k_dense_replace": glm4_moe.dense_layers(config)}
+    return latent_attention(config) | glm4_moe.experts(config, "DeepseekV3") | dense | eos
 
 
 FIXED = glm4_moe.FIXED | {"attention_bias": False, "scoring_func": "sigmoid", "moe_layer_freq": 1}
