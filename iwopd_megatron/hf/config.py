@@ -13,16 +13,15 @@ from typing import Any
 
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.files.typed_json import TypedJson
+from iwopd_megatron.hf.config_values import check_layer_types, dtype_name, pad_id
 from iwopd_megatron.hf.families import FAMILIES
 from iwopd_megatron.hf.families.family import Family
 from iwopd_megatron.hf.quantization import Quantization, read_quantization
 from iwopd_megatron.hf.rope import Rope, read_rope
-from iwopd_megatron.hf.size_checks import check_sizes
 
 _BY_MODEL_TYPE = FAMILIES | {
     name: family for family in FAMILIES.values() for name in family.also_called
 }
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,7 @@ def parse_hf_config(content: dict[str, Any], file: Path | str) -> HfConfig:
                 f"{file}: {key}={value!r} is not supported; only {supported!r} is, "
                 f"which every published {family.transformers} model has."
             )
-    _check_layer_types(config)
+    check_layer_types(config)
     positions = config.count("max_position_embeddings")
     fields: dict[str, Any] = dict(
         model_type=family.model_type,
@@ -198,38 +197,38 @@ def parse_hf_config(content: dict[str, Any], file: Path | str) -> HfConfig:
         max_position_embeddings=positions,
         rope=read_rope(content, positions, file, family.partial_rotary),
         tie_word_embeddings=config.flag("tie_word_embeddings", False),
-        pad_token_id=_pad_id(config),
+        pad_token_id=pad_id(config),
         eos_token_ids=config.ids("eos_token_id"),
-        dtype=_dtype(content, file),
+        dtype=dtype_name(content, file),
         quantization=read_quantization(content, file),
     )
     found = HfConfig(**fields | family.describe(config))
-    check_sizes(found, file)
+    _check_sizes(found, file)
     return found
 
 
-def _check_layer_types(config: TypedJson) -> None:
-    """Refuse layers that do not attend to all earlier positions."""
-    types = config.content.get("layer_types")
-    layers = config.count("num_hidden_layers")
-    if types is not None and types != ["full_attention"] * layers:
+def _check_sizes(hf: HfConfig, file: Path | str) -> None:
+    """Refuse sizes that contradict each other, and special ids outside the vocabulary."""
+    if hf.num_attention_heads % hf.num_key_value_heads:
         raise RecipeError(
-            f"{config.file}: layer_types must be 'full_attention' for each of its {layers} layers; "
-            "sliding windows are not supported."
+            f"{file}: num_key_value_heads={hf.num_key_value_heads} does not divide "
+            f"num_attention_heads={hf.num_attention_heads}; copy the model's original config.json."
         )
-
-
-def _dtype(content: dict[str, Any], file: Path | str) -> str:
-    """Return the dtype's name: transformers 5 writes dtype, 4 wrote torch_dtype."""
-    found = content.get("dtype") or content.get("torch_dtype") or "float32"
-    if found not in DTYPES:
-        raise RecipeError(f"{file}: dtype={found!r} must be one of {', '.join(DTYPES)}.")
-    return found
-
-
-def _pad_id(config: TypedJson) -> int | None:
-    """Return the pad token's id; None where config.json names none."""
-    found = config.ids("pad_token_id")
-    if len(found) > 1:
-        raise RecipeError(f"{config.file}: pad_token_id={list(found)} must be one id.")
-    return found[0] if found else None
+    if hf.head_dim % 2 or hf.rotary_dim % 2 or not hf.rotary_dim:
+        part = f" times partial_rotary_factor={hf.rope.partial_rotary_factor:g}"
+        raise RecipeError(
+            f"{file}: head_dim={hf.head_dim}{part * (hf.rotary_dim < hf.head_dim)} must be even, "
+            "for rotary positions."
+        )
+    if hf.num_experts_per_tok > hf.num_experts:
+        raise RecipeError(
+            f"{file}: num_experts_per_tok={hf.num_experts_per_tok} exceeds the "
+            f"{hf.num_experts} experts; copy the model's original config.json."
+        )
+    pad = () if hf.pad_token_id is None else (hf.pad_token_id,)
+    for key, ids in (("pad_token_id", pad), ("eos_token_id", hf.eos_token_ids)):
+        if any(token >= hf.vocab_size for token in ids):
+            raise RecipeError(
+                f"{file}: {key} {max(ids)} is not below vocab_size={hf.vocab_size}; "
+                "copy the model's original config.json."
+            )
