@@ -104,6 +104,7 @@ _COMMON = {
     "norm_topk_prob": True,
     "scoring_func": "sigmoid",
     "moe_layer_freq": 1,
+    "q_lora_rank": 1536,
     "kv_lora_rank": 512,
     "qk_nope_head_dim": 128,
     "qk_rope_head_dim": 64,
@@ -130,7 +131,6 @@ _SIZES = (
     "moe_intermediate_size",
     "n_shared_experts",
     "first_k_dense_replace",
-    "q_lora_rank",
 )
 _NAMES = "DeepSeek-V3, DeepSeek-V3-0324, DeepSeek-V3.1, DeepSeek-R1, DeepSeek-R1-0528"
 
@@ -157,7 +157,7 @@ DEEPSEEK_V3 = Family(
             "num_nextn_predict_layers": 1,
             "eos_token_id": 1,
         },
-        {_NAMES: (7168, 18432, 61, 128, 128, 256, 8, 2048, 1, 3, 1536)},
+        {_NAMES: (7168, 18432, 61, 128, 128, 256, 8, 2048, 1, 3)},
         _SIZES,
     )
     | published(
@@ -174,13 +174,14 @@ DEEPSEEK_V3 = Family(
             "eos_token_id": 163586,
             "pad_token_id": 163839,
         },
-        {"Kimi-K2-Base, Kimi-K2-Instruct": (7168, 18432, 61, 64, 64, 384, 8, 2048, 1, 1, 1536)},
+        {"Kimi-K2-Base, Kimi-K2-Instruct": (7168, 18432, 61, 64, 64, 384, 8, 2048, 1, 1)},
         _SIZES,
     )
     | published(
         _COMMON
         | {
             "vocab_size": 163840,
+            "q_lora_rank": None,
             "rms_norm_eps": 1e-5,
             "rope_theta": 50000.0,
             "max_position_embeddings": 8192,
@@ -201,7 +202,6 @@ DEEPSEEK_V3 = Family(
                 1408,
                 2,
                 1,
-                None,
             )
         },
         _SIZES,
