@@ -129,6 +129,8 @@ def stand_in(hf, stage, stages, local, is_first_rank):
     """Megatron's parameter names of one rank of one stage, as `mapped_parameters` reads them."""
     count = hf.num_hidden_layers // stages
     first = stage * count
+    if stage == stages - 1:
+        count = hf.num_hidden_layers - first
     names = []
     for row, numbers in rows_in_order(hf):
         if row.is_of_layer:
