@@ -15,6 +15,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
+from variants import VARIANTS
 
 from iwopd_megatron.hf.families import FAMILIES
 from iwopd_megatron.parity.rehearse import write_model
@@ -88,12 +89,13 @@ def dense_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def family_folders(tmp_path_factory) -> dict[str, Path]:
-    """A small model of every family; every second one has tied embeddings."""
-    place = tmp_path_factory.mktemp("families")
-    for i, (name, family) in enumerate(FAMILIES.items()):
-        kind = {"model_type": name, "tie_word_embeddings": i % 2 == 1}
-        write_model(place / name, dict(family.sample) | kind)
-    return {name: place / name for name in FAMILIES}
+    """A small model of every family, and VARIANTS; every second one has tied embeddings."""
+    place, models = tmp_path_factory.mktemp("families"), dict.fromkeys(FAMILIES, {}) | VARIANTS
+    for i, (name, settings) in enumerate(models.items()):
+        model_type = name.split()[0]
+        kind = {"model_type": model_type, "tie_word_embeddings": i % 2 == 1}
+        write_model(place / name, dict(FAMILIES[model_type].sample) | kind | settings)
+    return {name: place / name for name in models}
 
 
 # Contexts stretched from 16 tokens, so that every kind turns the tests' short sequences otherwise.

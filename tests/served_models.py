@@ -68,7 +68,7 @@ def write_family(folder: Path, model_type: str) -> Path:
     sample = dict(FAMILIES[model_type].sample)
     own = {"model_type": model_type, "vocab_size": 16, "tie_word_embeddings": True}
     heads = sample["hidden_size"] // 32  # of the smallest size that vLLM has on a CPU
-    own |= {"num_attention_heads": heads, "num_key_value_heads": heads // 2}
+    own |= {"num_attention_heads": heads, "num_key_value_heads": heads // 2, "head_dim": 32}
     write_model(folder, sample | own | {"pad_token_id": None, "eos_token_id": 1})
     copy_tokenizer(STUDENT, folder)
     return folder

@@ -28,6 +28,10 @@ LLAMA = parse_hf_config(SIZES | {"model_type": "llama"}, "llama")
 QWEN2 = parse_hf_config(SIZES | {"model_type": "qwen2"}, "qwen2")
 SHARED = {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 160}
 QWEN2_MOE = parse_hf_config(SIZES | EXPERTS | SHARED, "qwen2_moe")
+DENSE_FIRST = {"model_type": "glm4_moe", "n_routed_experts": 12, "attention_bias": True}
+DENSE_FIRST["num_experts_per_tok"] = 3
+GLM4_MOE = parse_hf_config(SIZES | EXPERTS | DENSE_FIRST, "glm4_moe")
+NORMED = parse_hf_config(SIZES | EXPERTS | DENSE_FIRST | {"use_qk_norm": True}, "glm4_moe")
 
 # world, config, axes, dtype, distributed optimizer
 CASES = [
@@ -47,6 +51,9 @@ CASES = [
     (2, QWEN2, {"pp": 2}, "bf16", True),
     (2, QWEN2_MOE, {"tp": 2}, "bf16", True),
     (4, QWEN2_MOE, {"tp": 2, "pp": 2, "ep": 2}, "bf16", True),
+    (2, GLM4_MOE, {"tp": 2}, "bf16", True),
+    (2, replace(NORMED, first_k_dense_replace=2), {"pp": 2}, "bf16", True),
+    (4, replace(NORMED, first_k_dense_replace=3), {"tp": 2, "pp": 2, "ep": 2}, "bf16", True),
 ]
 
 
@@ -114,19 +121,30 @@ def saved_bytes(hf, tokens):
 
 
 def check_activations(hf):
-    tokens, width = 256, 4
-    deep, shallow = (saved_bytes(replace(hf, num_hidden_layers=n), tokens) for n in (6, 2))
-    measured = (deep - shallow) / 4
-    size = ModelSize.of(hf)
-    planned = layer_bytes(size, Layout(), "none", width) * tokens
+    """Of four layers more, of a model's last kind, and then of its first."""
+
+    def kept(layers, dense):
+        return saved_bytes(replace(hf, num_hidden_layers=layers, first_k_dense_replace=dense), 256)
+
+    size, first = ModelSize.of(hf), hf.first_k_dense_replace
+    compare_activations(size, (kept(6, first) - kept(2, first)) / 4)
+    if first:
+        compare_activations(size.dense, (kept(6, 5) - kept(2, 1)) / 4)
     shutdown()
+
+
+def compare_activations(size, measured):
+    tokens, width = 256, 4
+    planned = layer_bytes(size, Layout(), "none", width) * tokens
     if Version(version("megatron-core")) < Version("0.17"):
         planned -= 3 * size.experts * tokens
     planned += 8 * size.experts  # tokens of every expert, counted twice, of the whole micro-batch
-    assert planned == measured, planned - measured
+    assert planned == measured, (planned - measured) / tokens
 
 
-@pytest.mark.parametrize("hf", [DENSE, MOE, LLAMA, QWEN2, QWEN2_MOE], ids=lambda hf: hf.model_type)
+@pytest.mark.parametrize(
+    "hf", [DENSE, MOE, LLAMA, QWEN2, QWEN2_MOE, GLM4_MOE, NORMED], ids=lambda hf: hf.model_type
+)
 def test_activations_of_a_layer_are_exactly_what_autograd_keeps(hf):
     run_world(1, check_activations, hf)
 

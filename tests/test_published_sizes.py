@@ -1,6 +1,6 @@
 """The weight table against every published size, by shapes alone: no weight is allocated."""
 
-from dataclasses import replace
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +8,7 @@ import torch
 
 from iwopd_megatron.hf.config import parse_hf_config
 from iwopd_megatron.hf.known_models import known_model, known_models
-from iwopd_megatron.hf.shapes import hf_names, hf_shape
+from iwopd_megatron.hf.shapes import hf_names, hf_shape, rows_in_order
 from iwopd_megatron.weights.table import mapped_parameters, weight_blocks
 from iwopd_megatron.weights.torch_dist.writer import block_shape, expected_tensors
 from iwopd_megatron.weights.transformers_views import named_views
@@ -39,6 +39,11 @@ BILLIONS = {
     "Mistral-Small-24B-Base-2501": 23.572,
     "Qwen1.5-MoE-A2.7B": 14.316,
     "Qwen2-57B-A14B": 57.41,
+    # Without the layer that predicts a second token, which counts in the cards' 106 and 355.
+    "GLM-4.5-Air": 106.85,
+    "GLM-4.5": 352.80,
+    "GLM-4.6": 352.80,
+    "GLM-4.7": 352.80,
 }
 
 
@@ -82,9 +87,11 @@ def test_cuts_over_tensor_parallel_ranks_join_again(degree, model):
     _, hf, tensors = model
     if hf.num_key_value_heads % degree:
         pytest.skip("its heads cannot be cut so")
-    layers = {0, hf.num_hidden_layers - 1}
-    checked = [b for b in weight_blocks(hf) if not b.place or b.place[0] in layers]
-    for block in checked:
+    layers = {0, hf.first_k_dense_replace, hf.num_hidden_layers - 1}
+    for block in weight_blocks(hf):
+        layer = re.search(r"layers\.(\d+)\.", block.hf_names[0])
+        if layer is not None and int(layer[1]) not in layers:
+            continue
         parts = shards(block, hf, tensors, degree)
         assert len({tuple(x.shape) for x in parts}) == 1
         if degree == 1:
@@ -119,22 +126,22 @@ def stand_in(hf, stage, stages, local, is_first_rank):
     count = hf.num_hidden_layers // stages
     first = stage * count
     names = []
-    for block in weight_blocks(replace(hf, num_hidden_layers=1)):
-        is_expert = len(block.place) == 2
-        if block.place and (is_expert or is_first_rank):
-            if is_expert and block.place[1] not in local:
-                continue
-            name = block.key.replace(".experts.experts.", ".experts.")
-            name += str(local.index(block.place[1])) if is_expert else ""
-            names += [name.replace("layers.", f"layers.{i}.", 1) for i in range(count)]
-        elif not block.place and is_first_rank:
-            is_here = stage == (0 if block.key.startswith("embedding") else stages - 1)
-            names += [block.key] * is_here
+    for row, numbers in rows_in_order(hf):
+        if row.is_of_layer:
+            is_here = numbers["layer"] in range(first, first + count)
+        else:
+            is_here = stage == (0 if row.parameter.startswith("embedding") else stages - 1)
+        if is_here and (numbers["expert"] in local if row.is_of_expert else is_first_rank):
+            layer, expert = numbers.get("layer", 0) - first, numbers.get("expert", 0)
+            names.append(row.parameter.format(layer=layer, expert=expert - min(local, default=0)))
     layers = [
         SimpleNamespace(layer_number=first + i + 1, mlp=SimpleNamespace(local_expert_indices=local))
         for i in range(count)
     ]
-    parameters = [(name, torch.empty(0, device="meta")) for name in names]
+    tensors = {name: torch.empty(0, device="meta") for name in names}
+    buffers = {name: x for name, x in tensors.items() if name.endswith("expert_bias")}
     return SimpleNamespace(
-        named_parameters=lambda: parameters, decoder=SimpleNamespace(layers=layers)
+        named_parameters=lambda: [x for x in tensors.items() if x[0] not in buffers],
+        named_buffers=buffers.items,
+        decoder=SimpleNamespace(layers=layers),
     )

@@ -14,7 +14,6 @@ from worlds import run_world
 from iwopd_megatron.config.models import Layout
 from iwopd_megatron.config.recipe import Train
 from iwopd_megatron.hf.config import read_hf_config
-from iwopd_megatron.hf.families import FAMILIES
 from iwopd_megatron.hf.shapes import hf_shape
 from iwopd_megatron.models.gpt import build_model, wrap_precision
 from iwopd_megatron.models.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
@@ -25,7 +24,7 @@ from iwopd_megatron.train.saver import Saver
 from iwopd_megatron.weights import pieces
 from iwopd_megatron.weights.convert import hf_to_megatron, megatron_to_hf
 from iwopd_megatron.weights.hf_reader import HfTensors, load_shards
-from iwopd_megatron.weights.table import weight_blocks
+from iwopd_megatron.weights.table import weight_blocks, weights_of
 from iwopd_megatron.weights.torch_dist import writer as torch_dist
 from iwopd_megatron.weights.torch_dist.blob import data_start, envelope, serialise
 
@@ -35,7 +34,7 @@ from checkpoint_contents import contents  # noqa: E402
 
 @pytest.fixture(scope="module")
 def folders(moe_folder, dense_folder, tied_folder, family_folders):
-    families = [family_folders[name] for name in FAMILIES if not name.startswith("qwen3")]
+    families = [x for name, x in family_folders.items() if not name.startswith("qwen3")]
     return [moe_folder, dense_folder, tied_folder, *families]
 
 
@@ -68,14 +67,14 @@ def assert_loaded(folder, checkpoint_folder, parallel, dtype="fp32") -> None:
     wrap_precision(chunks), wrap_precision(expected)
     load_shards(expected, HfTensors(folder), hf, parallel)
     for chunk in chunks:
-        for parameter in chunk.parameters():
+        for parameter in weights_of(chunk).values():
             parameter.data.fill_(math.nan)
     loaded = dist_checkpointing.load(state_of(chunks, parallel), str(checkpoint_folder))
     count = 0
     for i, (chunk, other) in enumerate(zip(chunks, expected, strict=True)):
         chunk.load_state_dict(loaded[f"model{i}"])
-        for (name, got), (_, want) in zip(
-            chunk.named_parameters(), other.named_parameters(), strict=True
+        for (name, got), want in zip(
+            weights_of(chunk).items(), weights_of(other).values(), strict=True
         ):
             assert got.dtype == want.dtype and torch.equal(got, want), (folder.name, name)
             count += 1
@@ -114,11 +113,14 @@ def check_bf16(folder, checkpoint_folder) -> None:
     assert_loaded(folder, checkpoint_folder, initialise(Layout(ep=2)), "bf16")
 
 
-def test_megatron_loads_bf16(moe_folder, tmp_path):
-    tensors = load_file(moe_folder / "model.safetensors")
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe"])
+def test_megatron_loads_bf16(family, family_folders, tmp_path):
+    """Biases that choose experts stay in fp32."""
+    folder = family_folders[family]
+    tensors = load_file(folder / "model.safetensors")
     (tmp_path / "hf").mkdir()
-    (tmp_path / "hf" / "config.json").write_text((moe_folder / "config.json").read_text())
-    low = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    (tmp_path / "hf" / "config.json").write_text((folder / "config.json").read_text())
+    low = {name: x if "bias" in name else x.bfloat16() for name, x in tensors.items()}
     save_file(low, tmp_path / "hf" / "model.safetensors")
     hf_to_megatron(tmp_path / "hf", tmp_path / "ckpt")
     run_world(2, check_bf16, tmp_path / "hf", tmp_path / "ckpt")
@@ -164,15 +166,17 @@ EVEN, UNEVEN = {"pp": 2}, {"pp": 2, "num_layers_in_first_pipeline_stage": 1}
 EMPTY_ENDS = {"pp": 2, "vpp": 2, "pipeline_model_parallel_layout": "E|t*3|t|L"}
 RESTAGED = [
     ("moe", UNEVEN, {"ep": 2}), ("moe", {"ep": 2}, EMPTY_ENDS), ("moe", EMPTY_ENDS, UNEVEN),
-    ("tied", UNEVEN, EVEN), ("tied", EVEN, EMPTY_ENDS),
+    ("tied", UNEVEN, EVEN), ("tied", EVEN, EMPTY_ENDS), ("dense_first", UNEVEN, {"ep": 2}),
+    ("dense_first", {"tp": 2}, EMPTY_ENDS),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "first", "second"), RESTAGED, ids=str)
 def test_weights_and_optimiser_move_between_stages(
-    kind, first, second, moe_folder, tied_folder, tmp_path
+    kind, first, second, moe_folder, tied_folder, family_folders, tmp_path
 ):
-    model, place = {"moe": moe_folder, "tied": tied_folder}[kind], "checkpoints/round_000001"
+    folders = {"moe": moe_folder, "tied": tied_folder, "dense_first": family_folders["glm4_moe"]}
+    model, place = folders[kind], "checkpoints/round_000001"
     for source, out, axes in ((None, "one", first), (tmp_path / "one" / place, "other", second)):
         layout = Layout(**axes)
         run_world(layout.unit, resave, model, source, tmp_path / out, layout)

@@ -49,6 +49,11 @@ class HfConfig:
     norm_topk_prob: bool = False
     shared_expert_intermediate_size: int = 0  # of the expert that every token meets; 0: none
     shared_expert_gates: int = 0  # numbers a token that scale its output: 1 or none
+    first_k_dense_replace: int = 0  # layers at the beginning without experts
+    sigmoid_router: bool = False  # scores are sigmoids; a bias that is not trained helps to choose
+    routed_scaling_factor: float = 1.0
+    n_group: int = 1  # of experts, of which a token's are in the best `topk_group`
+    topk_group: int = 1
     pad_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()  # of config.json; `folder.eos_ids` has the last word
     dtype: str = "float32"  # as torch names it
@@ -63,6 +68,15 @@ class HfConfig:
     def family(self) -> Family:
         """What the package knows of its model type."""
         return FAMILIES[self.model_type]
+
+    def has_experts(self, layer: int) -> bool:
+        """Return whether a layer, counted from 0, has experts and no dense MLP."""
+        return self.num_experts > 0 and layer >= self.first_k_dense_replace
+
+    @property
+    def rotary_dim(self) -> int:
+        """How much of a head is turned by rotary positions."""
+        return int(self.head_dim * self.rope.partial_rotary_factor)
 
     @property
     def queries(self) -> int:
@@ -143,7 +157,7 @@ def parse_hf_config(content: dict[str, Any], file: Path | str) -> HfConfig:
         num_attention_heads=config.count("num_attention_heads"),
         rms_norm_eps=config.number("rms_norm_eps"),
         max_position_embeddings=positions,
-        rope=read_rope(content, positions, file),
+        rope=read_rope(content, positions, file, family.partial_rotary),
         tie_word_embeddings=config.flag("tie_word_embeddings", False),
         pad_token_id=_pad_id(config),
         eos_token_ids=config.ids("eos_token_id"),
@@ -189,8 +203,12 @@ def _check_sizes(hf: HfConfig, file: Path | str) -> None:
             f"{file}: num_key_value_heads={hf.num_key_value_heads} does not divide "
             f"num_attention_heads={hf.num_attention_heads}; copy the model's original config.json."
         )
-    if hf.head_dim % 2:
-        raise RecipeError(f"{file}: head_dim={hf.head_dim} must be even, for rotary positions.")
+    if hf.head_dim % 2 or hf.rotary_dim % 2 or not hf.rotary_dim:
+        part = f" times partial_rotary_factor={hf.rope.partial_rotary_factor:g}"
+        raise RecipeError(
+            f"{file}: head_dim={hf.head_dim}{part * (hf.rotary_dim < hf.head_dim)} must be even, "
+            "for rotary positions."
+        )
     if hf.num_experts_per_tok > hf.num_experts:
         raise RecipeError(
             f"{file}: num_experts_per_tok={hf.num_experts_per_tok} exceeds the "

@@ -13,13 +13,14 @@ def token_products(hf: HfConfig) -> int:
     """Return the multiply-adds of a token with the layers' active weights, no embedding or head."""
     hidden = hf.hidden_size
     attention = hidden * (2 * hf.queries + 2 * hf.keys)
-    if hf.num_experts:
-        ffn = 3 * hidden * hf.moe_intermediate_size * hf.num_experts_per_tok
-        ffn += hidden * hf.num_experts  # router
-        ffn += hidden * (3 * hf.shared_expert_intermediate_size + hf.shared_expert_gates)
-    else:
-        ffn = 3 * hidden * hf.intermediate_size
-    return hf.num_hidden_layers * (attention + ffn)
+    dense = 3 * hidden * hf.intermediate_size
+    if not hf.num_experts:
+        return hf.num_hidden_layers * (attention + dense)
+    ffn = 3 * hidden * hf.moe_intermediate_size * hf.num_experts_per_tok
+    ffn += hidden * hf.num_experts  # router
+    ffn += hidden * (3 * hf.shared_expert_intermediate_size + hf.shared_expert_gates)
+    sparse = hf.num_hidden_layers - hf.first_k_dense_replace
+    return hf.num_hidden_layers * attention + hf.first_k_dense_replace * dense + sparse * ffn
 
 
 def attention_products(hf: HfConfig, length: int) -> int:

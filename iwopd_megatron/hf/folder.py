@@ -7,6 +7,7 @@ stores its head as well, the two tables. Imports no torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -79,6 +80,8 @@ def find_weights(folder: Path, hf: HfConfig) -> dict[str, Weight]:
     found = {name: _weight(folder, hf, name, stored) for name in names}
     scaled = [weight.scales.name for weight in found.values() if weight.scales is not None]
     extra = sorted(stored.keys() - {*names, *scaled})
+    if hf.family.predicts_ahead:
+        extra = [name for name in extra if not _is_after_last(name, hf)]
     if extra:
         raise RecipeError(
             f"{folder} has the tensor '{extra[0]}', which its config.json does not imply."
@@ -89,6 +92,12 @@ def find_weights(folder: Path, hf: HfConfig) -> dict[str, Weight]:
             f"{SCALED} with scales; remove it there."
         )
     return found
+
+
+def _is_after_last(name: str, hf: HfConfig) -> bool:
+    """Return whether a tensor is of a layer that is numbered after the last."""
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    return layer is not None and int(layer[1]) >= hf.num_hidden_layers
 
 
 def stored_weights(folder: Path) -> dict[str, Weight]:

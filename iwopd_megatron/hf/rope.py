@@ -7,7 +7,7 @@ one at the top level; `rope_type` wins over `type`. models/rotary.py computes wi
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Rope:
     beta_slow: float = 1.0
     attention_factor: float = 1.0
     truncate: bool = True
+    partial_rotary_factor: float = 1.0  # how much of a head is turned, from its beginning
 
     def essentials(self) -> dict[str, Any]:
         """Return what differs from the defaults, as {"rope_theta": ..., "rope": {...}}."""
@@ -44,8 +45,13 @@ class Rope:
         return {"rope_theta": self.theta} | ({"rope": changed} if changed else {})
 
 
-def read_rope(content: dict[str, Any], positions: int, file: Path | str) -> Rope:
-    """Return the rotary settings of a config.json's content; `positions` is its longest context."""
+def read_rope(
+    content: dict[str, Any], positions: int, file: Path | str, partial: float | None = None
+) -> Rope:
+    """Return the rotary settings of a config.json's content; `positions` is its longest context.
+
+    partial: the share of a head that is turned where none is named; None: only all of it may be.
+    """
     found = content.get("rope_scaling") or content.get("rope_parameters") or {}
     if not isinstance(found, dict):
         raise RecipeError(f"{file}: rope_parameters={found!r} must be an object.")
@@ -63,6 +69,8 @@ def read_rope(content: dict[str, Any], positions: int, file: Path | str) -> Rope
         raise RecipeError(
             f"{file}: rope_type {kind!r} is not supported; only {', '.join(KINDS)} are."
         )
+    if partial is not None:
+        return _read_partial(rope, kind, partial)
     if rope.content.get("partial_rotary_factor", 1) not in (1, None):
         raise RecipeError(f"{file}: partial_rotary_factor is not supported; only 1 is.")
     if kind in ("llama3", "yarn"):
@@ -70,6 +78,17 @@ def read_rope(content: dict[str, Any], positions: int, file: Path | str) -> Rope
         inner = rope.content.get("original_max_position_embeddings", positions)
         rope.content["original_max_position_embeddings"] = inner if outer is None else outer
     return _READERS[kind](rope, positions)
+
+
+def _read_partial(rope: TypedJson, kind: str, default: float) -> Rope:
+    """Return plain rotary settings of a part of each head."""
+    share = rope.number("partial_rotary_factor", default)
+    if kind != "default" or share > 1:
+        raise RecipeError(
+            f"{rope.file}: rope_type {kind!r} with partial_rotary_factor={share:g} is not "
+            "supported; only 'default' with at most 1 is."
+        )
+    return replace(Rope(rope.number("rope_theta")), partial_rotary_factor=share)
 
 
 def _read_default(rope: TypedJson, positions: int) -> Rope:

@@ -19,16 +19,18 @@ def rows_in_order(hf: HfConfig) -> Iterator[tuple[Row, dict[str, int]]]:
 
     In the order of the network; an expert's rows together.
     """
-    own = [row for row in hf.family.rows if not row.needs or getattr(hf, row.needs)]
-    layers = [row for row in own if row.is_of_layer]
-    before = own.index(layers[0])
-    yield from ((row, {}) for row in own[:before])
+    rows = [row for row in hf.family.rows if not row.needs or getattr(hf, row.needs)]
+    layers = [row for row in rows if row.is_of_layer]
+    before = rows.index(layers[0])
+    yield from ((row, {}) for row in rows[:before])
     for layer in range(hf.num_hidden_layers):
-        yield from ((row, {"layer": layer}) for row in layers if not row.is_of_expert)
+        kind = "experts" if hf.has_experts(layer) else "dense"
+        own = [row for row in layers if row.layers in ("", kind)]
+        yield from ((row, {"layer": layer}) for row in own if not row.is_of_expert)
         for expert in range(hf.num_experts):
             numbers = {"layer": layer, "expert": expert}
-            yield from ((row, numbers) for row in layers if row.is_of_expert)
-    yield from ((row, {}) for row in own[before + len(layers) :])
+            yield from ((row, numbers) for row in own if row.is_of_expert)
+    yield from ((row, {}) for row in rows[before + len(layers) :])
 
 
 def hf_names(hf: HfConfig) -> Iterator[str]:

@@ -17,6 +17,7 @@ from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.hf.config import HfConfig
 from iwopd_megatron.models import layer_specs
 from iwopd_megatron.models.dispatched import forget_dispatched
+from iwopd_megatron.models.expert_settings import expert_settings
 from iwopd_megatron.models.marks import mark_parameter
 from iwopd_megatron.models.rotary import inverse_frequencies
 from iwopd_megatron.runtime import device
@@ -24,6 +25,7 @@ from iwopd_megatron.runtime.megatron import (
     Float16Module,
     GPTModel,
     MegatronModule,
+    TopKRouter,
     TransformerConfig,
     mpu,
 )
@@ -102,7 +104,7 @@ def transformer_config(
     )
     if layer_specs.has_transformer_engine(torch_dtype):  # YaRN's factor on both queries and keys
         settings["softmax_scale"] = hf.rope.attention_factor**2 * hf.head_dim**-0.5
-    settings |= _expert_settings(hf, torch_dtype) | _recompute_settings(hf, recompute)
+    settings |= expert_settings(hf, torch_dtype) | _recompute_settings(hf, recompute)
     try:
         config = TransformerConfig(**settings | dict(further or {}))
     except (AssertionError, ValueError) as error:
@@ -114,32 +116,14 @@ def transformer_config(
     return config
 
 
-def _expert_settings(hf: HfConfig, dtype: torch.dtype) -> dict[str, Any]:
-    if not hf.num_experts:
-        return {}
-    return dict(
-        num_moe_experts=hf.num_experts,
-        moe_ffn_hidden_size=hf.moe_intermediate_size,
-        moe_router_topk=hf.num_experts_per_tok,
-        moe_router_pre_softmax=not hf.norm_topk_prob,
-        moe_router_score_function="softmax",
-        moe_router_dtype="fp32",
-        moe_router_load_balancing_type="none",
-        moe_aux_loss_coeff=0.0,
-        moe_token_dispatcher_type="alltoall",
-        moe_shared_expert_intermediate_size=hf.shared_expert_intermediate_size or None,
-        moe_shared_expert_gate=hf.shared_expert_gates > 0,
-        moe_grouped_gemm=layer_specs.has_transformer_engine(dtype),
-    )
-
-
 def _recompute_settings(hf: HfConfig, recompute: str) -> dict[str, Any]:
     if recompute == "full":
         return dict(
             recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
         )
     if recompute == "selective":
-        modules = ["core_attn", "moe" if hf.num_experts else "mlp"]
+        modules = ["core_attn"] + ["moe"] * (hf.num_experts > 0)
+        modules += ["mlp"] * (not hf.has_experts(0))
         return dict(recompute_granularity="selective", recompute_modules=modules)
     return {}
 
@@ -171,6 +155,7 @@ def build_model(
             # native attention turns queries and keys itself, once per micro-batch computed
             position_embedding_type="rope" if fused else "none",
             rotary_base=hf.rope.theta,
+            rotary_percent=hf.rope.partial_rotary_factor,
             share_embeddings_and_output_weights=hf.tie_word_embeddings,
             vp_stage=vp_stage,
         ).to(device.current_device())
@@ -225,4 +210,9 @@ class HalfPrecisionModel(Float16Module):
 def wrap_precision(chunks: list[HiddenStateModel]) -> list[MegatronModule]:
     """Cast bf16 chunks and their pipeline inputs as Megatron does; fp32 chunks pass through."""
     config = chunks[0].config
-    return [HalfPrecisionModel(config, chunk) if config.bf16 else chunk for chunk in chunks]
+    routers = [x for chunk in chunks for x in chunk.modules() if isinstance(x, TopKRouter)]
+    biases = [router.expert_bias for router in routers]
+    wrapped = [HalfPrecisionModel(config, chunk) if config.bf16 else chunk for chunk in chunks]
+    for router, bias in zip(routers, biases, strict=True):
+        router.expert_bias = bias  # in fp32 as before: rounded, it would choose other experts
+    return wrapped

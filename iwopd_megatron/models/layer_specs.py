@@ -21,6 +21,7 @@ from iwopd_megatron.runtime.megatron import (
     get_bias_dropout_add,
     get_gpt_decoder_block_spec,
     get_num_layers_to_build,
+    get_transformer_layer_offset,
     megatron_moe_utils,
     megatron_random,
 )
@@ -69,16 +70,28 @@ def block_spec(config, vp_stage: int | None = None):
             k_layernorm=qk_norm,
         ),
     )
-    layer = ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
-            self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=GroupedMoELayer if config.num_moe_experts else SwiGluMLP,
-            mlp_bda=get_bias_dropout_add,
-        ),
+    dense, sparse = (
+        ModuleSpec(
+            module=TransformerLayer,
+            submodules=TransformerLayerSubmodules(
+                input_layernorm=RMSNorm,
+                self_attention=attention,
+                self_attn_bda=get_bias_dropout_add,
+                pre_mlp_layernorm=RMSNorm,
+                mlp=mlp,
+                mlp_bda=get_bias_dropout_add,
+            ),
+        )
+        for mlp in (SwiGluMLP, GroupedMoELayer)
     )
-    count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    own = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
+    layers = [sparse if _has_experts(config, layer) else dense for layer in own]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def _has_experts(config, layer: int) -> bool:
+    """Return whether a layer, counted from 0, has experts: all have, or a list says which."""
+    if not config.num_moe_experts or isinstance(config.moe_layer_freq, int):
+        return config.num_moe_experts is not None
+    return config.moe_layer_freq[layer] == 1

@@ -45,7 +45,10 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Return x `[..., h, d]` turned by cos and sin `[..., 1, d / 2]`: rotary, half-split form."""
+    """Return x `[..., h, d]` turned by cos and sin `[..., 1, d / 2]`: rotary, half-split form.
+
+    Of narrower ones, only as much of x as they are for; the rest is kept.
+    """
     return _Rotate.apply(x, cos, sin)
 
 
@@ -63,7 +66,10 @@ class _Rotate(torch.autograd.Function):
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: int) -> torch.Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    (a, b), (out_a, out_b) = x.chunk(2, -1), out.chunk(2, -1)
+    turned = 2 * cos.shape[-1]
+    if turned < x.shape[-1]:
+        out[..., turned:] = x[..., turned:]
+    (a, b), (out_a, out_b) = x[..., :turned].chunk(2, -1), out[..., :turned].chunk(2, -1)
     torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-direction)
     torch.mul(b, cos, out=out_b).addcmul_(a, sin, value=direction)
     return out

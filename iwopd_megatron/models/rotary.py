@@ -13,7 +13,11 @@ from iwopd_megatron.hf.rope import Rope
 
 
 def inverse_frequencies(rope: Rope, head_dim: int, on: torch.device) -> torch.Tensor:
-    """Return `[d / 2]` fp32: theta^(-2 i / d), scaled by the kind of `rope`."""
+    """Return `[d / 2]` fp32: theta^(-2 i / d), scaled by the kind of `rope`.
+
+    Where only a part of each head is turned, d is that part.
+    """
+    head_dim = int(head_dim * rope.partial_rotary_factor)
     pairs = torch.arange(0, head_dim, 2, dtype=torch.float32, device=on)
     plain = rope.theta ** (-pairs / head_dim)
     if rope.kind == "linear":

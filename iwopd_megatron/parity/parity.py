@@ -116,6 +116,8 @@ def _shard_error(
     pairs = []
     for chunk in chunks:
         for mapped in mapped_parameters(chunk, hf):
+            if not mapped.is_trained and field != "data":
+                continue
             axis = parallel.etp if mapped.is_expert else parallel.tp
             expected = mapped.sharding.shard(
                 [whole[name] for name in mapped.hf_names], axis.rank, axis.size, hf

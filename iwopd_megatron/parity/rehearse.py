@@ -49,8 +49,9 @@ class Rehearsal:
             "tie_word_embeddings": self.is_tied,
             "pad_token_id": 0,
         }
-        if "num_experts" in config:
-            config["num_experts"] = max(8, axes.ep)
+        if FAMILIES[self.model_type].has_experts:
+            count = "num_experts" if "num_experts" in config else "n_routed_experts"
+            config[count] = max(8, axes.ep)
             config["moe_intermediate_size"] = 32 * axes.etp
         return config
 
@@ -144,6 +145,9 @@ def write_model(folder: Path, config: dict[str, Any]) -> None:
                 parameter.copy_(1 + 0.2 * noise)
             else:
                 parameter.copy_((0.5 if "mlp.gate.weight" in name else 0.08) * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith(".e_score_correction_bias"):
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
         if settings.pad_token_id is not None:
             model.model.embed_tokens.weight[settings.pad_token_id] = 0  # as transformers starts it
     model.save_pretrained(folder)

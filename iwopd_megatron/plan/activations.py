@@ -47,7 +47,8 @@ def mlp_bytes(size: ModelSize, layout: Layout, width: int = 2, hot: float = 1.0)
     token's input, which every rank of an etp group holds, with its part of gate, up and product.
     24K: which experts and in which order (int64), their fp32 probabilities before and after the
     dispatch. 8E: the int64 order of all tokens for all experts, of which Megatron 0.17 and later
-    use the first K; 0.16 keeps 5E instead, fp32 probabilities and a map of bools.
+    use the first K; 0.16 keeps 5E instead, fp32 probabilities and a map of bools. Sigmoid scores =
+    (4E + 4) / tp more: all of them in fp32, and the sum of the chosen ones'.
     A shared expert = w 3S / tp more: gate, up and product; with a gate, w (h + 1) / tp for its
     output and the sigmoid that scales it.
     """
@@ -57,7 +58,8 @@ def mlp_bytes(size: ModelSize, layout: Layout, width: int = 2, hot: float = 1.0)
     copies = size.topk * layout.etp * hot
     kept += copies * (size.hidden + 3 * size.ffn / layout.etp)
     kept += 3 * size.shared + size.gates * (size.hidden + 1)
-    return (width * kept + 4 + 24 * size.topk + 8 * size.experts) / layout.tp
+    routed = 24 * size.topk + (8 + 4 * size.sigmoid) * size.experts + 4 * size.sigmoid
+    return (width * kept + 4 + routed) / layout.tp
 
 
 def layer_bytes(
@@ -99,9 +101,26 @@ def layers_in_flight(size: ModelSize, layout: Layout, stage: int) -> float:
     interleaved, the first 2 (pp - 1 - stage) + (vpp - 1) pp + 1 passes, of which each chunk in turn
     has pp.
     """
-    chunks = [len(chunk) for chunk in stage_layers(layout, size.layers)[stage]]
+    return _over_passes(layout, stage, list(map(len, stage_layers(layout, size.layers)[stage])))
+
+
+def _over_passes(layout: Layout, stage: int, chunks: list[int]) -> int:
+    """Return the sum over the passes in flight of a number that each chunk has."""
     passes = round(in_flight(layout, stage) * layout.vpp)
     return sum(chunks[i // layout.pp % layout.vpp] for i in range(passes))
+
+
+def _kept(
+    size: ModelSize, layout: Layout, recompute: str, stage: int, width: int, hot: float
+) -> float:
+    """Bytes per token that all layers in flight keep, each as layers of its kind do."""
+    plain = [size.dense_of(chunk) for chunk in stage_layers(layout, size.layers)[stage]]
+    dense = _over_passes(layout, stage, plain)
+    kept = layer_bytes(size, layout, recompute, width, hot)
+    return (
+        kept * (layers_in_flight(size, layout, stage) - dense)
+        + layer_bytes(size.dense, layout, recompute, width) * dense
+    )
 
 
 def activation_bytes(
@@ -123,7 +142,7 @@ def activation_bytes(
     backward, with the stage's output. tokens: of a micro-batch, before cp cuts it.
     """
     local, hidden = tokens / layout.cp, width * size.hidden / layout.tp
-    kept = layer_bytes(size, layout, recompute, width, hot) * layers_in_flight(size, layout, stage)
+    kept = _kept(size, layout, recompute, stage, width, hot)
     kept += hidden * (stage < layout.pp - 1) * in_flight(layout, stage)
     again = _again(size, layout, recompute, width, hot)
     layer = local * (kept + again + hidden) + _gradients(size, layout, local, width, hot)

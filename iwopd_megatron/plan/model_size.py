@@ -8,11 +8,12 @@ gates whole on every tp rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from iwopd_megatron.config.models import Layout
-from iwopd_megatron.config.stages import layers_of_stages
+from iwopd_megatron.config.stages import stage_layers
 from iwopd_megatron.hf.config import HfConfig
 
 
@@ -49,6 +50,9 @@ class ModelSize:
     qkv_bias: bool = False
     shared: int = 0  # width of the expert that every token meets
     gates: int = 0  # numbers a token that scale its output
+    dense_layers: int = 0  # of a model with experts: so many at the beginning have none,
+    dense_ffn: int = 0  # but an MLP of this width
+    sigmoid: bool = False  # routers' scores, and not the softmax of all
 
     @classmethod
     def of(cls, hf: HfConfig) -> ModelSize:
@@ -71,6 +75,9 @@ class ModelSize:
             qkv_bias=hf.qkv_bias,
             shared=hf.shared_expert_intermediate_size,
             gates=hf.shared_expert_gates,
+            dense_layers=hf.first_k_dense_replace,
+            dense_ffn=hf.intermediate_size if hf.first_k_dense_replace else 0,
+            sigmoid=hf.sigmoid_router,
         )
 
     @property
@@ -103,6 +110,16 @@ class ModelSize:
         """Weights of one layer's shared expert = 3 h x its width; 0 without one."""
         return 3 * self.hidden * self.shared
 
+    @cached_property
+    def dense(self) -> ModelSize:
+        """The same with layers all as those at the beginning that have no experts."""
+        alike = {"experts": 0, "topk": 1, "shared": 0, "gates": 0, "dense_layers": 0}
+        return replace(self, **alike, ffn=self.dense_ffn)
+
+    def dense_of(self, layers: Iterable[int]) -> int:
+        """Return how many of these layers, counted from 0, are without experts in a model with."""
+        return sum(layer < self.dense_layers for layer in layers)
+
     @property
     def vocabulary(self) -> int:
         """Weights of an embedding, or of an LM head = vocabulary x h."""
@@ -115,9 +132,14 @@ class ModelSize:
 
         The vocabulary counts twice (embedding and head) unless they are tied.
         """
-        layer = self.attention + self.biases + self.norms + self.router
-        layer += max(1, self.experts) * self.mlp + self.shared_mlp
-        return self.layers * layer + self.hidden + self.vocabulary * (1 if self.tied else 2)
+        layer = self.router + max(1, self.experts) * self.mlp + self.shared_mlp
+        layers = self.layers * (self.attention + self.biases + self.norms)
+        layers += self._mlps(layer, self.dense.mlp)
+        return layers + self.hidden + self.vocabulary * (1 if self.tied else 2)
+
+    def _mlps(self, layer: int, dense: int) -> int:
+        """Return the sum over all layers of what a layer has, and one without experts."""
+        return (self.layers - self.dense_layers) * layer + self.dense_layers * dense
 
     @cached_property
     def active(self) -> int:
@@ -126,8 +148,8 @@ class ModelSize:
         = layers x (attention + router + topk x MLP + shared expert) + vocabulary; twice that is a
         token's FLOP without attention scores.
         """
-        layer = self.attention + self.router + self.topk * self.mlp + self.shared_mlp
-        return self.layers * layer + self.vocabulary
+        layer = self.router + self.topk * self.mlp + self.shared_mlp
+        return self.layers * self.attention + self._mlps(layer, self.dense.mlp) + self.vocabulary
 
     def share(self, layout: Layout, stage: int) -> Share:
         """Return one rank's parameters on pipeline stage `stage` (0 first, pp - 1 last).
@@ -138,13 +160,16 @@ class ModelSize:
         Expert = layers x experts x MLP / (ep etp). A tied head is a copy of the embedding where
         pp > 1, and no parameters where pp = 1.
         """
-        tp, layers = layout.tp, layers_of_stages(layout, self.layers)[stage]
-        layer = (self.attention + self.biases + self.shared_mlp) / tp + self.norms + self.router
+        tp, own = layout.tp, stage_layers(layout, self.layers)[stage]
+        layers, plain = sum(map(len, own)), sum(map(self.dense_of, own))
+        dense = layers * ((self.attention + self.biases) / tp + self.norms)
+        dense += plain * self.dense.mlp / tp
         expert = 0.0
         if self.experts:
-            expert = layers * self.experts * self.mlp / (layout.ep * layout.etp)
+            dense += (layers - plain) * (self.shared_mlp / tp + self.router)
+            expert = (layers - plain) * self.experts * self.mlp / (layout.ep * layout.etp)
         else:
-            layer += self.mlp / tp
-        dense, is_last = layers * layer, stage == layout.pp - 1
+            dense += layers * self.mlp / tp
+        is_last = stage == layout.pp - 1
         tables = (stage == 0) + (is_last and not (self.tied and layout.pp == 1))
         return Share(dense + tables * self.vocabulary / tp + is_last * self.hidden, expert)

@@ -14,10 +14,10 @@ A product of T tokens with W weights has 2 T W FLOP; elements are bf16, 2 bytes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from iwopd_megatron.config.models import Layout
-from iwopd_megatron.config.stages import layers_of_stages
+from iwopd_megatron.config.stages import layers_of_stages, stage_layers
 from iwopd_megatron.plan.activations import layer_bytes
 from iwopd_megatron.plan.hardware import RATES, Gpu, Rates
 from iwopd_megatron.plan.memory import data_parallel
@@ -56,7 +56,7 @@ def forward(load: Workload) -> float:
 
     = layers x layer, and + head on the last; each of one pass.
     """
-    return _stage(load, _layer(load, 1, None), _head(load, 1))
+    return _stage(load, 1, None, _head(load, 1))
 
 
 def forward_backward(load: Workload, recompute: str) -> float:
@@ -66,16 +66,21 @@ def forward_backward(load: Workload, recompute: str) -> float:
     what is computed again: nothing (none), the MLP's part of a pass (selective), or one (full).
     """
     again = {"none": 0.0, "selective": _mlp_share(load.size), "full": 1.0}[recompute]
-    return _stage(load, _layer(load, 3 + again, recompute), _head(load, 3))
+    return _stage(load, 3 + again, recompute, _head(load, 3))
 
 
-def _stage(load: Workload, layer: float, head: float) -> float:
-    """Return seconds of the slowest stage from seconds of a layer and of the head.
+def _stage(load: Workload, passes: float, recompute: str | None, head: float) -> float:
+    """Return seconds of the slowest stage from seconds of its layers and of the head.
 
     = max(most layers of a stage x layer, layers of the last x layer + head).
     """
-    layers = layers_of_stages(load.layout, load.size.layers)
-    return max(max(layers) * layer, layers[-1] * layer + head)
+    layer = _layer(load, passes, recompute)
+    dense = _layer(replace(load, size=load.size.dense), passes, recompute)
+    seconds = []
+    for stage in stage_layers(load.layout, load.size.layers):
+        plain = sum(map(load.size.dense_of, stage))
+        seconds.append((sum(map(len, stage)) - plain) * layer + plain * dense)
+    return max(max(seconds), seconds[-1] + head)
 
 
 def _mlp_share(size: ModelSize) -> float:
@@ -222,8 +227,10 @@ def decode_step(load: Workload, batch: float, context: float, tp: int, width: in
     all-reduces and, by NVLink, 2 x 2 x 2 h batch bytes.
     """
     size, gpu, rates = load.size, load.gpu, load.rates
-    dense = size.layers * (size.attention + size.router + size.shared_mlp) + size.vocabulary
-    mlps = size.layers * size.mlp
+    sparse = size.layers - size.dense_layers
+    dense = size.layers * size.attention + size.dense_layers * size.dense.mlp + size.vocabulary
+    dense += sparse * (size.router + size.shared_mlp)
+    mlps = sparse * size.mlp
     touched = 1.0
     if size.experts:
         touched = size.experts * (1 - (1 - size.topk / size.experts) ** batch)

@@ -8,7 +8,7 @@ tests/test_plan_collectives.py counts what is issued, bench/rehearse.py what is 
 from __future__ import annotations
 
 from iwopd_megatron.config.models import Layout
-from iwopd_megatron.config.stages import layers_of_stages
+from iwopd_megatron.config.stages import stage_layers
 from iwopd_megatron.plan.memory import data_parallel
 from iwopd_megatron.plan.model_size import ModelSize
 
@@ -46,16 +46,19 @@ def microbatch_bytes(
     T (tp - 1) / tp; cp = layers x `dispatches` x 4 k / tp x tokens (cp - 1) / cp: keys and values;
     pp = 2 h T / tp for every neighbour, there and back.
     """
-    layers, local = layers_of_stages(layout, size.layers)[stage], tokens / layout.cp
+    own, local = stage_layers(layout, size.layers)[stage], tokens / layout.cp
+    layers, plain = sum(map(len, own)), sum(map(size.dense_of, own))
     found: dict[str, float] = {}
     ranks = layout.ep * layout.etp
     if size.experts and layout.ep > 1:
         copies = local / layout.tp * size.topk * layout.etp
         crossing = 2 * size.hidden * copies * (ranks - 1) / ranks
-        found["ep"] = layers * 2 * dispatches(recompute) * crossing
+        found["ep"] = (layers - plain) * 2 * dispatches(recompute) * crossing
     if layout.tp > 1:
         whole = 2 * size.hidden * local * (layout.tp - 1) / layout.tp
-        found["tp"] = layers * sequence_collectives(size, recompute) * whole
+        of_kinds = (layers - plain) * sequence_collectives(size, recompute)
+        of_kinds += plain * sequence_collectives(size.dense, recompute)
+        found["tp"] = of_kinds * whole
     if layout.cp > 1:
         gathered = 4 * size.keys / layout.tp * tokens * (layout.cp - 1) / layout.cp
         found["cp"] = layers * dispatches(recompute) * gathered

@@ -21,6 +21,7 @@ from iwopd_megatron.runtime.megatron import (
     nested_values,
     save_preprocess,
 )
+from iwopd_megatron.weights.table import UNTRAINED
 
 OPTIMIZER = "optimizer."  # keys of states begin so
 
@@ -84,7 +85,7 @@ def check_pieces(pieces: Iterable[Piece]) -> list[str]:
 def check_optimizer(pieces: Iterable[Piece], states: int) -> list[str]:
     """Return what is wrong with one rank's pieces of optimiser states: each lies as its weight.
 
-    And every weight has so many.
+    And every weight that is trained has so many.
     """
     weights: dict[tuple[str, tuple[int, ...]], Piece] = {}
     own = []
@@ -101,7 +102,7 @@ def check_optimizer(pieces: Iterable[Piece], states: int) -> list[str]:
         if weight is None or (weight.whole, weight.shape) != (state.whole, state.shape):
             found.append(f"{state.key} at {state.first} is no state of a weight of this rank.")
     for key, first in weights:
-        if counts[key, first] < states:
+        if counts[key, first] < states and not key.endswith(UNTRAINED):
             found.append(f"{key} at {first} has {counts[key, first]} states, not {states}.")
     return found
 

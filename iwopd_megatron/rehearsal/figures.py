@@ -6,7 +6,9 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from iwopd_megatron.config.stages import stage_layers
 from iwopd_megatron.plan.model_size import ModelSize
 from iwopd_megatron.plan.phases import sync_seconds
 from iwopd_megatron.plan.plan import Plan
@@ -18,12 +20,31 @@ from iwopd_megatron.rehearsal.rank import RankRun
 from iwopd_megatron.rehearsal.report import RoleReport
 from iwopd_megatron.rehearsal.traffic import STEP, by_axis, communication, volumes
 
-SMALL = (2, 3)  # layers a chunk of the two models that stand for all
+
+class Small(NamedTuple):
+    """A model that stands for all: layers a chunk, and those of them, at the beginning, without
+    experts in a model with experts."""
+
+    layers: int
+    dense: int
+
+
+def small_models(job: Job) -> list[Small]:
+    """Return the models of whose figures those at all layers follow; none where none do.
+
+    The second differs from the first by a layer, and by what kind of layer that is the third from
+    the second. All layers without experts must be in the first chunk, before one with.
+    """
+    dense = job.hf.first_k_dense_replace
+    first = len(stage_layers(job.layout, job.hf.num_hidden_layers)[0][0])
+    if max(job.layers_a_chunk) <= 3 or dense >= first:
+        return []
+    return [Small(2, min(dense, 1)), Small(3, min(dense, 1)), Small(3, 2)][: 2 + (dense > 1)]
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Fills a report from the same ranks' runs in models of SMALL layers a chunk, or of all."""
+    """Fills a report from the same ranks' runs in models of `small_models`, or of all layers."""
 
     job: Job
     plan: Plan
@@ -33,8 +54,10 @@ class Figures:
         """Return a figure at all layers of a stage, from those of the small models."""
         if len(values) == 1:
             return values[0]
-        layers = self.job.layers_a_chunk[stage]
-        return values[0] + (layers - SMALL[0]) * (values[1] - values[0]) / (SMALL[1] - SMALL[0])
+        found = values[0] + (self.job.layers_a_chunk[stage] - 2) * (values[1] - values[0])
+        if len(values) == 2:
+            return found
+        return found + (self.job.hf.first_k_dense_replace - 1) * (values[2] - values[1])
 
     def kind_at_size(self, kind: str, values: Sequence[float], stage: int) -> float:
         """Return the same of bytes of a kind; buckets of weights do not grow with the layers."""

@@ -45,11 +45,15 @@ class Job:
         pp, vpp = self.layout.pp, self.layout.vpp
         return pp * 2 if vpp > 1 else pp + 1
 
-    def with_layers(self, each: int) -> Job:
-        """Return the same with so many layers in every chunk of every stage."""
+    def with_layers(self, each: int, dense: int | None = None) -> Job:
+        """Return the same with so many layers in every chunk of every stage.
+
+        dense: how many at the beginning have no experts in a model with experts; None: as it is.
+        """
         layers = each * self.layout.pp * self.layout.vpp
-        layout = Layout(**self.layout.axes)
-        return replace(self, layout=layout, hf=replace(self.hf, num_hidden_layers=layers))
+        first = self.hf.first_k_dense_replace if dense is None else dense
+        hf = replace(self.hf, num_hidden_layers=layers, first_k_dense_replace=first)
+        return replace(self, layout=Layout(**self.layout.axes), hf=hf)
 
     @cached_property
     def layers_a_chunk(self) -> list[float]:

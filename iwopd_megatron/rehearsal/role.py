@@ -1,7 +1,8 @@
 """One role's rehearsal: its slices, few ranks that differ, all ranks' programs, and its figures.
 
-Two small models, of two and of three layers in every chunk, give what a layer takes; all the rest
-is counted once. Bytes, calls and seconds are linear in the layers, which a test holds.
+Two small models, of two and of three layers in every chunk, give what a layer takes, and a third
+one what a layer of another kind does; all the rest is counted once. Bytes, calls and seconds are
+linear in the layers of each kind, which a test holds.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from iwopd_megatron.config.stages import distinct_stages
 from iwopd_megatron.plan.memory import Precision, push_bytes
 from iwopd_megatron.plan.plan import Plan
 from iwopd_megatron.rehearsal.collectives import Call, Mailbox
-from iwopd_megatron.rehearsal.figures import SMALL, Figures
+from iwopd_megatron.rehearsal.figures import Figures, Small, small_models
 from iwopd_megatron.rehearsal.job import Job
 from iwopd_megatron.rehearsal.ledger import Phase, Storage
 from iwopd_megatron.rehearsal.memoryless import Memoryless, Shapes
@@ -35,14 +36,14 @@ class RoleRehearsal:
 
     def __init__(self, job: Job, plan: Plan, all_layers: bool, short: bool):
         self.job, self.plan, self.short = job, plan, short
-        small = max(job.layers_a_chunk) > SMALL[-1] and not all_layers
-        self.sizes: list[int | None] = [*SMALL] if small else [None]  # None: as it is
+        small = [] if all_layers else small_models(job)
+        self.sizes: list[Small | None] = [*small] or [None]  # None: as it is
         self.computing = "forward/backward" if job.trains else "score"
         self.report = RoleReport(job.role, job.world, self.computing, Slices())
         self.report.microbatches = job.microbatches
         self.figures = Figures(job, plan, self.report)
         self.groups = Groups()
-        self.mailboxes: dict[tuple[int | None, float], Mailbox] = {}  # by size, hot
+        self.mailboxes: dict[tuple[Small | None, float], Mailbox] = {}  # by size, hot
 
     def run(self) -> RoleReport:
         """Do all parts; return what was found."""
@@ -76,8 +77,8 @@ class RoleRehearsal:
         self._memory([self._runs(size, busy) for size in self.sizes], busy)
         return self.report
 
-    def _job(self, size: int | None) -> Job:
-        return self.job if size is None else self.job.with_layers(size)
+    def _job(self, size: Small | None) -> Job:
+        return self.job if size is None else self.job.with_layers(*size)
 
     def _busy(self, firsts: dict[int, Place]) -> list[Place]:
         """Return the first rank of every stage that is unlike others, and of the second.
@@ -89,12 +90,12 @@ class RoleRehearsal:
 
     def _runs(
         self,
-        size: int | None,
+        size: Small | None,
         ranks: list[Place],
         hot: float = 1.0,
         mode: type[Memoryless] = Memoryless,
     ) -> dict[int, RankRun]:
-        """Return what every one of these ranks does, in a model of `size` layers a chunk."""
+        """Return what every one of these ranks does, in a model of that size."""
         setup = self.plan.setup
         mailbox = self._mailbox(size, hot)
         found = {}
@@ -104,7 +105,7 @@ class RoleRehearsal:
             found[place.rank] = rehearsal.run(place.rank, hot, self.groups, mode)
         return found
 
-    def _mailbox(self, size: int | None, hot: float) -> Mailbox:
+    def _mailbox(self, size: Small | None, hot: float) -> Mailbox:
         """Return what all ranks of a model hear from; where weights are pushed with their names."""
         if (size, hot) not in self.mailboxes:
             mailbox = Mailbox(self.job.world // self.job.layout.pp)

@@ -174,9 +174,7 @@ class Decoder:
             act = swiglu(_product(x_ND, layer.gate_up[0].t(), packed and packed.gate_up))
             return _product(act, layer.down[0].t(), packed and packed.down)
         count = self.hf.num_experts_per_tok
-        prob_NK, expert_NK = (x_ND @ layer.router.t()).float().softmax(-1).topk(count)
-        if self.hf.norm_topk_prob:
-            prob_NK = prob_NK / prob_NK.sum(-1, keepdim=True)
+        prob_NK, expert_NK = self._choose(layer.router, layer.score_bias, x_ND)
         expert, order = expert_NK.flatten().sort(stable=True)
         token = order // count
         counts = torch.bincount(expert, minlength=len(layer.router))
@@ -184,6 +182,35 @@ class Decoder:
         out = grouped_mm(act, layer.down, counts)
         scale = prob_NK.flatten()[order, None].to(out.dtype)
         return self._shared(layer, x_ND, packed).index_add_(0, token, out * scale)
+
+    def _choose(
+        self, router: torch.Tensor, bias: torch.Tensor | None, x_ND: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return how much each token's experts weigh, fp32, and which they are, `[N, K]` each."""
+        hf = self.hf
+        if bias is None:
+            prob_NK, expert_NK = (
+                (x_ND @ router.t()).float().softmax(-1).topk(hf.num_experts_per_tok)
+            )
+        else:
+            score_NE = (x_ND.float() @ router.float().t()).sigmoid()
+            expert_NK = self._best(score_NE + bias)
+            prob_NK = score_NE.gather(1, expert_NK)
+        if hf.norm_topk_prob:
+            prob_NK = prob_NK / prob_NK.sum(-1, keepdim=True)
+        if hf.routed_scaling_factor != 1:
+            prob_NK = prob_NK * hf.routed_scaling_factor
+        return prob_NK, expert_NK
+
+    def _best(self, score_NE: torch.Tensor) -> torch.Tensor:
+        """Return the best K of each token's scores, of the groups whose two best sum to most."""
+        hf = self.hf
+        if hf.n_group > 1:
+            by_group = score_NE.unflatten(1, (hf.n_group, -1))
+            kept = by_group.topk(2).values.sum(-1).topk(hf.topk_group).indices
+            is_out = torch.ones_like(by_group[..., 0], dtype=torch.bool).scatter(1, kept, False)
+            score_NE = by_group.masked_fill(is_out[..., None], -torch.inf).flatten(1)
+        return score_NE.topk(hf.num_experts_per_tok).indices
 
     def _shared(self, layer: Layer, x_ND: torch.Tensor, packed: PackedLayer | None) -> torch.Tensor:
         """Return what the expert that every token meets adds, `[N, D]`; zeros without one."""

@@ -27,12 +27,13 @@ class Layer(NamedTuple):
     qk_norm: tuple[torch.Tensor, torch.Tensor] | None  # [d] each
     out: torch.Tensor  # [D, H d]
     ffn_norm: torch.Tensor  # [D]
-    router: torch.Tensor | None  # [E, D]
+    router: torch.Tensor | None  # [E, D]; None in a layer without experts
     gate_up: torch.Tensor  # [E, D, 2 F]
     down: torch.Tensor  # [E, F, D]
     shared_gate_up: torch.Tensor | None = None  # [2 S, D], of the expert that every token meets
     shared_down: torch.Tensor | None = None  # [D, S]
     shared_gate: torch.Tensor | None = None  # [1, D], whose sigmoid scales its output
+    score_bias: torch.Tensor | None = None  # [E] fp32, which helps to choose
 
 
 class DecoderWeights(NamedTuple):
@@ -55,16 +56,18 @@ def own_weights(hf: HfConfig, new: New) -> tuple[DecoderWeights, dict[str, torch
         named["lm_head.weight"] = head
     layers = []
     for i in range(hf.num_hidden_layers):
-        layer, own = _own_layer(hf, new)
+        layer, own = _own_layer(hf, new, i)
         layers.append(layer)
         named |= {f"model.layers.{i}.{name}": tensor for name, tensor in own.items()}
     return DecoderWeights(embedding, norm, head, layers, is_grouped=False), named
 
 
-def _own_layer(hf: HfConfig, new: New) -> tuple[Layer, dict[str, torch.Tensor]]:
+def _own_layer(hf: HfConfig, new: New, i: int) -> tuple[Layer, dict[str, torch.Tensor]]:
     hidden, head, experts, ffn = hf.hidden_size, hf.head_dim, hf.num_experts, hf.ffn_size
     heads, groups = hf.num_attention_heads, hf.num_key_value_heads
     shared, gates = hf.shared_expert_intermediate_size, hf.shared_expert_gates
+    if not hf.has_experts(i):
+        experts, shared, gates, ffn = 0, 0, 0, hf.intermediate_size
     layer = Layer(
         attention_norm=new(hidden),
         qkv=new((heads + 2 * groups) * head, hidden),
@@ -78,6 +81,7 @@ def _own_layer(hf: HfConfig, new: New) -> tuple[Layer, dict[str, torch.Tensor]]:
         shared_gate_up=new(2 * shared, hidden) if shared else None,
         shared_down=new(hidden, shared) if shared else None,
         shared_gate=new(gates, hidden) if gates else None,
+        score_bias=new(experts).float() if experts and hf.sigmoid_router else None,
     )
     rows = [heads * head, groups * head, groups * head]
     own = {"o_proj.weight": layer.out}
@@ -93,11 +97,14 @@ def _own_layer(hf: HfConfig, new: New) -> tuple[Layer, dict[str, torch.Tensor]]:
     own["post_attention_layernorm.weight"] = layer.ffn_norm
     if layer.router is not None:
         own["mlp.gate.weight"] = layer.router
+    if layer.score_bias is not None:
+        own["mlp.gate.e_score_correction_bias"] = layer.score_bias
     for e, (gate_up, down) in enumerate(zip(layer.gate_up.mT, layer.down.mT, strict=True)):
         prefix = f"mlp.experts.{e}." if experts else "mlp."
         own |= _mlp(prefix, gate_up, down)
     if layer.shared_gate_up is not None and layer.shared_down is not None:
-        own |= _mlp("mlp.shared_expert.", layer.shared_gate_up, layer.shared_down)
+        module = "mlp.shared_experts." if hf.sigmoid_router else "mlp.shared_expert."
+        own |= _mlp(module, layer.shared_gate_up, layer.shared_down)
     if layer.shared_gate is not None:
         own["mlp.shared_expert_gate.weight"] = layer.shared_gate
     return layer, own
@@ -126,7 +133,8 @@ def _viewed_layer(hf: HfConfig, i: int, parameters: Mapping[str, torch.Tensor]) 
     def own(name: str) -> torch.Tensor:
         return parameters[f"decoder.layers.{i}.{name}"]
 
-    experts, hidden, shared = hf.num_experts, hf.hidden_size, hf.shared_expert_intermediate_size
+    experts, hidden = hf.num_experts * hf.has_experts(i), hf.hidden_size
+    shared = experts and hf.shared_expert_intermediate_size
     if experts:  # as GroupedExperts (models/experts.py) reads its two parameters
         gate_up = own("mlp.experts.weight1").view(experts, hidden, -1)
         down = own("mlp.experts.weight2").view(experts, -1, hidden)
@@ -150,5 +158,8 @@ def _viewed_layer(hf: HfConfig, i: int, parameters: Mapping[str, torch.Tensor]) 
         down=down,
         shared_gate_up=own("mlp.shared_experts.linear_fc1.weight") if shared else None,
         shared_down=own("mlp.shared_experts.linear_fc2.weight") if shared else None,
-        shared_gate=own("mlp.shared_experts.gate_weight") if hf.shared_expert_gates else None,
+        shared_gate=own("mlp.shared_experts.gate_weight")
+        if shared and hf.shared_expert_gates
+        else None,
+        score_bias=own("mlp.router.expert_bias") if experts and hf.sigmoid_router else None,
     )

@@ -104,12 +104,25 @@ def load(
     loaded = dist_checkpointing.load(state, str(folder))
     for i, chunk in enumerate(unwrap_model(chunks)):
         chunk.load_state_dict(loaded[f"model{i}"])
+    _agree_on_steps(loaded["optimizer"])
     with torch.no_grad():
         optimizer.load_state_dict(loaded["optimizer"])
     go_on(scheduler, loaded["scheduler"]["num_steps"])
     if "rng" in loaded:
         torch.set_rng_state(loaded["rng"])
     return loaded["extra"]
+
+
+def _agree_on_steps(state: dict[Any, Any]) -> None:
+    """Give every group of a loaded optimiser the steps that were taken.
+
+    Rank 0 writes them for all: where its stage has no experts, experts' parameters took none.
+    """
+    parts = [state] if "optimizer" in state else list(state.values())
+    groups = [group for part in parts for group in part["optimizer"]["param_groups"]]
+    taken = [group["step"] for group in groups if "step" in group]
+    for group in groups if taken else []:
+        group["step"] = max(taken)
 
 
 def sharded_state(

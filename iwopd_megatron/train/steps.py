@@ -70,7 +70,8 @@ def train_round(
         line["bin_tokens"] = bin_tokens(recipe.rollout.max_response_tokens)
     counted = student.expert_tokens
     if counted is not None and "expert_tokens" in total:
-        line |= router_means(total["expert_tokens"].view_as(counted))
+        dense = student.hf.first_k_dense_replace  # layers that send no tokens to experts
+        line |= router_means(total["expert_tokens"].view_as(counted)[dense:])
     line |= {"grad_norm": sum(norms) / max(len(norms), 1), "lr": student.lr}
     student.end_round()
     return line

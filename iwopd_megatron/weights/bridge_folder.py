@@ -61,6 +61,11 @@ def is_padded(folder: Path, hf: HfConfig) -> bool:
 
 def check_provider(hf: HfConfig, source: Path) -> None:
     """Raise RecipeError if Bridge has no model that computes what a config.json says."""
+    if hf.sigmoid_router:
+        raise RecipeError(
+            f"{source}/config.json: folders for Megatron-Bridge are not written of {hf.model_type} "
+            "models; write --names te, and build the model on your own."
+        )
     rope = hf.rope
     plain = 0.1 * math.log(rope.factor) + 1 if rope.kind == "yarn" and rope.factor > 1 else 1.0
     if rope.kind == "llama3" or not math.isclose(rope.attention_factor, plain):

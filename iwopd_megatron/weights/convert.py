@@ -31,6 +31,7 @@ from iwopd_megatron.weights.safetensors_file import SafetensorsPlan, Safetensors
 from iwopd_megatron.weights.table import WeightBlock, weight_blocks
 from iwopd_megatron.weights.torch_dist import writer as checkpoint_writer
 from iwopd_megatron.weights.torch_dist.blob import serialise
+from iwopd_megatron.weights.torch_dist.objects import object_keys
 from iwopd_megatron.weights.torch_dist.reader import CheckpointReader
 from iwopd_megatron.weights.torch_dist.writer import (
     METADATA,
@@ -39,7 +40,6 @@ from iwopd_megatron.weights.torch_dist.writer import (
     Slot,
     expected_tensors,
     find_names,
-    object_keys,
     stacked_shape,
     write_metadata,
 )

@@ -38,6 +38,12 @@ ESSENTIALS = (
     "tie_word_embeddings",
 )
 EXPERT_ESSENTIALS = ("moe_intermediate_size", "num_experts_per_tok", "norm_topk_prob")
+ROUTER_ESSENTIALS = (
+    "first_k_dense_replace",
+    "routed_scaling_factor",
+    "n_group",
+    "topk_group",
+)
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -92,6 +98,7 @@ def essentials(hf: HfConfig) -> dict[str, Any]:
     """Return what of a config changes the model's output, the same from any transformers."""
     keys = ESSENTIALS + EXPERT_ESSENTIALS * (hf.num_experts > 0)
     keys += ("shared_expert_intermediate_size",) * (hf.shared_expert_intermediate_size > 0)
+    keys += ROUTER_ESSENTIALS * hf.sigmoid_router
     keys += ("attention_window",) * (hf.attention_window > 0)
     return {key: getattr(hf, key) for key in keys} | hf.rope.essentials()
 

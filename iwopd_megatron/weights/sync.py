@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from iwopd_megatron.hf.config import HfConfig
 from iwopd_megatron.runtime import device
-from iwopd_megatron.weights.table import MappedParameter, mapped_parameters
+from iwopd_megatron.weights.table import MappedParameter, mapped_parameters, weights_of
 
 if TYPE_CHECKING:
     from iwopd_megatron.runtime.megatron import GPTModel
@@ -48,7 +48,7 @@ class WeightStream:
         """Collective: every rank learns the others' names and number of buckets."""
         self.hf, self.parallel, self.chunks = hf, parallel, chunks
         mapped = [x for chunk in chunks for x in mapped_parameters(chunk, hf) if not x.is_copy]
-        dense = [x for x in mapped if not x.is_expert]
+        dense = sorted((x for x in mapped if not x.is_expert), key=lambda x: not x.is_trained)
         experts = [x for x in mapped if x.is_expert]
         self.buckets = self._buckets(dense, parallel.tp, parallel.tp.size)
         self.buckets += self._buckets(experts, parallel.expert_model, parallel.etp.size)
@@ -65,7 +65,7 @@ class WeightStream:
         if device.has_gpu() or any(axis.size > 1 for axis in axes):
             return None
         return {
-            name: one.detach() for chunk in self.chunks for name, one in chunk.named_parameters()
+            name: one.detach() for chunk in self.chunks for name, one in weights_of(chunk).items()
         }
 
     @staticmethod

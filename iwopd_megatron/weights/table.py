@@ -24,6 +24,7 @@ from iwopd_megatron.weights.sharding import SHARDINGS, Sharding
 if TYPE_CHECKING:
     from iwopd_megatron.runtime.megatron import GPTModel
 
+UNTRAINED = ".expert_bias"  # how names of buffers end that are weights of a model
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"(\.mlp\.experts\.\w+\.weight)(\d+)$")
 
@@ -38,11 +39,16 @@ class MappedParameter:
     hf_names: list[str]
     is_expert: bool
     is_copy: bool  # the last pipeline stage's copy of a tied embedding
+    is_trained: bool = True  # no buffer
 
 
 def mapped_parameters(chunk: GPTModel, hf: HfConfig) -> Iterator[MappedParameter]:
-    """Yield every parameter of one model chunk, in its own order; KeyError if no row matches it."""
-    for name, parameter in chunk.named_parameters():
+    """Yield every parameter of one model chunk, in its own order; KeyError if no row matches it.
+
+    After them the buffers that are weights of the model.
+    """
+    trained = dict(chunk.named_parameters())
+    for name, parameter in weights_of(chunk).items():
         row, cut, layer, expert = _find_row(name, hf)
         numbers, experts = {"layer": 0}, [0]
         if layer is not None:
@@ -54,7 +60,15 @@ def mapped_parameters(chunk: GPTModel, hf: HfConfig) -> Iterator[MappedParameter
         is_copy = hf.tie_word_embeddings and name == "output_layer.weight"
         templates = [EMBEDDING] if is_copy else [x.name for x in row.tensors]
         hf_names = [t.format(**numbers, expert=e) for e in experts for t in templates]
-        yield MappedParameter(name, parameter, SHARDINGS[cut], hf_names, row.is_of_expert, is_copy)
+        yield MappedParameter(
+            name, parameter, SHARDINGS[cut], hf_names, row.is_of_expert, is_copy, name in trained
+        )
+
+
+def weights_of(chunk: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return a chunk's parameters, then the buffers that are weights: routers' biases."""
+    buffers = {name: x for name, x in chunk.named_buffers() if name.endswith(UNTRAINED)}
+    return dict(chunk.named_parameters()) | buffers
 
 
 def _find_row(name: str, hf: HfConfig) -> tuple[Row, str, int | None, int | None]:
@@ -81,12 +95,14 @@ class WeightBlock:
     """The part `tensor[place]` of a checkpoint's global tensor, and the tensors it is made of.
 
     Checkpoints stack layers, and a layer's experts: `place` is (), (layer,) or (layer, expert).
+    Layers unlike each other are not stacked, but numbered in the key: () or (expert,).
     """
 
     key: str  # the global tensor's name
     place: tuple[int, ...]
     sharding: Sharding
     hf_names: list[str]
+    stack: tuple[int, ...]  # how many of them are stacked: `place` is one of these
 
 
 def weight_blocks(hf: HfConfig, names: str = "native") -> Iterator[WeightBlock]:
@@ -94,10 +110,13 @@ def weight_blocks(hf: HfConfig, names: str = "native") -> Iterator[WeightBlock]:
 
     `names` is `native` or `te`: TransformerEngine keeps the norm before a linear inside it.
     """
+    sizes = {"layer": hf.num_hidden_layers, "expert": hf.num_experts}
     for row, numbers in rows_in_order(hf):
         name = row.te if names == "te" and row.te else row.parameter
-        key = name.replace(".{layer}", "")
+        stacked = [x for x in numbers if x != "layer" or not hf.first_k_dense_replace]
+        key = name.replace(".{layer}", "" if "layer" in stacked else f".{numbers.get('layer')}")
         if row.is_of_expert:
             key = key.replace("{expert}", "").replace(".mlp.experts.", ".mlp.experts.experts.")
         hf_names = [tensor.name.format(**numbers) for tensor in row.tensors]
-        yield WeightBlock(key, tuple(numbers.values()), SHARDINGS[row.cut], hf_names)
+        place, stack = (tuple(of[x] for x in stacked) for of in (numbers, sizes))
+        yield WeightBlock(key, place, SHARDINGS[row.cut], hf_names, stack)

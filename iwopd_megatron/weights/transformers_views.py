@@ -10,8 +10,14 @@ import torch
 
 
 def named_views(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return the parameters of a transformers model by their names in files, as views."""
-    return _unfused((name, parameter.data) for name, parameter in model.named_parameters())
+    """Return the weights of a transformers model by their names in files, as views.
+
+    Its parameters, and the buffers that routers choose by.
+    """
+    buffers = (
+        (x, one) for x, one in model.named_buffers() if x.endswith(".e_score_correction_bias")
+    )
+    return _unfused((name, x.data) for name, x in (*model.named_parameters(), *buffers))
 
 
 def named_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:

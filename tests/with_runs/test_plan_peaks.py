@@ -31,6 +31,10 @@ LONG = parse_hf_config(LARGE | {"intermediate_size": 384}, "long")
 # A wide layer of few experts: the forward run's end, not SwiGLU's backward, is the fullest moment.
 FLAT = replace(WIDE, hidden_size=512)
 
+# Layers without experts first, experts behind sigmoid scores, and one for every token.
+OF_GLM = {"model_type": "glm4_moe", "n_routed_experts": 16, "num_experts_per_tok": 4}
+GLM = parse_hf_config(LARGE | EXPERTS | OF_GLM | {"first_k_dense_replace": 2}, "glm")
+
 # world, config, axes, dtype, tokens of the busiest rank over the mean
 PEAKS = [
     (1, WIDE, {}, "bf16", 1.0),
@@ -43,6 +47,8 @@ PEAKS = [
     (2, WIDE, {"tp": 2, "ep": 2}, "bf16", 1.0),
     (2, WIDE, {"pp": 2}, "bf16", 1.0),
     (2, LONG, {"tp": 2}, "bf16", 1.0),
+    (1, GLM, {}, "bf16", 1.0),
+    (2, GLM, {"tp": 2, "ep": 2}, "bf16", 1.0),
 ]
 
 

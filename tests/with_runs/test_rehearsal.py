@@ -15,6 +15,8 @@ from worlds import run_world
 from iwopd_megatron.config.load import read_recipe
 from iwopd_megatron.config.models import Layout
 from iwopd_megatron.config.recipe import Recipe
+from iwopd_megatron.hf.config import parse_hf_config
+from iwopd_megatron.hf.families import FAMILIES
 from iwopd_megatron.loss import linear_loss, logprobs
 from iwopd_megatron.models import experts
 from iwopd_megatron.models.gpt import build_model
@@ -175,10 +177,18 @@ def test_a_step_moves_what_the_plan_says():
         assert 0 < planned == pytest.approx(rehearsed, rel=0.02), axis
 
 
-def test_figures_are_linear_in_the_layers():
-    """Two small models say what all six layers take: bytes, calls and seconds."""
-    job = job_of(4, dict(tp=2, ep=2), "student.recompute=full")
+@pytest.mark.parametrize("axes", [dict(tp=2, ep=2), dict(pp=2, ep=2)], ids=str)
+@pytest.mark.parametrize("dense", [0, 1, 3])
+def test_figures_are_linear_in_the_layers_of_each_kind(dense, axes):
+    """Small models say what all six layers of a stage take: bytes, calls and seconds."""
+    job = job_of(4, axes, "student.recompute=full")
+    if dense:
+        own = {"model_type": "glm4_moe", "n_group": 1, "first_k_dense_replace": dense}
+        sizes = FAMILIES["glm4_moe"].sample | {"num_hidden_layers": 6, "vocab_size": 16}
+        sizes |= {"pad_token_id": 0, "tie_word_embeddings": False}
+        job = replace(job, hf=parse_hf_config({**sizes, **own}, "dense first"))
     whole, small = (report_of(job.with_layers(6), all_layers) for all_layers in (True, False))
+    assert [x for x in whole.findings + small.findings if "the plan has" not in x] == []
     assert small.peak == pytest.approx(whole.peak, rel=0.01)
     assert small.kept == pytest.approx(whole.kept, rel=0.01)
     for phase, calls in whole.volumes.items():

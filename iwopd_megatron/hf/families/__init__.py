@@ -4,6 +4,7 @@ family.py says what each part of a family is for, docs/howto/families.md how to 
 """
 
 from iwopd_megatron.hf.families.family import Family
+from iwopd_megatron.hf.families.glm4_moe import GLM4_MOE
 from iwopd_megatron.hf.families.llama import LLAMA
 from iwopd_megatron.hf.families.mistral import MISTRAL
 from iwopd_megatron.hf.families.qwen2 import QWEN2
@@ -13,5 +14,6 @@ from iwopd_megatron.hf.families.qwen3_moe import QWEN3_MOE
 
 __all__ = ["family", "rows"]
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (QWEN3, QWEN3_MOE, LLAMA, QWEN2, MISTRAL, QWEN2_MOE)
+    family.model_type: family
+    for family in (QWEN3, QWEN3_MOE, LLAMA, QWEN2, MISTRAL, QWEN2_MOE, GLM4_MOE)
 }

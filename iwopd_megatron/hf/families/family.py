@@ -26,6 +26,10 @@ class Family:
     its own way. fixed: settings of which one value is implemented, and which transformers takes
     where they are missing; of those in `null_means_default`, null is that value too.
     published: what config.json files of published models say about architecture, by folder name.
+    partial_rotary: the share of a head that is turned where config.json names none; None: all of it
+    is, whatever config.json says.
+    predicts_ahead: its folders may have layers of multi-token prediction, numbered after the last,
+    which are read past.
     sample: settings of a small random model in which every kind of weight matters.
     """
 
@@ -37,6 +41,13 @@ class Family:
     sample: Mapping[str, Any]
     fixed: Mapping[str, Any] = field(default_factory=dict)
     null_means_default: tuple[str, ...] = ()
+    partial_rotary: float | None = None
+    predicts_ahead: bool = False
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether its models have experts."""
+        return "moe_intermediate_size" in self.sample
 
 
 def heads_or_null(config: TypedJson) -> int:

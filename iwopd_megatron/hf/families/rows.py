@@ -7,7 +7,7 @@ rows here are those that several families have; a family adds its own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _LAYER = "decoder.layers.{layer}."
 _HF = "model.layers.{layer}."
@@ -32,6 +32,7 @@ class Row:
     cut: str
     tensors: tuple[HfTensor, ...]
     needs: str = ""
+    layers: str = ""  # "dense" or "experts": only such layers have one
     te: str = ""  # TransformerEngine's name, where it is another
     stacked: tuple[str, str] | None = None  # of all local experts: the native parameter and its cut
 
@@ -46,6 +47,11 @@ class Row:
         return "{expert}" in self.parameter
 
 
+def only_in(layers: str, *rows: Row) -> tuple[Row, ...]:
+    """Return rows that only layers of one kind have, "dense" or "experts"."""
+    return tuple(replace(row, layers=layers) for row in rows)
+
+
 def projections(module: str, names: str, *sizes: tuple[str, ...]) -> tuple[HfTensor, ...]:
     """Return `<module>.<name>_proj.weight` of a layer, each with its sizes."""
     return tuple(
@@ -54,11 +60,13 @@ def projections(module: str, names: str, *sizes: tuple[str, ...]) -> tuple[HfTen
     )
 
 
-def norm(parameter: str, name: str, size: str = "hidden_size", te: str = "") -> Row:
+def norm(
+    parameter: str, name: str, size: str = "hidden_size", te: str = "", needs: str = ""
+) -> Row:
     """Return the row of a layer's norm."""
     tensor = HfTensor(f"{_HF}{name}.weight", (size,))
     te = _LAYER + te if te else ""
-    return Row(f"{_LAYER}{parameter}.weight", "REPLICATED", (tensor,), te=te)
+    return Row(f"{_LAYER}{parameter}.weight", "REPLICATED", (tensor,), needs, te=te)
 
 
 _WIDE, _NARROW = ("intermediate_size", "hidden_size"), ("hidden_size", "intermediate_size")
@@ -89,8 +97,8 @@ QKV_BIAS = Row(
     needs="qkv_bias",
 )
 QK_NORMS = (
-    norm("self_attention.q_layernorm", "self_attn.q_norm", "head_dim"),
-    norm("self_attention.k_layernorm", "self_attn.k_norm", "head_dim"),
+    norm("self_attention.q_layernorm", "self_attn.q_norm", "head_dim", needs="qk_norm"),
+    norm("self_attention.k_layernorm", "self_attn.k_norm", "head_dim", needs="qk_norm"),
 )
 ATTENTION_OUT = Row(
     _LAYER + "self_attention.linear_proj.weight",
@@ -114,6 +122,12 @@ ROUTER = Row(
     _LAYER + "mlp.router.weight",
     "REPLICATED",
     (HfTensor(_HF + "mlp.gate.weight", ("num_experts", "hidden_size")),),
+)
+# A buffer, not a parameter: it is added to the scores that choose experts, and never trained.
+SCORE_BIAS = Row(
+    _LAYER + "mlp.router.expert_bias",
+    "REPLICATED",
+    (HfTensor(_HF + "mlp.gate.e_score_correction_bias", ("num_experts",)),),
 )
 EXPERTS = (
     Row(

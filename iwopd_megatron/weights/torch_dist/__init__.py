@@ -4,4 +4,4 @@ In come tensors by Megatron's names, in chunks, or a checkpoint of any layout; o
 Megatron loads, or any rows of a tensor. A chunk at a time, in memory that does not grow.
 """
 
-__all__ = ["blob", "reader", "writer"]
+__all__ = ["blob", "objects", "reader", "writer"]

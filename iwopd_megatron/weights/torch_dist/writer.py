@@ -1,7 +1,8 @@
 """Megatron `torch_dist` checkpoints without a model or a process group, one chunk at a time.
 
 A checkpoint holds global tensors by name, each as chunks (offset, size) in `__*.distcp` files;
-`.metadata` says where. Layers are stacked on the first dim, a layer's experts on the second.
+`.metadata` says where. Layers are stacked on the first dim, a layer's experts on the second; layers
+unlike each other are not, as in Megatron (TransformerBlock.sharded_state_dict).
 Chunks may be cut anywhere, so one written here is one piece (pieces.py). torch's writer begins its
 files anew; here an interrupted conversion finds each chunk in its planned place.
 
@@ -52,9 +53,6 @@ CONFIG = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-_LINEARS = ["self_attention.linear_qkv", "self_attention.linear_proj"]
-_SHARED = ["mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2"]
-_QK_NORMS = ["self_attention.q_layernorm", "self_attention.k_layernorm"]
 
 
 @dataclass(frozen=True)
@@ -74,36 +72,7 @@ def block_shape(block: WeightBlock, hf: HfConfig) -> tuple[int, ...]:
 
 def stacked_shape(block: WeightBlock, hf: HfConfig) -> tuple[int, ...]:
     """Return the global tensor's shape: [layers, experts, *block], [layers, *block] or *block."""
-    stacked = (hf.num_hidden_layers, hf.num_experts)[: len(block.place)]
-    return stacked + block_shape(block, hf)
-
-
-def object_keys(hf: HfConfig, names: str) -> list[str]:
-    """Return names of the empty `_extra_state` objects that Megatron's load asks for.
-
-    `<module>._extra_state/shard_<offset>_<shape>`, by Megatron's ShardedObject, of modules that
-    may keep a state of their own, for which Megatron stores None beside the weights.
-    """
-    layers, experts = hf.num_hidden_layers, hf.num_experts
-    modules = _LINEARS + _QK_NORMS * (names == "te" and hf.qk_norm)
-    if not experts:
-        modules += ["mlp.linear_fc1", "mlp.linear_fc2"]
-    if hf.shared_expert_intermediate_size:
-        modules += _SHARED
-    if experts and names == "te":
-        modules.append("pre_mlp_layernorm")  # of a dense layer it is inside mlp.linear_fc1
-    keys = [
-        f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}"
-        for module in modules
-        for layer in range(layers)
-    ]
-    keys += [
-        f"decoder.layers.mlp.experts.experts.{fc}._extra_state/shard_{layer}.{e}_{layers}.{experts}"
-        for fc in ("linear_fc1", "linear_fc2")
-        for layer in range(layers)
-        for e in range(experts)
-    ]
-    return keys + ["decoder.final_layernorm._extra_state/shard_0_1"] * (names == "te")
+    return block.stack + block_shape(block, hf)
 
 
 @dataclass
@@ -239,7 +208,7 @@ def write_metadata(folder: Path, contents: Iterable[Contents], common: bytes) ->
 
 def find_names(keys: Collection[str]) -> str:
     """Return whose module names global tensors have, `native` or `te`."""
-    return "native" if "decoder.layers.input_layernorm.weight" in keys else "te"
+    return "native" if any(key.endswith(".input_layernorm.weight") for key in keys) else "te"
 
 
 def expected_tensors(hf: HfConfig, names: str) -> dict[str, tuple[int, ...]]:
