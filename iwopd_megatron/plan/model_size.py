@@ -113,8 +113,9 @@ class ModelSize:
     @cached_property
     def dense(self) -> ModelSize:
         """The same with layers all as those at the beginning that have no experts."""
-        alike = {"experts": 0, "topk": 1, "shared": 0, "gates": 0, "dense_layers": 0}
-        return replace(self, **alike, ffn=self.dense_ffn)
+        return replace(
+            self, experts=0, topk=1, shared=0, gates=0, dense_layers=0, ffn=self.dense_ffn
+        )
 
     def dense_of(self, layers: Iterable[int]) -> int:
         """Return how many of these layers, counted from 0, are without experts in a model with."""

@@ -16,7 +16,7 @@ DENSE = (
 
 def published(
     common: Mapping[str, Any],
-    sizes: Mapping[str, Sequence[int]],
+    sizes: Mapping[str, Sequence[float]],
     names: Sequence[str] = DENSE,
     **others: Mapping[str, Any],
 ) -> dict[str, dict[str, Any]]:
