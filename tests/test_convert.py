@@ -32,6 +32,7 @@ from iwopd_megatron.files import rawfile
 from iwopd_megatron.parity.check import compare, read_side
 from iwopd_megatron.weights import pieces, shards
 from iwopd_megatron.weights.convert import hf_to_megatron, megatron_to_hf
+from iwopd_megatron.weights.hf_reader import check_finite
 from iwopd_megatron.weights.torch_dist.reader import CheckpointReader
 
 
@@ -432,3 +433,13 @@ def test_a_forked_process_writes_through_a_buffer_of_its_own():
         os._exit(0)
     os.waitpid(child, 0)
     assert stage[:4] == b"here"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused(wrong, dtype):
+    weight = torch.arange(12, dtype=dtype).view(3, 4)
+    check_finite(weight, "w")
+    weight[1, 2] = wrong
+    with pytest.raises(RecipeError, match="w holds NaN or infinity"):
+        check_finite(weight, "w")

@@ -45,7 +45,7 @@ from iwopd_megatron.records.wandb_log import check_installed
 from iwopd_megatron.runtime import device
 from iwopd_megatron.runtime.host import available
 from iwopd_megatron.runtime.local_world import MOST_LOCAL, start_local
-from iwopd_megatron.runtime.parallel import initialise, shutdown
+from iwopd_megatron.runtime.parallel import Parallel, initialise, shutdown
 from iwopd_megatron.runtime.stop import die_with_parent, watch_signals
 from iwopd_megatron.train.compare import Arm, is_finished
 from iwopd_megatron.train.progress import Progress
@@ -96,18 +96,25 @@ def run_arms(arms: list[Arm], resume: bool) -> None:
                 progress.start(name, arm.recipe.train.rounds)
                 progress.say(f"{name} is already finished in {arm.recipe.out}")
                 continue
-            with disk_told(arm.recipe.out):
-                trainer = Trainer(arm.recipe, parallel, progress, resume, arm.data)
-                progress.start(name, trainer.round)
-                is_over = trainer.run()
-            if not is_over:
+            stopped_after = _run_arm(arm, name, parallel, progress, resume)
+            if stopped_after is not None:
                 progress.say(
-                    f"stopped after round {trainer.round}; "
+                    f"stopped after round {stopped_after}; "
                     f"saved in {arm.recipe.out}, go on with --resume"
                 )
                 shutdown()
                 sys.exit(EXIT_STOPPED)
     shutdown()
+
+
+def _run_arm(
+    arm: Arm, name: str, parallel: Parallel, progress: Progress, resume: bool
+) -> int | None:
+    """Run one arm, whose models are gone then; return the round it was stopped after, if it was."""
+    with disk_told(arm.recipe.out):
+        trainer = Trainer(arm.recipe, parallel, progress, resume, arm.data)
+        progress.start(name, trainer.round)
+        return None if trainer.run() else trainer.round
 
 
 def evaluate(run: BenchRun) -> None:

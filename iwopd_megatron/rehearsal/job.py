@@ -34,6 +34,12 @@ class Job:
         return self.role == "trainer"
 
     @property
+    def gpus(self) -> int:
+        """GPUs of the whole run; of a recipe that names none this world's ranks."""
+        cluster = self.recipe.cluster
+        return self.world if cluster is None else cluster.gpus
+
+    @property
     def microbatches(self) -> int:
         """Micro-batches that fill the pipeline once, and a second one where there is none."""
         pp, vpp = self.layout.pp, self.layout.vpp

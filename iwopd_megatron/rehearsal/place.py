@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from iwopd_megatron.config.models import Layout
 
-ALL_RANKS = 128
+ALL_RANKS = 256  # GPUs of a run of which every rank's slices are read
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ def places(world: int, layout: Layout) -> Iterator[Place]:
     return (Place.of(rank, world, layout) for rank in range(world))
 
 
-def read_ranks(world: int, layout: Layout) -> list[Place]:
-    """Return all ranks of a world, or of one of more than ALL_RANKS the first with its weights."""
+def read_ranks(world: int, layout: Layout, gpus: int) -> list[Place]:
+    """Return all ranks; where the run has more than ALL_RANKS GPUs the first with their weights."""
     everyone = list(places(world, layout))
-    if world <= ALL_RANKS:
+    if gpus <= ALL_RANKS:
         return everyone
     return list({place.shard: place for place in reversed(everyone)}.values())[::-1]
 

@@ -53,7 +53,7 @@ def check_checkpoints(job: Job, known: dict[int, list[Piece]]) -> list[str]:
 
 
 def _check(job: Job, known: dict[int, list[Piece]]) -> list[str]:
-    ranks = [place.rank for place in read_ranks(job.world, job.layout)]
+    ranks = [place.rank for place in read_ranks(job.world, job.layout, job.gpus)]
     saved = {rank: known.get(rank) or pieces(job, rank, job.layout, job.world) for rank in ranks}
     everything = [piece for own in saved.values() for piece in own]
     states = len(states_of(everything))

@@ -67,7 +67,7 @@ class RoleRehearsal:
         self.figures.moved([x[ranks[0].rank] for x in runs])
         self.figures.seconds(runs, busy)
         if job.hf.num_experts and job.layout.ep > 1 and not self.short:
-            self._hot(ranks[0])
+            self._hot(Place.of(report.peak_rank, job.world, job.layout))
         return report
 
     def run_memory(self) -> RoleReport:

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 
 from iwopd_megatron.config.stages import stage_layers
 from iwopd_megatron.errors import RecipeError
-from iwopd_megatron.hf.shapes import hf_names, hf_shape
 from iwopd_megatron.models.gpt import build_model
 from iwopd_megatron.plan.model_size import ModelSize
 from iwopd_megatron.rehearsal.checkpoints import Piece, check_pieces, pieces_of
@@ -24,7 +23,7 @@ from iwopd_megatron.rehearsal.job import Job
 from iwopd_megatron.rehearsal.memoryless import Shapes
 from iwopd_megatron.rehearsal.place import Place, read_ranks
 from iwopd_megatron.rehearsal.push import pushed
-from iwopd_megatron.rehearsal.sources import HollowFolder, Region
+from iwopd_megatron.rehearsal.sources import HollowFolder, Region, shapes_of
 from iwopd_megatron.rehearsal.world import alone
 from iwopd_megatron.runtime import device
 from iwopd_megatron.train import checkpoint
@@ -55,7 +54,7 @@ def read_slices(job: Job) -> Slices:
     read: dict[str, dict[Region, int]] = defaultdict(lambda: defaultdict(int))
     mailbox = Mailbox()
     pieces: list[Piece] = []
-    ranks = read_ranks(job.world, job.layout)
+    ranks = read_ranks(job.world, job.layout, job.gpus)
     for place in ranks:
         for name, region in _rank(job, place, found, mailbox, pieces):
             read[name][region] += 1
@@ -124,7 +123,7 @@ def _check_layer(job: Job, place: Place, names: Iterable[str], found: Slices) ->
 
 def _misplaced(job: Job, place: Place, name: str, region: Region) -> str | None:
     """Return what is wrong with a part that is not the one at this rank's place on its axis."""
-    shape = hf_shape(name, job.hf)
+    shape = shapes_of(job.hf)[name]
     is_expert = ".experts." in name
     rank, size = (place.etp, job.layout.etp) if is_expert else (place.tp, job.layout.tp)
     for (first, end), whole in zip(region, shape, strict=True):
@@ -141,12 +140,12 @@ def _misplaced(job: Job, place: Place, name: str, region: Region) -> str | None:
 
 def _cover(job: Job, read: dict[str, dict[Region, int]], found: Slices) -> None:
     """Check that every tensor is read whole, no part twice by one copy, and equally often."""
-    names = list(hf_names(job.hf))
-    found.tensors = len(names)
-    for name in names:
+    shapes = shapes_of(job.hf)
+    found.tensors = len(shapes)
+    for name, shape in shapes.items():
         regions = read.get(name, {})
         volume = sum(math.prod(b - a for a, b in region) for region in regions)
-        whole = math.prod(hf_shape(name, job.hf))
+        whole = math.prod(shape)
         if volume < whole:
             missing = "by nobody" if not regions else f"{volume} of {whole} elements only"
             found.gaps.append(f"{job.role}: {name} is read {missing}.")
@@ -154,7 +153,7 @@ def _cover(job: Job, read: dict[str, dict[Region, int]], found: Slices) -> None:
             found.overlaps.append(f"{job.role}: parts of {name} overlap: {_first(regions)}.")
         elif len(set(regions.values())) > 1:
             found.overlaps.append(f"{job.role}: parts of {name} are read {_first(regions)} times.")
-    for name in sorted(set(read) - set(names)):
+    for name in sorted(set(read) - set(shapes)):
         found.wrong.append(f"{job.role}: {name} is read, which the configuration does not have.")
 
 
@@ -196,7 +195,7 @@ def _stream(job: Job, rank: int, mailbox: Mailbox) -> Iterator[tuple[str, tuple[
 
 def _check_stream(job: Job, rank: int, found: Slices, mailbox: Mailbox) -> None:
     where = f"{job.role} rank {rank}: the weight stream"
-    wanted = {name: hf_shape(name, job.hf) for name in hf_names(job.hf)}
+    wanted = shapes_of(job.hf)
     given: Counter[str] = Counter()
     for name, shape in _stream(job, rank, mailbox):
         given[name] += 1

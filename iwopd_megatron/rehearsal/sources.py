@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -11,6 +12,12 @@ from iwopd_megatron.hf.config import HfConfig
 from iwopd_megatron.hf.shapes import hf_names, hf_shape
 
 Region = tuple[tuple[int, int], ...]  # (first, end) of every axis
+
+
+@lru_cache(maxsize=4)
+def shapes_of(hf: HfConfig) -> Mapping[str, tuple[int, ...]]:
+    """Return the shapes of all tensors that a config implies, counted once for all ranks."""
+    return {name: hf_shape(name, hf) for name in hf_names(hf)}
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class HollowFolder(Mapping[str, HollowTensor]):
 
     def __init__(self, hf: HfConfig, dtype: torch.dtype = torch.bfloat16):
         self.dtype = dtype
-        self.shapes = {name: hf_shape(name, hf) for name in hf_names(hf)}
+        self.shapes = shapes_of(hf)
         self.reads: list[tuple[str, Region]] = []
 
     def __getitem__(self, name: str) -> HollowTensor:

@@ -133,6 +133,17 @@ class StudentModel:
         """Go on to the next round's learning rate."""
         self.scheduler.step(1)
 
+    def close(self) -> None:
+        """Let go of the gradients' hooks, so that the model goes with its last reference.
+
+        A hook holds Megatron's DDP, and an autograd node the hook; DDP's list holds the nodes, and
+        so do the optimizer's views of parameters: circles that Python's collector cannot see.
+        """
+        for chunk in self.chunks:
+            chunk.grad_accs.clear()
+        for part in (*self.optimizer.chained_optimizers, self.optimizer):
+            vars(part).clear()
+
     def save(self, saver: Saver, round_number: int, more: dict[str, Any]) -> None:
         """Begin a checkpoint after this round, which keeps `more` too. Collective."""
         extra = {"round": round_number, "world": self.parallel.world} | more

@@ -113,6 +113,7 @@ class Trainer:
         finally:
             self.engine.close()
             self.supervision.close()
+            self.student.close()
 
     def _run(self) -> bool:
         rounds = self.recipe.train.rounds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -96,7 +97,7 @@ def whole_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 def check_finite(tensor: torch.Tensor, name: str) -> None:
     """Raise RecipeError if a tensor holds NaN or infinity; one pass, no copy."""
-    if not all(bound.isfinite() for bound in torch.aminmax(tensor)):
+    if not all(math.isfinite(bound.item()) for bound in torch.aminmax(tensor)):
         raise RecipeError(f"{name} holds NaN or infinity; copy the model's original weights.")
 
 

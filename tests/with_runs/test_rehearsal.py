@@ -3,7 +3,7 @@
 import json
 import pickle
 import tempfile
-from collections import deque
+from collections import Counter, deque
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from worlds import run_world
 
 from iwopd_megatron.config.load import read_recipe
 from iwopd_megatron.config.models import Layout
+from iwopd_megatron.config.recipe import Recipe
 from iwopd_megatron.hf.config import parse_hf_config
 from iwopd_megatron.hf.families import FAMILIES
 from iwopd_megatron.loss import linear_loss, logprobs
@@ -23,12 +24,12 @@ from iwopd_megatron.plan.hardware import GPUS, RATES
 from iwopd_megatron.plan.memory import push_bytes
 from iwopd_megatron.plan.model_size import ModelSize
 from iwopd_megatron.plan.plan import Plan
-from iwopd_megatron.rehearsal import checkpoints, resharding, slices
+from iwopd_megatron.rehearsal import checkpoints, full, resharding, slices
 from iwopd_megatron.rehearsal.collectives import Call, Mailbox, Recorder
 from iwopd_megatron.rehearsal.job import Job, jobs
 from iwopd_megatron.rehearsal.ledger import Ledger
 from iwopd_megatron.rehearsal.memoryless import Memoryless, Shapes, Watched
-from iwopd_megatron.rehearsal.place import Place, covering
+from iwopd_megatron.rehearsal.place import Place, covering, places, read_ranks
 from iwopd_megatron.rehearsal.push import introduce, pushed
 from iwopd_megatron.rehearsal.rank import RankRehearsal
 from iwopd_megatron.rehearsal.replay import compare, play, program_of
@@ -256,6 +257,56 @@ def test_a_missing_send_is_named(small):
     assert any("rank 0 waits for ever for rank 4's message" in x for x in found)
 
 
+STAGES = {
+    "interleaved": dict(pp=2, vpp=2, tp=2),
+    "uneven": dict(pp=4, num_layers_in_first_pipeline_stage=1, num_layers_in_last_pipeline_stage=1),
+    "interleaved and uneven": dict(pp=2, vpp=2, pipeline_model_parallel_layout="E|t*5|t*2|tL"),
+}
+
+
+def staged(name: str) -> Job:
+    """A job of eight layers in these stages, as they are."""
+    layout = Layout(**STAGES[name])
+    job = job_of(4, dict(pp=2), "cluster.teacher=1", "teacher.service.processes=1")
+    return replace(job, layout=layout, hf=replace(job.hf, num_hidden_layers=8))
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_messages_have_one_size_at_both_ends(name):
+    """Every receive's bytes and dtype are its send's; each is a micro-batch's hidden states."""
+    job = staged(name)
+    said = programs(job)
+    assert play(said) == []
+    calls = [(rank, call) for rank, own in said.items() for call in own]
+    given = Counter((rank, x.peer, x.nbytes) for rank, x in calls if x.operation == "send")
+    taken = Counter((x.peer, rank, x.nbytes) for rank, x in calls if x.operation == "receive")
+    assert given == taken
+    hidden = job.tokens * job.hf.hidden_size * 4 // job.layout.tp  # fp32
+    assert {nbytes for _, _, nbytes in given} == {hidden}
+    between = job.layout.pp * job.layout.vpp - 1  # chunks, there and back
+    assert given.total() == 2 * between * job.microbatches * job.world // job.layout.pp
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_message_of_another_size_is_found(name, monkeypatch):
+    """The first stage sends one number fewer than the second one makes room for."""
+    job, isend = staged(name), dist.isend
+    whole = job.tokens * job.hf.hidden_size * 4 // job.layout.tp
+
+    def shorter(tensor, *place, **more):
+        if dist.get_rank() == 0 and tensor.nbytes == whole:
+            tensor = tensor.flatten()[:-1]
+        return isend(tensor, *place, **more)
+
+    for module in (dist, dist.distributed_c10d):
+        monkeypatch.setattr(module, "isend", shorter)
+    found = play(programs(job))
+    assert any(
+        f"rank 0 sends {whole - 4} bytes of float32" in x and f"which receives {whole} of" in x
+        for x in found
+    )
+
+
 def test_a_branch_on_local_tokens_is_found(monkeypatch):
     """One of two ranks, the one with more tokens, asks all whether it has too many."""
     job = job_of(4, dict(ep=2)).with_layers(1)
@@ -446,6 +497,20 @@ def test_places_are_megatrons(axes):
             assert ours == tuple(x.rank for x in (p.tp, p.cp, p.dp, p.pp, p.etp, p.ep))
 
 
+def test_a_run_of_many_gpus_is_read_by_ranks_with_different_weights():
+    """Of both roles, though a teacher's own world is small; of fewer GPUs every rank reads."""
+    recipe = RECIPE.parent / "qwen3_235b_a22b_self.yaml"
+    changes = ["cluster={trainer: 512, teacher: 64, rollout: 448}", "rollout.servers.start=56"]
+    many = jobs(read_recipe(recipe, [*changes, "teacher.service.processes=64"]))[1]
+    for job in many:
+        few = [place.shard for place in read_ranks(job.world, job.layout, job.gpus)]
+        assert len(few) == len(set(few))
+        assert set(few) == {place.shard for place in places(job.world, job.layout)}
+    for job in jobs(read_recipe(recipe, []))[1]:
+        everyone = read_ranks(job.world, job.layout, job.gpus)
+        assert [place.rank for place in everyone] == list(range(job.world))
+
+
 def test_programs_of_ranks_that_did_not_run_are_those_that_do(small):
     said = programs(small, [0, 3])
     groups, real = Groups(), said[3]
@@ -456,6 +521,40 @@ def test_programs_of_ranks_that_did_not_run_are_those_that_do(small):
     assert [(x.operation, x.ranks, x.nbytes) for x in ours if x.dtype != "uint8"] == [
         (x.operation, x.ranks, x.nbytes) for x in keep
     ]
+
+
+ASKED = (
+    "ranks",
+    "tensors",
+    "gaps",
+    "overlaps",
+    "peak_gib",
+    "plan_gib",
+    "kept_after_backward_gib",
+    "collectives",
+)
+
+
+@pytest.mark.parametrize("changes", [[], ["cluster.teacher=1", "teacher.service.processes=1"]])
+def test_one_json_object_has_every_figure(changes):
+    """Of one role, or of two; counts are numbers, and a finding is a sentence in the list."""
+    recipe = read_recipe(RECIPE, ["cluster.trainer=2", *changes])
+    told = json.loads(forked(_as_json, recipe))
+    assert set(told) == {"findings", "seconds", "peak_rss_mb", "roles", "round_s"}
+    assert told["findings"] == []
+    assert told["seconds"] > 0
+    assert told["peak_rss_mb"] > 100
+    assert set(told["round_s"]) == {"rehearsed", "planned"}
+    assert list(told["roles"]) == ["trainer", "teacher"][: 1 + bool(changes)]
+    for role in told["roles"].values():
+        assert set(ASKED) <= set(role)
+        assert (role["gaps"], role["overlaps"]) == (0, 0)
+        phase = "forward/backward" if "forward/backward" in role["collectives"] else "score"
+        assert all(x["calls"] > 0 for x in role["collectives"][phase].values())
+
+
+def _as_json(recipe: Recipe) -> str:
+    return json.dumps(full.rehearse(recipe, short=True).as_json())
 
 
 def test_counts_of_experts_are_whole_and_hot():

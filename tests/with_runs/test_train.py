@@ -1,9 +1,11 @@
 """The whole loop on the demo: determinism, layouts, resume, signals, fine-tuning, comparison."""
 
+import gc
 import json
 import shutil
 import signal
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -60,7 +62,12 @@ def train_here(recipes, resume=False):
     for recipe in recipes:
         parallel = initialise(recipe.student.parallel, recipe.train.seed)
         with Progress(recipe.train.rounds, visible=False) as progress:
-            assert Trainer(recipe, parallel, progress, resume).run()
+            trainer = Trainer(recipe, parallel, progress, resume)
+            assert trainer.run()
+        model = weakref.ref(trainer.student.chunks[0])
+        del trainer
+        gc.collect()
+        assert model() is None, "a run's model outlives the run"
     shutdown()
 
 
