@@ -7,8 +7,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from iwopd_megatron.hf.families import FAMILIES
+from iwopd_megatron.parity.rehearse import write_model
+
 LARGEST = 448.0  # of float8_e4m3fn
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PROJECTIONS += ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")  # with latents
+# No multiple of 128, most of more than one block: 152 rows of the projection to a latent.
+LATENTS = {"hidden_size": 192, "intermediate_size": 200, "q_lora_rank": 136, "kv_lora_rank": 144}
 FP8_CONFIG = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
 
 
@@ -80,3 +86,18 @@ def write_scaled(
     config = json.loads((folder / "config.json").read_text())
     text = json.dumps(config | {"quantization_config": settings})
     (folder / "config.json").write_text(text)
+
+
+def write_latents(folder: Path) -> Path:
+    """A small DeepSeek-V3 with plain weights."""
+    settings = dict(FAMILIES["deepseek_v3"].sample) | LATENTS
+    write_model(folder, settings | {"model_type": "deepseek_v3", "tie_word_embeddings": False})
+    return folder
+
+
+def add_layer_after_last(folder: Path) -> None:
+    """The layer of multi-token prediction, numbered after the last, 3, and scaled as it."""
+    tensors = load_file(folder / "model.safetensors")
+    last = {name: x for name, x in tensors.items() if name.startswith("model.layers.3.")}
+    ahead = {name.replace("layers.3.", "layers.4."): x.clone() for name, x in last.items()}
+    save_file(tensors | ahead, folder / "model.safetensors", metadata={"format": "pt"})

@@ -104,7 +104,16 @@ def check_stream(folders, layout: Layout, expected_buckets: int) -> None:
                 got = dict(pairs)
                 assert len(got) == len(pairs)
                 assert_same(got, on_disk(folder))
+            check_fused_together(pairs)
         assert buckets >= expected_buckets
+
+
+def check_fused_together(pairs) -> None:
+    """However small its buckets are, what a server makes one tensor of comes in one."""
+    sync.BUCKET_BYTES = 1
+    runs = [[name for name, _ in run] for run in sync.named_buckets(pairs)]
+    for names in (run for run in runs if run[0].endswith("q_a_proj.weight")):
+        assert names == [names[0], names[0].replace("q_a_proj", "kv_a_proj_with_mqa")]
 
 
 @pytest.mark.parametrize(

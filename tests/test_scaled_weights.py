@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from scaled_folders import FP8_CONFIG, compressed_tensors_config, write_scaled
+from scaled_folders import (
+    FP8_CONFIG,
+    add_layer_after_last,
+    compressed_tensors_config,
+    write_latents,
+    write_scaled,
+)
 from worlds import run_world
 
 from iwopd_megatron.config.load import read_recipe
@@ -41,14 +47,20 @@ KINDS = {
         "weight_scale", torch.float32),
     "groups": ((1, 16), compressed_tensors_config(strategy="group", group_size=16),
                "weight_scale", torch.float32),
+    # as released folders of DeepSeek-V3; of its sizes only 576 rows are no multiple of 128
+    "latents": ((128, 128), FP8_CONFIG | {"weight_block_size": [128, 128]}, "weight_scale_inv",
+                torch.float32),
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def pair(request, moe_folder, tmp_path_factory):
     """(a folder with scaled weights, its twin with plain ones)"""
-    folder = tmp_path_factory.mktemp("scaled")
-    write_scaled(moe_folder, folder / "fp8", folder / "twin", *KINDS[request.param])
+    folder, has_latents = tmp_path_factory.mktemp("scaled"), request.param == "latents"
+    source = write_latents(folder / "source") if has_latents else moe_folder
+    write_scaled(source, folder / "fp8", folder / "twin", *KINDS[request.param])
+    if has_latents:
+        add_layer_after_last(folder / "fp8")
     return folder / "fp8", folder / "twin"
 
 
@@ -209,12 +221,12 @@ def test_plain_weights_under_a_quantization_config_are_refused(moe_folder, tmp_p
 
 
 def test_released_sizes_fit_their_blocks():
-    """Scales of Qwen3-30B-A3B-FP8 and 235B-A22B-FP8: 128 x 128."""
+    """Scales of Qwen3-30B-A3B-FP8, 235B-A22B-FP8 and DeepSeek-V3: 128 x 128."""
     from iwopd_megatron.hf.quantization import read_quantization
 
     content = {"quantization_config": FP8_CONFIG | {"weight_block_size": [128, 128]}}
     quantization = read_quantization(content, "config.json")
-    for shape in ((4096, 2048), (512, 2048), (768, 2048), (2048, 768), (12288, 4096)):
+    for shape in ((4096, 2048), (512, 2048), (2048, 768), (12288, 4096), (576, 7168)):
         grid = tuple(math.ceil(n / 128) for n in shape)
         assert quantization.block(shape, grid) == (128, 128)
         assert quantization.block(shape, (grid[0], grid[1] + 1)) is None

@@ -48,11 +48,12 @@ class LatentAttention(MegatronModule):
         self.parts = [hf.head_dim - hf.qk_rope_head_dim, hf.qk_rope_head_dim]  # of a query or key
         if hf.q_lora_rank:
             self.linear_q_down_proj = WholeLinear(config, hidden, hf.q_lora_rank)
+        self.linear_kv_down_proj = WholeLinear(config, hidden, hf.kv_down)
+        if hf.q_lora_rank:
             self.q_layernorm = RMSNorm(config, hf.q_lora_rank, LATENT_EPS)
             self.linear_q_up_proj = self._heads(hf.q_lora_rank, hf.queries)
         else:
             self.linear_q_proj = self._heads(hidden, hf.queries)
-        self.linear_kv_down_proj = WholeLinear(config, hidden, hf.kv_down)
         self.kv_layernorm = RMSNorm(config, hf.kv_lora_rank, LATENT_EPS)
         self.linear_kv_up_proj = self._heads(hf.kv_lora_rank, hf.kv_up)
         self.core_attention = SdpaAttention(

@@ -20,7 +20,7 @@ from iwopd_megatron.rehearsal.memoryless import Shapes
 from iwopd_megatron.rehearsal.world import alone
 from iwopd_megatron.rollout.broadcast import as_bytes
 from iwopd_megatron.runtime import device
-from iwopd_megatron.weights.sync import WeightStream, buckets
+from iwopd_megatron.weights.sync import WeightStream, named_buckets
 
 LOAD, PUSH = "load", "push"  # phases
 
@@ -36,7 +36,7 @@ def pushed(
     if recipe.rollout.engine == "hf":
         yield from stream
         return
-    for bucket in buckets(stream, lambda item: item[1]):
+    for bucket in named_buckets(stream):
         if is_main and recipe.rollout.sync == "distributed":
             as_bytes(bucket)
         yield from bucket

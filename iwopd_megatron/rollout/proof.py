@@ -25,6 +25,11 @@ _FUSED = {
     "gate_proj": ("gate_up_proj", 0),
     "up_proj": ("gate_up_proj", 1),
 }
+_FUSED_LATENTS = {
+    "q_a_proj": ("fused_qkv_a_proj_with_mqa", 0),
+    "kv_a_proj_with_mqa": ("fused_qkv_a_proj_with_mqa", 1),
+}
+_BY_HEADS = ("q_proj", "q_b_proj", "kv_b_proj")  # with latents: cut, and not fused
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
@@ -45,6 +50,9 @@ class SglangFingerprints:
         self.hf, self.tp, self.experts = hf, tp, hf.num_experts
         self.waiting: dict[str, dict[int, torch.Tensor]] = {}
         self.ranks: list[dict[str, str]] = [{} for _ in range(tp)]
+        self.fused = _FUSED | (_FUSED_LATENTS if hf.q_lora_rank else {})
+        if hf.kv_lora_rank:
+            del self.fused["q_proj"]
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         target, place, count = self._target(name)
@@ -65,8 +73,8 @@ class SglangFingerprints:
                 return f"{prefix}.w2_weight", number, self.experts
             return f"{prefix}.w13_weight", 2 * number + (kind == "up"), 2 * self.experts
         *prefix, module, kind = name.split(".")
-        if module in _FUSED:
-            fused, place = _FUSED[module]
+        if module in self.fused:
+            fused, place = self.fused[module]
             return ".".join([*prefix, fused, kind]), place, 3 if fused == "qkv_proj" else 2
         return name, 0, 1
 
@@ -82,6 +90,8 @@ class SglangFingerprints:
             copies = max(1, self.tp // self.hf.num_key_value_heads)  # ranks with one head
             shards = [t.chunk(self.tp // copies)[rank // copies] for t in (key, value)]
             return [query.chunk(self.tp)[rank], *shards]
+        if module in _BY_HEADS:
+            return [parts[0].chunk(self.tp)[rank]]
         if module == "gate_up_proj" or target.endswith("w13_weight"):
             return (part.chunk(self.tp)[rank] for part in parts)
         return parts

@@ -14,7 +14,7 @@ from iwopd_megatron.batch.trajectory import Trajectory
 from iwopd_megatron.rollout.controller import PendingAnswers, ServerController
 from iwopd_megatron.rollout.engine import OnSample, Prompt, Sampling, Weights
 from iwopd_megatron.runtime.main_only import MainOnly
-from iwopd_megatron.weights.sync import buckets
+from iwopd_megatron.weights.sync import named_buckets
 
 ATTEMPTS = 3  # at one weight version, with the servers that are left or came back
 
@@ -87,7 +87,7 @@ class ServerEngine:
         for attempt in range(1, ATTEMPTS + 1):
             if not self.servers.call(ServerController.begin_update, version, is_proof_due):
                 break
-            for bucket in buckets(weights, lambda item: item[1]):  # gathered by all ranks
+            for bucket in named_buckets(weights):  # gathered by all ranks
                 self.servers.tell(ServerController.send, bucket)
             self.servers.call(ServerController.end_update, version, attempt == ATTEMPTS)
         self.servers.call(ServerController.resume, version, ATTEMPTS)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from iwopd_megatron.runtime.parallel import Axis, Parallel
 
 BUCKET_BYTES = 256 * 2**20
+FUSED_WITH_LAST = ".kv_a_proj_with_mqa.weight"  # SGLang makes one tensor of it and q_a_proj
 T = TypeVar("T")
 Header: TypeAlias = list[tuple[str, torch.Size, torch.dtype]]  # a bucket's tensors, of one dtype
 
@@ -148,17 +149,35 @@ def _split(flat: torch.Tensor, header: Header) -> dict[str, torch.Tensor]:
 
 
 def buckets(
-    items: Iterable[T], tensor: Callable[[T], torch.Tensor], limit: int = BUCKET_BYTES
+    items: Iterable[T],
+    tensor: Callable[[T], torch.Tensor],
+    limit: int = BUCKET_BYTES,
+    stays: Callable[[T], bool] = lambda item: False,
 ) -> Iterator[list[T]]:
-    """Yield runs of items whose tensors have one dtype and at most `limit` bytes, or one item."""
+    """Yield runs of items whose tensors have one dtype and at most `limit` bytes, or one item.
+
+    An item that `stays` is in the run of the one before it, whatever the bytes.
+    """
     run: list[T] = []
     size = 0
     for item in items:
         new = tensor(item)
-        if run and (size + new.nbytes > limit or new.dtype != tensor(run[0]).dtype):
+        is_full = size + new.nbytes > limit and not stays(item)
+        if run and (is_full or new.dtype != tensor(run[0]).dtype):
             yield run
             run, size = [], 0
         run.append(item)
         size += new.nbytes
     if run:
         yield run
+
+
+def named_buckets(
+    weights: Iterable[tuple[str, torch.Tensor]],
+) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Yield runs of named tensors, as a server may be sent them: what it makes one of together."""
+
+    def is_fused(item: tuple[str, torch.Tensor]) -> bool:
+        return item[0].endswith(FUSED_WITH_LAST)
+
+    return buckets(weights, lambda item: item[1], BUCKET_BYTES, is_fused)

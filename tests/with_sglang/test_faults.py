@@ -109,11 +109,11 @@ def test_a_server_killed_in_the_middle_of_an_update_serves_nothing_half_updated(
 
     import iwopd_megatron.rollout.servers as servers
 
-    split, servers.buckets = servers.buckets, lambda w, _: ([item] for item in w)
+    split, servers.named_buckets = servers.named_buckets, lambda w: ([item] for item in w)
     try:
         engine.update(Weights(), 2)
     finally:
-        servers.buckets = split
+        servers.named_buckets = split
     pair.run(pair.controller.pool.settle())
     samples = engine.generate(prompts(40), SAMPLING)
     assert {sample.weight_version for sample in samples} == {2}

@@ -46,9 +46,17 @@ def _describe(config: TypedJson) -> dict[str, Any]:
     for key in ("n_group", "topk_group", "n_shared_experts"):
         config.count(key)
     config.number("routed_scaling_factor")
-    eos = {} if "eos_token_id" in config.content else {"eos_token_ids": (1,)}  # transformers'
-    dense = {"first_k_dense_replace": glm4_moe.dense_layers(config)}
-    return latent_attention(config) | glm4_moe.experts(config, "DeepseekV3") | dense | eos
+    return (
+        latent_attention(config)
+        | glm4_moe.experts(config, "DeepseekV3")
+        | {"first_k_dense_replace": glm4_moe.dense_layers(config)}
+        | end_of_answers(config)
+    )
+
+
+def end_of_answers(config: TypedJson) -> dict[str, Any]:
+    """Return the id that transformers takes where config.json names none."""
+    return {} if "eos_token_id" in config.content else {"eos_token_ids": (1,)}
 
 
 FIXED = glm4_moe.FIXED | {"attention_bias": False, "scoring_func": "sigmoid", "moe_layer_freq": 1}
@@ -155,7 +163,6 @@ DEEPSEEK_V3 = Family(
             "n_group": 8,
             "topk_group": 4,
             "num_nextn_predict_layers": 1,
-            "eos_token_id": 1,
         },
         {_NAMES: (7168, 18432, 61, 128, 128, 256, 8, 2048, 1, 3)},
         _SIZES,
@@ -171,8 +178,6 @@ DEEPSEEK_V3 = Family(
             "routed_scaling_factor": 2.827,
             "n_group": 1,
             "topk_group": 1,
-            "eos_token_id": 163586,
-            "pad_token_id": 163839,
         },
         {"Kimi-K2-Base, Kimi-K2-Instruct": (7168, 18432, 61, 64, 64, 384, 8, 2048, 1, 1)},
         _SIZES,
@@ -188,7 +193,6 @@ DEEPSEEK_V3 = Family(
             "routed_scaling_factor": 2.446,
             "n_group": 1,
             "topk_group": 1,
-            "eos_token_id": 163585,
         },
         {
             "Moonlight-16B-A3B, Moonlight-16B-A3B-Instruct": (

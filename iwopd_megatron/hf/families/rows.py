@@ -104,7 +104,10 @@ QK_NORMS = (
 
 
 def latent_attention() -> tuple[Row, ...]:
-    """Return the rows of multi-head latent attention, with a latent of queries or without."""
+    """Return the rows of multi-head latent attention, with a latent of queries or without.
+
+    Both down projections follow each other, as servers fuse them (weights/sync.py).
+    """
 
     def row(name: str, cut: str, tensor: str, *sizes: str, needs: str = "") -> Row:
         own = HfTensor(f"{_HF}self_attn.{tensor}.weight", sizes)
@@ -114,9 +117,9 @@ def latent_attention() -> tuple[Row, ...]:
     return (
         row("linear_q_proj", "ROWS", "q_proj", "queries", "hidden_size", needs=plain),
         row("linear_q_down_proj", "REPLICATED", "q_a_proj", q, "hidden_size", needs=q),
+        row("linear_kv_down_proj", "REPLICATED", "kv_a_proj_with_mqa", "kv_down", "hidden_size"),
         row("q_layernorm", "REPLICATED", "q_a_layernorm", q, needs=q),
         row("linear_q_up_proj", "ROWS", "q_b_proj", "queries", q, needs=q),
-        row("linear_kv_down_proj", "REPLICATED", "kv_a_proj_with_mqa", "kv_down", "hidden_size"),
         row("kv_layernorm", "REPLICATED", "kv_a_layernorm", "kv_lora_rank"),
         row("linear_kv_up_proj", "ROWS", "kv_b_proj", "kv_up", "kv_lora_rank"),
         row("linear_proj", "COLUMNS", "o_proj", "hidden_size", "values"),
