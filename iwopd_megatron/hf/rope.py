@@ -124,18 +124,15 @@ def _read_yarn(rope: TypedJson, positions: int) -> Rope:
     factor = rope.number("factor")
     if rope.number("rope_theta") <= 1:
         raise RecipeError(f"{rope.file}: rope_theta={rope.number('rope_theta'):g} must exceed 1.")
-    optional = {
-        key: rope.number(key) if rope.content.get(key) else default
-        for key, default in (("beta_fast", 32.0), ("beta_slow", 1.0))
-    }
     return Rope(
         rope.number("rope_theta"),
         "yarn",
         factor,
         original,
+        beta_fast=rope.number("beta_fast") if rope.content.get("beta_fast") else 32.0,
+        beta_slow=rope.number("beta_slow") if rope.content.get("beta_slow") else 1.0,
         attention_factor=_attention_factor(rope, factor),
         truncate=rope.flag("truncate", True),
-        **optional,
     )
 
 

@@ -62,7 +62,8 @@ def mlp_bytes(size: ModelSize, layout: Layout, width: int = 2, hot: float = 1.0)
     24K: which experts and in which order (int64), their fp32 probabilities before and after the
     dispatch. 8E: the int64 order of all tokens for all experts, of which Megatron 0.17 and later
     use the first K; 0.16 keeps 5E instead, fp32 probabilities and a map of bools. Sigmoid scores =
-    (4E + 4) / tp more: all of them in fp32, and the sum of the chosen ones'.
+    (4E + 4) / tp more: all of them in fp32, and the sum of the chosen ones'. Groups of experts =
+    (16G + 8 (K // 2) + E) / tp more: each one's best two, those chosen (int64), a map of bools.
     A shared expert = w 3S / tp more: gate, up and product; with a gate, w (h + 1) / tp for its
     output and the sigmoid that scales it.
     """
@@ -73,6 +74,8 @@ def mlp_bytes(size: ModelSize, layout: Layout, width: int = 2, hot: float = 1.0)
     kept += copies * (size.hidden + 3 * size.ffn / layout.etp)
     kept += 3 * size.shared + size.gates * (size.hidden + 1)
     routed = 24 * size.topk + (8 + 4 * size.sigmoid) * size.experts + 4 * size.sigmoid
+    if size.groups:
+        routed += 16 * size.groups + 8 * (size.topk // 2) + size.experts
     return (width * kept + 4 + routed) / layout.tp
 
 

@@ -53,6 +53,7 @@ class ModelSize:
     dense_layers: int = 0  # of a model with experts: so many at the beginning have none,
     dense_ffn: int = 0  # but an MLP of this width
     sigmoid: bool = False  # routers' scores, and not the softmax of all
+    groups: int = 0  # of experts, of which a token's are in the best; 0: they are not grouped
     q_rank: int = 0  # size of the latent that queries are made of; 0: none
     kv_rank: int = 0  # of the one that keys and values are made of; 0: no latent attention
     turned: int = 0  # size of the rotary key beside it
@@ -82,6 +83,7 @@ class ModelSize:
             dense_layers=hf.first_k_dense_replace,
             dense_ffn=hf.intermediate_size if hf.first_k_dense_replace else 0,
             sigmoid=hf.sigmoid_router,
+            groups=hf.n_group if hf.n_group > 1 else 0,
             q_rank=hf.q_lora_rank,
             kv_rank=hf.kv_lora_rank,
             turned=hf.qk_rope_head_dim,
@@ -158,7 +160,7 @@ class ModelSize:
     def dense(self) -> ModelSize:
         """The same with layers all as those at the beginning that have no experts."""
         return replace(
-            self, experts=0, topk=1, shared=0, gates=0, dense_layers=0, ffn=self.dense_ffn
+            self, experts=0, topk=1, shared=0, gates=0, groups=0, dense_layers=0, ffn=self.dense_ffn
         )
 
     def dense_of(self, layers: Iterable[int]) -> int:
