@@ -66,7 +66,8 @@ def write_dense(folder: Path, head_dim: int) -> Path:
 def write_family(folder: Path, model_type: str) -> Path:
     """A family's sample with the demo's vocabulary and tokenizer, answers that end now and then."""
     sample = dict(FAMILIES[model_type].sample)
-    own = {"model_type": model_type, "vocab_size": 16, "tie_word_embeddings": True}
+    is_tied = not FAMILIES[model_type].has_experts  # not every engine ties others
+    own = {"model_type": model_type, "vocab_size": 16, "tie_word_embeddings": is_tied}
     heads = sample["hidden_size"] // 32  # of the smallest size that vLLM has on a CPU
     own |= {"num_attention_heads": heads, "num_key_value_heads": heads // 2, "head_dim": 32}
     write_model(folder, sample | own | {"pad_token_id": None, "eos_token_id": 1})

@@ -76,7 +76,7 @@ def test_activations_of_a_layer():
     attention = 2 * (16 + 24 + 12) + 4 * (4 + 1 + 1)  # one key-value head: queries are not copied
     assert layer_bytes(TINY, Layout(), "none") == attention + 128 + 4
     assert layer_bytes(TINY, Layout(tp=2), "none") == (attention + 128 + 4) / 2
-    assert layer_bytes(TINY, Layout(), "selective") == attention + 32
+    assert layer_bytes(TINY, Layout(), "selective") == attention - 4 * 2 + 32 + 4  # no log-sum
     assert layer_bytes(TINY, Layout(), "full") == 16
     dispatch = 4 + 24 * 2  # the norm's factor; two experts a token
     assert layer_bytes(TINY_MOE, Layout(), "none") == attention + 288 + dispatch

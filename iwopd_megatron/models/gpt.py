@@ -215,11 +215,20 @@ class HalfPrecisionModel(Float16Module):
 
 
 def wrap_precision(chunks: list[HiddenStateModel]) -> list[MegatronModule]:
-    """Cast bf16 chunks and their pipeline inputs as Megatron does; fp32 chunks pass through."""
+    """Cast bf16 chunks and their pipeline inputs as Megatron does; fp32 chunks pass through.
+
+    Routers' buffers stay in fp32: rounded, biases would choose other experts.
+    """
     config = chunks[0].config
+    if not config.bf16:
+        return list(chunks)
     routers = [x for chunk in chunks for x in chunk.modules() if isinstance(x, TopKRouter)]
-    biases = [router.expert_bias for router in routers]
-    wrapped = [HalfPrecisionModel(config, chunk) if config.bf16 else chunk for chunk in chunks]
-    for router, bias in zip(routers, biases, strict=True):
-        router.expert_bias = bias  # in fp32 as before: rounded, it would choose other experts
+    kept = [(router, dict(router.named_buffers(recurse=False))) for router in routers]
+    for router, buffers in kept:
+        for name in buffers:
+            setattr(router, name, None)
+    wrapped: list[MegatronModule] = [HalfPrecisionModel(config, chunk) for chunk in chunks]
+    for router, buffers in kept:
+        for name, buffer in buffers.items():
+            setattr(router, name, buffer)
     return wrapped

@@ -84,14 +84,19 @@ def layer_bytes(
 ) -> float:
     """Bytes that one layer keeps from forward to backward, per token, by `recompute`.
 
-    none = attention + MLP. selective = attention + 2 w h / tp: the MLP is computed again from its
-    norm's input and output (recomputing a flash attention frees nothing). full = w h / tp: the
-    layer's input.
+    none = attention + MLP. selective = attention + (2 w h + 4 - 4n) / tp: the MLP is computed again
+    from its norm's input, output and factor, attention's scores and their log-sum from the queries
+    and keys; where these have no norms, they are turned again, too, from what was projected, and
+    w k / tp less are kept, or w (q + k) / tp where no copy of the queries is made. full = w h / tp:
+    the layer's input.
     """
     if recompute == "full":
         return width * size.hidden / layout.tp
     if recompute == "selective":
-        return attention_bytes(size, layout, width) + 2 * width * size.hidden / layout.tp
+        kept = 2 * width * size.hidden + 4 - 4 * size.heads
+        if not size.qk_norm:
+            kept -= width * (size.keys + size.queries * (size.kv_heads <= layout.tp))
+        return attention_bytes(size, layout, width) + kept / layout.tp
     return attention_bytes(size, layout, width) + mlp_bytes(size, layout, width, hot)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -55,6 +55,8 @@ class SglangFingerprints:
             del self.fused["q_proj"]
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
+        if self.hf.sigmoid_router and name.endswith(".mlp.gate.weight"):
+            tensor = tensor.float()  # as SGLang keeps these routers
         target, place, count = self._target(name)
         parts = self.waiting.setdefault(target, {})
         parts[place] = tensor.detach().cpu().clone() if count > 1 else tensor.detach().cpu()
@@ -99,6 +101,16 @@ class SglangFingerprints:
     def _vocabulary(self, tensor: torch.Tensor) -> torch.Tensor:
         rows = -len(tensor) % VOCABULARY_MULTIPLE
         return torch.cat([tensor, tensor.new_zeros(rows, tensor.shape[1])])
+
+
+def hashes_by_rank(reply: dict[str, Any]) -> list[dict[str, str]]:
+    """Return the hashes of each rank's tensors from SGLang's answer, by tensor-parallel rank."""
+
+    def tp_rank(rank: dict[str, Any]) -> int:
+        info = rank["parallelism_info"]
+        return (info[0] if isinstance(info, list) else info)["tp_rank"]
+
+    return [rank["checksums"] for rank in sorted(reply["ranks"], key=tp_rank)]
 
 
 class NameFingerprints:

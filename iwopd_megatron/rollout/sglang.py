@@ -20,7 +20,7 @@ import numpy
 from iwopd_megatron.config.recipe import Recipe
 from iwopd_megatron.errors import UserError
 from iwopd_megatron.rollout.engine import Sampling
-from iwopd_megatron.rollout.proof import SglangFingerprints
+from iwopd_megatron.rollout.proof import SglangFingerprints, hashes_by_rank
 from iwopd_megatron.rollout.server import (
     ALIVE_SECONDS,
     Completion,
@@ -43,7 +43,9 @@ class SglangServer(HttpServer):
     @staticmethod
     def environment() -> dict[str, str]:
         """Return what a server that iwopd starts needs beside the caller's environment."""
-        return {"HF_HUB_OFFLINE": "1"} | ({} if has_gpu() else {"SGLANG_USE_CPU_ENGINE": "1"})
+        # on CPUs, too, Qwen2-MoE's shared expert is scaled by a Triton kernel
+        cpu = {"SGLANG_USE_CPU_ENGINE": "1", "TRITON_INTERPRET": "1"}
+        return {"HF_HUB_OFFLINE": "1"} | ({} if has_gpu() else cpu)
 
     @staticmethod
     def options(recipe: Recipe, port: int, host: str) -> dict[str, Any]:
@@ -60,14 +62,14 @@ class SglangServer(HttpServer):
             "port": port,
             "disable-radix-cache": True,
             "enable-return-routed-experts": rollout.routing_replay,
+            "disable-shared-experts-fusion": True,  # else it has no tensors of its own on GPUs
         }
         if has_gpu():
             return options | {"mem-fraction-static": rollout.servers.gpu_memory_fraction}
-        tokens = rollout.servers.max_running * longest
         return options | {
             "device": "cpu",
             "attention-backend": "torch_native",
-            "max-total-tokens": min(tokens, 65536),
+            "max-total-tokens": min(rollout.servers.max_running * longest, 65536),
             "sleep-on-idle": True,
         }
 
@@ -94,6 +96,10 @@ class SglangServer(HttpServer):
                 f"{self.url} keeps prefixes of old weights when rollout.pause=in_place; "
                 "start it with --disable-radix-cache, or set rollout.pause=retract."
             )
+        is_separate = info.get("disable_shared_experts_fusion")
+        if self.hf.shared_expert_intermediate_size and not is_separate:
+            flag = "--disable-shared-experts-fusion"
+            raise UserError(f"{self.url} may fuse experts' weights; start it with {flag}.")
 
     async def generate(self, ids: list[int], sampling: Sampling) -> Completion:
         """Continue one prompt; a request that nobody waits for any more is aborted."""
@@ -241,10 +247,4 @@ class SglangServer(HttpServer):
         return SglangFingerprints(self.hf, self.tp)
 
     async def checksums(self) -> list[dict[str, str]]:
-        reply = await self._post("/weights_checker", action="checksum")
-        ranks = sorted(reply["ranks"], key=lambda rank: _tp_rank(rank["parallelism_info"]))
-        return [rank["checksums"] for rank in ranks]
-
-
-def _tp_rank(info: Any) -> int:
-    return (info[0] if isinstance(info, list) else info)["tp_rank"]
+        return hashes_by_rank(await self._post("/weights_checker", action="checksum"))

@@ -5,7 +5,7 @@ from served_models import check_family_served, write_family
 from support import Rig
 
 # Qwen3's are in every other file
-FAMILIES = ["llama", "qwen2", "mistral"]
+FAMILIES = ["llama", "qwen2", "mistral", "qwen2_moe", "glm4_moe"]
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
