@@ -85,7 +85,14 @@ class SdpaAttention(MegatronModule):
         return out.flatten(2)
 
     def _attend(self, query, key, value):
-        """Return `[s, b, h, d]` of three such; a shorter query is the end of the key sequence."""
+        """Return `[s, b, h, v]` of three such; a shorter query is the end of the key sequence.
+
+        Narrower values are padded: torch's flash attention wants one size, and what it takes
+        instead may keep all probabilities.
+        """
+        width = value.shape[-1]
+        if width < key.shape[-1]:
+            value = F.pad(value, (0, key.shape[-1] - width))
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if q.shape[2] != k.shape[2]:
             bias = _lower_right(q.shape[2], k.shape[2])
@@ -97,7 +104,7 @@ class SdpaAttention(MegatronModule):
             out = F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=self.scale, enable_gqa=is_grouped
             )
-        return out.permute(2, 0, 1, 3)
+        return out.permute(2, 0, 1, 3)[..., :width]
 
     def _batched(self, query, key, value, packing: Packing):
         """Attend to packed sequences as one batch, padded on the right if lengths differ.

@@ -20,37 +20,8 @@ from __future__ import annotations
 
 from iwopd_megatron.config.models import Layout
 from iwopd_megatron.config.stages import stage_layers
+from iwopd_megatron.plan.attention_bytes import attention_bytes
 from iwopd_megatron.plan.model_size import ModelSize
-
-
-def attention_bytes(size: ModelSize, layout: Layout, width: int = 2) -> float:
-    """Bytes of one layer's attention, per token = (w (2h + 4q + 3k) + 4 (2n + m + 1)) / tp.
-
-    2h: the norm's input and output. 4q: queries as projected, as copied out of between keys and
-    values (but where a rank has one head of these: 3q), as turned (rotary), and the attention's
-    output. 3k: keys as projected and as turned, values. In fp32, flash attention's log-sum of every
-    head (4n) and the factor of every norm: the heads' (4n + 4m) and the layer's.
-    Without norms on queries and keys = (w (2h + 3q + 3k) + 4 (n + 1)) / tp: no copy is kept.
-    """
-    if size.kv_rank:
-        return _latent_bytes(size, layout, width)
-    kept, factors = 2 * size.hidden + 3 * size.queries + 3 * size.keys, size.heads + 1
-    if size.qk_norm:
-        kept += size.queries * (size.kv_heads > layout.tp)
-        factors += size.heads + size.kv_heads
-    return (width * kept + 4 * factors) / layout.tp
-
-
-def _latent_bytes(size: ModelSize, layout: Layout, width: int) -> float:
-    """Bytes of one layer's latent attention, per token.
-
-    = (w (2h + 2 q_rank + 2 kv_rank + turned + up + 2q + v) + 4 (n + 2)) / tp, v the heads' values:
-    latents before and after their norms, with the rotary key; keys and values as projected (up),
-    queries and keys as turned, and the output. In fp32 a factor more where queries have a latent.
-    """
-    kept = 2 * size.hidden + 2 * size.q_rank + 2 * size.kv_rank + size.turned
-    kept += size.kv_up + 2 * size.queries + size.values
-    return (width * kept + 4 * (size.heads + 2 + (size.q_rank > 0))) / layout.tp
 
 
 def mlp_bytes(size: ModelSize, layout: Layout, width: int = 2, hot: float = 1.0) -> float:
@@ -87,14 +58,14 @@ def layer_bytes(
     none = attention + MLP. selective = attention + (2 w h + 4 - 4n) / tp: the MLP is computed again
     from its norm's input, output and factor, attention's scores and their log-sum from the queries
     and keys; where these have no norms, they are turned again, too, from what was projected, and
-    w k / tp less are kept, or w (q + k) / tp where no copy of the queries is made. full = w h / tp:
-    the layer's input.
+    w k / tp less are kept, or w (q + k) / tp where no copy of the queries is made. Latent attention
+    is not computed again. full = w h / tp: the layer's input.
     """
     if recompute == "full":
         return width * size.hidden / layout.tp
     if recompute == "selective":
-        kept = 2 * width * size.hidden + 4 - 4 * size.heads
-        if not size.qk_norm:
+        kept = 2 * width * size.hidden + 4 - 4 * size.heads * (not size.kv_rank)
+        if not size.qk_norm and not size.kv_rank:
             kept -= width * (size.keys + size.queries * (size.kv_heads <= layout.tp))
         return attention_bytes(size, layout, width) + kept / layout.tp
     return attention_bytes(size, layout, width) + mlp_bytes(size, layout, width, hot)

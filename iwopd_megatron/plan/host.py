@@ -20,7 +20,8 @@ from iwopd_megatron.config.models import Frozen, Layout
 from iwopd_megatron.config.recipe import Recipe
 from iwopd_megatron.config.stages import distinct_stages
 from iwopd_megatron.hf.config import read_hf_config
-from iwopd_megatron.plan.activations import activation_bytes, attention_bytes, mlp_bytes
+from iwopd_megatron.plan.activations import activation_bytes, mlp_bytes
+from iwopd_megatron.plan.attention_bytes import attention_bytes
 from iwopd_megatron.plan.hardware import GIB
 from iwopd_megatron.plan.memory import Precision, data_parallel, kv_bytes, states
 from iwopd_megatron.plan.model_size import ModelSize
