@@ -146,6 +146,14 @@ def test_layout_arithmetic():
         (["loss.mask_special_tokens=true"], ["'loss.mask_special_tokens'", "'all_but_eos'"]),
         (["train.minibatches=3"], ["train.minibatches=3", "prompts_per_round=1024", "divide"]),
         (["rollout.routing_replay=true"], ["returns the experts", "hf does not", "engine=sglang"]),
+        (
+            ["rollout.bf16_products=true", "rollout.engine=vllm", "rollout.servers.start=1"],
+            ["rollout.bf16_products", "rollout.servers.args"],
+        ),
+        (
+            ["rollout.bf16_products=true", "student.dtype=bf16"],
+            ["student.dtype=bf16 multiplies", "rollout.bf16_products=false"],
+        ),
         (["rollout.top_p=0"], ["'rollout.top_p' is 0", "greater than 0"]),
         ([*VLLM, "rollout.top_p=0.9"], ["rollout.top_p=0.9", "write rollout.top_p=1"]),
         (["loss.weighting.anneal=cos"], ["'loss.weighting.anneal'", "'cosine' or 'linear'"]),

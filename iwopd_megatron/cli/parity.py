@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from iwopd_megatron.config.load import read_recipe
+from iwopd_megatron.config.load import apply_override, parse_tree, read_recipe
 from iwopd_megatron.config.models import Layout
 from iwopd_megatron.config.preflight import check_layout, describe
 from iwopd_megatron.config.recipe import Recipe
@@ -115,6 +115,10 @@ def rehearse(
     short: Annotated[
         bool, typer.Option("--short", help="with --full: fewer layers' slices, no hot experts")
     ] = False,
+    into: Annotated[
+        list[str] | None,
+        typer.Option(help="with --full: a layout that loads its checkpoint, e.g. 'tp: 4, pp: 2'"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="with --full: one JSON object")] = False,
 ) -> None:
     """Run a recipe's layouts at toy size on CPUs and compare them with Hugging Face.
@@ -125,10 +129,11 @@ def rehearse(
         raise RecipeError("rehearse starts its own processes; run it without torchrun.")
     content = read_recipe(recipe, overrides or [])
     if full:
-        return _rehearse_full(content, all_layers, short, as_json)
-    for name, given in (("all-layers", all_layers), ("short", short), ("json", as_json)):
+        layouts = [_layout(text) for text in into or []]
+        return _rehearse_full(content, all_layers, short, layouts, as_json)
+    for name, given in dict(all_layers=all_layers, short=short, into=into, json=as_json).items():
         if given:
-            raise RecipeError(f"--{name} is of the full rehearsal; add --full.")
+            raise RecipeError(f"--{name.replace('_', '-')} is of the full rehearsal; add --full.")
     found = rehearsals(content, processes)
     quiet()
     code = 0
@@ -137,12 +142,23 @@ def rehearse(
     sys.exit(code)
 
 
-def _rehearse_full(recipe: Recipe, all_layers: bool, short: bool, as_json: bool) -> None:
+def _layout(text: str) -> Layout:
+    """Return the layout of `--into`, written as in a recipe; RecipeError."""
+    tree: dict[str, Any] = {}
+    apply_override(tree, f"into={text if text.startswith('{') else '{' + text + '}'}")
+    if not isinstance(tree["into"], dict):
+        raise RecipeError(f"--into: '{text}' is no layout; write e.g. --into 'tp: 4, pp: 2'.")
+    return parse_tree(tree["into"], Layout, "--into", is_recipe=False)
+
+
+def _rehearse_full(
+    recipe: Recipe, all_layers: bool, short: bool, into: list[Layout], as_json: bool
+) -> None:
     """Rehearse at real size; print what was found; exit with 1 on any finding."""
     quiet()
     from iwopd_megatron.rehearsal import full, table
 
-    found = full.rehearse(recipe, all_layers, short)
+    found = full.rehearse(recipe, all_layers, short, into)
     if as_json:
         print(json.dumps(found.as_json()))
     else:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 def check_rollout(recipe: Recipe) -> None:
     """Refuse rollout settings that the engine does not have, and servers that cannot be started."""
     rollout, servers = recipe.rollout, recipe.rollout.servers
+    if rollout.bf16_products:
+        _check_bf16_products(recipe)
     if rollout.engine == "hf":
         _check_embedded(recipe)
         return
@@ -73,6 +75,20 @@ def _check_replay(recipe: Recipe) -> None:
             "rollout.routing_replay needs an engine that returns the experts it chose, and "
             f"{recipe.rollout.engine} does not; write rollout.engine=sglang, or "
             "rollout.routing_replay=false."
+        )
+
+
+def _check_bf16_products(recipe: Recipe) -> None:
+    """Refuse bf16 products of an engine or a student that has them by another setting."""
+    if recipe.rollout.engine != "hf":
+        raise RecipeError(
+            "rollout.bf16_products is of the embedded engine, and servers have a dtype of their "
+            "own; write it in rollout.servers.args, and rollout.bf16_products=false."
+        )
+    if recipe.student.dtype != "fp32":
+        raise RecipeError(
+            f"rollout.bf16_products is for fp32 students, and student.dtype={recipe.student.dtype} "
+            "multiplies in it already; write rollout.bf16_products=false."
         )
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from iwopd_megatron.config.models import Layout
+from iwopd_megatron.config.preflight import check_layout, describe
 from iwopd_megatron.config.recipe import Recipe
 from iwopd_megatron.plan.phases import phases, round_seconds, trained
 from iwopd_megatron.plan.plan import Plan
@@ -84,6 +87,8 @@ def _role_json(role: RoleReport) -> dict[str, Any]:
             name: {kind: round(size / GIB, 2) for kind, size in kinds.items()}
             for name, kinds in role.phases.items()
         },
+        "loaded_by": [describe(layout) for layout in role.loaded_by],
+        "played_calls": role.calls,
         "collectives": {
             phase: {
                 what: {"calls": round(count), "bytes": round(size)}
@@ -106,13 +111,18 @@ def _role_json(role: RoleReport) -> dict[str, Any]:
     }
 
 
-def rehearse(recipe: Recipe, all_layers: bool = False, short: bool = False) -> Rehearsal:
+def rehearse(
+    recipe: Recipe, all_layers: bool = False, short: bool = False, into: Sequence[Layout] = ()
+) -> Rehearsal:
     """Rehearse a recipe's trainer and teacher services.
 
-    all_layers: no small models in their place; short: the slices of a small one, no hot ranks.
-    RecipeError where the recipe itself is refused.
+    all_layers: no small models in their place; short: the slices of a small one, no hot ranks;
+    into: layouts that shall load the trainer's checkpoint. RecipeError where the recipe itself is
+    refused, or a layout of `into` that the student cannot have.
     """
     start = time.monotonic()
     plan, found = jobs(recipe)
-    reports = [RoleRehearsal(job, plan, all_layers, short).run() for job in found]
+    for layout in into:
+        check_layout(layout, found[0].hf, "--into")
+    reports = [RoleRehearsal(job, plan, all_layers, short, into).run() for job in found]
     return Rehearsal(plan, reports, time.monotonic() - start)

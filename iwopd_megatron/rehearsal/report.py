@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from iwopd_megatron.config.models import Layout
 from iwopd_megatron.rehearsal.on_host import HOST
 from iwopd_megatron.rehearsal.slices import Slices
 
@@ -28,6 +29,8 @@ class RoleReport:
     push_seconds: tuple[float, float] | None = None  # and as planned
     hot: dict[float, float] = field(default_factory=dict)  # peak with an expert rank that hot
     kept: float = 0.0
+    loaded_by: list[Layout] = field(default_factory=list)  # layouts that load its checkpoint
+    calls: int = 0  # of all ranks' programs
     volumes: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
     moved: dict[str, tuple[float, float]] = field(default_factory=dict)  # by axis, and planned
     seconds: float = 0.0  # of a micro-batch in the computing phase

@@ -1,12 +1,14 @@
 """Checkpoints of a layout, optimiser included: every rank's pieces, and other layouts that load it.
 
-On models of few layers a chunk, as Megatron plans them on every rank.
+As Megatron plans them on every rank: on models of few layers a chunk for layouts of our choice, on
+the whole model for those of the user's.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 
 from iwopd_megatron.config.models import Layout
 from iwopd_megatron.config.preflight import check_layout, describe
@@ -40,19 +42,21 @@ OTHERS: list[dict[str, int]] = [
 ]
 
 
-def check_checkpoints(job: Job, known: dict[int, list[Piece]]) -> list[str]:
-    """Return what is wrong with what all ranks save, and with what other layouts find of it.
+def check_checkpoints(
+    job: Job, layouts: Iterable[Layout], known: Mapping[int, list[Piece]] = MappingProxyType({})
+) -> list[str]:
+    """Return what is wrong with what all ranks save, and with what `layouts` find of it.
 
     known: pieces of ranks that have been rehearsed.
     """
     gc.freeze()  # Megatron collects garbage for every rank: only what came since
     try:
-        return _check(job, known)
+        return _check(job, layouts, known)
     finally:
         gc.unfreeze()
 
 
-def _check(job: Job, known: dict[int, list[Piece]]) -> list[str]:
+def _check(job: Job, layouts: Iterable[Layout], known: Mapping[int, list[Piece]]) -> list[str]:
     ranks = [place.rank for place in read_ranks(job.world, job.layout, job.gpus)]
     saved = {rank: known.get(rank) or pieces(job, rank, job.layout, job.world) for rank in ranks}
     everything = [piece for own in saved.values() for piece in own]
@@ -61,7 +65,7 @@ def _check(job: Job, known: dict[int, list[Piece]]) -> list[str]:
     for rank, own in saved.items():
         found += [f"{job.role} rank {rank}: {x}" for x in check_optimizer(own, states)]
     found += [f"{job.role}: the checkpoint: {x}" for x in check_pieces(everything)]
-    for layout in others(job):
+    for layout in layouts:
         for rank in range(layout.unit):
             wanted = pieces(job, rank, layout, layout.unit, is_loading=True)
             where = f"{job.role}: {describe(layout)} rank {rank} loads what {describe(job.layout)}"

@@ -7,11 +7,14 @@ linear in the layers of each kind, which a test holds.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+from iwopd_megatron.config.models import Layout
 from iwopd_megatron.config.stages import distinct_stages
 from iwopd_megatron.plan.memory import Precision, push_bytes
 from iwopd_megatron.plan.plan import Plan
+from iwopd_megatron.rehearsal.checkpoints import Piece
 from iwopd_megatron.rehearsal.collectives import Call, Mailbox
 from iwopd_megatron.rehearsal.figures import Figures, Small, small_models
 from iwopd_megatron.rehearsal.job import Job
@@ -22,7 +25,7 @@ from iwopd_megatron.rehearsal.push import introduce
 from iwopd_megatron.rehearsal.rank import RankRehearsal, RankRun
 from iwopd_megatron.rehearsal.replay import compare, play, program_of
 from iwopd_megatron.rehearsal.report import GIB, RoleReport, on_gpu
-from iwopd_megatron.rehearsal.resharding import check_checkpoints
+from iwopd_megatron.rehearsal.resharding import check_checkpoints, others
 from iwopd_megatron.rehearsal.slices import Slices, read_slices
 from iwopd_megatron.rehearsal.world import Groups
 
@@ -34,8 +37,15 @@ HOT = (2.0, 4.0)
 class RoleRehearsal:
     """Rehearses one job."""
 
-    def __init__(self, job: Job, plan: Plan, all_layers: bool, short: bool):
-        self.job, self.plan, self.short = job, plan, short
+    def __init__(
+        self,
+        job: Job,
+        plan: Plan,
+        all_layers: bool = False,
+        short: bool = False,
+        into: Sequence[Layout] = (),
+    ):
+        self.job, self.plan, self.short, self.into = job, plan, short, into
         small = [] if all_layers else small_models(job)
         self.sizes: list[Small | None] = [*small] or [None]  # None: as it is
         self.computing = "forward/backward" if job.trains else "score"
@@ -61,8 +71,7 @@ class RoleRehearsal:
         self._programs(everyone, firsts)
         if job.trains:
             self.figures.push([x[ranks[0].rank] for x in runs])
-            known = {rank: run.pieces for rank, run in everyone.items()}
-            report.findings += check_checkpoints(self._job(self.sizes[0]), known)
+            self._checkpoints({rank: run.pieces for rank, run in everyone.items()})
         self.figures.volumes([x[ranks[0].rank] for x in runs])
         self.figures.moved([x[ranks[0].rank] for x in runs])
         self.figures.seconds(runs, busy)
@@ -187,6 +196,17 @@ class RoleRehearsal:
                 template = firsts[place.pp].rank
                 everyone[place.rank] = program_of(place.rank, programs[template], template, groups)
         self.report.findings += [f"{self.job.role}: {x}" for x in play(everyone)]
+
+        self.report.calls = sum(map(len, everyone.values()))
+
+    def _checkpoints(self, known: dict[int, list[Piece]]) -> None:
+        """Check what all ranks save, for few other layouts, and for those that were asked for."""
+        job = self._job(self.sizes[0])
+        chosen = list(others(job))
+        self.report.findings += check_checkpoints(job, chosen, known)
+        if self.into:
+            self.report.findings += check_checkpoints(self.job, self.into)
+        self.report.loaded_by = [*chosen, *self.into]
 
     def _hot(self, place: Place) -> None:
         """Find the peak of a rank whose experts get more than their share."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from iwopd_megatron.config.preflight import describe
 from iwopd_megatron.rehearsal.full import LARGEST, Rehearsal
 from iwopd_megatron.rehearsal.push import PUSH
 from iwopd_megatron.rehearsal.report import GIB, RoleReport, on_gpu
@@ -50,6 +51,11 @@ def _lines(found: Rehearsal, role: RoleReport) -> list[tuple[str, str, str]]:
     for hot, size in role.hot.items():
         lines.append((f"memory, expert rank x{hot:g}", f"{size / GIB:.1f} GiB", ""))
     lines.append(("kept after backward", f"{role.kept / GIB:.2f} GiB", "0"))
+    if role.loaded_by:
+        layouts = ", ".join(describe(layout).removeprefix("of ") for layout in role.loaded_by)
+        lines.append(("checkpoint", f"every rank's pieces; read by {layouts}", ""))
+    played = f"{role.calls:,} collectives and messages of {role.world} ranks, played"
+    lines.append(("programs", played, ""))
     for axis, (moved, planned_bytes) in role.moved.items():
         if moved > GIB / 100:
             what = f"moved over {axis}, {role.microbatches} micro-batches"

@@ -31,8 +31,11 @@ from iwopd_megatron.rollout.threads import Threads
 class Decoder:
     """A model of weights of its own or of the trainer's."""
 
-    def __init__(self, hf: HfConfig, dtype: torch.dtype, on: torch.device):
-        self.hf, self.on, self.dtype = hf, on, dtype
+    def __init__(
+        self, hf: HfConfig, dtype: torch.dtype, on: torch.device, bf16_products: bool = False
+    ):
+        """bf16_products: a batch is decoded with bf16 copies of fp32 weights (packed.py)."""
+        self.hf, self.on, self.dtype, self.bf16_products = hf, on, dtype, bf16_products
         self.head_dim, self.heads = hf.head_dim, hf.num_attention_heads
         self.groups, self.eps = hf.num_key_value_heads, hf.rms_norm_eps
         self.frequency = inverse_frequencies(hf.rope, hf.qk_rope_head_dim or self.head_dim, on)
@@ -65,7 +68,7 @@ class Decoder:
 
         None where they would not pay. threads: share the products.
         """
-        return pack(self.read, rows, steps, threads)
+        return pack(self.read, rows, steps, threads, self.bf16_products)
 
     def _new(self, *shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=self.dtype, device=self.on)

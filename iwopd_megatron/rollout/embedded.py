@@ -16,11 +16,13 @@ import torch
 import torch.distributed as dist
 
 from iwopd_megatron.batch.trajectory import Trajectory
+from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.hf.config import read_hf_config
 from iwopd_megatron.rollout.decoder import Decoder
 from iwopd_megatron.rollout.decoding import Batch, decode
 from iwopd_megatron.rollout.drawing import uniform_numbers
 from iwopd_megatron.rollout.engine import OnSample, Prompt, Sampling, Weights
+from iwopd_megatron.rollout.packed import has_bf16_products
 from iwopd_megatron.rollout.threads import Threads
 from iwopd_megatron.runtime import device
 from iwopd_megatron.runtime.host import give_back, own_cores
@@ -38,12 +40,20 @@ class HfEngine:
         eos_ids: set[int],
         batch_size: int,
         threads: int | None = None,
+        bf16_products: bool = False,
     ):
         """folder: Hugging Face's, for the model's shape; batch_size: prompts decoded together.
 
-        threads: that decode on a CPU; default: as many as this process has cores.
+        threads: that decode on a CPU; default: as many as this process has cores. bf16_products:
+        a step's products with fp32 weights are of bf16 numbers; RecipeError where there are none.
         """
-        self.model = Decoder(read_hf_config(folder), dtype, device.current_device())
+        if bf16_products and (device.has_gpu() or not has_bf16_products()):
+            where = "a GPU" if device.has_gpu() else "a CPU without bf16 instructions"
+            raise RecipeError(
+                f"rollout.bf16_products is not for {where}; write rollout.bf16_products=false."
+            )
+        on = device.current_device()
+        self.model = Decoder(read_hf_config(folder), dtype, on, bf16_products)
         self.eos_ids = torch.tensor(sorted(eos_ids), device=device.current_device())
         self.batch_size = batch_size
         self.threads = 1 if device.has_gpu() else threads or own_cores()

@@ -48,8 +48,8 @@ def make_engine(
     student, rollout = recipe.student, recipe.rollout
     if rollout.engine == "hf":
         eos = eos_ids(student.hf)
-        dtype = DTYPES[student.dtype]
-        return HfEngine(student.hf, dtype, eos, rollout.batch_size, rollout.threads)
+        more = rollout.batch_size, rollout.threads, rollout.bf16_products
+        return HfEngine(student.hf, DTYPES[student.dtype], eos, *more)
     servers = main_only(parallel, lambda: _controller(recipe, say))
     engine = ServerEngine(servers, rollout.verify_every, canary)
     engine.wait_ready()

@@ -1,7 +1,9 @@
 """A whole run rehearsed on tensors without memory: against a real run, and with planted faults."""
 
+import io
 import json
 import pickle
+import re
 import tempfile
 from collections import Counter, deque
 from dataclasses import replace
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from rich.console import Console
 from worlds import run_world
 
 from iwopd_megatron.config.load import read_recipe
@@ -24,7 +27,8 @@ from iwopd_megatron.plan.hardware import GPUS, RATES
 from iwopd_megatron.plan.memory import push_bytes
 from iwopd_megatron.plan.model_size import ModelSize
 from iwopd_megatron.plan.plan import Plan
-from iwopd_megatron.rehearsal import checkpoints, full, resharding, slices
+from iwopd_megatron.rehearsal import checkpoints, costs, full, resharding, slices
+from iwopd_megatron.rehearsal import table as table_of_rehearsal
 from iwopd_megatron.rehearsal.collectives import Call, Mailbox, Recorder
 from iwopd_megatron.rehearsal.job import Job, jobs
 from iwopd_megatron.rehearsal.ledger import Ledger
@@ -397,6 +401,10 @@ def test_pieces_that_a_layout_asks_for_are_among_the_saved_once():
     assert "as torch.bfloat16" in checkpoints.check_load([other], halves)[0]
 
 
+def checkpoint_of(job: Job) -> list[str]:
+    return resharding.check_checkpoints(job, resharding.others(job))
+
+
 def test_states_that_a_rank_leaves_out_are_found(small, monkeypatch):
     """On a rank of which nothing else is rehearsed."""
     assert 3 not in [place.rank for place in covering(small.world, small.layout)]
@@ -409,7 +417,7 @@ def test_states_that_a_rank_leaves_out_are_found(small, monkeypatch):
         return whole
 
     monkeypatch.setattr(checkpoint, "sharded_state", without)
-    found = forked(resharding.check_checkpoints, small, {})
+    found = forked(checkpoint_of, small)
     assert any("rank 3" in x and "has 0 states" in x for x in found) or any(
         "3 states" in x for x in found
     )
@@ -426,9 +434,37 @@ def test_a_layout_that_asks_for_other_names_is_found(small, monkeypatch):
         return whole
 
     monkeypatch.setattr(checkpoint, "sharded_state", renamed)
-    found = forked(resharding.check_checkpoints, small, {})
+    found = forked(checkpoint_of, small)
     assert found
     assert all("tp2" in x and "query_norm.weight is asked for and not saved" in x for x in found)
+
+
+def test_a_layout_of_ones_own_loads_the_checkpoint(monkeypatch):
+    """Of the whole model, here eight layers; a name that only its fourth stage asks for is told."""
+    state = checkpoint.sharded_state
+
+    def renamed(chunks, optimizer, parallel, is_loading):
+        whole = state(chunks, optimizer, parallel, is_loading)
+        if is_loading and parallel.pp.rank == 3:
+            for piece in nested_values(whole["model0"]):
+                piece.key = piece.key.replace("final_layernorm", "last_norm")
+        return whole
+
+    job = job_of(2, dict(ep=2))
+    job = replace(job, hf=replace(job.hf, num_hidden_layers=8))
+    layout = Layout(pp=4, ep=2)
+    assert forked(_read_by, job, layout) == ([], True)
+    monkeypatch.setattr(checkpoint, "sharded_state", renamed)
+    found, _ = forked(_read_by, job, layout)
+    assert found
+    assert all("pp4 ep2 rank" in x and "last_norm.weight is asked for" in x for x in found)
+
+
+def _read_by(job: Job, layout: Layout) -> tuple[list[str], bool]:
+    """What is found of a job's checkpoint, and whether this layout has read it."""
+    role = RoleRehearsal(job, jobs(job.recipe)[0], into=[layout])
+    role._checkpoints({})
+    return role.report.findings, layout in role.report.loaded_by
 
 
 def test_a_bucket_pushed_in_another_dtype_is_found(small, monkeypatch):
@@ -557,6 +593,27 @@ def test_one_json_object_has_every_figure(changes):
         assert (role["gaps"], role["overlaps"]) == (0, 0)
         phase = "forward/backward" if "forward/backward" in role["collectives"] else "score"
         assert all(x["calls"] > 0 for x in role["collectives"][phase].values())
+
+
+def test_two_times_that_differ_say_why(monkeypatch):
+    """Over 20 percent, with a micro-batch both ways and where it goes; nothing is said below."""
+    recipe = read_recipe(RECIPE.parent / "qwen3_4b_to_0p6b.yaml", [])
+    assert "differ" not in forked(_table, recipe)
+    monkeypatch.setattr(costs, "LAUNCH", 200 * costs.LAUNCH)
+    told = forked(_table, recipe)
+    said = re.search(
+        r"differ by more than 20%: .* takes ([\d.]+) s here, ([\d.]+) s in the plan; .* to (.+)",
+        told,
+    )
+    assert said is not None, told
+    assert float(said[1]) > float(said[2]) > 0
+    assert "%" in said[3]
+
+
+def _table(recipe: Recipe) -> str:
+    console = Console(width=400, file=io.StringIO())
+    table_of_rehearsal.show(full.rehearse(recipe, short=True), console)
+    return console.file.getvalue()
 
 
 def _as_json(recipe: Recipe) -> str:
