@@ -5,7 +5,7 @@ from rig import Rig
 from served_models import check_family_served, write_family
 
 # Qwen3's are in every other file
-FAMILIES = ["llama", "qwen2", "mistral", "qwen2_moe"]
+FAMILIES = ["llama", "qwen2", "mistral", "qwen2_moe", "glm4_moe"]
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
