@@ -208,7 +208,7 @@ def write_metadata(folder: Path, contents: Iterable[Contents], common: bytes) ->
 
 def find_names(keys: Collection[str]) -> str:
     """Return whose module names global tensors have, `native` or `te`."""
-    return "native" if any(key.endswith(".input_layernorm.weight") for key in keys) else "te"
+    return "te" if any(key.endswith(".layer_norm_weight") for key in keys) else "native"
 
 
 def expected_tensors(hf: HfConfig, names: str) -> dict[str, tuple[int, ...]]:
