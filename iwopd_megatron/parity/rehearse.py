@@ -51,6 +51,7 @@ class Rehearsal:
         }
         if "kv_lora_rank" in config:  # every head has keys and values of its own
             config["num_key_value_heads"] = config["num_attention_heads"]
+            config["head_dim"] = config["qk_rope_head_dim"]  # as transformers has it
         if FAMILIES[self.model_type].has_experts:
             count = "num_experts" if "num_experts" in config else "n_routed_experts"
             config[count] = max(8, axes.ep)
