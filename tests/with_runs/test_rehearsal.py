@@ -181,7 +181,7 @@ def test_a_step_moves_what_the_plan_says():
         assert 0 < planned == pytest.approx(rehearsed, rel=0.02), axis
 
 
-KINDS = [(0, dict(pp=2, ep=2)), (1, dict(tp=2, ep=2)), (3, dict(pp=2, ep=2))]
+KINDS = [(0, dict(pp=2, ep=2)), (3, dict(pp=2, ep=2))]
 
 
 @pytest.mark.parametrize(("dense", "axes"), KINDS, ids=str)
