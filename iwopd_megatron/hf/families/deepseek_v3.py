@@ -11,7 +11,7 @@ from typing import Any
 
 from iwopd_megatron.errors import RecipeError
 from iwopd_megatron.files.typed_json import TypedJson
-from iwopd_megatron.hf.families import glm4_moe, rows
+from iwopd_megatron.hf.families import glm4_moe, llama, rows
 from iwopd_megatron.hf.families.family import Family
 from iwopd_megatron.hf.families.published import published
 from iwopd_megatron.hf.rope import read_rope, score_factor
@@ -60,21 +60,13 @@ def end_of_answers(config: TypedJson) -> dict[str, Any]:
 
 
 FIXED = glm4_moe.FIXED | {"attention_bias": False, "scoring_func": "sigmoid", "moe_layer_freq": 1}
-SAMPLE = {
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
+SAMPLE = llama.SAMPLE | {
     "num_key_value_heads": 4,
     "q_lora_rank": 24,
     "kv_lora_rank": 32,
     "qk_nope_head_dim": 16,
     "qk_rope_head_dim": 8,
     "v_head_dim": 12,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
-    "pad_token_id": 300,
     "n_routed_experts": 8,
     "num_experts_per_tok": 2,
     "n_group": 2,
@@ -92,19 +84,7 @@ SAMPLE = {
         "mscale_all_dim": 0.7,
     },
 }
-LAYERS = (
-    rows.ATTENTION_NORM_APART,
-    *rows.latent_attention(),
-    *rows.only_in("dense", rows.DENSE_NORM, *rows.DENSE),
-    *rows.only_in(
-        "experts",
-        rows.EXPERTS_NORM,
-        rows.ROUTER,
-        rows.SCORE_BIAS,
-        *rows.shared_expert("mlp.shared_experts"),
-        *rows.EXPERTS,
-    ),
-)
+LAYERS = (rows.ATTENTION_NORM_APART, *rows.latent_attention(), *glm4_moe.MLPS)
 _COMMON = {
     "model_type": "deepseek_v3",
     "tie_word_embeddings": False,

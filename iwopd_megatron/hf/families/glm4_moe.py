@@ -81,6 +81,17 @@ def _check_groups(config: TypedJson, found: dict[str, Any], name: str) -> None:
 
 
 FIXED = {"hidden_act": "silu", "norm_topk_prob": True, "transformers_weights": None}
+MLPS = (  # dense layers first, then experts, one of them for every token
+    *rows.only_in("dense", rows.DENSE_NORM, *rows.DENSE),
+    *rows.only_in(
+        "experts",
+        rows.EXPERTS_NORM,
+        rows.ROUTER,
+        rows.SCORE_BIAS,
+        *rows.shared_expert("mlp.shared_experts"),
+        *rows.EXPERTS,
+    ),
+)
 _COMMON = {
     "model_type": "glm4_moe",
     "vocab_size": 151552,
@@ -122,15 +133,7 @@ GLM4_MOE = Family(
         rows.QKV_BIAS,
         *rows.QK_NORMS,
         rows.ATTENTION_OUT,
-        *rows.only_in("dense", rows.DENSE_NORM, *rows.DENSE),
-        *rows.only_in(
-            "experts",
-            rows.EXPERTS_NORM,
-            rows.ROUTER,
-            rows.SCORE_BIAS,
-            *rows.shared_expert("mlp.shared_experts"),
-            *rows.EXPERTS,
-        ),
+        *MLPS,
     ),
     partial_rotary=0.5,
     predicts_ahead=True,
